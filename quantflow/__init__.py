@@ -1,0 +1,30 @@
+"""quantflow: one recipe in, a real int8 model out.
+
+    import quantflow as qf
+    model = qf.quantize(module, calibration_batches, qconfig="sym_int8")
+    y = model(x)
+    model.save("artifact"); model = qf.load("artifact")
+
+Importing quantflow registers the `quantflow::` operators that saved TorchScript models call.
+"""
+
+from quantflow.api import quantize
+from quantflow.config import load_recipe
+from quantflow.errors import QuantflowError
+from quantflow.executor import run
+from quantflow.quantized import QuantizedModel, QuantizedModule, QuantizedScript, load
+from quantflow.schema import PRESETS, QConfig, Recipe
+
+__all__ = [
+    "PRESETS",
+    "QConfig",
+    "QuantflowError",
+    "QuantizedModel",
+    "QuantizedModule",
+    "QuantizedScript",
+    "Recipe",
+    "load",
+    "load_recipe",
+    "quantize",
+    "run",
+]

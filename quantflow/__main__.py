@@ -1,0 +1,5 @@
+"""`python -m quantflow` is the quantflow command."""
+
+from quantflow.cli import main
+
+main()

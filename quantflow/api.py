@@ -1,0 +1,121 @@
+"""The Python interface: one call from a float module to an int8 model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantflow.data import Batch, Data, as_batches
+from quantflow.data.samples import hash_of, identity_of
+from quantflow.errors import Problem, RecipeError, UsageError, nearest
+from quantflow.executor import Source, execute
+from quantflow.models import LoadedModel
+from quantflow.quantized import Quantized
+from quantflow.report import Progress, make_console
+from quantflow.schema import PRESETS, Recipe
+
+Module = nn.Module | torch.jit.ScriptModule | torch.export.ExportedProgram
+
+
+def quantize(
+    module: Module,
+    batches: Iterable[Any],
+    *,
+    qconfig: str | Mapping[str, Any] = "sym_int8",
+    layers: Mapping[str, Any] | None = None,
+    mode: str | Mapping[str, Any] = "export",
+    runtime: str = "auto",
+    device: str = "auto",
+    evaluation: Iterable[Any] | None = None,
+    benchmark: bool = False,
+    gates: Mapping[str, float] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Quantized:
+    """Quantize a float module to int8 and verify it.
+
+    Args:
+        module: any nn.Module (used as it is, not modified), a ScriptModule, or an ExportedProgram.
+        batches: calibration input: tensors, tuples of tensors (positional), dicts (keywords), or Batch objects;
+            dimension 0 is the batch. 64 to 512 samples that look like real input are enough.
+        qconfig: a preset ("sym_int8", "affine_uint8", "sym_uint8", "affine_int8") or a dict as in a recipe, such as
+            {"activation": {"qscheme": "affine", "dtype": "uint8"}, "weight": {"granularity": "per_channel"}}.
+        layers: overrides by exact name, glob or op type: {"layer4.*": {"activation": {...}}, "fc": "float"}.
+        mode: "export", "torchscript" or "imperative"; {"kind": "torchscript", "method": "script"} to script.
+        runtime: "auto", "torch" or "reference".
+        device: "auto" or "cpu".
+        evaluation: input to compare int8 with float on; None compares on the calibration batches.
+        benchmark: also time float and int8, interleaved.
+        gates: limits as in a recipe; the verdict is in `model.results`, nothing is raised.
+        progress: show progress on the terminal.
+
+    Returns:
+        A callable that takes and returns torch tensors like the module: a QuantizedModel, a real ScriptModule
+        (torchscript), or a module with int8 layers swapped in (imperative). `model.save(folder)` writes an artifact
+        and `model.results` holds every figure.
+
+    Raises:
+        QuantflowError: RecipeError for illegal settings, DataError, CaptureError, CalibrationError, … with the cure.
+    """
+    calibration = _batches(batches, "batches")
+    compared = calibration if evaluation is None else _batches(evaluation, "evaluation")
+    recipe = Recipe.from_dict(
+        {
+            "name": "quantize",
+            "model": {"kind": "given", "name": type(module).__name__},
+            "data": {"kind": "given"},
+            "qconfig": _qconfig(qconfig),
+            "layers": dict(layers or {}),
+            "mode": {"kind": mode} if isinstance(mode, str) else dict(mode),
+            "runtime": {"kind": runtime},
+            "device": {"kind": device},
+            "benchmark": {"enabled": benchmark},
+            "gates": dict(gates or {}),
+            "seed": seed,
+        },
+        "quantize",
+    )
+    if not isinstance(module, (nn.Module, torch.export.ExportedProgram)):
+        raise UsageError(
+            f"module: is a {type(module).__name__}; pass an nn.Module, a ScriptModule or an ExportedProgram"
+        )
+    identity = identity_of("given", {"calibration": _identity(calibration), "evaluation": _identity(compared)})
+    was_training = isinstance(module, nn.Module) and module.training
+    try:
+        if was_training:
+            module.eval()  # type: ignore[union-attr]
+        source = Source(
+            LoadedModel(module, type(module).__name__, weights_used="as given"), Data(calibration, compared, identity)
+        )
+        with Progress(make_console(), quiet=not progress) as shown:
+            return execute(recipe, source, shown, None, ())
+    finally:
+        if was_training:
+            module.train()  # type: ignore[union-attr]
+
+
+def _qconfig(qconfig: str | Mapping[str, Any]) -> Any:
+    if not isinstance(qconfig, str):
+        return dict(qconfig)
+    if qconfig not in PRESETS:
+        known = nearest(qconfig, PRESETS)
+        raise RecipeError("quantize", [Problem("qconfig", f"'{qconfig}' is not a preset; use {known}, or a dict")])
+    return PRESETS[qconfig].model_dump()
+
+
+def _batches(batches: Iterable[Any], name: str) -> list[Batch]:
+    if isinstance(batches, torch.Tensor):
+        raise UsageError(f"{name}: is one tensor; pass an iterable of batches, such as [x] or x.split(16)")
+    return list(as_batches(batches))
+
+
+def _identity(batches: list[Batch]) -> tuple[list[str], str]:
+    ids = [
+        name
+        for index, b in enumerate(batches)
+        for name in (b.ids or tuple(f"batch {index}.{row}" for row in range(b.size)))
+    ]
+    return ids, hash_of(tensor for b in batches for tensor in (*b.args, *b.kwargs.values()))

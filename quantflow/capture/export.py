@@ -1,0 +1,175 @@
+"""torch.export → Graph: the default capture, with a dynamic batch dimension."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export.graph_signature import InputKind
+
+from quantflow.data.batch import Batch
+from quantflow.errors import CaptureError
+from quantflow.graph import Graph, Input, name_layers
+from quantflow.passes.normalize import simplify
+
+
+def capture_export(model: nn.Module | torch.export.ExportedProgram, example: Batch) -> Graph:
+    """Capture a module, or take over a saved ExportedProgram.
+
+    Args:
+        example: one calibration batch. A batch of one is doubled, because torch.export treats the size 1 as a constant.
+
+    Raises:
+        CaptureError: torch.export refuses the model; the message carries its first line and the other modes to try.
+    """
+    if isinstance(model, torch.export.ExportedProgram):
+        program = model
+    else:
+        batch = at_least_two(example)
+        model = model.eval()
+        shapes = _dynamic_batch(batch)
+        try:
+            with plain_attention(), _without_noise(), torch.no_grad():
+                program = torch.export.export(
+                    model, batch.args, dict(batch.kwargs), dynamic_shapes=shapes, strict=False
+                )
+        except Exception as error:
+            raise CaptureError(
+                f"mode: torch.export can't capture {type(model).__name__}: {_first_line(error)}; "
+                "try mode=torchscript (traces one path through the code) or mode=imperative"
+            ) from error
+    with _without_noise(), torch.no_grad():
+        program = program.run_decompositions({})
+    return simplify(_to_graph(program))
+
+
+@contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """Keep nn.MultiheadAttention on its traceable path: the fused fast path hides the linears in one opaque op."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def _without_noise() -> Iterator[None]:
+    """torch.export copies its own tree specs in a way that it warns about itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        yield
+
+
+def at_least_two(batch: Batch) -> Batch:
+    """The batch itself, or the batch repeated along dimension 0 if it holds a single sample."""
+    if batch.size != 1:
+        return batch
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x
+
+    return Batch(args=tuple(double(x) for x in batch.args), kwargs={k: double(v) for k, v in batch.kwargs.items()})
+
+
+def _dynamic_batch(batch: Batch) -> Any:
+    """Dimension 0 is dynamic in every input that shares the batch size; torch.export decides the rest."""
+
+    def of(x: torch.Tensor) -> dict[int, Any]:
+        return {0: torch.export.Dim.AUTO} if x.dim() and x.shape[0] == batch.size else {}
+
+    return (*(of(x) for x in batch.args), *(of(v) for v in batch.kwargs.values()))
+
+
+def _to_graph(program: torch.export.ExportedProgram) -> Graph:
+    constants: dict[str, torch.Tensor] = {}
+    lifted: dict[str, str] = {}
+    for spec in program.graph_signature.input_specs:
+        if spec.kind is InputKind.USER_INPUT:
+            continue
+        if spec.kind is InputKind.CONSTANT_TENSOR:
+            constants[spec.target] = program.constants[spec.target].detach()
+        elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            source = program.state_dict if spec.target in program.state_dict else program.constants
+            constants[spec.target] = source[spec.target].detach()
+        else:
+            raise CaptureError(f"mode: the exported program takes a {spec.kind.name.lower()}, which has no int8 form")
+        lifted[spec.arg.name] = spec.target
+
+    in_spec = program.call_spec.in_spec
+    keywords = list(in_spec.child(1).context) if in_spec is not None and in_spec.num_children > 1 else []
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    inputs: list[Input] = []
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder" and n.name not in lifted]
+    positional = len(placeholders) - len(keywords)
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in lifted:
+            values[node] = graph.get_attr(lifted[node.name])
+            _describe(values[node], constants[lifted[node.name]])
+            continue
+        if node.op == "output":
+            user = [o.arg.name for o in program.graph_signature.output_specs if o.kind.name == "USER_OUTPUT"]
+            named = {n.name: n for n in program.graph.nodes}
+            flat = [values[named[name]] for name in user]
+            graph.output(_structure(program, flat))
+            continue
+        values[node] = copied = graph.node_copy(node, values.__getitem__)
+        copied.meta = {}
+        _describe(copied, node.meta.get("val"))
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        if stack and not stack[-1][0].startswith("_"):
+            copied.meta["module"] = stack[-1][0].replace("L['self'].", "").replace("L['self']", "")
+            copied.meta["module_is_leaf"] = "torch.nn.modules" in str(stack[-1][1])
+        if node.op == "placeholder":
+            index = len(inputs)
+            keyword = keywords[index - positional] if index >= positional else None
+            inputs.append(Input(node.name, keyword, _dtype_name(copied), copied.meta["shape"]))
+    notes = []
+    dynamic = any(item.shape and item.shape[0] is None for item in inputs)
+    if not dynamic:
+        notes.append("torch.export fixed the batch size to the example's: the model's code depends on it")
+    name_layers(graph)
+    return Graph(graph, constants, tuple(inputs), dynamic, tuple(notes))
+
+
+def _structure(program: torch.export.ExportedProgram, flat: list[fx.Node]) -> Any:
+    """The model's output in its own nesting, with model-output classes turned into plain dicts."""
+    spec = program.call_spec.out_spec
+    if spec is None:
+        return tuple(flat) if len(flat) != 1 else flat[0]
+    return plain(torch.utils._pytree.tree_unflatten(flat, spec))
+
+
+def plain(output: Any) -> Any:
+    """Tensors (or nodes) nested in plain tuples, lists and dicts; empty entries of model-output classes dropped."""
+    if isinstance(output, Mapping) or hasattr(output, "keys"):
+        return {str(k): plain(output[k]) for k in output.keys() if output[k] is not None}  # noqa: SIM118
+    if isinstance(output, (tuple, list)):
+        return type(output)(plain(x) for x in output) if type(output) in (tuple, list) else tuple(map(plain, output))
+    return output
+
+
+def _describe(node: fx.Node, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        node.meta["shape"] = tuple(s if isinstance(s, int) else _static(s) for s in value.shape)
+        node.meta["dtype"] = value.dtype
+
+
+def _static(size: torch.SymInt) -> int | None:
+    expression = size.node.expr
+    return int(expression) if expression.is_number else None
+
+
+def _dtype_name(node: fx.Node) -> str:
+    return str(node.meta["dtype"]).removeprefix("torch.")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

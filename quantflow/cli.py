@@ -1,0 +1,165 @@
+"""The command line: help, errors as small letters, exit codes.
+
+0 passed   1 crash   2 recipe or usage error   3 a gate failed   4 this machine can't   130 interrupted
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import metadata
+from typing import NoReturn, get_args
+
+from rich.console import Console
+from rich.table import Table
+
+from quantflow import config
+from quantflow.errors import (
+    EXIT_CRASH,
+    EXIT_GATE,
+    EXIT_PASSED,
+    EXIT_UNAVAILABLE,
+    EXIT_USAGE,
+    QuantflowError,
+)
+from quantflow.schema import Recipe, Task
+
+EXIT_INTERRUPTED = 130
+
+#: Exit code → what it means, from best to worst: a multirun ends with its worst job's.
+VERDICTS = {
+    EXIT_PASSED: "passed",
+    EXIT_GATE: "a gate failed",
+    EXIT_UNAVAILABLE: "not possible on this machine",
+    EXIT_USAGE: "can't run as written",
+    EXIT_CRASH: "crashed",
+}
+
+TASKS: dict[Task, str] = {
+    "run": "the main job: quantize, verify, evaluate, benchmark, judge, save (the default)",
+    "plan": "what would happen to every layer, and why; needs no data",
+    "evaluate": "float beside int8 again, from an artifact: artifact=DIR",
+    "benchmark": "float and int8 interleaved again, from an artifact: artifact=DIR",
+    "inspect": "what an artifact holds: artifact=DIR",
+    "report": "an artifact's report again: artifact=DIR",
+}
+
+_HELP = """\
+quantflow: one recipe in, a real int8 model out, measured against the float model.
+
+  quantflow recipe=resnet50_sym_int8
+  quantflow recipe=resnet50_sym_int8 mode=torchscript qconfig.weight.granularity=per_tensor device=cpu
+  quantflow recipe=path/to/mine.yaml
+  quantflow -m recipe=resnet18_sym_int8 qconfig=sym_int8,affine_uint8
+  quantflow model=entry model.entry=package.module:callable data=folder data.path=DIR
+  quantflow task=benchmark artifact=DIR
+
+Tasks (task=NAME)
+{tasks}
+
+Recipes (recipe=NAME, or a file)
+{recipes}
+
+Groups (GROUP=NAME; replaces what the recipe says)
+{groups}
+
+Any single setting: section.key=value, as in seed=1 or gates.min_sqnr_db=20; --cfg job shows them all.
+
+Options
+  -m, --multirun       every combination of comma-separated values
+  --cfg job            print the settings and stop
+  --config-dir DIR     your own recipes in DIR/recipe/, and groups in DIR/GROUP/
+  -sc install=bash     tab completion: eval "$(quantflow -sc install=bash)"; also zsh and fish
+  --hydra-help         Hydra's own options
+  --version, --help
+
+Exit codes
+  0 passed   1 crash   2 recipe or usage error   3 a gate failed   4 this machine can't   130 interrupted
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command line (default: sys.argv) and exits with its code."""
+    raise SystemExit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs the command line and returns its exit code."""
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text(arguments), end="")
+        return EXIT_PASSED
+    if "--version" in arguments:
+        print(f"quantflow {_version()}")
+        return EXIT_PASSED
+    try:
+        outcomes = config.run_app(arguments, run_job)
+    except QuantflowError as error:
+        return _complain(error)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted", style="red")
+        return EXIT_INTERRUPTED
+    except Exception:  # noqa: BLE001 the last resort: a traceback and the exit code of a crash
+        traceback.print_exc()
+        return EXIT_CRASH
+    if len(outcomes) > 1:
+        Console().print(_table(outcomes))
+    return max((outcome.exit_code for outcome in outcomes), key=_severity, default=EXIT_PASSED)
+
+
+def run_job(job: config.Job) -> int:
+    """Validates and runs one job. Never raises, save KeyboardInterrupt, so that a sweep goes on after a failure."""
+    try:
+        recipe = Recipe.from_dict(job.settings, job.name)
+        from quantflow.executor import run_task
+
+        return run_task(recipe, list(job.overrides))
+    except QuantflowError as error:
+        return _complain(error)
+    except Exception:  # noqa: BLE001 a crash in one job of a sweep must not stop the others
+        traceback.print_exc()
+        return EXIT_CRASH
+
+
+def help_text(arguments: Sequence[str] = ()) -> str:
+    """--help, with the recipes of every --config-dir in `arguments`."""
+    files = config.recipe_files(config.config_dirs(arguments))
+    recipes = {name: config.recipe_description(file) for name, file in files.items()}
+    groups = {group: ", ".join(names) for group, names in config.group_choices().items()}
+    return _HELP.format(
+        tasks=_columns({task: TASKS[task] for task in get_args(Task)}),
+        recipes=_columns(recipes),
+        groups=_columns(groups),
+    )
+
+
+def _columns(rows: dict[str, str]) -> str:
+    width = max(map(len, rows))
+    return "\n".join(f"  {name:{width}}  {text}" for name, text in rows.items())
+
+
+def _complain(error: QuantflowError) -> int:
+    """The message in red on stderr, no traceback."""
+    Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+    return error.exit_code
+
+
+def _severity(exit_code: int) -> int:
+    ranks = list(VERDICTS)
+    return ranks.index(exit_code) if exit_code in ranks else len(ranks)
+
+
+def _table(outcomes: Sequence[config.Outcome]) -> Table:
+    table = Table("job", "overrides", "output", "verdict", title=f"{len(outcomes)} jobs")
+    for outcome in outcomes:
+        verdict = VERDICTS.get(outcome.exit_code, f"exit code {outcome.exit_code}")
+        style = "green" if outcome.exit_code == EXIT_PASSED else "red"
+        table.add_row(str(outcome.number), " ".join(outcome.overrides), outcome.output or "", verdict, style=style)
+    return table
+
+
+def _version() -> str:
+    try:
+        return metadata.version("quantflow")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"

@@ -1,0 +1,220 @@
+"""convert(prepared, table) → Program: the integer program, from the plan's decisions and the measured ranges."""
+
+from __future__ import annotations
+
+import operator
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import fx
+
+from quantflow.calibrate import CalibrationTable
+from quantflow.errors import CalibrationError
+from quantflow.graph import arguments, op_name
+from quantflow.numerics.affine import QParams, activation_qparams, quantize, quantize_weight, weight_scale
+from quantflow.observers import weight_max_abs
+from quantflow.passes.units import ADD, AVG_POOL, CAT, CLAMP, CORE, MATMUL, MAX_POOL, MUL, SHAPE, SIZE, as_epilogue
+from quantflow.plan import PlannedUnit
+from quantflow.prepare import Prepared
+from quantflow.program import Node, Program, Ref, TensorRef, Value
+
+
+def convert(prepared: Prepared, table: CalibrationTable) -> Program:
+    """Write the integer program.
+
+    Raises:
+        CalibrationError: the table lacks a value that the plan needs, or a weight holds NaN or Inf.
+    """
+    return _Converter(prepared, measured_qparams(prepared, table)).run()
+
+
+def measured_qparams(prepared: Prepared, table: CalibrationTable) -> dict[str, QParams]:
+    """Root value → qparams, from the merged observers of all values that share them."""
+    plan = prepared.plan
+    members: dict[str, list[str]] = {}
+    for value in prepared.observed:
+        members.setdefault(plan.codes[value], []).append(value)
+    qparams = {}
+    for root, values in members.items():
+        missing = [value for value in values if value not in table.observers]
+        if missing:
+            raise CalibrationError(f"layer {prepared.layers[missing[0]]}: the calibration table has no entry for it")
+        merged = reduce(lambda a, b: a.merge(b), (table.observers[value] for value in values))
+        spec = plan.specs[root]
+        low, high = merged.range()
+        qparams[root] = activation_qparams(
+            low, high, dtype=spec.dtype, qscheme=spec.qscheme, reduce_range=plan.reduce_range
+        )
+    return qparams
+
+
+class _Converter:
+    """Walks the planned units in execution order and emits program nodes."""
+
+    def __init__(self, prepared: Prepared, qparams: dict[str, QParams]) -> None:
+        self._graph = prepared.graph
+        self._plan = prepared.plan
+        self._qparams = qparams
+        self._nodes: list[Node] = []
+        self._values: dict[str, Value] = {}
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._converted: set[str] = set()
+
+    def run(self) -> Program:
+        emit = {CORE: self._linear, MATMUL: self._pair, ADD: self._pair, MUL: self._pair, CLAMP: self._clamp}
+        for planned in self._plan.units:
+            if not planned.is_int8:
+                for node in planned.unit.nodes:
+                    self._float(node, "size" if planned.unit.kind == SIZE else "aten")
+            else:
+                emit.get(planned.unit.kind, self._named)(planned)
+        (out,) = (node for node in self._graph.fx.nodes if node.op == "output")
+        output = fx.map_arg(out.args[0], self._as_float)
+        return Program(
+            self._graph.inputs,
+            tuple(self._nodes),
+            self._values,
+            self._tensors,
+            output,
+            self._graph.batch_is_dynamic,
+        )
+
+    # -- operands
+
+    def _as_codes(self, node: fx.Node) -> Ref:
+        """The operand as codes; a float value is quantized where it is first needed."""
+        if node.name in self._values:
+            return Ref(node.name)
+        name = f"{node.name}.codes"
+        if name not in self._converted:
+            self._converted.add(name)
+            qparams = self._qparams[self._plan.codes[node.name]]
+            self._values[name] = Value(qparams)
+            self._nodes.append(Node(f"{node.meta['layer']}.quantize", "quantize", name, (Ref(node.name),)))
+        return Ref(name)
+
+    def _as_float(self, node: fx.Node) -> Ref | TensorRef:
+        """The operand as float32 (or whatever it was captured as)."""
+        if node.op == "get_attr":
+            name = str(node.target)
+            self._tensors.setdefault(name, self._graph.constants[name].contiguous())
+            return TensorRef(name)
+        if node.name not in self._values:
+            return Ref(node.name)
+        name = f"{node.name}.float"
+        if name not in self._converted:
+            self._converted.add(name)
+            self._nodes.append(Node(f"{node.meta['layer']}.dequantize", "dequantize", name, (Ref(node.name),)))
+        return Ref(name)
+
+    def _constant(self, node: Any) -> torch.Tensor | None:
+        return self._graph.constants[str(node.target)] if isinstance(node, fx.Node) else None
+
+    def _define(self, planned: PlannedUnit, nonnegative: bool) -> str:
+        """Name the unit's output and, if it is written as codes, record how."""
+        name = planned.unit.output.name
+        if planned.writes_codes:
+            qparams = self._qparams[self._plan.codes[name]]
+            symmetric = qparams.dtype == "int8" and qparams.zero_point == 0
+            self._values[name] = Value(qparams, nonnegative and symmetric)
+        return name
+
+    def _nonnegative(self, node: fx.Node) -> bool:
+        value = self._values.get(node.name)
+        return value is not None and value.is_nonnegative
+
+    # -- int8 units
+
+    def _linear(self, planned: PlannedUnit) -> None:
+        unit, spec = planned.unit, planned.qconfig.weight
+        ops = arguments(unit.anchor)
+        weight, bias = self._constant(ops["weight"]), self._constant(ops["bias"])
+        assert weight is not None
+        axis = 0 if spec.granularity == "per_channel" else None
+        try:
+            scale = weight_scale(weight_max_abs(weight, spec, axis)).reshape(-1)
+        except ValueError as error:
+            raise CalibrationError(f"layer {unit.name}: its weight holds {error}") from error
+        if bias is not None and not bool(bias.isfinite().all()):
+            raise CalibrationError(f"layer {unit.name}: its bias holds NaN or Inf")
+        attrs: dict[str, Any] = {
+            "weight": self._store(f"{unit.name}.weight_int8", quantize_weight(weight, scale, axis)),
+            "weight_scale": self._store(f"{unit.name}.weight_scale", scale),
+            "bias": None if bias is None else self._store(f"{unit.name}.bias_float", bias.contiguous()),
+        }
+        if unit.op != "linear":
+            dims = weight.dim() - 2
+            attrs |= {key: _spread(ops[key], dims) for key in ("stride", "padding", "dilation")}
+            attrs["groups"] = ops["groups"]
+        x = self._as_codes(unit.inputs[0])
+        residual = None if unit.residual is None else self._as_codes(unit.residual)
+        nonnegative = unit.epilogue is not None and unit.epilogue.is_nonnegative
+        output = self._define(planned, nonnegative)
+        op = "linear" if unit.op == "linear" else "conv"
+        self._nodes.append(Node(unit.name, op, output, (x, residual), epilogue=unit.epilogue, attrs=attrs))
+
+    def _pair(self, planned: PlannedUnit) -> None:
+        unit = planned.unit
+        args = tuple(self._as_codes(value) for value in unit.inputs)
+        operands = all(self._nonnegative(value) for value in unit.inputs)
+        clipped = unit.epilogue is not None and unit.epilogue.is_nonnegative
+        output = self._define(planned, operands or clipped)
+        self._nodes.append(Node(unit.name, unit.kind, output, args, epilogue=unit.epilogue))
+
+    def _clamp(self, planned: PlannedUnit) -> None:
+        unit = planned.unit
+        epilogue = as_epilogue(unit.anchor)
+        assert epilogue is not None
+        x = self._as_codes(unit.inputs[0])
+        low, high = epilogue.values if epilogue.values else (0.0, float("inf"))
+        output = self._define(planned, low >= 0 or self._nonnegative(unit.inputs[0]))
+        bounds = quantize(torch.tensor([low, high]), self._values[output].qparams)  # type: ignore[arg-type]
+        attrs = {"low": int(bounds[0]), "high": int(bounds[1])}
+        self._nodes.append(Node(unit.name, "clamp", output, (x,), attrs=attrs))
+
+    def _named(self, planned: PlannedUnit) -> None:
+        """Ops that keep their ATen name and run on codes."""
+        unit, node = planned.unit, planned.unit.anchor
+        operands = set(unit.inputs)
+        args = fx.map_arg(node.args, lambda n: self._as_codes(n) if n in operands else Ref(n.name))
+        kwargs = fx.map_arg(node.kwargs, lambda n: self._as_codes(n) if n in operands else Ref(n.name))
+        output = self._define(planned, all(self._nonnegative(value) for value in unit.inputs))
+        target = _target(node)
+        if op_name(node) in ("constant_pad_nd", "pad"):
+            fill = float(arguments(node).get("value") or 0.0)
+            qparams = self._values[output].qparams
+            assert qparams is not None
+            args = (args[0], args[1], int(quantize(torch.tensor(fill), qparams)))
+            kwargs, target = {}, "constant_pad_nd.default"
+            if fill < 0:
+                self._values[output] = Value(qparams)
+        op = {CAT: "cat", MAX_POOL: "max_pool", AVG_POOL: "avg_pool", SHAPE: "shape"}[unit.kind]
+        self._nodes.append(Node(unit.name, op, output, tuple(args), dict(kwargs), target=target))
+
+    # -- everything else
+
+    def _float(self, node: fx.Node, op: str) -> None:
+        # Sizes do not depend on how a value is held, so they are read off the codes.
+        of = (lambda n: Ref(n.name)) if op == "size" else self._as_float
+        args, kwargs = fx.map_arg(node.args, of), fx.map_arg(node.kwargs, of)
+        self._nodes.append(
+            Node(str(node.meta["layer"]), op, node.name, tuple(args), dict(kwargs), target=_target(node))
+        )
+
+    def _store(self, name: str, tensor: torch.Tensor) -> str:
+        self._tensors[name] = tensor.contiguous()
+        return name
+
+
+def _target(node: fx.Node) -> str:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return f"{op_name(node)}.{node.target._overloadname}"
+    if node.target is operator.getitem:
+        return "getitem"
+    return op_name(node)
+
+
+def _spread(value: Any, dims: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return [int(v) for v in (values * dims if len(values) == 1 else values)]

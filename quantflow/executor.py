@@ -1,0 +1,587 @@
+"""The only file that knows the order of the stages.
+
+load → capture → plan → prepare → calibrate → convert → compile → warm up → evaluate → benchmark → judge → save
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.text import Text
+from torch import nn
+
+from quantflow import benchmark as timing
+from quantflow import report
+from quantflow.artifact import add_files, check_destination
+from quantflow.calibrate import CalibrationTable, calibrate
+from quantflow.capture import Model, capture, plain
+from quantflow.compile import Compiled, compile_program
+from quantflow.config import overlay
+from quantflow.convert import convert
+from quantflow.data import Batch, Data, ImagePreprocess, TextPreprocess, load_data
+from quantflow.environment import environment
+from quantflow.errors import EXIT_GATE, EXIT_PASSED, DataError, NothingQuantizedError, UsageError
+from quantflow.evaluate import compare_layers, evaluate
+from quantflow.gates import FAILED, evaluate_gates, verdict
+from quantflow.graph import Graph, interpret
+from quantflow.imperative import called_modules, swap_modules
+from quantflow.models import LoadedModel, estimate_batchnorm, load_model
+from quantflow.numerics.affine import dequantize
+from quantflow.plan import Plan, make_plan
+from quantflow.prepare import Prepared, bind, prepare
+from quantflow.program import Program
+from quantflow.quantized import Quantized, QuantizedModel, QuantizedModule, QuantizedScript, Record, load, weights_bytes
+from quantflow.report import Progress
+from quantflow.runtimes import Choice, choose_runtime
+from quantflow.schema import Recipe
+from quantflow.warmup import Warmup, warmup
+
+#: Warm-up compares with the reference on this many samples: exact integer sums are slow.
+VERIFIED_SAMPLES = 2
+#: SQNR per layer is measured on at most this many samples, for the same reason.
+LAYER_SAMPLES = 8
+#: Instruction sets without which u8*s8 products saturate in int16.
+_EXACT_ISA = frozenset(("avx512_vnni", "avx_vnni", "amx_int8"))
+
+Update = Callable[[int, int | None], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The float side of a run: model and data, however they were given."""
+
+    model: LoadedModel
+    data: Data
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        return (*self.model.notices, *self.data.notices)
+
+    def float_model(self) -> Callable[..., Any]:
+        """The float model as a callable whose output has plain structure."""
+        module = self.model.module
+        run = module.module() if isinstance(module, torch.export.ExportedProgram) else module
+        return lambda *args, **kwargs: plain(run(*args, **kwargs))
+
+
+@dataclass(frozen=True)
+class Built:
+    """The int8 side: every product of the stages up to warm-up."""
+
+    graph: Graph
+    plan: Plan
+    table: CalibrationTable
+    program: Program
+    compiled: Compiled
+    warmup: Warmup
+    module: nn.Module | None
+
+    def call(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
+        """What the user will run: the swapped module in imperative mode, else the compiled program."""
+        return self.module(*args, **kwargs) if self.module is not None else self.compiled(*args, **kwargs)
+
+    def model(self, record: Record) -> Quantized:
+        """The public result for the mode."""
+        if self.module is not None:
+            return QuantizedModule(self.module, self.compiled, record)
+        if Recipe.from_dict(record.recipe).mode.kind == "torchscript":
+            return QuantizedScript.adopt(self.compiled, record)
+        return QuantizedModel(self.compiled, record)
+
+
+# --- the main job
+
+
+def execute(
+    recipe: Recipe, source: Source, progress: Progress, checkpoint: Path | None, overrides: Sequence[str]
+) -> Quantized:
+    """Every stage on a loaded source; the result carries its record and results.
+
+    Raises:
+        QuantflowError: any stage's own error.
+    """
+    built = build(recipe, source, progress, checkpoint)
+    results: dict[str, Any] = {
+        "format": 1,
+        "recipe": {"name": recipe.name, "hash": recipe.hash(), "overrides": list(overrides)},
+        "environment": environment(),
+        "model": _model_section(source.model),
+        "data": source.data.identity,
+        "mode": recipe.mode.kind,
+        "device": built.compiled.choice.device,
+        "runtime": _runtime_section(built.compiled.choice),
+        "plan": built.plan.to_json()["rows"],
+        "calibration": {
+            "batches": built.table.batches,
+            "samples": built.table.samples,
+            "seconds": next((s["seconds"] for s in progress.stages if s["name"] == "calibrate"), None),
+            "resumed": built.table.resumed_batches > 0,
+        },
+        "warmup": built.warmup.to_json(),
+    }
+    results["int8_proof"] = _int8_proof(built, source)
+    results |= measure(recipe, source, built.program, built.compiled, built.graph, built.call, progress)
+    results["notices"] = [*source.notices, *built.plan.notes, *built.table.notices, *built.warmup.notices]
+    results |= judge(recipe, results)
+    results["stages"] = progress.stages
+    graph_text = _graph_text(built, source) if recipe.report.graph_dump else None
+    record = Record(recipe.to_dict(), built.plan.to_json(), built.table, built.program, results, graph_text)
+    return built.model(record)
+
+
+def build(recipe: Recipe, source: Source, progress: Progress, checkpoint: Path | None = None) -> Built:
+    """capture → plan → prepare → calibrate → convert → compile → warm up."""
+    choice = choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind)
+    example = next(iter(source.data.calibration), None)
+    if example is None:
+        raise DataError("calibration data: there are no samples; calibrate on some that look like the real input")
+    module = source.model.module
+    with progress.stage("capture"):
+        graph = capture(module, example, recipe.mode)
+    with progress.stage("plan"):
+        plan = plan_for(recipe, graph, choice, module, example)
+    with progress.stage("prepare"):
+        imperative = module if recipe.mode.kind == "imperative" and isinstance(module, nn.Module) else None
+        prepared: Prepared = prepare(graph, plan, imperative)
+    with progress.stage("calibrate") as stage:
+        table = calibrate(
+            prepared,
+            source.data.calibration,
+            key=recipe.calibration_key(),
+            checkpoint=checkpoint,
+            checkpoint_every_s=recipe.calibrate.checkpoint_every_s,
+            resume=recipe.calibrate.resume,
+            progress=stage.update,
+        )
+    with progress.stage("convert"):
+        program = convert(prepared, table)
+    with progress.stage("compile"):
+        compiled = compile_program(program, choice)
+        swapped = swap_modules(imperative, plan, program, choice.runtime.name) if imperative is not None else None
+    with progress.stage("warm up") as stage:
+        warm = warmup(
+            compiled,
+            timing.resized(example, min(VERIFIED_SAMPLES, example.size)) if graph.batch_is_dynamic else example,
+            iterations=recipe.warmup.iterations,
+            min_sqnr_db=recipe.warmup.min_sqnr_db,
+            call=swapped,
+            progress=stage.update,
+        )
+    return Built(graph, plan, table, program, compiled, warm, swapped)
+
+
+def plan_for(recipe: Recipe, graph: Graph, choice: Choice, module: Model, example: Batch) -> Plan:
+    """The plan for a captured graph, with what this machine decides filled in."""
+    asked = recipe.qconfig.reduce_range
+    isa = set(environment()["isa"])
+    reduce_range = asked if isinstance(asked, bool) else not isa & _EXACT_ISA
+    imperative = recipe.mode.kind == "imperative" and isinstance(module, nn.Module)
+    plan = make_plan(
+        graph,
+        recipe.qconfig,
+        recipe.layers,
+        mode=recipe.mode.kind,
+        kernel_of=choice.runtime.kernel_of,
+        reduce_range=reduce_range,
+        swappable=called_modules(module, example) if imperative else None,
+        recipe_name=recipe.name,
+    )
+    if reduce_range and not isinstance(asked, bool):
+        note = "reduce_range: activations use 7 bits, because this CPU lacks VNNI and 8-bit products would saturate"
+        plan = replace(plan, notes=(*plan.notes, note))
+    return plan
+
+
+def measure(
+    recipe: Recipe,
+    source: Source,
+    program: Program,
+    compiled: Compiled,
+    graph: Graph | None,
+    call: Callable[..., Any],
+    progress: Progress,
+) -> dict[str, Any]:
+    """The `accuracy` and `benchmark` sections, as far as the recipe enables them."""
+    sections: dict[str, Any] = {}
+    float_model = source.float_model()
+    if recipe.evaluate.enabled:
+        with progress.stage("evaluate") as stage:
+            sections["accuracy"] = evaluate(
+                float_model,
+                call,
+                source.data.evaluation,
+                metric=source.data.metric,
+                outputs=source.model.outputs,
+                progress=stage.update,
+            )
+        if recipe.evaluate.per_layer and graph is not None:
+            with progress.stage("layers"):
+                sections["accuracy"]["per_layer"] = _layer_errors(graph, compiled, source)
+    if recipe.benchmark.enabled:
+        with progress.stage("benchmark") as stage:
+            sections["benchmark"] = _benchmark(recipe, source, program, compiled, float_model, call, stage.update)
+    return sections
+
+
+def judge(recipe: Recipe, results: Mapping[str, Any]) -> dict[str, Any]:
+    """The `gates` and `verdict` sections."""
+    gates = evaluate_gates(recipe.gates, results)
+    return {"gates": [vars(gate) for gate in gates], "verdict": verdict(gates)}
+
+
+# --- tasks of the command line
+
+
+def run_task(recipe: Recipe, overrides: Sequence[str]) -> int:
+    """Carry out `recipe.task` and return the exit code (0 passed, 3 a gate failed).
+
+    Raises:
+        QuantflowError: with the exit code of its class.
+    """
+    tasks = {
+        "run": _run,
+        "plan": _plan,
+        "inspect": _inspect,
+        "report": _report,
+        "evaluate": _again,
+        "benchmark": _again,
+    }
+    return tasks[recipe.task](recipe, overrides)
+
+
+def run(recipe: Recipe, overrides: Sequence[str] = ()) -> Quantized:
+    """The main job of a recipe, saved to its output folder: what `python -m quantflow recipe=…` does.
+
+    Raises:
+        QuantflowError: with the exit code of its class.
+    """
+    console = report.make_console()
+    destination = Path(recipe.output or f"outputs/{recipe.name}")
+    check_destination(destination)
+    choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind)
+    checkpoint = destination.with_name(f".{destination.name}.calibration.safetensors")
+    with Progress(console, quiet=recipe.report.quiet) as progress, _seeded(recipe.seed):
+        with progress.stage("load"):
+            source = load_source(recipe)
+        report.print_notices(console, source.notices)
+        model = execute(recipe, source, progress, checkpoint, overrides)
+    saved = model.record.save(destination)
+    checkpoint.unlink(missing_ok=True)
+    report.print_summary(console, model.results, artifact=_shown(saved), quiet=recipe.report.quiet)
+    return model
+
+
+def load_source(recipe: Recipe) -> Source:
+    """Model and data of a recipe; random weights get BatchNorm statistics from the calibration data."""
+    if recipe.model is None:
+        raise UsageError("model: is required; choose one (model=torchvision model.name=resnet50) or a recipe that does")
+    model = load_model(recipe.model, recipe.seed)
+    data = load_data(recipe.data, model.preprocess, recipe.seed)
+    if model.batchnorm_to_estimate and isinstance(model.module, nn.Module):
+        estimate_batchnorm(model.module, data.calibration)
+    return Source(model, data)
+
+
+def _run(recipe: Recipe, overrides: Sequence[str]) -> int:
+    model = run(recipe, overrides)
+    return EXIT_GATE if model.results["verdict"] == FAILED else EXIT_PASSED
+
+
+def _plan(recipe: Recipe, _overrides: Sequence[str]) -> int:
+    assert recipe.model is not None, "the schema asks for it"
+    console = report.make_console()
+    choice = choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind)
+    with _seeded(recipe.seed):
+        model = load_model(recipe.model, recipe.seed)
+        report.print_notices(console, model.notices)
+        example = _example(model) or next(iter(load_data(recipe.data, model.preprocess, recipe.seed).calibration))
+        plan = plan_for(recipe, capture(model.module, example, recipe.mode), choice, model.module, example)
+    report.print_plan(console, plan.to_json()["rows"])
+    report.print_notices(console, plan.notes)
+    console.print(Text(f"runtime {choice.runtime.name} on {choice.device} ({choice.reason})"))
+    return EXIT_PASSED
+
+
+def _again(recipe: Recipe, overrides: Sequence[str]) -> int:
+    """Evaluate or benchmark an artifact once more, and judge it by its gates."""
+    assert recipe.artifact is not None, "the schema asks for it"
+    console = report.make_console()
+    record = Record.load(recipe.artifact)
+    stored = Recipe.from_dict({**overlay(record.recipe, overrides), "task": "run", "artifact": None})
+    _require_own_code_named(stored, record, overrides)
+    only = {
+        "evaluate": stored.evaluate.model_copy(update={"enabled": recipe.task == "evaluate"}),
+        "benchmark": stored.benchmark.model_copy(update={"enabled": recipe.task == "benchmark"}),
+    }
+    stored = stored.model_copy(update=only)
+    with Progress(console, quiet=stored.report.quiet) as progress, _seeded(stored.seed):
+        with progress.stage("load"):
+            source = load_source(stored)
+            model = load(recipe.artifact, runtime=stored.runtime.kind, device=stored.device.kind)
+            compiled = model.compiled
+            graph = None
+        if recipe.task == "evaluate" and stored.evaluate.per_layer:
+            example = next(iter(source.data.calibration))
+            with progress.stage("capture"):
+                graph = capture(source.model.module, example, stored.mode)
+        fresh = measure(stored, source, record.program, compiled, graph, compiled, progress)
+    results = {**record.results, **fresh, "environment": environment()}
+    results |= judge(stored, results)
+    add_files(Path(recipe.artifact), replace(record, results=results).result_files())
+    report.print_summary(console, results, artifact=recipe.artifact, quiet=stored.report.quiet)
+    return EXIT_GATE if results["verdict"] == FAILED else EXIT_PASSED
+
+
+def _inspect(recipe: Recipe, _overrides: Sequence[str]) -> int:
+    assert recipe.artifact is not None, "the schema asks for it"
+    console = report.make_console()
+    record = Record.load(recipe.artifact)
+    report.print_plan(console, record.plan["rows"])
+    console.print(Text(f"{len(record.program.nodes)} nodes, {len(record.program.int8_nodes())} int8 layers, "))
+    report.print_summary(console, record.results, artifact=recipe.artifact)
+    return EXIT_PASSED
+
+
+def _report(recipe: Recipe, _overrides: Sequence[str]) -> int:
+    """Write an artifact's report again from its results, and print it."""
+    assert recipe.artifact is not None, "the schema asks for it"
+    console = report.make_console()
+    record = Record.load(recipe.artifact)
+    add_files(Path(recipe.artifact), record.result_files())
+    report.print_summary(console, record.results, artifact=recipe.artifact)
+    return EXIT_PASSED
+
+
+def _require_own_code_named(stored: Recipe, record: Record, overrides: Sequence[str]) -> None:
+    """An artifact never makes its reader import code: the user names it again on the command line."""
+    for section in ("model", "data"):
+        spec = getattr(stored, section)
+        if spec.kind == "given":
+            raise UsageError(
+                f"{section}: this artifact was made in Python from an object that is not in it; name the float "
+                f"{section} on the command line, as in {section}=entry {section}.entry=package.module:callable"
+            )
+        if spec.kind == "entry" and not any(o.partition("=")[0] in (section, f"{section}.entry") for o in overrides):
+            raise UsageError(
+                f"{section}: the artifact names code ('{record.recipe[section]['entry']}'), which is not run "
+                f"unless you say so: add {section}=entry {section}.entry={record.recipe[section]['entry']}"
+            )
+
+
+# --- sections of the results
+
+
+def _int8_proof(built: Built, source: Source) -> dict[str, Any]:
+    """Count int8 layers in what really runs, and show that its output is not float's.
+
+    Raises:
+        NothingQuantizedError: nothing runs in int8, or the output equals float's to the last bit.
+    """
+    runs = built.compiled.runner.int8_layers()
+    if built.module is not None:
+        from quantflow.imperative import Int8Layer
+
+        called = called_modules(built.module, next(iter(source.data.calibration)))
+        runs = sum(called.get(name, 0) for name, m in built.module.named_modules() if isinstance(m, Int8Layer))
+    if runs == 0:
+        raise NothingQuantizedError("int8 proof: no int8 layer runs in the converted model; nothing was quantized")
+    batch = (
+        timing.resized(next(iter(source.data.calibration)), 1)
+        if built.graph.batch_is_dynamic
+        else next(iter(source.data.calibration))
+    )
+    difference = evaluate(source.float_model(), built.call, [batch])
+    constant = difference["float_max_abs"] == 0
+    if difference["identical"] and not constant:
+        raise NothingQuantizedError(
+            "int8 proof: the converted model's output equals the float model's to the last bit, so int8 can't have run"
+        )
+    return {
+        "int8_layers": built.plan.int8_layers,
+        "int8_layers_run": runs,
+        "core_layers": built.plan.core_layers,
+        "coverage": built.plan.int8_coverage,
+        "output_differs": not difference["identical"],
+    }
+
+
+def _layer_errors(graph: Graph, compiled: Compiled, source: Source) -> list[dict[str, Any]]:
+    first = next(iter(source.data.evaluation))
+    batch = timing.resized(first, min(first.size, LAYER_SAMPLES)) if graph.batch_is_dynamic else first
+    program = compiled.program
+    names = {node.name: str(node.meta.get("layer", node.name)) for node in graph.fx.nodes}
+    computed = {
+        node.output: node.name for node in program.nodes if node.op not in ("quantize", "dequantize", "size", "shape")
+    }
+
+    def float_run(batch: Batch, on_value: Callable[[str, torch.Tensor], None]) -> None:
+        interpret(
+            graph,
+            bind(graph.inputs, batch.args, batch.kwargs),
+            lambda node, value: (
+                on_value(computed[node.name], value) if _is_real(value) and node.name in computed else None
+            ),
+        )
+
+    def int8_run(batch: Batch, on_value: Callable[[str, torch.Tensor], None]) -> None:
+        for name, value in trace(compiled, bind(program.inputs, batch.args, batch.kwargs)):
+            if name in computed and name in names and _is_real(value):
+                on_value(computed[name], value)
+
+    return compare_layers(float_run, int8_run, [batch])
+
+
+def trace(compiled: Compiled, inputs: Sequence[torch.Tensor]) -> Iterator[tuple[str, Any]]:
+    """Run a compiled program node by node and yield every value, codes as the reals they stand for."""
+    program, runner = compiled.program, compiled.runner
+    values: dict[str, Any] = {i.name: x for i, x in zip(program.inputs, inputs, strict=True)}
+    frees = program.last_uses()
+    for index, node in enumerate(program.nodes):
+        values[node.output] = value = runner.run_node(index, values)
+        coded = program.values.get(node.output)
+        if coded is not None and coded.qparams is not None and isinstance(value, torch.Tensor):
+            value = dequantize(value, coded.qparams)
+        yield node.output, value
+        for dead in frees.get(index, ()):
+            del values[dead]
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _benchmark(
+    recipe: Recipe,
+    source: Source,
+    program: Program,
+    compiled: Compiled,
+    float_model: Callable[..., Any],
+    call: Callable[..., Any],
+    update: Update,
+) -> dict[str, Any]:
+    settings = recipe.benchmark
+    first = next(iter(source.data.evaluation))
+    sizes = settings.batch_sizes if program.batch_is_dynamic else (first.size,)
+    total, configs = len(sizes) * settings.rounds, []
+    with timing.threads(settings.threads) as threads, torch.inference_mode():
+        for done, size in enumerate(sizes):
+            batch = timing.resized(first, size)
+            timings = timing.interleaved(
+                {
+                    "float": lambda b=batch: float_model(*b.args, **b.kwargs),  # type: ignore[misc]
+                    "int8": lambda b=batch: call(*b.args, **b.kwargs),  # type: ignore[misc]
+                },
+                rounds=settings.rounds,
+                min_round_ms=settings.min_round_ms,
+                progress=lambda r, _, done=done: update(done * settings.rounds + r, total),  # type: ignore[misc]
+            )
+            configs.append(timing.comparison(size, timings))
+        per_layer = _layer_times(compiled, timing.resized(first, sizes[0])) if settings.per_layer else None
+    int8_bytes = len(weights_bytes(program))
+    float_bytes = _float_bytes(source.model.module)
+    section = {
+        "threads": threads,
+        "rounds": settings.rounds,
+        "float": "torch float32, eager",
+        "configs": configs,
+        "size": {
+            "float_bytes": float_bytes,
+            "int8_bytes": int8_bytes,
+            "ratio": int8_bytes / float_bytes if float_bytes else None,
+        },
+        "peak_memory_bytes": timing.peak_memory_bytes(),
+    }
+    return section | ({"per_layer": per_layer} if per_layer is not None else {})
+
+
+def _layer_times(compiled: Compiled, batch: Batch, repeats: int = 10) -> list[dict[str, Any]]:
+    """Median time of each node run by itself: includes the call's overhead, so the sum exceeds the model's latency."""
+    inputs = bind(compiled.program.inputs, batch.args, batch.kwargs)
+    taken: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        steps = trace(compiled, inputs)
+        while True:
+            start = time.perf_counter()
+            step = next(steps, None)
+            if step is None:
+                break
+            taken.setdefault(step[0], []).append((time.perf_counter() - start) * 1e3)
+    return [
+        {"name": node.name, "kernel": node.fused_name, "ms": sorted(taken[node.output])[repeats // 2]}
+        for node in compiled.program.nodes
+    ]
+
+
+def _float_bytes(module: Model) -> int:
+    state: Mapping[str, torch.Tensor] = (
+        module.state_dict if isinstance(module, torch.export.ExportedProgram) else module.state_dict()
+    )
+    return sum(t.nbytes for t in state.values() if isinstance(t, torch.Tensor))
+
+
+def _model_section(model: LoadedModel) -> dict[str, Any]:
+    module = model.module
+    state = module.state_dict if isinstance(module, torch.export.ExportedProgram) else dict(module.named_parameters())
+    return {
+        "name": model.name,
+        "weights_requested": model.weights_requested,
+        "weights_used": model.weights_used,
+        "parameters": sum(t.numel() for t in state.values()),
+        "float_bytes": _float_bytes(module),
+    }
+
+
+def _runtime_section(choice: Choice) -> dict[str, str]:
+    return {"requested": choice.requested, "chosen": choice.runtime.name, "reason": choice.reason}
+
+
+def _graph_text(built: Built, source: Source) -> str:
+    script = getattr(built.compiled.runner, "script", None)
+    if script is None:
+        return (
+            "\n".join(f"{node.output} = {node.fused_name}({', '.join(node.refs())})" for node in built.program.nodes)
+            + "\n"
+        )
+    batch = (
+        timing.resized(next(iter(source.data.calibration)), 1)
+        if built.graph.batch_is_dynamic
+        else next(iter(source.data.calibration))
+    )
+    with torch.inference_mode():
+        return str(script.graph_for(*bind(built.program.inputs, batch.args, batch.kwargs)))
+
+
+# --- small things
+
+
+def _example(model: LoadedModel) -> Batch | None:
+    """Input of the right form without data: zeros are enough for a structure."""
+    if isinstance(model.preprocess, ImagePreprocess):
+        return Batch(args=(torch.zeros(2, model.preprocess.channels, model.preprocess.size, model.preprocess.size),))
+    if isinstance(model.preprocess, TextPreprocess):
+        return Batch(args=model.preprocess.encode(["a", "b"]))
+    return None
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """torch's generator seeded for the run and put back afterwards."""
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+def _shown(path: Path) -> str:
+    """Relative to the working folder where that is shorter."""
+    with contextlib.suppress(ValueError):
+        return str(path.relative_to(Path.cwd()))
+    return str(path)

@@ -1,0 +1,192 @@
+"""The one intermediate representation: an FX graph of functional ATen ops with named constants.
+
+Every capture (export, torchscript, imperative) ends here, and everything after capture is shared.
+
+Conventions, kept by `quantflow.capture` and relied on everywhere:
+    * ops are `torch.ops.aten.*` overloads, `operator` functions on sizes, or `operator.getitem`;
+      none of them mutates its arguments;
+    * `get_attr` nodes name an entry of `Graph.constants` (dots and all);
+    * every node carries `meta["layer"]` (a unique, human-readable name); ops with a weight carry `meta["owner"]`, the
+      module that weight belongs to; tensor-valued nodes carry `meta["shape"]` (ints, None where the size follows the
+      batch) and `meta["dtype"]`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+#: Functions on sizes that may appear in a graph; the loader of a program accepts no others.
+SIZE_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    name: getattr(operator, name)
+    for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "eq", "ne", "lt", "le", "gt", "ge", "pow")
+} | {"max": max, "min": min, "int": int, "getitem": operator.getitem}
+
+
+@dataclass(frozen=True)
+class Input:
+    """One tensor the model takes: its node name, the keyword it is passed by (None: position), and what it held."""
+
+    name: str
+    keyword: str | None
+    dtype: str
+    shape: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A captured model.
+
+    Attributes:
+        fx: the graph; placeholders are the inputs in order, the output node's argument follows `outputs`.
+        constants: parameters, buffers and folded values by name, float32 unless the model says otherwise.
+        inputs: one entry per placeholder.
+        batch_is_dynamic: False when the model could only be captured for the example's batch size.
+        notes: what capture had to do that a user should know.
+    """
+
+    fx: fx.Graph
+    constants: Mapping[str, torch.Tensor]
+    inputs: tuple[Input, ...]
+    batch_is_dynamic: bool = True
+    notes: tuple[str, ...] = field(default=())
+
+    def with_notes(self, *notes: str) -> Graph:
+        return replace(self, notes=(*self.notes, *notes))
+
+    def __str__(self) -> str:
+        return "\n".join(node.format_node() or "" for node in self.fx.nodes)
+
+
+def is_aten(node: fx.Node, *names: str) -> bool:
+    """Whether the node calls one of the named ATen ops, whatever the overload."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return node.target.namespace == "aten" and op_name(node) in names
+
+
+def op_name(node: fx.Node) -> str:
+    """`aten.conv2d.default` → "conv2d"; other callables by their own name; placeholders and constants by kind."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.split("::")[-1]
+    if node.op == "call_function":
+        return getattr(node.target, "__name__", str(node.target))
+    return node.op
+
+
+def only_user(node: fx.Node) -> fx.Node | None:
+    """The one op that reads the node's value; None if several do, or the model returns it."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].op == "call_function" else None
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The node's arguments by schema name, with the schema's defaults filled in (ATen ops only)."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    values: dict[str, Any] = {}
+    for index, argument in enumerate(schema.arguments):
+        if index < len(node.args):
+            values[argument.name] = node.args[index]
+        elif argument.name in node.kwargs:
+            values[argument.name] = node.kwargs[argument.name]
+        elif argument.has_default_value():
+            values[argument.name] = argument.default_value
+    return values
+
+
+def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """For each node, the inputs it is the last to read: what an interpreter may free after running it."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        for used in node.all_input_nodes:
+            last[used] = node
+    frees: dict[fx.Node, list[fx.Node]] = {}
+    for used, node in last.items():
+        frees.setdefault(node, []).append(used)
+    return frees
+
+
+def interpret(
+    graph: Graph,
+    inputs: Iterable[torch.Tensor],
+    on_value: Callable[[fx.Node, Any], None] | None = None,
+) -> Any:
+    """Run the graph in float, freeing each value after its last use.
+
+    Args:
+        inputs: one tensor per placeholder, in order.
+        on_value: called with every computed node and its value.
+
+    Returns:
+        The model's output, in its own structure.
+    """
+    values: dict[fx.Node, Any] = {}
+    frees = last_uses(graph.fx)
+    remaining = iter(inputs)
+    for node in graph.fx.nodes:
+        if node.op == "placeholder":
+            values[node] = next(remaining)
+        elif node.op == "get_attr":
+            values[node] = graph.constants[node.target]
+        elif node.op == "output":
+            return fx.map_arg(node.args[0], values.__getitem__)
+        else:
+            args = fx.map_arg(node.args, values.__getitem__)
+            kwargs = fx.map_arg(node.kwargs, values.__getitem__)
+            values[node] = node.target(*args, **kwargs)
+        if on_value is not None:
+            on_value(node, values[node])
+        for dead in frees.get(node, ()):
+            del values[dead]
+    raise ValueError("the graph has no output node")
+
+
+def name_layers(graph: fx.Graph) -> None:
+    """Give every computed node a unique `meta["layer"]`: the module's own name where one op stands for it.
+
+    Linear ops are named after their weight ("layer1.0.conv1.weight" → "layer1.0.conv1"), everything else after
+    the module it was called in ("layer1.0" + "add"), numbered from the second use on.
+    """
+    taken: set[str] = set()
+
+    def claim(node: fx.Node, wanted: str) -> None:
+        name, count = wanted, 0
+        while name in taken:
+            count += 1
+            name = f"{wanted}_{count}"
+        taken.add(name)
+        node.meta["layer"] = name
+
+    weighted = [n for n in graph.nodes if _weight_of(n) is not None]
+    for node in weighted:
+        node.meta["owner"] = _layer_of_weight(_weight_of(node) or "")
+        claim(node, node.meta["owner"])
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output"):
+            claim(node, str(node.target))
+        elif node.op == "get_attr":
+            node.meta["layer"] = str(node.target)
+        elif node not in weighted:
+            module = node.meta.get("module", "")
+            leaf = module.rsplit(".", 1)[-1]
+            own = bool(module) and (op_name(node) in leaf.lower() or node.meta.get("module_is_leaf", False))
+            claim(node, module if own else ".".join(filter(None, (module, op_name(node)))))
+
+
+def _weight_of(node: fx.Node) -> str | None:
+    if not is_aten(node, "conv1d", "conv2d", "conv3d", "linear", "conv_transpose1d", "conv_transpose2d", "batch_norm"):
+        return None
+    weight = node.args[1] if len(node.args) > 1 else None
+    return str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+
+
+def _layer_of_weight(weight: str) -> str:
+    for suffix in (".weight", "_weight"):
+        if weight.endswith(suffix) and len(weight) > len(suffix):
+            return weight[: -len(suffix)]
+    return weight

@@ -1,0 +1,63 @@
+"""The results as a Markdown page: verdict and notices first, then figures, then everything."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from quantflow.report import tables
+from quantflow.report.tables import Table
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """A page for people and pull requests. Sections that did not run are left out.
+
+    Args:
+        results: the results, as read by `from_json` or as measured.
+    """
+    return "\n\n".join(_blocks(results)) + "\n"
+
+
+def _blocks(results: Mapping[str, Any]) -> Iterator[str]:
+    recipe = results.get("recipe")
+    yield f"# quantflow: {_escape(str(recipe.get('name')) if isinstance(recipe, Mapping) else 'results')}"
+    yield _escape(tables.headline(results)) or "No settings recorded."
+    if results.get("verdict"):
+        yield f"**Verdict: {_escape(tables.verdict(results))}**"
+    for notice in tables.notices(results):
+        yield f"> **Notice:** {_escape(notice)}"
+    for table in (tables.gates(results), tables.figures(results)):
+        yield from _section(table)
+    plan = results.get("plan")
+    if isinstance(plan, (list, tuple)) and plan:
+        yield "## Plan"
+        yield _escape(tables.plan_summary(plan)) + "."
+        yield _table(tables.plan(plan))
+    for table in (tables.layer_errors(results), tables.stages(results), tables.settings(results)):
+        yield from _section(table)
+
+
+def _section(table: Table) -> Iterator[str]:
+    if table.rows:
+        yield f"## {table.title}"
+        yield _table(table)
+        if table.caption:
+            yield _escape(table.caption)
+
+
+def _table(table: Table) -> str:
+    rules = ("--:" if column in table.right else "---" for column in range(len(table.headers)))
+    rows = [table.headers, *table.rows]
+    lines = [_line(_escape(cell) for cell in row) for row in rows]
+    return "\n".join([lines[0], _line(rules), *lines[1:]])
+
+
+def _line(cells: Iterator[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _escape(text: str) -> str:
+    """Text that Markdown and HTML leave as it is. An underscore inside a word is one already."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"[\\`*|\[\]~#]|(?<![^\W_])_|_(?![^\W_])", lambda match: "\\" + match[0], text)

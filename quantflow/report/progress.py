@@ -1,0 +1,146 @@
+"""What is running, how far it is and how long it may still take: bars in a terminal, plain lines in a pipe."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Self
+
+from rich import progress as bars
+from rich.console import Console
+from rich.text import Text
+
+#: In a pipe, a stage that takes longer says so this often.
+HEARTBEAT_S = 10.0
+
+
+@dataclass
+class Stage:
+    """One running stage. `update` is what a stage calls with (done, total); total may be unknown."""
+
+    name: str
+    done: int = 0
+    total: int | None = None
+    _started: float = field(default_factory=time.perf_counter)
+    _bar: tuple[bars.Progress, bars.TaskID] | None = None
+
+    def update(self, done: int, total: int | None = None) -> None:
+        self.done, self.total = done, total
+        if self._bar is not None:
+            view, task = self._bar
+            view.update(task, completed=done, total=total)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+    @property
+    def count(self) -> str:
+        return f" {self.done}/{self.total}" if self.total else f" {self.done}" if self.done else ""
+
+    @property
+    def remaining(self) -> str:
+        """At the speed so far."""
+        if not self.total or not 0 < self.done < self.total:
+            return ""
+        return f"  about {self.seconds * (self.total - self.done) / self.done:.0f} s left"
+
+
+class Progress:
+    """Shows stages one after the other and keeps their times.
+
+    with Progress(console) as progress:
+        with progress.stage("calibrate") as stage:
+            calibrate(..., progress=stage.update)
+    progress.stages  # [{"name": "calibrate", "seconds": 1.9}]
+
+    When quiet it shows nothing; the times are kept all the same.
+    """
+
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+        self.stages: list[dict[str, str | float]] = []
+        self._console = console
+        self._quiet = quiet
+        self._view = _bars(console) if console.is_terminal and not quiet else None
+
+    def __enter__(self) -> Self:
+        if self._view is not None:
+            self._view.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._view is not None:
+            self._view.stop()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Stage]:
+        """Runs one stage; an exception passes through and marks it as failed."""
+        stage = Stage(name)
+        if self._view is not None:
+            stage._bar = (self._view, self._view.add_task(name, total=None))
+        beating: AbstractContextManager[None] = nullcontext()
+        if self._view is None and not self._quiet:
+            beating = self._heartbeat(stage)
+        outcome = "failed"
+        try:
+            with beating:
+                yield stage
+            outcome = "done"
+        finally:
+            elapsed = stage.seconds
+            self.stages.append({"name": name, "seconds": elapsed})
+            if stage._bar is not None:
+                view, task = stage._bar
+                view.remove_task(task)
+            if not self._quiet:
+                colour = "green" if outcome == "done" else "red"
+                line = Text.assemble(f"{name:<12} ", (f"{outcome:<6}", colour), f" {elapsed:8.1f} s {stage.count}")
+                line.rstrip()
+                self._console.print(line)
+
+    @contextmanager
+    def _heartbeat(self, stage: Stage) -> Iterator[None]:
+        finished = threading.Event()
+
+        def beat() -> None:
+            while not finished.wait(HEARTBEAT_S):
+                line = f"{stage.name:<12} running {stage.seconds:6.0f} s {stage.count}{stage.remaining}"
+                self._console.print(Text(line.rstrip()))
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            finished.set()
+            thread.join()
+
+
+class _Count(bars.ProgressColumn):
+    """done/total, or nothing while a stage only takes time."""
+
+    def render(self, task: bars.Task) -> Text:
+        return Text(f"{task.completed:.0f}/{task.total:.0f}" if task.total else "")
+
+
+class _Remaining(bars.ProgressColumn):
+    """The time left at the recent speed, once there is one."""
+
+    def render(self, task: bars.Task) -> Text:
+        left = task.time_remaining if task.total else None
+        return Text("" if left is None else f"about {left:.0f} s left")
+
+
+def _bars(console: Console) -> bars.Progress:
+    return bars.Progress(
+        bars.TextColumn("{task.description:<12}", markup=False),
+        bars.BarColumn(bar_width=24),
+        _Count(),
+        bars.TimeElapsedColumn(),
+        _Remaining(),
+        console=console,
+        transient=True,
+    )

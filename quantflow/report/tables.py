@@ -1,0 +1,311 @@
+"""The results as rows of text, the same for every view. A section that is missing gives no rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeGuard
+
+MISSING = "-"
+
+#: Name of the metric in the results → what people call it.
+METRIC_NAMES = {"top1": "top-1 accuracy", "spearman": "Spearman with ratings"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, one header per column, rows of as many texts, and the conditions they were measured under."""
+
+    title: str
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    right: frozenset[int] = frozenset()  #: columns aligned to the right
+    caption: str = ""
+
+    def without(self, header: str) -> Table:
+        """The same table with one column less; itself where it has no such column."""
+        if header not in self.headers:
+            return self
+        gone = self.headers.index(header)
+        headers, *rows = (row[:gone] + row[gone + 1 :] for row in (self.headers, *self.rows))
+        right = frozenset(column - (column > gone) for column in self.right if column != gone)
+        return replace(self, headers=headers, rows=tuple(rows), right=right)
+
+
+def figures(results: Mapping[str, Any]) -> Table:
+    """Float beside int8: accuracy, latency, size, memory, and the proof that int8 ran."""
+    rows = (*_accuracy(results), *_benchmark(results), *_proof(results), *_warmup(results))
+    return Table("Figures", ("", "float", "int8", "compared"), rows, frozenset({1, 2}), _conditions(results))
+
+
+def gates(results: Mapping[str, Any]) -> Table:
+    """One row per gate of the recipe."""
+    rows = tuple(
+        (_text(gate.get("name")), "passed" if gate.get("passed") else "FAILED", _text(gate.get("text")))
+        for gate in _list(results, "gates")
+    )
+    return Table("Gates", ("gate", "outcome", "figure and limit"), rows)
+
+
+def plan(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One row per layer: what it runs in, with what, and why. Columns that are empty throughout are left out."""
+    headers = ("layer", "op", "runs in", "group", "kernel", "qparams", "reason")
+    keys = ("name", "op", "precision", "group", "kernel", "qparams", "reason")
+    cells = [tuple(_text(row.get(key)) for key in keys) for row in rows]
+    used = [i for i in range(len(keys)) if i < 3 or any(row[i] not in (MISSING, "") for row in cells)]
+    return Table("Plan", tuple(headers[i] for i in used), tuple(tuple(row[i] for i in used) for row in cells))
+
+
+def plan_summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many rows are int8, and how many stay float for which reason."""
+    int8 = sum(row.get("precision") == "int8" for row in rows)
+    text = f"{int8} of {len(rows)} layers in int8"
+    reasons: dict[str, int] = {}
+    for row in rows:
+        if row.get("precision") != "int8":
+            reason = _text(row.get("reason"))
+            reasons[reason] = reasons.get(reason, 0) + 1
+    ordered = sorted(reasons.items(), key=lambda item: -item[1])
+    return "; ".join([text, *(f"{count} float: {reason}" for reason, count in ordered)])
+
+
+def layer_errors(results: Mapping[str, Any]) -> Table:
+    """Each layer's error, the worst first."""
+    layers = _list(_section(results, "accuracy"), "per_layer")
+    rows = tuple(
+        (_text(layer.get("name")), db(layer.get("sqnr_db")), number(layer.get("max_error")))
+        for layer in sorted(layers, key=_badness)
+    )
+    return Table("Layers, worst first", ("layer", "SQNR", "max error"), rows, frozenset({1, 2}))
+
+
+def stages(results: Mapping[str, Any]) -> Table:
+    """What took how long."""
+    rows = tuple((_text(stage.get("name")), seconds(stage.get("seconds"))) for stage in _list(results, "stages"))
+    return Table("Stages", ("stage", "time"), rows, frozenset({1}))
+
+
+def settings(results: Mapping[str, Any]) -> Table:
+    """What ran, on what: recipe, model, data, mode, runtime, device, calibration, machine."""
+    return Table("Settings", ("", ""), tuple(_settings(results)))
+
+
+def headline(results: Mapping[str, Any]) -> str:
+    """One line: recipe, model and weights, mode, runtime, device."""
+    recipe, model, runtime = (_section(results, key) for key in ("recipe", "model", "runtime"))
+    weights = f" ({_text(model['weights_used'])} weights)" if model.get("weights_used") else ""
+    parts = [
+        _text(recipe.get("name")),
+        f"{_text(model['name'])}{weights}" if model.get("name") else "",
+        f"mode {_text(results['mode'])}" if results.get("mode") else "",
+        f"runtime {_text(runtime['chosen'])}" if runtime.get("chosen") else "",
+        f"device {_text(results['device'])}" if results.get("device") else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def notices(results: Mapping[str, Any]) -> list[str]:
+    """What the user must not miss."""
+    found = results.get("notices")
+    return [_text(notice) for notice in found] if isinstance(found, (list, tuple)) else []
+
+
+def verdict(results: Mapping[str, Any]) -> str:
+    """The verdict with the gates counted."""
+    outcome, rows = _text(results.get("verdict")), gates(results).rows
+    if not rows:
+        return outcome
+    return f"{outcome} ({sum(row[1] == 'passed' for row in rows)} of {len(rows)} gates passed)"
+
+
+# Figures as text, with their units
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """A bare number with `digits` significant digits."""
+    if not _is_number(value):
+        return MISSING
+    return "NaN" if math.isnan(value) else f"{value:.{digits}g}"
+
+
+def db(value: Any) -> str:
+    """A signal to noise ratio; infinite means no noise at all."""
+    if not _is_number(value) or math.isnan(value):
+        return number(value)
+    return "exact" if value == math.inf else f"{value:.2f} dB"
+
+
+def ms(value: Any) -> str:
+    return f"{number(value)} ms" if _is_number(value) else MISSING
+
+
+def seconds(value: Any) -> str:
+    return f"{value:.1f} s" if _is_number(value) else MISSING
+
+
+def percent(value: Any) -> str:
+    """A share, 0 to 1, in percent."""
+    return f"{100 * value:.2f} %" if _is_number(value) else MISSING
+
+
+def size(value: Any) -> str:
+    """Bytes, in MB of 10^6 bytes."""
+    return f"{value / 1e6:.1f} MB" if _is_number(value) else MISSING
+
+
+# Sections
+
+
+def _accuracy(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    accuracy = _section(results, "accuracy")
+    if not accuracy:
+        return
+    metric = _section(accuracy, "metric")
+    if metric:
+        yield _metric(metric)
+    yield "SQNR of the output", "", db(accuracy.get("sqnr_db")), ""
+    reach = f"float reaches {number(accuracy.get('float_max_abs'))}" if accuracy.get("float_max_abs") else ""
+    yield "max error", "", number(accuracy.get("max_error")), reach
+    if accuracy.get("agreement") is not None:
+        yield "same top-1 class", "", percent(accuracy["agreement"]), ""
+    if accuracy.get("cosine_mean") is not None:
+        lowest = f"lowest {number(accuracy.get('cosine_min'))}"
+        yield "cosine, mean", "", number(accuracy["cosine_mean"]), lowest
+    nonfinite = _section(accuracy, "nonfinite")
+    if nonfinite.get("float") or nonfinite.get("int8"):
+        yield "NaN or infinite", _text(nonfinite.get("float")), _text(nonfinite.get("int8")), "output elements"
+
+
+def _metric(metric: Mapping[str, Any]) -> tuple[str, ...]:
+    name, drop, error = metric.get("name"), metric.get("drop"), metric.get("standard_error")
+    label = METRIC_NAMES.get(str(name), _text(name))
+    if name == "top1":
+        margin = f" +- {100 * error:.2f}" if _is_number(error) else ""
+        compared = f"drop {100 * drop:+.2f}{margin} points" if _is_number(drop) else MISSING
+        return label, percent(metric.get("float")), percent(metric.get("int8")), compared
+    compared = f"drop {drop:+.4f}" if _is_number(drop) else MISSING
+    return label, number(metric.get("float")), number(metric.get("int8")), compared
+
+
+def _benchmark(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    benchmark = _section(results, "benchmark")
+    for config in _list(benchmark, "configs"):
+        cells = [_latency(_section(config, name)) for name in ("float", "int8")]
+        speedup = f"{number(config.get('speedup'), 3)}x as fast" if _is_number(config.get("speedup")) else MISSING
+        yield f"latency, batch {_text(config.get('batch_size'))}", *cells, speedup
+        rates = [_section(config, name).get("throughput_per_s") for name in ("float", "int8")]
+        if any(map(_is_number, rates)):
+            yield "samples per second", *(number(rate) for rate in rates), ""
+    disk = _section(benchmark, "size")
+    if disk:
+        ratio = f"{number(disk.get('ratio'), 3)} of float" if _is_number(disk.get("ratio")) else MISSING
+        yield "size on disk", size(disk.get("float_bytes")), size(disk.get("int8_bytes")), ratio
+    if benchmark.get("peak_memory_bytes"):
+        yield "peak memory", "", size(benchmark["peak_memory_bytes"]), "whole process"
+
+
+def _latency(timing: Mapping[str, Any]) -> str:
+    if not _is_number(timing.get("median_ms")):
+        return MISSING
+    spread = f" +- {number(timing['spread_ms'], 2)}" if _is_number(timing.get("spread_ms")) else ""
+    return f"{number(timing['median_ms'])}{spread} ms"
+
+
+def _conditions(results: Mapping[str, Any]) -> str:
+    """How many samples, threads and rounds the figures stand on, and what +- means."""
+    parts = []
+    accuracy, benchmark = _section(results, "accuracy"), _section(results, "benchmark")
+    if accuracy:
+        margin = " (+- standard error)" if _section(accuracy, "metric").get("standard_error") is not None else ""
+        parts.append(f"accuracy: {_text(accuracy.get('samples'))} samples{margin}")
+    if _list(benchmark, "configs"):
+        threads, rounds = _text(benchmark.get("threads")), _text(benchmark.get("rounds"))
+        parts.append(f"latency: {threads} threads, median of {rounds} interleaved rounds +- interquartile range")
+    return "; ".join(parts)
+
+
+def _proof(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    proof = _section(results, "int8_proof")
+    if not proof:
+        return
+    yield "layers run in int8", "", _text(proof.get("int8_layers_run")), f"{_text(proof.get('int8_layers'))} planned"
+    core = _text(proof.get("core_layers"))
+    yield "int8 coverage", "", percent(proof.get("coverage")), f"of {core} conv and linear layers"
+    differs = proof.get("output_differs")
+    if differs is not None:
+        yield "int8 output", "", "differs" if differs else "IDENTICAL", "from float's" if differs else "to float's"
+
+
+def _warmup(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    warmup = _section(results, "warmup")
+    if not warmup:
+        return
+    steady = f"then {ms(warmup.get('steady_ms'))} a batch"
+    yield "first result", "", seconds(warmup.get("time_to_first_result_s")), steady
+    if warmup.get("sqnr_vs_reference_db") is not None:
+        yield "runtime", "", db(warmup["sqnr_vs_reference_db"]), "against the reference"
+
+
+def _settings(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    recipe, model, runtime, calibration, machine = (
+        _section(results, key) for key in ("recipe", "model", "runtime", "calibration", "environment")
+    )
+    if recipe:
+        yield "recipe", _text(recipe.get("name")) + (f" (sha256 {_text(recipe['hash'])})" if recipe.get("hash") else "")
+        if recipe.get("overrides"):
+            yield "overrides", _text(recipe["overrides"])
+    if model:
+        yield "model", _text(model.get("name"))
+        used, asked = _text(model.get("weights_used")), _text(model.get("weights_requested"))
+        yield "weights", f"{used} (asked for: {asked})"
+        if _is_number(model.get("parameters")):
+            yield "parameters", f"{model['parameters'] / 1e6:.2f} M, {size(model.get('float_bytes'))} in float"
+    if results.get("data"):
+        yield "data", _text(results["data"])
+    if results.get("mode"):
+        yield "mode", _text(results["mode"])
+    if runtime:
+        reason = f": {_text(runtime['reason'])}" if runtime.get("reason") else ""
+        yield "runtime", f"{_text(runtime.get('chosen'))} (asked for: {_text(runtime.get('requested'))}){reason}"
+    if results.get("device"):
+        yield "device", _text(results["device"])
+    if calibration:
+        resumed = ", resumed" if calibration.get("resumed") else ""
+        amount = f"{_text(calibration.get('samples'))} samples in {_text(calibration.get('batches'))} batches"
+        yield "calibration", f"{amount}, {seconds(calibration.get('seconds'))}{resumed}"
+    for key, value in machine.items():
+        yield _text(key), _text(value)
+
+
+def _badness(layer: Mapping[str, Any]) -> float:
+    """Sorts NaN before every number."""
+    sqnr = layer.get("sqnr_db")
+    return sqnr if _is_number(sqnr) and not math.isnan(sqnr) else -math.inf
+
+
+def _section(results: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    section = results.get(key)
+    return section if isinstance(section, Mapping) else {}
+
+
+def _list(section: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    items = section.get(key)
+    return [item for item in items if isinstance(item, Mapping)] if isinstance(items, (list, tuple)) else []
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _text(value: Any) -> str:
+    """One line of printable text: names come from users' models and may hold anything, terminal codes too."""
+    if value is None or value == "":
+        return MISSING
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_text(key)}={_text(item)}" for key, item in value.items()) or MISSING
+    if isinstance(value, (list, tuple)):
+        return " ".join(_text(item) for item in value) or MISSING
+    if isinstance(value, float):
+        return number(value)
+    return "".join(character if character.isprintable() else " " for character in str(value))

@@ -1,0 +1,290 @@
+"""The `quantflow::` operators: int8 kernels of stock PyTorch behind names that say what is fused.
+
+They register when quantflow is imported, so a saved ScriptModule loads after `import quantflow`. Each takes plain
+tensors and numbers; the packed form that oneDNN wants is kept in a cache beside the weight, never saved.
+
+Layout: 4-D activations are channels-last. `*_scale` and `*_zero_point` describe codes as they are stored (see
+`quantflow.runtimes.torch`: most signed values are stored as uint8 with zero_point + 128). `is_nonnegative` marks int8
+codes in [0, 127], whose bytes are read as uint8. `out_dtype` is "int8", "uint8" or "float32".
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from quantflow.numerics.affine import ACTIVATION_RANGE, TORCH_DTYPE
+from quantflow.passes.units import Epilogue
+from quantflow.program import EPILOGUES
+from quantflow.runtimes.reference import apply_epilogue
+
+Tensor = torch.Tensor
+_onednn = torch.ops.onednn
+_OUT = {**TORCH_DTYPE, "float32": torch.float32}
+_HIGHEST = {high: torch.tensor(float(high)) for _, high in ACTIVATION_RANGE.values()}
+
+#: Spatial dimensions → epilogue kind → attribute where stock PyTorch fuses it; the others follow in float32.
+FUSED_IN_CONV = {
+    1: {"": "none", "relu": "relu"},
+    2: {"": "none", "relu": "relu", "hardtanh": "hardtanh", "hardswish": "hardswish", "silu": "swish"},
+    3: {"": "none"},
+}
+#: The same for linear: epilogue kind → (attribute, algorithm).
+FUSED_IN_LINEAR = {
+    "": ("none", ""), "relu": ("relu", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"),
+    "hardtanh": ("hardtanh", ""), "hardswish": ("hardswish", ""), "silu": ("swish", ""),
+    "leaky_relu": ("leaky_relu", ""), "tanh": ("tanh", ""),
+}  # fmt: skip
+#: Packed forms kept per weight, one per input shape (oneDNN chooses the layout by it); the oldest is dropped.
+_PACKED_PER_WEIGHT = 8
+_POINTWISE = {
+    3: _onednn.qconv1d_pointwise.default,
+    4: _onednn.qconv2d_pointwise.default,
+    5: _onednn.qconv3d_pointwise.default,
+}
+_SUM = _onednn.qconv2d_pointwise.binary
+_LINEAR = _onednn.qlinear_pointwise.default
+
+
+class _PackCache:
+    """weight tensor → {input shape → (packed weight, zero points)}. An entry dies with its weight."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._entries = torch.utils.weak.WeakIdKeyDictionary()
+
+    def get(self, weight: Tensor, key: Any, pack: Callable[[], Tensor], channels: int) -> tuple[Tensor, Tensor]:
+        entry = self._entries.get(weight)
+        found = entry.get(key) if entry is not None else None
+        if found is None:
+            with self._lock:
+                entry = self._entries.setdefault(weight, OrderedDict())
+                found = entry.get(key)
+                if found is None:
+                    found = (pack(), torch.zeros(channels, dtype=torch.int8))
+                    entry[key] = found
+                    while len(entry) > _PACKED_PER_WEIGHT:
+                        entry.popitem(last=False)
+        return found  # type: ignore[no-any-return]
+
+
+_cache = _PackCache()
+
+
+def _dense(x: Tensor) -> Tensor:
+    """The layout the kernels are fast in: channels-last for images, contiguous for everything else."""
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.contiguous()
+
+
+def flip(x: Tensor) -> Tensor:
+    """int8 codes as uint8 codes with zero_point + 128, or back: the top bit flipped."""
+    if x.dtype is torch.int8:
+        return x.view(torch.uint8).bitwise_xor(128)
+    return x.bitwise_xor(128).view(torch.int8)
+
+
+def quantize(x: Tensor, scale: float, zero_point: int, dtype: str) -> Tensor:
+    """q = clamp(round_half_even(x / scale) + zero_point, qmin, qmax); NaN saturates to qmax, as in the reference."""
+    low, high = ACTIVATION_RANGE[dtype]
+    q = torch.div(_dense(x), scale).round_()
+    if zero_point:
+        q.add_(zero_point)
+    # fmin, unlike clamp, takes the number where the other operand is NaN.
+    return torch.fmin(q, _HIGHEST[high], out=q).clamp_min_(low).to(_OUT[dtype])
+
+
+def dequantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    """x' = (q - zero_point) * scale."""
+    r = x.to(torch.float32)
+    return r.sub_(zero_point).mul_(scale) if zero_point else r.mul_(scale)
+
+
+def requantize(mean: Tensor, scale: float, out_scale: float, out_zero_point: int, out_dtype: str) -> Tensor:
+    """Codes of mean * scale, for the mean of centered codes."""
+    return quantize(mean * scale, out_scale, out_zero_point, out_dtype)
+
+
+def _finish(r: Tensor, epilogue: str, values: list[float], scale: float, zero_point: int, dtype: str) -> Tensor:
+    if epilogue:
+        r = apply_epilogue(r, Epilogue(epilogue, tuple(values)))
+    return r if dtype == "float32" else quantize(r, scale, zero_point, dtype)
+
+
+def conv(
+    x: Tensor, x_scale: float, x_zero_point: int, is_nonnegative: bool, weight: Tensor, weight_scale: Tensor,
+    bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int], groups: int,
+    out_scale: float, out_zero_point: int, out_dtype: str, epilogue: str, values: list[float],
+    residual: Tensor | None = None, residual_scale: float = 1.0, residual_zero_point: int = 0,
+    may_overwrite: bool = False,
+) -> Tensor:  # fmt: skip
+    """Convolution over codes (batch, channels, *spatial), with residual and activation."""
+    if x.numel() == 0:
+        return _empty_conv(x, weight, stride, padding, dilation, out_dtype)
+    x = _dense(x.view(torch.uint8) if is_nonnegative else x)
+    if x.dtype is torch.int8:
+        x, x_zero_point = flip(x), x_zero_point + 128
+    packed, zeros = _cache.get(
+        weight,
+        (x.shape, x_scale, x_zero_point),
+        lambda: _onednn.qconv_prepack(
+            weight, weight_scale, x_scale, x_zero_point, stride, padding, dilation, groups, list(x.shape)
+        ),
+        weight_scale.numel(),
+    )
+    if residual is not None and weight.dim() == 4 and epilogue in ("", "relu") and residual.dtype is _OUT[out_dtype]:
+        accumulator = _dense(residual)
+        if accumulator is residual and not may_overwrite:
+            accumulator = residual.clone()
+        return _SUM(
+            x, x_scale, x_zero_point, packed, weight_scale, zeros, accumulator, bias, stride, padding, dilation, groups,
+            out_scale, out_zero_point, _OUT[out_dtype], residual_scale, residual_zero_point, "sum", 1.0,
+            epilogue or None, [], None,
+        )  # fmt: skip
+    attributes = FUSED_IN_CONV[weight.dim() - 2]
+    fused = residual is None and epilogue in attributes
+    r = _POINTWISE[weight.dim()](
+        x, x_scale, x_zero_point, packed, weight_scale, zeros, bias, stride, padding, dilation, groups,
+        out_scale if fused else 1.0, out_zero_point if fused else 0, _OUT[out_dtype] if fused else torch.float32,
+        attributes[epilogue if fused else ""], values if fused else [], "",
+    )  # fmt: skip
+    if fused:
+        return r
+    if residual is not None:
+        r = r + dequantize(residual, residual_scale, residual_zero_point)
+    return _finish(r, epilogue, values, out_scale, out_zero_point, out_dtype)
+
+
+def _empty_conv(
+    x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], out_dtype: str
+) -> Tensor:
+    sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    spatial = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
+    return torch.empty(x.shape[0], weight.shape[0], *spatial, dtype=_OUT[out_dtype])
+
+
+def linear(
+    x: Tensor, x_scale: float, x_zero_point: int, is_nonnegative: bool, weight: Tensor, weight_scale: Tensor,
+    bias: Tensor | None, out_scale: float, out_zero_point: int, out_dtype: str, epilogue: str, values: list[float],
+    residual: Tensor | None = None, residual_scale: float = 1.0, residual_zero_point: int = 0,
+) -> Tensor:  # fmt: skip
+    """Linear over codes (*, in_features)."""
+    if x.numel() == 0:
+        return torch.empty(*x.shape[:-1], weight.shape[0], dtype=_OUT[out_dtype])
+    x = x.contiguous()
+    if is_nonnegative:
+        x = x.view(torch.uint8)
+    packed, zeros = _cache.get(
+        weight, x.shape, lambda: _onednn.qlinear_prepack(weight, list(x.shape)), weight_scale.numel()
+    )
+    fused = residual is None and epilogue in FUSED_IN_LINEAR
+    attribute, algorithm = FUSED_IN_LINEAR[epilogue if fused else ""]
+    r = _LINEAR(
+        x, x_scale, x_zero_point, packed, weight_scale, zeros, bias, out_scale if fused else 1.0,
+        out_zero_point if fused else 0, _OUT[out_dtype] if fused else torch.float32, attribute,
+        values if fused else [], algorithm,
+    )  # fmt: skip
+    if fused:
+        return r
+    if residual is not None:
+        r = r + dequantize(residual, residual_scale, residual_zero_point)
+    return _finish(r, epilogue, values, out_scale, out_zero_point, out_dtype)
+
+
+def matmul(
+    a: Tensor, a_scale: float, a_zero_point: int, b: Tensor, b_scale: float, b_zero_point: int,
+    out_scale: float, out_zero_point: int, out_dtype: str,
+) -> Tensor:  # fmt: skip
+    """Batched product of two activations. A float32 GEMM over codes is exact while K * 255 * 255 < 2**24."""
+    dtype = torch.float32 if a.shape[-1] * 255 * 255 < 2**24 else torch.float64
+    acc = torch.matmul(a.to(dtype) - a_zero_point, b.to(dtype) - b_zero_point)
+    scale = torch.tensor(a_scale * b_scale, dtype=torch.float32)
+    return _finish(acc.to(torch.float32) * scale, "", [], out_scale, out_zero_point, out_dtype)
+
+
+def add(
+    a: Tensor, a_scale: float, a_zero_point: int, b: Tensor, b_scale: float, b_zero_point: int,
+    out_scale: float, out_zero_point: int, out_dtype: str, epilogue: str, values: list[float],
+) -> Tensor:  # fmt: skip
+    """a + b of two coded tensors that broadcast."""
+    r = dequantize(a, a_scale, a_zero_point) + dequantize(b, b_scale, b_zero_point)
+    return _finish(r, epilogue, values, out_scale, out_zero_point, out_dtype)
+
+
+def mul(
+    a: Tensor, a_scale: float, a_zero_point: int, b: Tensor, b_scale: float, b_zero_point: int,
+    out_scale: float, out_zero_point: int, out_dtype: str, epilogue: str, values: list[float],
+) -> Tensor:  # fmt: skip
+    """a * b of two coded tensors that broadcast."""
+    r = dequantize(a, a_scale, a_zero_point) * dequantize(b, b_scale, b_zero_point)
+    return _finish(r, epilogue, values, out_scale, out_zero_point, out_dtype)
+
+
+def max_pool(
+    x: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool
+) -> Tensor:
+    """Max pooling of codes (*, *spatial), as maxima of shifted slices, one dimension after another."""
+    for index, (k, s, p, d) in enumerate(zip(kernel, stride, padding, dilation, strict=True)):
+        axis = x.dim() - len(kernel) + index
+        size = x.shape[axis]
+        span = d * (k - 1) + 1
+        out = -(-(size + 2 * p - span) // s) + 1 if ceil_mode else (size + 2 * p - span) // s + 1
+        if ceil_mode and (out - 1) * s >= size + p:
+            out -= 1
+        after = max((out - 1) * s + span - size - p, 0)
+        if p or after:
+            pads = [0, 0] * (x.dim() - axis - 1) + [p, after]
+            x = F.pad(x, pads, value=0 if x.dtype is torch.uint8 else -128)
+        stop = (out - 1) * s + 1
+        y = x.narrow(axis, 0, stop)[_every(axis, s)]
+        for tap in range(1, k):
+            y = torch.maximum(y, x.narrow(axis, tap * d, stop)[_every(axis, s)])
+        x = y
+    return x
+
+
+def _every(axis: int, step: int) -> tuple[slice, ...]:
+    return (*(slice(None),) * axis, slice(None, None, step))
+
+
+def clamp(x: Tensor, low: int, high: int) -> Tensor:
+    """Codes clamped to [low, high]."""
+    return x.clamp(low, high)
+
+
+_X = (
+    "Tensor x, float x_scale, int x_zero_point, bool is_nonnegative, Tensor weight, Tensor weight_scale, Tensor? bias, "
+)
+_OUTPUT = "float out_scale, int out_zero_point, str out_dtype"
+_EPILOGUE = ", str epilogue, float[] values"
+_PAIR = "Tensor a, float a_scale, int a_zero_point, Tensor b, float b_scale, int b_zero_point, "
+_RESIDUAL = ", Tensor residual, float residual_scale, int residual_zero_point"
+_GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups, "
+
+_library = torch.library.Library("quantflow", "DEF")
+
+
+def _register(name: str, schema: str, function: Callable[..., Any]) -> None:
+    _library.define(f"{name}({schema}) -> Tensor")
+    _library.impl(name, function, "CPU")
+
+
+for _kind in ("", *EPILOGUES):
+    _suffix = f"_{_kind}" if _kind else ""
+    _register(f"conv{_suffix}", _X + _GEOMETRY + _OUTPUT + _EPILOGUE, conv)
+    _register(f"conv_sum{_suffix}", _X + _GEOMETRY + _OUTPUT + _EPILOGUE + _RESIDUAL + ", bool may_overwrite", conv)
+    _register(f"linear{_suffix}", _X + _OUTPUT + _EPILOGUE, linear)
+    _register(f"linear_sum{_suffix}", _X + _OUTPUT + _EPILOGUE + _RESIDUAL, linear)
+    _register(f"add{_suffix}", _PAIR + _OUTPUT + _EPILOGUE, add)
+    _register(f"mul{_suffix}", _PAIR + _OUTPUT + _EPILOGUE, mul)
+_register("matmul", _PAIR + _OUTPUT, matmul)
+_register("quantize", "Tensor x, float scale, int zero_point, str dtype", quantize)
+_register("dequantize", "Tensor x, float scale, int zero_point", dequantize)
+_register("requantize", "Tensor mean, float scale, float out_scale, int out_zero_point, str out_dtype", requantize)
+_register("max_pool", "Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode", max_pool)
+_register("clamp", "Tensor x, int low, int high", clamp)
+_register("flip", "Tensor x", flip)

@@ -1,0 +1,205 @@
+"""The reference runtime: plain PyTorch, exact integer sums, slow and obviously right. It is the specification.
+
+Every other runtime is compared with it, node by node, on the same codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from quantflow.graph import SIZE_FUNCTIONS
+from quantflow.numerics.affine import QParams, dequantize, quantize
+from quantflow.passes.units import Epilogue
+from quantflow.program import LINEAR_OPS, Node, Program, Ref, TensorRef, aten_op, substitute
+
+#: Ops that compute a real number per element; every other op moves codes, or is float by itself.
+_COMPUTED = ("quantize", *LINEAR_OPS, "matmul", "add", "mul", "avg_pool")
+_CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+
+
+class ReferenceRunner:
+    """Executes a program node by node. Stateless between calls, so safe to call from several threads."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._frees = program.last_uses()
+
+    def __call__(
+        self, inputs: Sequence[torch.Tensor], on_value: Callable[[Node, Mapping[str, Any]], None] | None = None
+    ) -> Any:
+        """Run the program.
+
+        Args:
+            inputs: in the order of `program.inputs`.
+            on_value: called after every node with the values alive at that point, the node's own included.
+        """
+        program = self.program
+        values: dict[str, Any] = {i.name: x for i, x in zip(program.inputs, inputs, strict=True)}
+        with torch.inference_mode():
+            for index, node in enumerate(program.nodes):
+                values[node.output] = run_node(program, node, values)
+                if on_value is not None:
+                    on_value(node, values)
+                for dead in self._frees.get(index, ()):
+                    del values[dead]
+            return resolve(program, program.output, values)
+
+    def run_node(self, index: int, values: Mapping[str, Any]) -> Any:
+        """One node's value from given values."""
+        with torch.inference_mode():
+            return run_node(self.program, self.program.nodes[index], values)
+
+    def int8_layers(self) -> int:
+        """Convolutions and linears of the program: this runtime executes every one as integer sums."""
+        return len(self.program.int8_nodes())
+
+
+def resolve(program: Program, argument: Any, values: Mapping[str, Any]) -> Any:
+    """An argument with its references replaced by values and stored tensors."""
+    return substitute(argument, lambda r: program.tensors[r.name] if isinstance(r, TensorRef) else values[r.name])
+
+
+def run_node(program: Program, node: Node, values: Mapping[str, Any]) -> Any:
+    """One node's value, by the formulas in `quantflow.program`."""
+    if node.op in _COMPUTED:
+        r, out = _real(program, node, values), qparams_of(program, node.output)
+        return r if out is None else quantize(r, out)
+    args = resolve(program, node.args, values)
+    kwargs = resolve(program, dict(node.kwargs), values)
+    match node.op:
+        case "dequantize":
+            return dequantize(args[0], _known(qparams_of(program, node.args[0].name)))
+        case "clamp":
+            return args[0].clamp(node.attrs["low"], node.attrs["high"])
+        case "max_pool" | "cat" | "shape":
+            return on_codes(node, args, kwargs)
+        case "size":
+            return (SIZE_FUNCTIONS.get(node.target) or aten_op(node.target))(*args, **kwargs)
+        case _:
+            return aten_op(node.target)(*args, **kwargs)
+
+
+def unrounded(program: Program, node: Node, values: Mapping[str, Any]) -> torch.Tensor | None:
+    """r / scale + zero_point in float64: what the node's codes are before rounding and saturation.
+
+    None where the node only moves codes, or writes none.
+    """
+    out = qparams_of(program, node.output)
+    if node.op not in _COMPUTED or out is None:
+        return None
+    return _real(program, node, values).to(torch.float64) / out.scale + out.zero_point
+
+
+def _real(program: Program, node: Node, values: Mapping[str, Any]) -> torch.Tensor:
+    """r, the node's float32 value before it is quantized."""
+    args = resolve(program, node.args, values)
+    operands = [qparams_of(program, a.name) if isinstance(a, Ref) else None for a in node.args]
+    match node.op:
+        case "quantize":
+            r = args[0]
+        case "conv" | "linear":
+            r = _linear(program, node, args, operands)
+        case "matmul":
+            (a, b), (qa, qb) = args, (_known(q) for q in operands)
+            r = _scaled(torch.matmul(_centered(a, qa), _centered(b, qb)), _float32(qa.scale * qb.scale))
+        case "add" | "mul":
+            a, b = (dequantize(x, _known(q)) for x, q in zip(args, operands, strict=True))
+            r = a + b if node.op == "add" else a * b
+        case "avg_pool":
+            q = _known(operands[0])
+            kwargs = resolve(program, dict(node.kwargs), values)
+            r = _scaled(aten_op(node.target)(_centered(args[0], q), *args[1:], **kwargs), _float32(q.scale))
+        case _:
+            raise ValueError(f"{node.op} computes no real value")
+    return apply_epilogue(r, node.epilogue)
+
+
+def on_codes(node: Node, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """An op that moves or compares values, applied to codes. Through int32 where torch has no int8 kernel for it."""
+    if node.target in SIZE_FUNCTIONS:
+        return SIZE_FUNCTIONS[node.target](*args)
+    op = aten_op(node.target)
+    if node.op == "max_pool" or "upsample" in node.target:
+        x, *rest = args
+        return op(x.to(torch.float32), *rest, **kwargs).to(x.dtype)
+    return op(*args, **kwargs)
+
+
+def qparams_of(program: Program, name: str) -> QParams | None:
+    """How a value is coded; None if it is not."""
+    value = program.values.get(name)
+    return value.qparams if value is not None else None
+
+
+def apply_epilogue(r: torch.Tensor, epilogue: Epilogue | None) -> torch.Tensor:
+    """The fused activation, in float32."""
+    if epilogue is None:
+        return r
+    match epilogue.kind:
+        case "relu":
+            return F.relu(r)
+        case "hardtanh":
+            return r.clamp(*epilogue.values)
+        case "leaky_relu":
+            return F.leaky_relu(r, epilogue.values[0])
+        case "gelu":
+            return F.gelu(r)
+        case "gelu_tanh":
+            return F.gelu(r, approximate="tanh")
+        case "hardswish":
+            return F.hardswish(r)
+        case "hardsigmoid":
+            return F.hardsigmoid(r)
+        case "silu":
+            return F.silu(r)
+        case "sigmoid":
+            return torch.sigmoid(r)
+        case "tanh":
+            return torch.tanh(r)
+    raise ValueError(f"epilogue {epilogue.kind!r} is not known")
+
+
+def _linear(program: Program, node: Node, args: Any, operands: Sequence[QParams | None]) -> torch.Tensor:
+    """acc * (scale_x * scale_w[c]) + bias[c] (+ the dequantized residual), float32."""
+    x, residual = args
+    qx, attrs = _known(operands[0]), node.attrs
+    weight = program.tensors[attrs["weight"]].to(torch.float64)
+    scale = program.tensors[attrs["weight_scale"]] * qx.scale
+    centered = _centered(x, qx)
+    if node.op == "linear":
+        acc, channel = F.linear(centered, weight), -1
+    else:
+        # Padding with 0 after centering is padding with zero_point before.
+        conv = _CONV[weight.dim()]
+        acc = conv(centered, weight, None, attrs["stride"], attrs["padding"], attrs["dilation"], attrs["groups"])
+        channel = 1
+    shape = [1] * acc.dim()
+    shape[channel] = -1
+    r = _scaled(acc, scale.reshape(shape) if scale.numel() > 1 else scale)
+    if attrs["bias"] is not None:
+        r = r + program.tensors[attrs["bias"]].reshape(shape)
+    if residual is not None:
+        r = r + dequantize(residual, _known(operands[1]))
+    return r
+
+
+def _centered(q: torch.Tensor, qparams: QParams) -> torch.Tensor:
+    """q - zero_point in float64, where integer sums up to 2**53 are exact."""
+    return q.to(torch.float64) - qparams.zero_point
+
+
+def _scaled(acc: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+    return acc.to(torch.float32) * scale
+
+
+def _float32(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float32)
+
+
+def _known(qparams: QParams | None) -> QParams:
+    assert qparams is not None, "the program was checked when it was built"
+    return qparams

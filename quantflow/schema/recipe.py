@@ -1,0 +1,134 @@
+"""Recipe: the validated request. What the user asked, with every default in place, and nothing decided yet."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from quantflow.errors import Problem, RecipeError
+from quantflow.schema.base import PathText, Settings, shaped
+from quantflow.schema.data import DataSpec, PhotosData
+from quantflow.schema.model import ModelSpec
+from quantflow.schema.problems import explain
+from quantflow.schema.qconfig import LayerOverride, QConfig
+from quantflow.schema.settings import (
+    BenchmarkSettings,
+    CalibrateSettings,
+    DeviceSettings,
+    EvaluateSettings,
+    GatesSettings,
+    ModeSettings,
+    ReportSettings,
+    RuntimeSettings,
+    WarmupSettings,
+)
+
+Task = Literal["run", "plan", "evaluate", "benchmark", "inspect", "report"]
+#: Tasks that start from a model, and tasks that look at an artifact.
+BUILDING_TASKS = ("run", "plan")
+ARTIFACT_TASKS = ("evaluate", "benchmark", "inspect", "report")
+
+#: A layer pattern's value: the word float or int8, or what differs from `qconfig`.
+LayerChoice = Annotated[
+    Annotated[Literal["float", "int8"], Tag("word")] | Annotated[LayerOverride, Tag("fields")],
+    Discriminator(lambda value: "word" if isinstance(value, str) else "fields"),
+]
+Pattern = Annotated[str, Field(min_length=1)]
+
+#: What the calibration's result depends on, and nothing else.
+_CALIBRATION_FIELDS = ("model", "data", "seed", "qconfig", "layers", "mode")
+
+
+class Recipe(Settings):
+    """Everything the user may ask for. Frozen; unknown keys are refused; every default is here and nowhere else."""
+
+    name: Annotated[
+        str, shaped(r"[A-Za-z0-9][\w.-]{0,99}", "a file name of letters, digits, '_', '-' and '.' (100 at most)")
+    ] = "custom"
+    description: str = ""
+    task: Task = "run"
+    artifact: PathText | None = None
+    output: PathText | None = None
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    model: ModelSpec | None = None
+    data: DataSpec = PhotosData()
+    qconfig: QConfig = QConfig()
+    layers: dict[Pattern, LayerChoice] = Field(default_factory=dict)
+    mode: ModeSettings = ModeSettings()
+    runtime: RuntimeSettings = RuntimeSettings()
+    device: DeviceSettings = DeviceSettings()
+    calibrate: CalibrateSettings = CalibrateSettings()
+    warmup: WarmupSettings = WarmupSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    benchmark: BenchmarkSettings = BenchmarkSettings()
+    gates: GatesSettings = GatesSettings()
+    report: ReportSettings = ReportSettings()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        problems = _conflicts(self.model_dump(include={"task", "artifact", "model", "mode"}))
+        if problems:
+            raise PydanticCustomError("conflict", "{text}", {"text": "; ".join(str(problem) for problem in problems)})
+        return self
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any], name: str | None = None) -> Recipe:
+        """The recipe that `settings` describe.
+
+        Args:
+            settings: nested plain data, as read from YAML or JSON; what is left out takes its default.
+            name: what errors call the recipe; None for its own name.
+
+        Raises:
+            RecipeError: lists everything that is wrong, each with its place and the legal choices.
+        """
+        try:
+            return cls.model_validate(dict(settings))
+        except ValidationError as error:
+            problems = explain(error, cls) + _conflicts(settings)
+            raise RecipeError(name or str(settings.get("name", "custom")), problems) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that JSON and YAML can hold, every default written out; `from_dict` gives an equal recipe."""
+        return self.model_dump(mode="json")
+
+    def hash(self) -> str:
+        """sha256 of the recipe as JSON."""
+        return _sha256(self.to_dict())
+
+    def calibration_key(self) -> str:
+        """sha256 of the settings that calibration depends on: two recipes with the same key share their table."""
+        settings = self.to_dict()
+        return _sha256({field: settings[field] for field in _CALIBRATION_FIELDS})
+
+
+def _conflicts(settings: Mapping[str, Any]) -> list[Problem]:
+    """Fields that are legal one by one and not together."""
+    problems = []
+    task, artifact, mode = settings.get("task", "run"), settings.get("artifact"), settings.get("mode")
+    if task in BUILDING_TASKS:
+        if settings.get("model") is None:
+            problems.append(
+                Problem(
+                    "model", "is required; choose one (model=torchvision model.name=resnet50) or a recipe that does"
+                )
+            )
+        if artifact is not None:
+            problems.append(
+                Problem("artifact", f"task={task} starts from a model; leave artifact out, or choose another task")
+            )
+    elif task in ARTIFACT_TASKS and artifact is None:
+        problems.append(Problem("artifact", f"task={task} needs the folder that a run wrote: artifact=DIR"))
+    if isinstance(mode, Mapping) and mode.get("method") == "script" and mode.get("kind", "export") != "torchscript":
+        problems.append(Problem("mode.method", "script is possible in mode=torchscript only; use trace"))
+    return problems
+
+
+def _sha256(settings: Mapping[str, Any]) -> str:
+    # Keys stay in the schema's order: the order of `layers` has a meaning, so sorting would equate unlike recipes.
+    return hashlib.sha256(json.dumps(settings, separators=(",", ":"), allow_nan=False).encode()).hexdigest()

@@ -1,0 +1,141 @@
+"""warmup(compiled, batch) → Warmup: build what depends on shapes, and compare with the reference before going on."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from quantflow.compile import Compiled
+from quantflow.data.batch import Batch
+from quantflow.errors import VerificationError
+from quantflow.evaluate import tensors
+from quantflow.numerics.agreement import disagreement, tie_tolerance
+from quantflow.numerics.measures import sqnr_db
+from quantflow.prepare import bind
+from quantflow.program import Node
+from quantflow.runtimes.reference import ReferenceRunner, unrounded
+
+#: A float32 result may differ by this share of the tensor's largest magnitude.
+FLOAT_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """What warm-up saw.
+
+    Attributes:
+        time_to_first_result_s: compiling plus the first call.
+        steady_ms: median of the calls after the first, on the warm-up batch.
+        sqnr_vs_reference_db: of the whole model's output; one-code differences add up along the model.
+        one_code_differences: codes that legally differ from the reference's, over all layers.
+        layers_checked: int8 nodes compared with the reference on its own codes.
+    """
+
+    time_to_first_result_s: float
+    steady_ms: float
+    iterations: int
+    batch_size: int
+    sqnr_vs_reference_db: float
+    one_code_differences: int
+    layers_checked: int
+    notices: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: v for k, v in asdict(self).items() if k != "notices"}
+
+
+def warmup(
+    compiled: Compiled,
+    batch: Batch,
+    *,
+    iterations: int = 5,
+    min_sqnr_db: float = 40.0,
+    call: Callable[..., Any] | None = None,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> Warmup:
+    """Run the model, time it, and verify it layer by layer.
+
+    Every node is run on the reference's own codes and may differ by one code, only next to a rounding tie. The whole
+    model's output is held to `min_sqnr_db` against the reference's; below that, with every layer legal, the model
+    itself amplifies single codes, which is reported and does not stop the run.
+
+    Args:
+        call: what to time instead of `compiled` (imperative mode: the swapped module).
+
+    Raises:
+        VerificationError: a layer differs from the reference in a way that rounding can't explain.
+    """
+    run = call or compiled
+    start = time.perf_counter()
+    with torch.inference_mode():
+        run(*batch.args, **batch.kwargs)
+        first = time.perf_counter() - start + compiled.seconds
+        taken = []
+        for done in range(iterations):
+            begin = time.perf_counter()
+            output = run(*batch.args, **batch.kwargs)
+            taken.append((time.perf_counter() - begin) * 1e3)
+            if progress is not None:
+                progress(done + 1, None)
+    reference, differences, checked = _verify(compiled, batch, progress)
+    quality = min(
+        (sqnr_db(a, b) for (_, a), (_, b) in zip(tensors(reference), tensors(output), strict=True)),
+        default=float("inf"),
+    )
+    notices: tuple[str, ...] = ()
+    if not quality >= min_sqnr_db:
+        notices = (
+            f"the whole model's output is {quality:.1f} dB from the reference's (warmup.min_sqnr_db: {min_sqnr_db:g}) "
+            f"although each layer is within one code of it: this model amplifies single rounding steps",
+        )
+    return Warmup(first, statistics.median(taken), iterations, batch.size, quality, differences, checked, notices)
+
+
+def _verify(
+    compiled: Compiled, batch: Batch, progress: Callable[[int, int | None], None] | None
+) -> tuple[Any, int, int]:
+    """(the reference's output, legal one-code differences, int8 nodes checked)."""
+    program, runner = compiled.program, compiled.runner
+    differing = checked = 0
+    index = 0
+
+    def compare(node: Node, values: Mapping[str, Any]) -> None:
+        nonlocal differing, checked, index
+        position, index = index, index + 1
+        if progress is not None:
+            progress(index, len(program.nodes))
+        expected = values[node.output]
+        if node.op in ("aten", "size") or not isinstance(expected, torch.Tensor) or not expected.numel():
+            return
+        actual = runner.run_node(position, values)
+        checked += 1
+        if expected.is_floating_point():
+            _require_close(node, expected, actual)
+            return
+        tolerance = tie_tolerance(node.epilogue.kind if node.epilogue else None)
+        illegal, worst = disagreement(expected, actual, unrounded(program, node, values), tolerance)
+        differing += int((expected != actual).sum())
+        if illegal:
+            raise VerificationError(
+                f"layer {node.name} ({node.fused_name}): {illegal} of {expected.numel()} codes differ from the "
+                f"reference where rounding can't explain it (worst: {worst:.3g} codes from a tie); "
+                f"runtime {compiled.choice.runtime.name} must not be used: try runtime=reference, and report this"
+            )
+
+    reference = ReferenceRunner(program)(bind(program.inputs, batch.args, batch.kwargs), compare)
+    return reference, differing, checked
+
+
+def _require_close(node: Node, expected: torch.Tensor, actual: torch.Tensor) -> None:
+    error = (expected - actual).abs().max().item()
+    bound = FLOAT_TOLERANCE * max(expected.abs().max().item(), 1e-30)
+    if not error <= bound:
+        raise VerificationError(
+            f"layer {node.name} ({node.fused_name}): its float output differs from the reference's by {error:.3g}, "
+            f"more than {bound:.3g}; report this, and use runtime=reference meanwhile"
+        )
