@@ -14,7 +14,20 @@ from quantflow.errors import CalibrationError
 from quantflow.graph import arguments, op_name
 from quantflow.numerics.affine import QParams, activation_qparams, quantize, quantize_weight, weight_scale
 from quantflow.observers import weight_max_abs
-from quantflow.passes.units import ADD, AVG_POOL, CAT, CLAMP, CORE, MATMUL, MAX_POOL, MUL, SHAPE, SIZE, as_epilogue
+from quantflow.passes.units import (
+    ADD,
+    AVG_POOL,
+    CAT,
+    CLAMP,
+    CORE,
+    MATMUL,
+    MAX_POOL,
+    MUL,
+    SHAPE,
+    SIZE,
+    Epilogue,
+    as_epilogue,
+)
 from quantflow.plan import PlannedUnit
 from quantflow.prepare import Prepared
 from quantflow.program import Node, Program, Ref, TensorRef, Value
@@ -149,8 +162,7 @@ class _Converter:
             attrs["groups"] = ops["groups"]
         x = self._as_codes(unit.inputs[0])
         residual = None if unit.residual is None else self._as_codes(unit.residual)
-        nonnegative = unit.epilogue is not None and unit.epilogue.is_nonnegative
-        output = self._define(planned, nonnegative)
+        output = self._define(planned, _is_nonnegative(unit.epilogue, False))
         op = "linear" if unit.op == "linear" else "conv"
         self._nodes.append(Node(unit.name, op, output, (x, residual), epilogue=unit.epilogue, attrs=attrs))
 
@@ -158,8 +170,7 @@ class _Converter:
         unit = planned.unit
         args = tuple(self._as_codes(value) for value in unit.inputs)
         operands = all(self._nonnegative(value) for value in unit.inputs)
-        clipped = unit.epilogue is not None and unit.epilogue.is_nonnegative
-        output = self._define(planned, operands or clipped)
+        output = self._define(planned, _is_nonnegative(unit.epilogue, operands))
         self._nodes.append(Node(unit.name, unit.kind, output, args, epilogue=unit.epilogue))
 
     def _clamp(self, planned: PlannedUnit) -> None:
@@ -168,7 +179,7 @@ class _Converter:
         assert epilogue is not None
         x = self._as_codes(unit.inputs[0])
         low, high = epilogue.values if epilogue.values else (0.0, float("inf"))
-        output = self._define(planned, low >= 0 or self._nonnegative(unit.inputs[0]))
+        output = self._define(planned, _is_nonnegative(epilogue, self._nonnegative(unit.inputs[0])))
         bounds = quantize(torch.tensor([low, high]), self._values[output].qparams)  # type: ignore[arg-type]
         attrs = {"low": int(bounds[0]), "high": int(bounds[1])}
         self._nodes.append(Node(unit.name, "clamp", output, (x,), attrs=attrs))
@@ -205,6 +216,13 @@ class _Converter:
     def _store(self, name: str, tensor: torch.Tensor) -> str:
         self._tensors[name] = tensor.contiguous()
         return name
+
+
+def _is_nonnegative(epilogue: Epilogue | None, operands: bool) -> bool:
+    """Whether an op's result has no negative values; `operands`: whether it has none before the epilogue."""
+    if epilogue is None:
+        return operands
+    return epilogue.is_nonnegative or (operands and epilogue.keeps_nonnegative)
 
 
 def _target(node: fx.Node) -> str:

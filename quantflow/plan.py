@@ -150,7 +150,8 @@ def make_plan(
         reason = _reason(unit, unit in int8, core, overrides, mode)
         planned.append(PlannedUnit(unit, unit in int8, unit.output in written, overrides.qconfig(unit), reason))
     codes, specs = _share_qparams(planned)
-    rows = tuple(_row(p, codes, kernel_of) for p in planned if p.unit.kind not in (SHAPE, SIZE))
+    layer_of = {node.name: node.name for node in graph.fx.nodes} | {u.output.name: u.name for u in units}
+    rows = tuple(_row(p, codes, layer_of, kernel_of) for p in planned if p.unit.kind not in (SHAPE, SIZE))
     return Plan(rows, tuple(planned), codes, specs, reduce_range, graph.notes)
 
 
@@ -352,14 +353,16 @@ def _reason(unit: Unit, is_int8: bool, core: Mapping[Unit, str], overrides: _Ove
     return "no int8 op reads its result, or none of its inputs is int8"
 
 
-def _row(p: PlannedUnit, codes: Mapping[str, str], kernel_of: Callable[[PlannedUnit], str]) -> PlanRow:
+def _row(
+    p: PlannedUnit, codes: Mapping[str, str], layer_of: Mapping[str, str], kernel_of: Callable[[PlannedUnit], str]
+) -> PlanRow:
     value = p.unit.output.name
     if not p.is_int8:
         qparams = ""
     elif not p.writes_codes:
         qparams = "float32 out"
     else:
-        qparams = "own" if codes[value] == value else f"shared with {codes[value]}"
+        qparams = "own" if codes[value] == value else f"shared with {layer_of[codes[value]]}"
     return PlanRow(
         name=p.unit.name,
         op=p.unit.op,

@@ -28,14 +28,20 @@ import torch
 
 from quantflow.errors import ArtifactError
 from quantflow.graph import SIZE_FUNCTIONS, Input
-from quantflow.numerics.affine import ACTIVATION_RANGE, MAX_REDUCTION, QParams
-from quantflow.passes.units import Epilogue
+from quantflow.numerics.affine import ACTIVATION_RANGE, MAX_REDUCTION, WEIGHT_RANGE, QParams
+from quantflow.passes.units import AVERAGES, POOLS, SHAPES, Epilogue
 
 FORMAT = 1
 LINEAR_OPS = ("conv", "linear")
 #: Ops that carry the name of an ATen op (or a size function) and its arguments.
 NAMED_OPS = ("max_pool", "avg_pool", "shape", "cat", "aten", "size")
 OPS = ("quantize", "dequantize", *LINEAR_OPS, "matmul", "add", "mul", "clamp", *NAMED_OPS)
+#: How many arguments an op without a name of its own takes.
+_ARITY = {"quantize": 1, "dequantize": 1, "conv": 2, "linear": 2, "matmul": 2, "add": 2, "mul": 2, "clamp": 1}
+#: The ATen ops that may stand behind an op on codes.
+_TARGETS = {"max_pool": POOLS, "avg_pool": AVERAGES, "cat": ("cat",), "shape": SHAPES}
+#: Ops whose output shares its codes' meaning with its inputs.
+_SHARING = ("max_pool", "cat", "clamp", "shape")
 EPILOGUES = {
     "relu": 0, "hardtanh": 2, "hardswish": 0, "hardsigmoid": 0, "silu": 0, "sigmoid": 0, "gelu": 0, "gelu_tanh": 0,
     "leaky_relu": 1, "tanh": 0,
@@ -159,22 +165,19 @@ class Program:
         """
         try:
             if data["format"] > FORMAT:
-                raise ArtifactError(
-                    f"program.json: format {data['format']} is newer than this quantflow reads ({FORMAT})"
-                )
+                found = data["format"]
+                raise ArtifactError(f"program.json: format {found} is newer than this quantflow reads ({FORMAT})")
             program = cls(
-                inputs=tuple(
-                    Input(str(i["name"]), i["keyword"], str(i["dtype"]), tuple(i["shape"])) for i in data["inputs"]
-                ),
+                inputs=tuple(_input_from_json(i) for i in data["inputs"]),
                 nodes=tuple(_node_from_json(node) for node in data["nodes"]),
                 values={name: _value_from_json(value) for name, value in data["values"].items()},
                 tensors=dict(tensors),
                 output=_decode(data["output"]),
                 batch_is_dynamic=bool(data["batch_is_dynamic"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            _check(program)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
             raise ArtifactError(f"program.json: {type(error).__name__} while reading it: {error}") from error
-        _check(program)
         return program
 
 
@@ -193,7 +196,15 @@ def aten_op(target: str) -> Callable[..., Any]:
         raise ArtifactError(f"program.json: this torch ({torch.__version__}) has no op aten.{target}")
     if op._schema.is_mutable:
         raise ArtifactError(f"program.json: aten.{target} writes to its arguments, which a program may not")
+    if not _computes_with_tensors(op._schema):
+        raise ArtifactError(f"program.json: aten.{target} is not an ATen op that a program may use")
     return op
+
+
+def _computes_with_tensors(schema: torch._C.FunctionSchema) -> bool:
+    """Whether the op has a result, and a tensor in or out. TorchScript's own `aten::save` and the like have not."""
+    types = [str(value.type) for value in (*schema.arguments, *schema.returns)]
+    return bool(schema.returns) and any("Tensor" in kind for kind in types)
 
 
 def _check(program: Program) -> None:
@@ -211,22 +222,62 @@ def _check(program: Program) -> None:
         for ref in _tensor_refs((node.args, tuple(node.kwargs.values()))):
             if ref not in program.tensors:
                 raise ArtifactError(f"{where}: reads tensor {ref!r}, which weights.safetensors does not hold")
+        if node.op in NAMED_OPS:
+            _check_target(node, where)
+        elif len(node.args) != _ARITY[node.op]:
+            raise ArtifactError(f"{where}: {node.op} takes {_ARITY[node.op]} arguments, has {len(node.args)}")
         if node.op in LINEAR_OPS:
             _check_linear(program, node, where)
-        elif node.op in NAMED_OPS and node.target not in SIZE_FUNCTIONS:
-            aten_op(node.target)
-        needs_codes = {"dequantize": 1, "conv": 1, "linear": 1, "matmul": 2, "add": 2, "mul": 2, "clamp": 1}.get(
-            node.op, 0
-        )
-        operands = [*node.args[:needs_codes], *(a for a in node.args[1:2] if node.op in LINEAR_OPS and a is not None)]
-        for arg in operands:
-            if not isinstance(arg, Ref) or arg.name not in program.values:
-                raise ArtifactError(f"{where}: operand {arg!r} holds no int8 codes")
-        if node.op == "quantize" and node.output not in program.values:
-            raise ArtifactError(f"{where}: its output has no scale and zero_point")
+        _check_codes(program, node, where)
     for ref in _refs(program.output):
         if ref not in known:
             raise ArtifactError(f"program.json: the output {ref!r} is not defined")
+    for ref in _tensor_refs(program.output):
+        if ref not in program.tensors:
+            raise ArtifactError(f"program.json: the output tensor {ref!r} is not in weights.safetensors")
+
+
+def _check_target(node: Node, where: str) -> None:
+    """The ATen op or size function that a node names exists and is legal for it."""
+    if node.op == "size" and node.target in SIZE_FUNCTIONS:
+        return
+    if node.op == "shape" and node.target == "getitem":
+        return
+    if node.op in _TARGETS and node.target.partition(".")[0] not in _TARGETS[node.op]:
+        raise ArtifactError(f"{where}: {node.op} can't be {node.target!r}; legal are {', '.join(_TARGETS[node.op])}")
+    aten_op(node.target)
+
+
+def _check_codes(program: Program, node: Node, where: str) -> None:
+    """Operands that must be codes are, the others are not, and ops that pass codes on keep their meaning."""
+    held = program.values
+    if node.op == "cat":
+        operands = list(node.args[0])
+    elif node.op == "size":
+        operands = []
+    elif node.op in ("quantize", "aten"):
+        operands = []
+        for ref in node.refs():
+            if ref in held:
+                raise ArtifactError(f"{where}: {node.op} reads {ref!r}, which holds int8 codes")
+    else:
+        operands = [a for a in node.args[: _ARITY.get(node.op, 1)] if node.op not in LINEAR_OPS or a is not None]
+        if not operands:
+            raise ArtifactError(f"{where}: has no operand")
+    for operand in operands:
+        if not isinstance(operand, Ref) or operand.name not in held:
+            raise ArtifactError(f"{where}: operand {operand!r} holds no int8 codes")
+    if node.op in ("quantize", *_SHARING) and node.output not in held:
+        raise ArtifactError(f"{where}: its output has no scale and zero_point")
+    if node.op in ("dequantize", "aten", "size") and node.output in held:
+        raise ArtifactError(f"{where}: its output can't hold int8 codes")
+    if node.op in _SHARING and any(held[o.name].qparams != held[node.output].qparams for o in operands):
+        raise ArtifactError(f"{where}: its output and its inputs must share one scale and zero_point")
+    if node.op == "clamp":
+        qparams, bounds = held[node.output].qparams, (node.attrs["low"], node.attrs["high"])
+        legal = range(qparams.range[0], qparams.range[1] + 1) if qparams is not None else ()
+        if any(not isinstance(bound, int) or bound not in legal for bound in bounds):
+            raise ArtifactError(f"{where}: low and high {bounds} are not codes")
 
 
 def _check_linear(program: Program, node: Node, where: str) -> None:
@@ -236,17 +287,23 @@ def _check_linear(program: Program, node: Node, where: str) -> None:
             continue
         if a[role] not in program.tensors:
             raise ArtifactError(f"{where}: {role} {a[role]!r} is not in weights.safetensors")
+    if not isinstance(node.args[0], Ref):
+        raise ArtifactError(f"{where}: operand {node.args[0]!r} holds no int8 codes")
     weight, scale = program.tensors[a["weight"]], program.tensors[a["weight_scale"]]
-    if weight.dtype is not torch.int8 or weight.dim() < 2:
-        raise ArtifactError(f"{where}: weight is {weight.dtype} of {weight.dim()} dimensions, not an int8 matrix")
+    dims = (2,) if node.op == "linear" else (3, 4, 5)
+    if weight.dtype is not torch.int8 or weight.dim() not in dims or not weight.numel():
+        raise ArtifactError(f"{where}: weight is {weight.dtype} of shape {tuple(weight.shape)}, {node.op} takes int8 codes")
+    if int(weight.min()) < WEIGHT_RANGE[0]:
+        raise ArtifactError(f"{where}: weight holds codes below {WEIGHT_RANGE[0]}")
     if scale.dtype is not torch.float32 or scale.numel() not in (1, weight.shape[0]):
         raise ArtifactError(f"{where}: weight_scale must be 1 or {weight.shape[0]} float32 values, has {scale.numel()}")
     if not bool((scale > 0).all()) or not bool(scale.isfinite().all()):
         raise ArtifactError(f"{where}: weight_scale holds a value that is not positive and finite")
     if weight[0].numel() > MAX_REDUCTION:
         raise ArtifactError(f"{where}: reduction of {weight[0].numel()} exceeds {MAX_REDUCTION}, int32 could overflow")
-    if a["bias"] is not None and program.tensors[a["bias"]].shape != (weight.shape[0],):
-        raise ArtifactError(f"{where}: bias must hold {weight.shape[0]} values")
+    bias = None if a["bias"] is None else program.tensors[a["bias"]]
+    if bias is not None and (bias.shape != (weight.shape[0],) or bias.dtype is not torch.float32):
+        raise ArtifactError(f"{where}: bias must hold {weight.shape[0]} float32 values")
     if node.op == "conv":
         dims = weight.dim() - 2
         for key, least in (("stride", 1), ("padding", 0), ("dilation", 1)):
@@ -262,12 +319,26 @@ def _value_to_json(value: Value) -> dict[str, Any]:
     return {"dtype": q.dtype, "scale": q.scale, "zero_point": q.zero_point, "is_nonnegative": value.is_nonnegative}
 
 
+def _input_from_json(data: Any) -> Input:
+    name, keyword, dtype, shape = str(data["name"]), data["keyword"], data["dtype"], tuple(data["shape"])
+    if keyword is not None and not isinstance(keyword, str):
+        raise ValueError(f"input {name!r}: keyword {keyword!r} is not a name")
+    if dtype not in _DTYPES:
+        raise ValueError(f"input {name!r}: dtype {dtype!r} is not known")
+    if any(size is not None and (not isinstance(size, int) or size < 0) for size in shape):
+        raise ValueError(f"input {name!r}: shape {shape} is not made of sizes")
+    return Input(name, keyword, dtype, shape)
+
+
 def _value_from_json(data: Any) -> Value:
     if data["dtype"] not in ACTIVATION_RANGE:
         raise ValueError(f"dtype {data['dtype']!r} is not int8 or uint8")
     if not isinstance(data["zero_point"], int):
         raise ValueError(f"zero_point {data['zero_point']!r} is not an integer")
-    return Value(QParams(data["dtype"], float(data["scale"]), data["zero_point"]), bool(data["is_nonnegative"]))
+    qparams = QParams(data["dtype"], float(data["scale"]), data["zero_point"])
+    if data["is_nonnegative"] and (qparams.dtype, qparams.zero_point) != ("int8", 0):
+        raise ValueError("only a symmetric int8 value can be is_nonnegative")
+    return Value(qparams, bool(data["is_nonnegative"]))
 
 
 def _node_to_json(node: Node) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def _to_graph(program: torch.export.ExportedProgram) -> Graph:
         if node.op == "placeholder":
             index = len(inputs)
             keyword = keywords[index - positional] if index >= positional else None
-            inputs.append(Input(node.name, keyword, _dtype_name(copied), copied.meta["shape"]))
+            inputs.append(Input(copied.name, keyword, _dtype_name(copied), copied.meta["shape"]))
     notes = []
     dynamic = any(item.shape and item.shape[0] is None for item in inputs)
     if not dynamic:

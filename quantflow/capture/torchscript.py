@@ -12,7 +12,7 @@ import inspect
 import operator
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -21,6 +21,15 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from quantflow.capture.export import at_least_two, plain, plain_attention
+from quantflow.capture.torchscript_values import (
+    COMPARISONS,
+    ON_STRUCTURES,
+    TracedSize,
+    TracedTensor,
+    compare,
+    flat,
+    in_run,
+)
 from quantflow.data.batch import Batch
 from quantflow.errors import CaptureError
 from quantflow.graph import SIZE_FUNCTIONS, Graph, Input, interpret, name_layers
@@ -29,26 +38,24 @@ from quantflow.passes.normalize import simplify
 
 aten = torch.ops.aten
 
-_EXPORT = "try mode=export"
+_EXPORT = "quantize the nn.Module itself with mode=export"
 #: Stands for prim::CallMethod while functions, and only they, are inlined: so every op knows the module it is in.
 _CALL = "quantflow::call"
+#: Deeper nested functions end as an unsupported call.
+_INLINE_PASSES = 16
 
 #: ATen names → what they do to sizes; `int` and truediv by one are exact conversions.
 _ARITHMETIC: dict[str, str] = {
     "add": "add", "sub": "sub", "mul": "mul", "div": "truediv", "truediv": "truediv", "floordiv": "floordiv",
-    "floor_divide": "floordiv", "remainder": "mod", "fmod": "mod", "neg": "neg", "pow": "pow", "max": "max", "min": "min",
-}  # fmt: skip
-_COMPARISONS: dict[str, Callable[..., Any]] = {
-    "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
-    "__not__": operator.not_, "__and__": lambda a, b: a and b, "__or__": lambda a, b: a or b, "Bool": bool,
-    "__is__": operator.is_, "__isnot__": operator.is_not,
+    "floor_divide": "floordiv", "remainder": "mod", "fmod": "mod", "neg": "neg", "pow": "pow", "max": "max",
+    "min": "min",
 }  # fmt: skip
 _SAME_NUMBER = frozenset(
     "to detach clone cpu type_as item ScalarImplicit IntImplicit FloatImplicit NumToTensor alias".split()
 )
 #: Reading a tensor's contents as a number: the example's value becomes part of the graph.
 _READS_DATA = frozenset(
-    "item Int Float Bool Complex ScalarImplicit IntImplicit FloatImplicit is_nonzero equal allclose _local_scalar_dense".split()
+    "item Int Float Bool ScalarImplicit IntImplicit FloatImplicit is_nonzero equal allclose _local_scalar_dense".split()
 )
 #: Their values follow from shape and dtype alone.
 _FACTORIES = frozenset("new_zeros new_ones new_full new_empty zeros_like ones_like full_like empty_like".split())
@@ -57,7 +64,8 @@ _LINEAR = frozenset(
 )
 #: Ops whose second tensor operand may as well be a number.
 _SCALAR_OPERAND = frozenset("add sub mul div".split())
-_SCATTER = {"slice": "slice_scatter", "select": "select_scatter"}
+#: Views that can be written into, and the op that puts the result back.
+_SCATTER = {"slice": aten.slice_scatter.default, "select": aten.select_scatter.default}
 _MEMORY_FORMATS = (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
 
 
@@ -91,12 +99,12 @@ def capture_torchscript(
             try:
                 graph = _import(script, model, [batch] if runs == 1 else [batch, _repeated(batch)])
             except _DependsOnBatch as error:
-                reason = reason or error
+                reason = error
                 continue
             if runs == 1:
-                graph = replace(graph, batch_is_dynamic=False).with_notes(
-                    f"the graph holds for batches of {example.size} only: {reason}; for other batch sizes use mode=export "
-                    "or method=script, and read sizes from x.shape in the model's code"
+                return replace(graph, batch_is_dynamic=False).with_notes(
+                    f"the graph holds for batches of {example.size} only: {reason}; for other batch sizes {_EXPORT} or "
+                    "mode.method=script, and read sizes from x.shape in its code"
                 )
             return graph
     raise CaptureError(
@@ -111,7 +119,7 @@ class _DependsOnBatch(Exception):
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """No warnings about tracing and scripting: every graph is checked against its model instead."""
-    with warnings.catch_warnings(), torch.jit.optimized_execution(False):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
@@ -130,7 +138,8 @@ def _as_script(model: nn.Module | torch.jit.ScriptModule, example: Batch, method
     except Exception as error:  # torch.jit raises many unrelated types, and the model's own
         other = "mode.method=trace" if method == "script" else "mode.method=script"
         raise CaptureError(
-            f"mode: torch.jit.{method} can't capture {_class_name(model)}: {_first_line(error)}; try {other} or mode=export"
+            f"mode: torch.jit.{method} can't capture {_class_name(model)}: {_first_line(error)}; "
+            f"try {other} or mode=export"
         ) from error
 
 
@@ -154,8 +163,23 @@ def _import(
             if len(batches) > 1:
                 raise _DependsOnBatch(f"the model fails on {batch.size} samples: {_first_line(error)}") from error
             raise CaptureError(f"mode: {_class_name(model)} fails on batch {index}: {_first_line(error)}") from error
-    importer = _Importer(script, batches)
-    graph = simplify(importer.run(None if isinstance(model, torch.jit.ScriptModule) else expected[0]))
+    try:
+        imported = _Importer(script, batches).run(None if isinstance(model, torch.jit.ScriptModule) else expected[0])
+    except (CaptureError, _DependsOnBatch):
+        raise
+    except Exception as error:  # a builtin of TorchScript that Python does not run in the same way
+        raise CaptureError(
+            f"mode: the TorchScript of {_class_name(model)} can't be imported: {type(error).__name__}: "
+            f"{_first_line(error)}; {_EXPORT}"
+        ) from error
+    graph = simplify(imported)
+    batches, expected = list(batches), list(expected)
+    if len(batches) > 1:
+        # Both runs hold several samples; code may well treat one sample in another way.
+        with contextlib.suppress(Exception):
+            single = batches[0].head(1)
+            expected.append(plain(model(*single.args, **single.kwargs)))
+            batches.append(single)
     for batch, wanted in zip(batches, expected, strict=True):
         try:
             found = interpret(graph, batch.tensors)
@@ -194,36 +218,10 @@ def _class_name(model: Any) -> str:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # A TorchScript interpreter's error ends with the cause; the lines before it quote the code.
-    told = [line for line in lines if line.startswith("RuntimeError: ")]
-    return told[-1].removeprefix("RuntimeError: ") if told else lines[0] if lines else type(error).__name__
-
-
-@dataclass(eq=False)
-class _Tensor:
-    """A tensor in every run. Constant while `node` is None: it then does not depend on the input.
-
-    Attributes:
-        values: one per run; a constant's are one and the same object.
-        node: what computes it. An in-place op puts another one here, so that every alias sees the change.
-        name: a constant's name in the model, "" if it has none.
-        is_attribute: a parameter or buffer itself, not computed from one.
-        view: (tensor, op, further arguments) for a slice or select of another tensor.
-    """
-
-    values: tuple[torch.Tensor, ...]
-    node: fx.Node | None = None
-    name: str = ""
-    is_attribute: bool = False
-    view: tuple[_Tensor, str, tuple[Any, ...], dict[str, Any]] | None = None
-
-
-@dataclass(eq=False)
-class _Size:
-    """A number that follows the batch size; without a node it can decide branches but not be computed with."""
-
-    values: tuple[Any, ...]
-    node: fx.Node | None
+    if not lines:
+        return type(error).__name__
+    # The TorchScript interpreter quotes the code first; the cause is the last line.
+    return lines[-1].removeprefix("RuntimeError: ") if "TorchScript interpreter" in lines[0] else lines[0]
 
 
 @dataclass(frozen=True)
@@ -244,8 +242,8 @@ class _Importer:
         self._batches = batches
         self._graph = fx.Graph()
         self._constants: dict[str, torch.Tensor] = {}
-        self._owned = {t.untyped_storage().data_ptr() for t in (*script.parameters(), *script.buffers())}
-        self._constant_nodes: dict[int, tuple[_Tensor, int, fx.Node]] = {}
+        self._owned: set[int] = set()
+        self._constant_nodes: dict[int, tuple[TracedTensor, int, fx.Node]] = {}
         self._notes: dict[str, None] = {}
         self._modules: list[_Module] = []
         self._nearest = ""
@@ -270,6 +268,9 @@ class _Importer:
             "prim::annotate": lambda _node, args, _env: args[0],
             "prim::data": lambda _node, args, _env: args[0],
             "prim::Uninitialized": lambda _node, _args, _env: None,
+            # Without gradients nn.MultiheadAttention takes a fused op that hides its linears.
+            "aten::is_grad_enabled": lambda _node, _args, _env: True,
+            "prim::requires_grad": lambda _node, _args, _env: True,
             "prim::Print": lambda _node, _args, _env: (),
             "aten::warn": lambda _node, _args, _env: (),
             "prim::RaiseException": self._raise,
@@ -298,15 +299,16 @@ class _Importer:
         unknown = [name for name in first.kwargs if name not in names]
         if unknown or len(first.args) > len(names):
             raise CaptureError(
-                f"mode: the model takes {', '.join(names) or 'no input'}, and a batch holds {len(first.args)} positional "
-                f"inputs and {', '.join(first.kwargs) or 'no keywords'}; name the data's inputs as the model does"
+                f"mode: the model takes {', '.join(names) or 'no input'}, and a batch holds {len(first.args)} "
+                f"positional inputs and {', '.join(first.kwargs) or 'no keywords'}; name the data's inputs as the model "
+                "does"
             )
         keywords = [*([None] * len(first.args)), *first.kwargs]
         wanted = [*names[: len(first.args)], *first.kwargs]
         bound: dict[str, Any] = {}
         inputs: list[Input] = []
         for index, (name, keyword) in enumerate(zip(wanted, keywords, strict=True)):
-            value = _Tensor(tuple(batch.tensors[index] for batch in self._batches), self._graph.placeholder(name))
+            value = TracedTensor(tuple(batch.tensors[index] for batch in self._batches), self._graph.placeholder(name))
             bound[name] = value
             node = self._described(value)
             shape = node.meta["shape"]
@@ -338,8 +340,8 @@ class _Importer:
         for index, node in enumerate(nodes):
             result = self._execute(node, [env[v.unique()] for v in node.inputs()], env)
             outputs = list(node.outputs())
-            results = (result,) if len(outputs) == 1 else result
-            env.update(zip((v.unique() for v in outputs), results or (), strict=True))
+            results = (result,) if len(outputs) == 1 else result if outputs else ()
+            env.update(zip((v.unique() for v in outputs), results, strict=True))
             for unique in frees.get(index, ()):
                 del env[unique]
         return [env[v.unique()] for v in block.outputs()]
@@ -349,20 +351,20 @@ class _Importer:
         if handler is not None:
             return handler(node, args, env)
         namespace, name = node.kind().split("::")
-        if isinstance(args[0] if args else None, (list, tuple, dict, str)) and name in _ON_STRUCTURES:
-            return _ON_STRUCTURES[name](*args)
-        if name in ("__is__", "__isnot__") and None in args:
+        if isinstance(args[0] if args else None, (list, tuple, dict, str)) and name in ON_STRUCTURES:
+            return ON_STRUCTURES[name](*args)
+        if name in ("__is__", "__isnot__"):
             return (args[0] is args[1]) is (name == "__is__")
         if any(isinstance(a, _Module) for a in args) or node.schema() == "(no schema)":
             raise self._unsupported(node.kind())
-        has_tensor = any(isinstance(a, _Tensor) and (a.node is not None or a.values[0].dim()) for a in _flat(args))
-        has_size = any(isinstance(a, _Size) for a in _flat(args))
+        has_tensor = any(isinstance(a, TracedTensor) and (a.node is not None or a.values[0].dim()) for a in flat(args))
+        has_size = any(isinstance(a, TracedSize) for a in flat(args))
         if has_size and not has_tensor and (done := self._on_sizes(name, args)) is not None:
             return done
         if node.kind() == "prim::NumToTensor":
-            return _Tensor((torch.tensor(args[0]),) * len(self._batches))
+            return TracedTensor((torch.tensor(args[0]),) * len(self._batches))
         schema = torch._C.parse_schema(node.schema())
-        if has_size or any(isinstance(a, _Tensor) and a.node is not None for a in _flat(args)):
+        if has_size or any(isinstance(a, TracedTensor) and a.node is not None for a in flat(args)):
             return self._on_tensors(namespace, name, schema, args)
         return self._on_constants(namespace, name, schema, args)
 
@@ -370,7 +372,7 @@ class _Importer:
 
     def _constant(self, node: Any, _args: list[Any], _env: dict[int, Any]) -> Any:
         found = re.fullmatch(r"self\.(.+?)(_fused_bn)?(\.\d+)?", node.output().debugName())
-        return self._wrap(node.output().toIValue(), found.group(1) if found else "")
+        return self._wrap(self._owns(node.output().toIValue()), found.group(1) if found else "")
 
     def _get_attribute(self, node: Any, args: list[Any], _env: dict[int, Any]) -> Any:
         owner, name = args[0], node.s("name")
@@ -380,12 +382,17 @@ class _Importer:
         path = f"{owner.path}.{name}" if owner.path else name
         if isinstance(value, torch._C.ScriptModule):
             return _Module(value, path)
-        return self._wrap(value, path, is_attribute=True)
+        return self._wrap(self._owns(value), path, is_attribute=True)
+
+    def _owns(self, value: Any) -> Any:
+        """The model's own tensors may not be written to."""
+        self._owned.update(leaf.untyped_storage().data_ptr() for leaf in flat(value) if isinstance(leaf, torch.Tensor))
+        return value
 
     def _wrap(self, value: Any, name: str, is_attribute: bool = False) -> Any:
         """A plain value as the interpreter holds it."""
         if isinstance(value, torch.Tensor):
-            return _Tensor((value.detach(),) * len(self._batches), None, name, is_attribute)
+            return TracedTensor((value.detach(),) * len(self._batches), None, name, is_attribute)
         if isinstance(value, dict):
             return {key: self._wrap(item, f"{name}.{key}", is_attribute) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
@@ -395,7 +402,7 @@ class _Importer:
     def _if(self, node: Any, args: list[Any], env: dict[int, Any]) -> Any:
         then, otherwise = node.blocks()
         condition = args[0]
-        if isinstance(condition, _Size):
+        if isinstance(condition, TracedSize):
             taken = self._same(condition, "a branch")
             other = otherwise if taken else then
             if not any(n.kind() == "prim::RaiseException" for n in other.nodes()):
@@ -419,7 +426,7 @@ class _Importer:
         return carried[0] if len(carried) == 1 else tuple(carried)
 
     def _same(self, value: Any, what: str) -> Any:
-        if not isinstance(value, _Size):
+        if not isinstance(value, TracedSize):
             return value
         if len(set(value.values)) > 1:
             raise _DependsOnBatch(f"{what}{self._where()} depends on the batch size")
@@ -437,11 +444,11 @@ class _Importer:
 
     def _on_sizes(self, name: str, args: list[Any]) -> Any:
         """The op on plain numbers of which some follow the batch size; None if it is not one."""
-        args = [a.values[0].item() if isinstance(a, _Tensor) else a for a in args]
+        args = [a.values[0].item() if isinstance(a, TracedTensor) else a for a in args]
         first = args[0]
-        if name in _SAME_NUMBER and isinstance(first, _Size):
+        if name in _SAME_NUMBER and isinstance(first, TracedSize):
             return first
-        if name in ("Int", "floor", "ceil", "trunc") and isinstance(first, _Size):
+        if name in ("Int", "floor", "ceil", "trunc") and isinstance(first, TracedSize):
             if all(isinstance(v, int) for v in first.values):
                 return first
             if name in ("floor", "ceil"):
@@ -450,7 +457,7 @@ class _Importer:
                     "mul", self._arithmetic("floordiv", self._arithmetic("mul", first, flip), 1), flip
                 )
             return self._arithmetic("int", first)
-        if name == "Float" and isinstance(first, _Size):
+        if name == "Float" and isinstance(first, TracedSize):
             return self._arithmetic("truediv", first, 1)
         if name in ("add", "sub", "rsub") and len(args) > 2 and args[2] != 1:
             return None
@@ -464,54 +471,56 @@ class _Importer:
         if name == "__derive_index":
             return self._arithmetic("add", args[1], self._arithmetic("mul", first, args[2]))
         if name == "__range_length":
-            return _Size(tuple(len(range(*v)) for v in zip(*map(self._spread, args), strict=True)), None)
+            return TracedSize(tuple(len(range(*v)) for v in zip(*map(self._spread, args), strict=True)), None)
         if name in _ARITHMETIC and not isinstance(first, list):
             return self._arithmetic(_ARITHMETIC[name], *args[: 1 if name == "neg" else 2])
-        if name in _COMPARISONS and len(args) <= 2:
-            return _compare(_COMPARISONS[name], args, len(self._batches))
+        if name in COMPARISONS and len(args) <= 2:
+            return compare(COMPARISONS[name], args, len(self._batches))
         return None
 
     def _arithmetic(self, function: str, *args: Any) -> Any:
         compute = SIZE_FUNCTIONS[function]
         values = tuple(compute(*v) for v in zip(*map(self._spread, args), strict=True))
-        if not any(isinstance(a, _Size) for a in args):
+        if not any(isinstance(a, TracedSize) for a in args):
             return values[0]
-        if any(isinstance(a, _Size) and a.node is None for a in args):
-            return _Size(values, None)
-        node = self._graph.call_function(compute, tuple(a.node if isinstance(a, _Size) else a for a in args))
-        return _Size(values, self._placed(node))
+        if any(isinstance(a, TracedSize) and a.node is None for a in args):
+            return TracedSize(values, None)
+        node = self._graph.call_function(compute, tuple(a.node if isinstance(a, TracedSize) else a for a in args))
+        return TracedSize(values, self._placed(node))
 
     def _spread(self, value: Any) -> tuple[Any, ...]:
-        return value.values if isinstance(value, _Size) else (value,) * len(self._batches)
+        return value.values if isinstance(value, TracedSize) else (value,) * len(self._batches)
 
     def _on_constants(self, namespace: str, name: str, schema: Any, args: list[Any]) -> Any:
         """Run the op once, in place where it is: what does not depend on the input is computed now."""
         if name in ("Int", "Float", "Bool", "ScalarImplicit", "IntImplicit", "FloatImplicit") and isinstance(
-            args[0], _Tensor
+            args[0], TracedTensor
         ):
             number = args[0].values[0].item()
             return {"Int": int, "Float": float, "Bool": bool}.get(name, lambda n: n)(number)
         op = self._overload(namespace, name, schema)
-        if schema.is_mutable and isinstance(args[0], _Tensor):
-            if args[0].values[0].untyped_storage().data_ptr() in self._owned:
-                raise CaptureError(
-                    f"mode: the model changes its own {args[0].name or 'parameter or buffer'} while it runs ({name}{self._where()}), "
-                    "which an int8 graph can't; compute a new tensor instead"
-                )
+        target = args[0] if schema.is_mutable and isinstance(args[0], TracedTensor) else None
+        if target is not None and target.values[0].untyped_storage().data_ptr() in self._owned:
+            raise CaptureError(
+                f"mode: the model changes its own {target.name or 'parameter or buffer'} while it runs "
+                f"({name}{self._where()}), which an int8 graph can't; compute a new tensor instead"
+            )
         positional, keywords = _typed(schema, self._concrete(args, 0))
         result = op(*positional, **keywords)
-        if schema.is_mutable and isinstance(args[0], _Tensor):
-            return args[0]
-        source = next((a.name for a in _flat(args) if isinstance(a, _Tensor) and a.name), "")
+        if name == "lift_fresh":
+            result = result.clone()
+        if target is not None:
+            return target
+        source = next((a.name for a in flat(args) if isinstance(a, TracedTensor) and a.name), "")
         wrapped = self._wrap(result, "")
-        for made in _flat(wrapped):
-            if isinstance(made, _Tensor):
+        for made in flat(wrapped):
+            if isinstance(made, TracedTensor):
                 made.name = source
         self._remember_view(name, wrapped, args)
         return wrapped
 
     def _on_tensors(self, namespace: str, name: str, schema: Any, args: list[Any]) -> Any:
-        if name in ("size", "len", "numel") and isinstance(args[0], _Tensor):
+        if name in ("size", "len", "numel") and isinstance(args[0], TracedTensor):
             return self._size(name, args)
         op = self._overload(namespace, name, schema)
         target = args[0] if schema.is_mutable else None
@@ -527,7 +536,7 @@ class _Importer:
             raise _DependsOnBatch(f"{name}{self._where()} fails: {_first_line(error)}") from error
         if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(results[0])):
             return self._read(name, results)
-        if name in _FACTORIES and not any(isinstance(a, _Size) for a in _flat(args)) and _same_shapes(results):
+        if name in _FACTORIES and not any(isinstance(a, TracedSize) for a in flat(args)) and _same_shapes(results):
             return self._wrap(results[0], "")
         if namespace != "aten":
             raise self._unsupported(f"{namespace}::{name}")
@@ -549,9 +558,9 @@ class _Importer:
                     self._batch_node = self._placed(
                         self._graph.call_function(aten.sym_size.int, (self._batch_input, 0))
                     )
-                return _Size(sizes, self._batch_node)
+                return TracedSize(sizes, self._batch_node)
             node = self._graph.call_function(aten.sym_size.int, (x.node, index % x.values[0].dim()))
-            return _Size(sizes, self._placed(node))
+            return TracedSize(sizes, self._placed(node))
 
         if name == "len":
             return dim(0)
@@ -579,8 +588,8 @@ class _Importer:
         """x * tensor(3.) as x * 3.: traces hold numbers as tensors without dimensions."""
         if (
             name.rstrip("_") not in _SCALAR_OPERAND
-            or not isinstance(args[1], _Tensor)
-            or not isinstance(args[0], _Tensor)
+            or not isinstance(args[1], TracedTensor)
+            or not isinstance(args[0], TracedTensor)
         ):
             return args
         x, other = args[0].values[0], args[1]
@@ -590,13 +599,13 @@ class _Importer:
         return [args[0], other.values[0].item(), *args[2:]]
 
     def _rebind(self, target: Any, op: Any, schema: Any, args: list[Any], results: list[Any], copied: bool) -> Any:
-        """An in-place op: its result takes the target's place, and is scattered into the tensor the target is a slice of."""
-        if not isinstance(target, _Tensor):
+        """An in-place op: its result takes the target's place, also in the tensor that the target is a slice of."""
+        if not isinstance(target, TracedTensor):
             raise self._unsupported(str(op))
         before = target.values
         source = args[1] if copied else None
         if (
-            isinstance(source, _Tensor)
+            isinstance(source, TracedTensor)
             and source.node
             and all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(source.values, before, strict=True))
         ):
@@ -606,20 +615,20 @@ class _Importer:
         if made.values[0].dtype != before[0].dtype:
             made = self._call(aten.to.dtype, [made, before[0].dtype])
         target.node, target.values = made.node, made.values
-        if target.view is not None:
-            base, view_name, rest, keywords = target.view
-            scatter = getattr(aten, _SCATTER[view_name])
-            scatter = scatter.default if view_name == "slice" else scatter.int
-            scattered = self._call(scatter, [base, target, *rest], keywords)
-            base.node, base.values, base.name = scattered.node, scattered.values, ""
+        written = target
+        while written.view is not None:
+            base, scatter, rest = written.view
+            scattered = self._call(scatter, [base, written, *rest])
+            base.node, base.values = scattered.node, scattered.values
+            written = base
         return target
 
     def _remember_view(self, name: str, made: Any, args: list[Any]) -> None:
-        if name in _SCATTER and isinstance(made, _Tensor) and isinstance(args[0], _Tensor):
-            made.view = (args[0], name, tuple(args[1:]), {})
+        if name in _SCATTER and isinstance(made, TracedTensor) and isinstance(args[0], TracedTensor):
+            made.view = (args[0], _SCATTER[name], tuple(args[1:]))
 
-    def _call(self, op: Any, args: list[Any], keywords: Mapping[str, Any] | None = None) -> _Tensor:
-        results = [op(*self._concrete(args, i), **(keywords or {})) for i in range(len(self._batches))]
+    def _call(self, op: Any, args: list[Any]) -> Any:
+        results = [op(*self._concrete(args, i)) for i in range(len(self._batches))]
         return self._emit(op, op._schema, args, results)
 
     def _emit(self, op: Any, schema: Any, args: list[Any], results: list[Any]) -> Any:
@@ -630,9 +639,11 @@ class _Importer:
 
     def _outputs(self, node: fx.Node, results: list[Any]) -> Any:
         if isinstance(results[0], torch.Tensor):
-            made = _Tensor(tuple(results), node)
+            made = TracedTensor(tuple(results), node)
             self._described(made)
             return made
+        if results[0] is None:
+            return None
         if not isinstance(results[0], (list, tuple)):
             raise self._unsupported(str(node.target))
         if len({len(result) for result in results}) > 1:
@@ -675,7 +686,7 @@ class _Importer:
         node.meta["module_is_leaf"] = bool(module.path) and module.is_leaf
         return node
 
-    def _described(self, tensor: _Tensor) -> fx.Node:
+    def _described(self, tensor: TracedTensor) -> fx.Node:
         assert tensor.node is not None
         shapes = [value.shape for value in tensor.values]
         if len({len(shape) for shape in shapes}) > 1:
@@ -687,7 +698,7 @@ class _Importer:
     def _name_weights(self, op: Any, args: list[Any]) -> None:
         """A linear op's constants are named after its module, unless they are parameters with names of their own."""
         name = op._schema.name.removeprefix("aten::")
-        if name not in _LINEAR or not isinstance(args[1], _Tensor) or args[1].node is not None:
+        if name not in _LINEAR or not isinstance(args[1], TracedTensor) or args[1].node is not None:
             return
         weight = args[1]
         if not weight.is_attribute and not weight.name.endswith("weight"):
@@ -696,7 +707,7 @@ class _Importer:
         layer = weight.name.removesuffix(".weight")
         if not self._modules[-1].path and layer != weight.name:
             self._nearest = layer.rpartition(".")[0]
-        if isinstance(args[2], _Tensor) and args[2].node is None and not args[2].is_attribute:
+        if isinstance(args[2], TracedTensor) and args[2].node is None and not args[2].is_attribute:
             args[2].name = f"{layer}.bias"
 
     def _free_name(self, wanted: str, suffix: str = "") -> str:
@@ -708,9 +719,9 @@ class _Importer:
 
     def _nodes(self, value: Any) -> Any:
         """The value as FX sees it."""
-        if isinstance(value, _Tensor):
+        if isinstance(value, TracedTensor):
             return value.node if value.node is not None else self._constant_node(value)
-        if isinstance(value, _Size):
+        if isinstance(value, TracedSize):
             if value.node is None:
                 raise _DependsOnBatch(
                     f"a number{self._where()} depends on the batch size in a way that can't be written down"
@@ -722,7 +733,7 @@ class _Importer:
             return type(value)(self._nodes(item) for item in value)
         return value
 
-    def _constant_node(self, constant: _Tensor) -> fx.Node:
+    def _constant_node(self, constant: TracedTensor) -> fx.Node:
         value = constant.values[0]
         known = self._constant_nodes.get(id(value))
         if known is not None and known[1] == value._version:
@@ -746,7 +757,7 @@ class _Importer:
 
     def _concrete(self, value: Any, run: int) -> Any:
         """The value in one run."""
-        if isinstance(value, (_Tensor, _Size)):
+        if isinstance(value, (TracedTensor, TracedSize)):
             return value.values[run]
         if isinstance(value, dict):
             return {key: self._concrete(item, run) for key, item in value.items()}
@@ -767,7 +778,11 @@ def _with_functions_inlined(graph: Any) -> Any:
             new.setType(old.type())
             old.replaceAllUsesWith(new)
         node.destroy()
-    torch._C._jit_pass_inline(copied)
+    # Each pass inlines one level or all of them, depending on whether the function has run before.
+    for _ in range(_INLINE_PASSES):
+        torch._C._jit_pass_inline(copied)
+        if copied.findNode("prim::CallFunction") is None:
+            break
     return copied
 
 
@@ -792,97 +807,6 @@ def _reads(node: Any) -> Iterator[int]:
         yield from (v.unique() for v in block.outputs())
         for inner in block.nodes():
             yield from _reads(inner)
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _flat(item)
-    elif isinstance(value, dict):
-        yield from _flat(list(value.values()))
-    else:
-        yield value
-
-
-def _compare(function: Callable[..., Any], args: Sequence[Any], runs: int) -> Any:
-    """A comparison of numbers, or of lists of numbers, that may follow the batch size."""
-    if len(args) == 2 and function in (operator.eq, operator.ne) and _identical(*args):
-        return function is operator.eq
-    values = tuple(function(*(_in_run(a, run) for a in args)) for run in range(runs))
-    return _Size(values, None)
-
-
-def _identical(a: Any, b: Any) -> bool:
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(_identical, a, b))
-    if isinstance(a, _Size) and isinstance(b, _Size):
-        return a.node is not None and a.node is b.node
-    return not isinstance(a, _Size) and not isinstance(b, _Size) and bool(a == b)
-
-
-def _in_run(value: Any, run: int) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_in_run(item, run) for item in value]
-    return value.values[run] if isinstance(value, _Size) else value
-
-
-def _on_lists(function: Callable[..., Any]) -> Callable[..., Any]:
-    def compare(a: Any, b: Any) -> Any:
-        runs = {len(x.values) for x in (*_flat(a), *_flat(b)) if isinstance(x, _Size)}
-        return _compare(function, (a, b), runs.pop()) if runs else function(a, b)
-
-    return compare
-
-
-def _contains(container: Any, wanted: Any) -> bool:
-    return any(_identical(item, wanted) for item in container)
-
-
-def _insert(items: list[Any], index: int, item: Any) -> None:
-    items.insert(index, item)
-
-
-def _extend(items: list[Any], more: Sequence[Any]) -> None:
-    items.extend(more)
-
-
-def _append(items: list[Any], item: Any) -> list[Any]:
-    items.append(item)
-    return items
-
-
-def _set_item(items: Any, key: Any, value: Any) -> Any:
-    items[key] = value
-    return items
-
-
-#: TorchScript's builtins on lists, tuples, dicts and strings, whatever these hold.
-_ON_STRUCTURES: dict[str, Callable[..., Any]] = {
-    "len": len,
-    "__getitem__": operator.getitem,
-    "_set_item": _set_item,
-    "__contains__": _contains,
-    "append": _append,
-    "extend": _extend,
-    "insert": _insert,
-    "pop": lambda items, *index: items.pop(*index),
-    "clear": lambda items: items.clear(),
-    "reverse": lambda items: items.reverse(),
-    "index": lambda items, wanted: items.index(wanted),
-    "list": list,
-    "copy": lambda items: items.copy(),
-    "add": operator.add,
-    "add_": operator.iadd,
-    "mul": operator.mul,
-    "slice": lambda items, start=None, end=None, step=None: items[slice(start, end, step)],
-    "eq": _on_lists(operator.eq),
-    "ne": _on_lists(operator.ne),
-    "keys": lambda items: list(items.keys()),
-    "values": lambda items: list(items.values()),
-    "items": lambda items: list(items.items()),
-    "get": lambda items, *args: items.get(*args),
-    "update": lambda items, more: items.update(more),
-}
 
 
 def _typed(schema: Any, args: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:

@@ -18,13 +18,13 @@ from quantflow.graph import Graph, arguments, is_aten, only_user, op_name
 
 #: op type as users write it → ATen names.
 LINEAR_OPS = ("conv1d", "conv2d", "conv3d", "linear")
-_POOLS = ("max_pool1d", "max_pool2d", "max_pool3d")
-_AVERAGES = (
+POOLS = ("max_pool1d", "max_pool2d", "max_pool3d")
+AVERAGES = (
     "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
     "mean",
 )  # fmt: skip
 _CLAMPS = ("relu", "relu6", "hardtanh", "clamp", "clamp_min")
-_SHAPES = (
+SHAPES = (
     "reshape", "flatten", "unflatten", "permute", "transpose", "t", "slice", "select", "squeeze", "unsqueeze", "split",
     "split_with_sizes", "chunk", "unbind", "expand", "repeat", "roll", "flip", "pixel_shuffle", "pixel_unshuffle",
     "channel_shuffle", "narrow", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "constant_pad_nd",
@@ -50,7 +50,12 @@ class Epilogue:
 
     @property
     def is_nonnegative(self) -> bool:
-        return self.kind in ("relu", "sigmoid", "hardsigmoid") or (self.kind == "hardtanh" and self.values[0] >= 0)
+        return self.kind in ("relu", "sigmoid", "hardsigmoid") or (self.kind == "hardtanh" and min(self.values) >= 0)
+
+    @property
+    def keeps_nonnegative(self) -> bool:
+        """Whether x >= 0 gives f(x) >= 0: true of all but a clamp to negative numbers."""
+        return self.kind != "hardtanh" or self.values[1] >= 0
 
     @property
     def is_idempotent(self) -> bool:
@@ -171,9 +176,9 @@ def _classify(node: fx.Node, constants: Mapping[str, torch.Tensor]) -> Unit:
     def floating(reason: str) -> Unit:
         return Unit(FLOAT, (node,), node, tuple(node.all_input_nodes), float_reason=reason)
 
-    if node.target is operator.getitem and isinstance(node.args[0], fx.Node) and is_aten(node.args[0], *_SHAPES):
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node) and is_aten(node.args[0], *SHAPES):
         return unit(SHAPE, node.args[0])
-    if "dtype" not in node.meta and not is_aten(node, *_SHAPES):
+    if "dtype" not in node.meta and not is_aten(node, *SHAPES):
         return Unit(SIZE, (node,), node, ())
     if is_aten(node, *LINEAR_OPS):
         return _classify_linear(node, constants)
@@ -197,15 +202,15 @@ def _classify(node: fx.Node, constants: Mapping[str, torch.Tensor]) -> Unit:
         if any(t.op == "get_attr" for t in tensors):  # type: ignore[union-attr]
             return floating("cat with a constant tensor has no int8 form")
         return unit(CAT, *tensors)  # type: ignore[misc]
-    if is_aten(node, *_POOLS):
+    if is_aten(node, *POOLS):
         return unit(MAX_POOL, node.args[0])
-    if is_aten(node, *_AVERAGES):
+    if is_aten(node, *AVERAGES):
         return unit(AVG_POOL, node.args[0])
     if is_aten(node, *_CLAMPS) and as_epilogue(node) is not None:
         return unit(CLAMP, node.args[0])
     if is_aten(node, "constant_pad_nd", "pad") and arguments(node).get("mode", "constant") != "constant":
         return floating("pad with a mode other than constant has no int8 form")
-    if is_aten(node, *_SHAPES):
+    if is_aten(node, *SHAPES):
         return unit(SHAPE, node.args[0])
     if is_aten(node, "batch_norm"):
         return floating("this BatchNorm does not directly follow a linear op, so it can't be folded")

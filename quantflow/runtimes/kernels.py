@@ -26,7 +26,6 @@ from quantflow.runtimes.reference import apply_epilogue
 Tensor = torch.Tensor
 _onednn = torch.ops.onednn
 _OUT = {**TORCH_DTYPE, "float32": torch.float32}
-_HIGHEST = {high: torch.tensor(float(high)) for _, high in ACTIVATION_RANGE.values()}
 
 #: Spatial dimensions → epilogue kind → attribute where stock PyTorch fuses it; the others follow in float32.
 FUSED_IN_CONV = {
@@ -49,31 +48,30 @@ _POINTWISE = {
 }
 _SUM = _onednn.qconv2d_pointwise.binary
 _LINEAR = _onednn.qlinear_pointwise.default
+_LINEAR_SUM = _onednn.qlinear_pointwise.binary
+_ATTRIBUTE = "_quantflow_packed"
 
 
-class _PackCache:
-    """weight tensor → {input shape → (packed weight, zero points)}. An entry dies with its weight."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._entries = torch.utils.weak.WeakIdKeyDictionary()
-
-    def get(self, weight: Tensor, key: Any, pack: Callable[[], Tensor], channels: int) -> tuple[Tensor, Tensor]:
-        entry = self._entries.get(weight)
-        found = entry.get(key) if entry is not None else None
-        if found is None:
-            with self._lock:
-                entry = self._entries.setdefault(weight, OrderedDict())
-                found = entry.get(key)
-                if found is None:
-                    found = (pack(), torch.zeros(channels, dtype=torch.int8))
-                    entry[key] = found
-                    while len(entry) > _PACKED_PER_WEIGHT:
-                        entry.popitem(last=False)
-        return found  # type: ignore[no-any-return]
+_lock = threading.Lock()
 
 
-_cache = _PackCache()
+def _packed(weight: Tensor, key: Any, pack: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """(packed weight, weight zero points) for one input shape, made once.
+
+    They are kept in the weight tensor's own attributes, so that they die with it; any other mapping from tensors
+    costs a microsecond on each of a model's calls.
+    """
+    forms: OrderedDict[Any, tuple[Tensor, Tensor]] | None = weight.__dict__.get(_ATTRIBUTE)
+    found = forms.get(key) if forms is not None else None
+    if found is None:
+        with _lock:
+            forms = weight.__dict__.setdefault(_ATTRIBUTE, OrderedDict())
+            found = forms.get(key)
+            if found is None:
+                found = forms[key] = (pack(), torch.zeros(weight.shape[0], dtype=torch.int8))
+                while len(forms) > _PACKED_PER_WEIGHT:
+                    forms.popitem(last=False)
+    return found
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -91,11 +89,10 @@ def flip(x: Tensor) -> Tensor:
 def quantize(x: Tensor, scale: float, zero_point: int, dtype: str) -> Tensor:
     """q = clamp(round_half_even(x / scale) + zero_point, qmin, qmax); NaN saturates to qmax, as in the reference."""
     low, high = ACTIVATION_RANGE[dtype]
-    q = torch.div(_dense(x), scale).round_()
+    q = torch.div(x, scale).round_()
     if zero_point:
         q.add_(zero_point)
-    # fmin, unlike clamp, takes the number where the other operand is NaN.
-    return torch.fmin(q, _HIGHEST[high], out=q).clamp_min_(low).to(_OUT[dtype])
+    return _dense(q.nan_to_num_(high, high, low).clamp_(low, high).to(_OUT[dtype]))
 
 
 def dequantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
@@ -123,40 +120,75 @@ def conv(
     may_overwrite: bool = False,
 ) -> Tensor:  # fmt: skip
     """Convolution over codes (batch, channels, *spatial), with residual and activation."""
-    if x.numel() == 0:
+    shape = x.shape
+    if 0 in shape:
         return _empty_conv(x, weight, stride, padding, dilation, out_dtype)
-    x = _dense(x.view(torch.uint8) if is_nonnegative else x)
-    if x.dtype is torch.int8:
+    x = _dense(x)
+    if weight.shape[2:] == (1, 1) and groups == 1 and stride == [1, 1] and padding == [0, 0]:
+        # The same product as a GEMM over channels-last pixels, with less work around it.
+        last = (0, 2, 3, 1)
+        flat = linear(
+            x.permute(last), x_scale, x_zero_point, is_nonnegative, weight, weight_scale, bias,
+            out_scale, out_zero_point, out_dtype, epilogue, values,
+            None if residual is None else _dense(residual).permute(last), residual_scale, residual_zero_point,
+            may_overwrite,
+        )  # fmt: skip
+        return flat.permute(0, 3, 1, 2)
+    if is_nonnegative:
+        x = x.view(torch.uint8)
+    elif x.dtype is torch.int8:
         x, x_zero_point = flip(x), x_zero_point + 128
-    packed, zeros = _cache.get(
+    x, stride, padding, dilation = _sound_geometry(x, x_zero_point, weight, stride, padding, dilation)
+    packed, zeros = _packed(
         weight,
-        (x.shape, x_scale, x_zero_point),
+        (x.shape, x_zero_point),
         lambda: _onednn.qconv_prepack(
             weight, weight_scale, x_scale, x_zero_point, stride, padding, dilation, groups, list(x.shape)
         ),
-        weight_scale.numel(),
     )
-    if residual is not None and weight.dim() == 4 and epilogue in ("", "relu") and residual.dtype is _OUT[out_dtype]:
-        accumulator = _dense(residual)
-        if accumulator is residual and not may_overwrite:
-            accumulator = residual.clone()
-        return _SUM(
-            x, x_scale, x_zero_point, packed, weight_scale, zeros, accumulator, bias, stride, padding, dilation, groups,
-            out_scale, out_zero_point, _OUT[out_dtype], residual_scale, residual_zero_point, "sum", 1.0,
-            epilogue or None, [], None,
+    attributes = FUSED_IN_CONV[len(stride)]
+    if residual is None and epilogue in attributes:
+        return _POINTWISE[weight.dim()](
+            x, x_scale, x_zero_point, packed, weight_scale, zeros, bias, stride, padding, dilation, groups,
+            out_scale, out_zero_point, _OUT[out_dtype], attributes[epilogue], values, "",
         )  # fmt: skip
-    attributes = FUSED_IN_CONV[weight.dim() - 2]
-    fused = residual is None and epilogue in attributes
+    if residual is not None and len(shape) == 4 and epilogue in ("", "relu") and residual.dtype is _OUT[out_dtype]:
+        return _SUM(
+            x, x_scale, x_zero_point, packed, weight_scale, zeros,
+            _accumulator(_dense(residual), residual, may_overwrite), bias, stride, padding, dilation, groups, out_scale, out_zero_point, _OUT[out_dtype], residual_scale,
+            residual_zero_point, "sum", 1.0, epilogue or None, [], None,
+        )  # fmt: skip
     r = _POINTWISE[weight.dim()](
         x, x_scale, x_zero_point, packed, weight_scale, zeros, bias, stride, padding, dilation, groups,
-        out_scale if fused else 1.0, out_zero_point if fused else 0, _OUT[out_dtype] if fused else torch.float32,
-        attributes[epilogue if fused else ""], values if fused else [], "",
+        1.0, 0, torch.float32, "none", [], "",
     )  # fmt: skip
-    if fused:
-        return r
     if residual is not None:
         r = r + dequantize(residual, residual_scale, residual_zero_point)
     return _finish(r, epilogue, values, out_scale, out_zero_point, out_dtype)
+
+
+def _accumulator(dense: Tensor, residual: Tensor, may_overwrite: bool) -> Tensor:
+    """A tensor the kernel may sum into: the residual itself only when nothing reads it afterwards."""
+    return dense if may_overwrite or dense is not residual else residual.clone()
+
+
+def _sound_geometry(
+    x: Tensor, x_zero_point: int, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
+) -> tuple[Tensor, list[int], list[int], list[int]]:
+    """The same convolution, where oneDNN 3.12 would crash or sum wrongly, in a geometry that it gets right.
+
+    Its brgemm kernels crash where padding is as wide as the dilated kernel, and give wrong sums for padded volumes of
+    depth 1 and for images of output width 1 with a stride or dilation along the width.
+    """
+    spans = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    if x.dim() == 5 or any(p >= span for p, span in zip(padding, spans, strict=True)):
+        x = _dense(F.pad(x, [p for pad in reversed(padding) for p in (pad, pad)], value=x_zero_point))
+        padding = [0] * len(padding)
+    if x.dim() > 3 and x.shape[-1] + 2 * padding[-1] - spans[-1] < stride[-1] and stride[-1] * dilation[-1] > 1:
+        window = F.pad(x, (padding[-1], spans[-1] - x.shape[-1] - padding[-1]), value=x_zero_point)
+        x = _dense(window[..., :: dilation[-1]])
+        stride, padding, dilation = [*stride[:-1], 1], [*padding[:-1], 0], [*dilation[:-1], 1]
+    return x, stride, padding, dilation
 
 
 def _empty_conv(
@@ -171,25 +203,31 @@ def linear(
     x: Tensor, x_scale: float, x_zero_point: int, is_nonnegative: bool, weight: Tensor, weight_scale: Tensor,
     bias: Tensor | None, out_scale: float, out_zero_point: int, out_dtype: str, epilogue: str, values: list[float],
     residual: Tensor | None = None, residual_scale: float = 1.0, residual_zero_point: int = 0,
+    may_overwrite: bool = False,
 ) -> Tensor:  # fmt: skip
     """Linear over codes (*, in_features)."""
-    if x.numel() == 0:
-        return torch.empty(*x.shape[:-1], weight.shape[0], dtype=_OUT[out_dtype])
+    shape = x.shape
+    if 0 in shape:
+        return torch.empty(*shape[:-1], weight.shape[0], dtype=_OUT[out_dtype])
     x = x.contiguous()
     if is_nonnegative:
         x = x.view(torch.uint8)
-    packed, zeros = _cache.get(
-        weight, x.shape, lambda: _onednn.qlinear_prepack(weight, list(x.shape)), weight_scale.numel()
-    )
-    fused = residual is None and epilogue in FUSED_IN_LINEAR
-    attribute, algorithm = FUSED_IN_LINEAR[epilogue if fused else ""]
+    packed, zeros = _packed(weight, shape, lambda: _onednn.qlinear_prepack(weight.flatten(1), list(shape)))
+    if residual is None and epilogue in FUSED_IN_LINEAR:
+        attribute, algorithm = FUSED_IN_LINEAR[epilogue]
+        return _LINEAR(
+            x, x_scale, x_zero_point, packed, weight_scale, zeros, bias, out_scale, out_zero_point, _OUT[out_dtype],
+            attribute, values, algorithm,
+        )  # fmt: skip
+    if residual is not None and epilogue in ("", "relu") and residual.dtype is _OUT[out_dtype]:
+        return _LINEAR_SUM(
+            x, x_scale, x_zero_point, packed, weight_scale, zeros,
+            _accumulator(residual.contiguous(), residual, may_overwrite), bias, out_scale, out_zero_point,
+            _OUT[out_dtype], residual_scale, residual_zero_point, "sum", 1.0, epilogue or "none", [], "",
+        )  # fmt: skip
     r = _LINEAR(
-        x, x_scale, x_zero_point, packed, weight_scale, zeros, bias, out_scale if fused else 1.0,
-        out_zero_point if fused else 0, _OUT[out_dtype] if fused else torch.float32, attribute,
-        values if fused else [], algorithm,
+        x, x_scale, x_zero_point, packed, weight_scale, zeros, bias, 1.0, 0, torch.float32, "none", [], "",
     )  # fmt: skip
-    if fused:
-        return r
     if residual is not None:
         r = r + dequantize(residual, residual_scale, residual_zero_point)
     return _finish(r, epilogue, values, out_scale, out_zero_point, out_dtype)
@@ -262,7 +300,7 @@ _X = (
 _OUTPUT = "float out_scale, int out_zero_point, str out_dtype"
 _EPILOGUE = ", str epilogue, float[] values"
 _PAIR = "Tensor a, float a_scale, int a_zero_point, Tensor b, float b_scale, int b_zero_point, "
-_RESIDUAL = ", Tensor residual, float residual_scale, int residual_zero_point"
+_RESIDUAL = ", Tensor residual, float residual_scale, int residual_zero_point, bool may_overwrite"
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups, "
 
 _library = torch.library.Library("quantflow", "DEF")
@@ -276,7 +314,7 @@ def _register(name: str, schema: str, function: Callable[..., Any]) -> None:
 for _kind in ("", *EPILOGUES):
     _suffix = f"_{_kind}" if _kind else ""
     _register(f"conv{_suffix}", _X + _GEOMETRY + _OUTPUT + _EPILOGUE, conv)
-    _register(f"conv_sum{_suffix}", _X + _GEOMETRY + _OUTPUT + _EPILOGUE + _RESIDUAL + ", bool may_overwrite", conv)
+    _register(f"conv_sum{_suffix}", _X + _GEOMETRY + _OUTPUT + _EPILOGUE + _RESIDUAL, conv)
     _register(f"linear{_suffix}", _X + _OUTPUT + _EPILOGUE, linear)
     _register(f"linear_sum{_suffix}", _X + _OUTPUT + _EPILOGUE + _RESIDUAL, linear)
     _register(f"add{_suffix}", _PAIR + _OUTPUT + _EPILOGUE, add)

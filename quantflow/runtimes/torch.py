@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from quantflow.graph import SIZE_FUNCTIONS
+from quantflow.graph import SIZE_FUNCTIONS, arguments
 from quantflow.numerics.affine import QParams
-from quantflow.passes.units import CORE, MATMUL, Epilogue
+from quantflow.passes.units import CORE, MATMUL, Epilogue, Unit
 from quantflow.plan import PlannedUnit
 from quantflow.program import LINEAR_OPS, Node, Program, Ref, TensorRef, aten_op, substitute
 from quantflow.runtimes import kernels
@@ -173,7 +173,8 @@ class Lowering:
         if residual is not None:
             operand, scale, zero_point = self._operand(residual)
             out, of_residual = self.stored.get(node.output), self.stored[residual.name]
-            owned = self._dead_after.get(residual.name) == index and residual.name not in self._aliased
+            # `conv(x) + x` reads x while it writes the sum.
+            owned = self._dead_after.get(residual.name) == index and residual.name not in {x.name, *self._aliased}
             if (
                 out is not None
                 and of_residual.dtype != out.dtype
@@ -183,9 +184,7 @@ class Lowering:
                 before = [Call(flipped, "quantflow.flip", (operand,), {})]
                 operand, owned = Ref(flipped), True
                 zero_point += _BIAS if of_residual.dtype == "int8" else -_BIAS
-            args += [operand, scale, zero_point]
-            if node.op == "conv":
-                args.append(owned)
+            args += [operand, scale, zero_point, owned]
         return [*before, self._call(node, node.fused_name, *args)]
 
     def _through_uint8(self, node: Node) -> list[Call]:
@@ -253,18 +252,28 @@ def kernel_of(planned: PlannedUnit) -> str:
     unit = planned.unit
     kind = unit.epilogue.kind if unit.epilogue else ""
     if unit.kind == CORE:
-        linear = unit.op == "linear"
-        name = "onednn.qlinear_pointwise" if linear else f"onednn.q{unit.op}_pointwise"
+        as_gemm = unit.op == "linear" or _is_pointwise(unit)
+        name = "onednn.qlinear_pointwise" if as_gemm else f"onednn.q{unit.op}_pointwise"
         if unit.residual is not None:
-            fused = unit.op == "conv2d" and kind in ("", "relu") and planned.writes_codes
+            fused = unit.op in ("conv2d", "linear") and kind in ("", "relu") and planned.writes_codes
             return f"{name} + sum" + (f" + {kind}" if kind else "") if fused else f"{name}, then float sum"
-        fused = kind in (kernels.FUSED_IN_LINEAR if linear else kernels.FUSED_IN_CONV[int(unit.op[len("conv")])])
+        fused = kind in (kernels.FUSED_IN_LINEAR if as_gemm else kernels.FUSED_IN_CONV[int(unit.op[len("conv")])])
         return name + (f" + {kind}" if kind and fused else f", then float {kind}" if kind else "")
     if unit.kind == MATMUL:
         return "float GEMM over int8 codes (exact)"
     return {"max_pool": "quantflow.max_pool", "cat": "aten.cat on codes", "clamp": "aten.clamp on codes"}.get(
         unit.kind, f"quantflow.{unit.kind} (dequantize, float, quantize)"
     )
+
+
+def _is_pointwise(unit: Unit) -> bool:
+    """A 1x1 convolution that is a plain matrix product over pixels."""
+    if unit.op != "conv2d":
+        return False
+    a = arguments(unit.anchor)
+    kernel = tuple(a["weight"].meta["shape"])[2:]
+    ones, zeros = ([1], [1, 1]), ([0], [0, 0])
+    return kernel == (1, 1) and a["groups"] == 1 and list(a["stride"]) in ones and list(a["padding"]) in zeros
 
 
 def build_script(program: Program, lowering: Lowering | None = None) -> torch.jit.ScriptModule:
@@ -386,7 +395,7 @@ def _aliases(program: Program) -> set[str]:
     """Values whose memory another value may share: they must not be overwritten."""
     shared = {i.name for i in program.inputs}
     for node in program.nodes:
-        if node.op in ("shape", "aten", "cat", "size"):
+        if node.op in ("shape", "aten", "cat", "size", "max_pool"):
             shared.update(node.refs())
             shared.add(node.output)
     return shared
