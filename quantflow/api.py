@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -83,23 +84,30 @@ def quantize(
             f"module: is a {type(module).__name__}; pass an nn.Module, a ScriptModule or an ExportedProgram"
         )
     identity = identity_of("given", {"calibration": _identity(calibration), "evaluation": _identity(compared)})
-    was_training = isinstance(module, nn.Module) and module.training
+    source = Source(
+        LoadedModel(module, type(module).__name__, weights_used="as given"), Data(calibration, compared, identity)
+    )
+    with _in_eval_mode(module), Progress(make_console(), quiet=not progress) as shown:
+        return execute(recipe, source, shown, None, ())
+
+
+@contextlib.contextmanager
+def _in_eval_mode(module: Module) -> Iterator[None]:
+    """Eval mode inside, every training flag as it was afterwards; a frozen ScriptModule has none."""
+    children = list(module.modules()) if isinstance(module, nn.Module) else []
+    flags = [(child, child.training) for child in children if hasattr(child, "training")]
     try:
-        if was_training:
-            module.eval()  # type: ignore[union-attr]
-        source = Source(
-            LoadedModel(module, type(module).__name__, weights_used="as given"), Data(calibration, compared, identity)
-        )
-        with Progress(make_console(), quiet=not progress) as shown:
-            return execute(recipe, source, shown, None, ())
+        for child, _ in flags:
+            child.training = False
+        yield
     finally:
-        if was_training:
-            module.train()  # type: ignore[union-attr]
+        for child, training in flags:
+            child.training = training
 
 
 def _qconfig(qconfig: str | Mapping[str, Any]) -> Any:
     if not isinstance(qconfig, str):
-        return dict(qconfig)
+        return dict(qconfig) if isinstance(qconfig, Mapping) else qconfig
     if qconfig not in PRESETS:
         known = nearest(qconfig, PRESETS)
         raise RecipeError("quantize", [Problem("qconfig", f"'{qconfig}' is not a preset; use {known}, or a dict")])

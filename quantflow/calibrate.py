@@ -13,6 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -186,7 +187,8 @@ def _resume(
 ) -> tuple[CalibrationTable, Iterator[Batch], str]:
     """The checkpoint's table, the batches after it, and the shapes of the first one.
 
-    A checkpoint that does not fit gives the start, all batches, "" and a notice that says why.
+    A checkpoint that does not fit gives the start, all batches, "" and a notice that says why; one that fits gives a
+    notice, too.
     """
     reason = "it was taken over other data"
     try:
@@ -203,7 +205,8 @@ def _resume(
             while seen.batches < table.batches and (batch := next(iterator, None)) is not None:
                 seen, shapes = _counted(seen, batch), shapes or _shapes(batch)
             if seen == table:
-                return replace(table, resumed_batches=table.batches), iterator, shapes
+                notice = f"calibration resumed: {table.batches} batches were taken from the checkpoint {checkpoint}"
+                return replace(table, resumed_batches=table.batches, notices=(notice,)), iterator, shapes
             if iterator is batches:
                 raise DataError(
                     f"calibration data: these batches are not those of the checkpoint {checkpoint}, and an iterator "
@@ -385,13 +388,18 @@ def _read(path: Path) -> tuple[CalibrationTable, str]:
 
 def _write(path: Path, data: bytes) -> None:
     """Write beside the path, sync, then rename over it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        raise ArtifactError(
+            f"'{path}' can't be written ({error.strerror or error}); free some space, or choose another output="
+        ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)

@@ -473,7 +473,8 @@ def _problem(error: Exception, arguments: Sequence[str]) -> Problem:
         return Problem(group or "command line", f"'{word}' is not known; {choices(word, known)}")
     if isinstance(error, OverrideParseException):
         return Problem(
-            "command line", f"can't read '{error.override}'; write key=value, with quotes around odd values only"
+            "command line",
+            f"can't read '{error.override}'; write key=value, with quotes around odd values and never around keys",
         )
     if "hydra." in text.split("\n")[0]:
         return Problem("command line", f"{text.splitlines()[0]} (--hydra-help lists Hydra's own settings)")

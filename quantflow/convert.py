@@ -79,7 +79,8 @@ class _Converter:
         for planned in self._plan.units:
             if not planned.is_int8:
                 for node in planned.unit.nodes:
-                    self._float(node, "size" if planned.unit.kind == SIZE else "aten")
+                    is_size = planned.unit.kind == SIZE or node.target is operator.getitem
+                    self._float(node, "size" if is_size else "aten")
             else:
                 emit.get(planned.unit.kind, self._named)(planned)
         (out,) = (node for node in self._graph.fx.nodes if node.op == "output")
@@ -206,6 +207,15 @@ class _Converter:
     # -- everything else
 
     def _float(self, node: fx.Node, op: str) -> None:
+        source = node.args[0] if node.args else None
+        if node.target is operator.getitem and isinstance(source, fx.Node) and source.name in self._values:
+            # A part of a tensor that was split as codes.
+            part = Ref(f"{node.name}.codes")
+            self._values[part.name] = self._values[source.name]
+            args = (Ref(source.name), node.args[1])
+            self._nodes.append(Node(str(node.meta["layer"]), "shape", part.name, args, target="getitem"))
+            self._nodes.append(Node(f"{node.meta['layer']}.dequantize", "dequantize", node.name, (part,)))
+            return
         # Sizes do not depend on how a value is held, so they are read off the codes.
         of = (lambda n: Ref(n.name)) if op == "size" else self._as_float
         args, kwargs = fx.map_arg(node.args, of), fx.map_arg(node.kwargs, of)

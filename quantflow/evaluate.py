@@ -61,7 +61,7 @@ def evaluate(
     count = _length(batches)
     with torch.inference_mode():
         for done, batch in enumerate(batches, start=1):
-            tally.add(batch, float_fn(*batch.args, **batch.kwargs), int8_fn(*batch.args, **batch.kwargs))
+            tally.add(batch, _float_output(float_fn, batch, done - 1), int8_fn(*batch.args, **batch.kwargs))
             if progress is not None:
                 progress(done, count)
     return tally.result()
@@ -202,6 +202,8 @@ class _Tally:
         self.ids += batch.ids or (str(self.samples - batch.size + i) for i in range(batch.size))
 
     def _add_headline(self, batch: Batch, reference: torch.Tensor, actual: torch.Tensor) -> None:
+        if reference.numel() == 0:
+            return
         if reference.dim() > 1 and reference[0].numel() > 1:
             self.cosines.append(_cosine(reference, actual))
         if not self.is_embedding and (axis := _class_axis(reference)) is not None:
@@ -366,6 +368,18 @@ def _ranks(x: torch.Tensor) -> torch.Tensor:
     last = counts.cumsum(0) - 1
     ranks: torch.Tensor = (last - (counts - 1) / 2).to(torch.float64)[inverse]
     return ranks
+
+
+def _float_output(float_fn: Callable[..., Any], batch: Batch, index: int) -> Any:
+    try:
+        return float_fn(*batch.args, **batch.kwargs)
+    except Exception as error:  # the user's code may raise anything
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        shapes = ", ".join(str(list(x.shape)) for x in batch.tensors)
+        raise DataError(
+            f"evaluation data: the float model fails on batch {index} of shape {shapes}: {reason}; "
+            "evaluate on input of the kind it was calibrated on"
+        ) from error
 
 
 def _length(batches: Iterable[Batch]) -> int | None:

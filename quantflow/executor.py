@@ -26,7 +26,15 @@ from quantflow.config import overlay
 from quantflow.convert import convert
 from quantflow.data import Batch, Data, ImagePreprocess, TextPreprocess, load_data
 from quantflow.environment import environment
-from quantflow.errors import EXIT_GATE, EXIT_PASSED, DataError, NothingQuantizedError, UsageError
+from quantflow.errors import (
+    EXIT_GATE,
+    EXIT_PASSED,
+    DataError,
+    NothingQuantizedError,
+    QuantflowError,
+    UsageError,
+    VerificationError,
+)
 from quantflow.evaluate import compare_layers, evaluate
 from quantflow.gates import FAILED, evaluate_gates, verdict
 from quantflow.graph import Graph, interpret
@@ -266,7 +274,11 @@ def run(recipe: Recipe, overrides: Sequence[str] = ()) -> Quantized:
     check_destination(destination)
     choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind)
     checkpoint = destination.with_name(f".{destination.name}.calibration.safetensors")
-    with Progress(console, quiet=recipe.report.quiet) as progress, _seeded(recipe.seed):
+    with (
+        Progress(console, quiet=recipe.report.quiet) as progress,
+        _seeded(recipe.seed),
+        _nothing_left_on_error(checkpoint),
+    ):
         with progress.stage("load"):
             source = load_source(recipe)
         report.print_notices(console, source.notices)
@@ -330,7 +342,12 @@ def _again(recipe: Recipe, overrides: Sequence[str]) -> int:
             example = next(iter(source.data.calibration))
             with progress.stage("capture"):
                 graph = capture(source.model.module, example, stored.mode)
-        fresh = measure(stored, source, record.program, compiled, graph, compiled, progress)
+        try:
+            fresh = measure(stored, source, record.program, compiled, graph, compiled, progress)
+        except VerificationError as error:
+            raise UsageError(
+                f"model: not the float model that '{recipe.artifact}' was made from ({error}); name that one"
+            ) from error
     results = {**record.results, **fresh, "environment": environment()}
     results |= judge(stored, results)
     add_files(Path(recipe.artifact), replace(record, results=results).result_files())
@@ -567,6 +584,19 @@ def _example(model: LoadedModel) -> Batch | None:
     if isinstance(model.preprocess, TextPreprocess):
         return Batch(args=model.preprocess.encode(["a", "b"]))
     return None
+
+
+@contextlib.contextmanager
+def _nothing_left_on_error(checkpoint: Path) -> Iterator[None]:
+    """A run that can't be carried out takes its own checkpoint away; one that is interrupted or killed leaves it."""
+    created = [path for path in (checkpoint, *checkpoint.parents) if not path.exists()]
+    try:
+        yield
+    except QuantflowError:
+        with contextlib.suppress(OSError):
+            for path in created:
+                path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

@@ -181,12 +181,13 @@ def name_layers(graph: fx.Graph) -> None:
 def _weight_of(node: fx.Node) -> str | None:
     if not is_aten(node, "conv1d", "conv2d", "conv3d", "linear", "conv_transpose1d", "conv_transpose2d", "batch_norm"):
         return None
-    weight = node.args[1] if len(node.args) > 1 else None
-    return str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+    # A BatchNorm without weights is known by its running mean.
+    owned = node.args[1:4:2] if is_aten(node, "batch_norm") else node.args[1:2]
+    return next((str(n.target) for n in owned if isinstance(n, fx.Node) and n.op == "get_attr"), None)
 
 
 def _layer_of_weight(weight: str) -> str:
-    for suffix in (".weight", "_weight"):
+    for suffix in (".weight", "_weight", ".running_mean"):
         if weight.endswith(suffix) and len(weight) > len(suffix):
             return weight[: -len(suffix)]
     return weight

@@ -68,10 +68,13 @@ class Observed(nn.Module):
 
 def insert_observers(module: nn.Module, plan: Plan) -> nn.Module:
     """A copy of the module in which every layer that will be int8 is wrapped in `Observed`."""
-    observed = copy.deepcopy(module)
+    observed = _copied(module)
     for name, units in _int8_modules(plan).items():
         values = tuple(dict.fromkeys(p.unit.inputs[0].name for p in units))
-        _replace(observed, name, Observed(observed.get_submodule(name), values))
+        layer = observed.get_submodule(name)
+        wrapped = Observed(layer, values)
+        _move_hooks(layer, wrapped, "_forward_pre_hooks")
+        _replace(observed, name, wrapped)
     return observed
 
 
@@ -141,10 +144,12 @@ class Int8Layer(nn.Module):
 
 def swap_modules(module: nn.Module, plan: Plan, program: Program, runtime: str) -> nn.Module:
     """A copy of the module with int8 layers in place and folded BatchNorms replaced by Identity."""
-    swapped = copy.deepcopy(module).eval()
+    swapped = _copied(module).eval()
     nodes = {node.name: node for node in program.int8_nodes()}
     for name, units in _int8_modules(plan).items():
-        _replace(swapped, name, Int8Layer(nodes[units[0].unit.name], program, runtime))
+        layer = Int8Layer(nodes[units[0].unit.name], program, runtime)
+        _move_hooks(swapped.get_submodule(name), layer, "_forward_pre_hooks", "_forward_hooks")
+        _replace(swapped, name, layer)
         folded = units[0].unit.anchor.meta.get("batch_norm")
         if folded:
             _replace(swapped, folded, nn.Identity())
@@ -169,6 +174,23 @@ def _int8_modules(plan: Plan) -> Mapping[str, list[PlannedUnit]]:
 def module_name(planned: PlannedUnit) -> str:
     """The module behind a unit: its weight's owner, whatever number the unit's name carries."""
     return str(planned.unit.anchor.meta.get("owner", planned.unit.name))
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(module)
+    except Exception as error:  # whatever the module holds may refuse in its own way
+        raise CaptureError(
+            f"mode: imperative works on a copy of the module, which can't be made ({error}); use mode=export"
+        ) from error
+
+
+def _move_hooks(old: nn.Module, new: nn.Module, *kinds: str) -> None:
+    """Forward hooks are part of what the user's model computes; `kinds` of "_forward_hooks", "_forward_pre_hooks"."""
+    for kind in kinds:
+        for registry in (kind, f"{kind}_with_kwargs"):
+            getattr(new, registry).update(getattr(old, registry))
+            getattr(old, registry).clear()
 
 
 def _replace(root: nn.Module, name: str, new: nn.Module) -> None:

@@ -32,7 +32,7 @@ from quantflow.passes.units import (
     fuse_residual,
     without_epilogue,
 )
-from quantflow.schema import ActivationSpec, LayerOverride, QConfig
+from quantflow.schema import ActivationOverride, ActivationSpec, LayerOverride, QConfig
 
 INT8, FLOAT32 = "int8", "float"
 IMPERATIVE = "imperative"
@@ -149,10 +149,12 @@ def make_plan(
     for unit in units:
         reason = _reason(unit, unit in int8, core, overrides, mode)
         planned.append(PlannedUnit(unit, unit in int8, unit.output in written, overrides.qconfig(unit), reason))
-    codes, specs = _share_qparams(planned)
+    codes, deciding = _share_qparams(planned)
+    specs = {root: p.qconfig.activation for root, p in deciding.items()}
     layer_of = {node.name: node.name for node in graph.fx.nodes} | {u.output.name: u.name for u in units}
     rows = tuple(_row(p, codes, layer_of, kernel_of) for p in planned if p.unit.kind not in (SHAPE, SIZE))
-    return Plan(rows, tuple(planned), codes, specs, reduce_range, graph.notes)
+    notes = (*graph.notes, *overrides.without_effect({p.unit.name for p in deciding.values()}))
+    return Plan(rows, tuple(planned), codes, specs, reduce_range, notes)
 
 
 class _Overrides:
@@ -201,6 +203,20 @@ class _Overrides:
             if isinstance(value, LayerOverride):
                 qconfig = value.apply(qconfig)
         return qconfig
+
+    def without_effect(self, deciding: set[str]) -> list[str]:
+        """Notes on patterns whose activation settings reach no tensor. `deciding`: the units whose settings do."""
+        effect: dict[str, bool] = {}
+        for name, chosen in self._chosen.items():
+            for pattern, value in chosen:
+                if isinstance(value, LayerOverride) and value.activation != ActivationOverride():
+                    effect[pattern] = effect.get(pattern, False) or name in deciding
+        return [
+            f"layers.{pattern}: its activation settings change nothing: the layer before writes the codes it reads, and "
+            "its own result is not coded; set them for the layer before"
+            for pattern, has_effect in effect.items()
+            if not has_effect
+        ]
 
 
 def _why_float(unit: Unit, graph: Graph, overrides: _Overrides) -> str:
@@ -308,10 +324,13 @@ def _module_by_module(
     return separate, reasons
 
 
-def _share_qparams(planned: Sequence[PlannedUnit]) -> tuple[dict[str, str], dict[str, ActivationSpec]]:
-    """Which values use one scale and zero point, and the spec that measures it: the first member's own."""
+def _share_qparams(planned: Sequence[PlannedUnit]) -> tuple[dict[str, str], dict[str, PlannedUnit]]:
+    """Which values use one scale and zero point, and whose settings measure it.
+
+    These are the settings of the unit that writes the codes, or of the first reader where a float value becomes codes.
+    """
     parent: dict[str, str] = {}
-    spec: dict[str, ActivationSpec] = {}
+    first: dict[str, PlannedUnit] = {}
 
     def find(name: str) -> str:
         while parent[name] != name:
@@ -324,16 +343,16 @@ def _share_qparams(planned: Sequence[PlannedUnit]) -> tuple[dict[str, str], dict
         read = [value for value in (*p.unit.inputs, p.unit.residual) if value is not None]
         for value in read:
             parent.setdefault(value.name, value.name)
-            spec.setdefault(value.name, p.qconfig.activation)
+            first.setdefault(value.name, p)
         if p.writes_codes:
             parent.setdefault(p.unit.output.name, p.unit.output.name)
-            spec.setdefault(p.unit.output.name, p.qconfig.activation)
+            first.setdefault(p.unit.output.name, p)
         if p.unit.kind in _SHARING:
             root = find(p.unit.inputs[0].name)
             for other in (*p.unit.inputs[1:], p.unit.output):
                 parent[find(other.name)] = root
     codes = {name: find(name) for name in parent}
-    return codes, {root: spec[root] for root in dict.fromkeys(codes.values())}
+    return codes, {root: first[root] for root in dict.fromkeys(codes.values())}
 
 
 def _reason(unit: Unit, is_int8: bool, core: Mapping[Unit, str], overrides: _Overrides, mode: str) -> str:

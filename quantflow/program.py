@@ -292,7 +292,7 @@ def _check_linear(program: Program, node: Node, where: str) -> None:
     weight, scale = program.tensors[a["weight"]], program.tensors[a["weight_scale"]]
     dims = (2,) if node.op == "linear" else (3, 4, 5)
     if weight.dtype is not torch.int8 or weight.dim() not in dims or not weight.numel():
-        raise ArtifactError(f"{where}: weight is {weight.dtype} of shape {tuple(weight.shape)}, {node.op} takes int8 codes")
+        raise ArtifactError(f"{where}: weight is {weight.dtype} {tuple(weight.shape)}, {node.op} takes int8 codes")
     if int(weight.min()) < WEIGHT_RANGE[0]:
         raise ArtifactError(f"{where}: weight holds codes below {WEIGHT_RANGE[0]}")
     if scale.dtype is not torch.float32 or scale.numel() not in (1, weight.shape[0]):

@@ -106,9 +106,13 @@ class Record:
             raise ArtifactError(
                 f"'{directory}/{artifact.WEIGHTS}' is damaged ({error}); run the recipe again"
             ) from error
+        artifact.parse_json(files[artifact.RESULTS], artifact.RESULTS)
+        plan = artifact.parse_json(files[artifact.PLAN], artifact.PLAN)
+        if not isinstance(plan.get("rows"), list):
+            raise ArtifactError(f"'{directory}/{artifact.PLAN}' holds no rows; run the recipe again")
         return cls(
             recipe=artifact.parse_json(files[artifact.RECIPE], artifact.RECIPE),
-            plan=artifact.parse_json(files[artifact.PLAN], artifact.PLAN),
+            plan=plan,
             table=CalibrationTable.from_bytes(files[artifact.CALIBRATION], artifact.CALIBRATION),
             program=Program.from_json(artifact.parse_json(files[artifact.PROGRAM], artifact.PROGRAM), tensors),
             results=from_json(files[artifact.RESULTS]),

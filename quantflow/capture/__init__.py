@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from quantflow.capture.export import at_least_two, capture_export, plain
 from quantflow.capture.torchscript import capture_torchscript
 from quantflow.data.batch import Batch
-from quantflow.errors import CaptureError
+from quantflow.errors import CaptureError, DataError, ModelError
 from quantflow.graph import Graph
 from quantflow.imperative import called_modules
 from quantflow.passes.fold_batchnorm import fold_batch_norms
@@ -24,8 +25,22 @@ def capture(model: Model, example: Batch, mode: ModeSettings) -> Graph:
         example: one batch of real input.
 
     Raises:
+        ModelError: weights that are not numbers, or not float32; no tensor in the output.
+        DataError: the model itself fails on the example.
         CaptureError: the model can't be captured in this mode; the message names the modes to try.
     """
+    _require_float32(model)
+    try:
+        graph = _captured(model, example, mode)
+    except Exception:
+        _require_runs(model, example)  # the model's own complaint says more than that of what captures it
+        raise
+    if not any(isinstance(leaf, fx.Node) for leaf in pytree.tree_leaves(graph.fx.output_node().args[0])):
+        raise _no_output(model)
+    return graph
+
+
+def _captured(model: Model, example: Batch, mode: ModeSettings) -> Graph:
     is_script, is_exported = isinstance(model, torch.jit.ScriptModule), isinstance(model, torch.export.ExportedProgram)
     if mode.kind == "imperative":
         if is_script or is_exported:
@@ -58,6 +73,52 @@ def _capture_modules(model: nn.Module, example: Batch) -> Graph:
             "the traced path"
         )
     return fold_batch_norms(graph, lambda linear, norm: calls.get(linear) == 1 and calls.get(norm) == 1)
+
+
+def _require_float32(model: Model) -> None:
+    named = model.named_parameters() if isinstance(model, nn.Module) else model.state_dict.items()
+    for name, weight in named:
+        if isinstance(weight, nn.parameter.UninitializedParameter):
+            raise ModelError(
+                f"model: '{name}' has no shape yet; call a model with lazy layers once on real input before it is used"
+            )
+        if weight.is_meta:
+            raise ModelError(f"model: '{name}' is on the meta device and holds no numbers; load its weights first")
+        if weight.is_floating_point() and weight.dtype is not torch.float32:
+            found = str(weight.dtype).removeprefix("torch.")
+            raise ModelError(f"model: '{name}' is {found}; quantization starts from float32: call model.float()")
+        if weight.is_floating_point() and bool(weight.isnan().any()):
+            raise ModelError(f"model: '{name}' holds NaN; check where the weights come from")
+
+
+def _require_runs(model: Model, example: Batch) -> None:
+    """Raises what the model itself does on the example, in words about the data."""
+    run = model.module() if isinstance(model, torch.export.ExportedProgram) else model
+    try:
+        with torch.no_grad():
+            output = run(*example.args, **example.kwargs)
+    except Exception as error:  # the user's code may raise anything
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = next((line for line in reversed(lines) if line.startswith("RuntimeError: ")), lines[0])
+        found = [f"input {i} {_form(x)}" for i, x in enumerate(example.args)]
+        found += [f"{name} {_form(x)}" for name, x in example.kwargs.items()]
+        raise DataError(
+            f"calibration data: the model fails on the first batch: {reason}; found {', '.join(found)}; "
+            "give it the inputs that it takes"
+        ) from error
+    if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(plain(output))):
+        raise _no_output(model, type(output).__name__)
+
+
+def _no_output(model: Model, kind: str = "nothing") -> ModelError:
+    return ModelError(
+        f"model: {type(model).__name__} returns no tensor that can be found (but {kind}); "
+        "return tensors, or tuples, lists or dicts of them"
+    )
+
+
+def _form(x: torch.Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
 
 
 __all__ = ["Model", "at_least_two", "capture", "capture_export", "capture_torchscript", "plain"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import ConstantArgument, InputKind
 
 from quantflow.data.batch import Batch
 from quantflow.errors import CaptureError
@@ -29,22 +30,28 @@ def capture_export(model: nn.Module | torch.export.ExportedProgram, example: Bat
     if isinstance(model, torch.export.ExportedProgram):
         program = model
     else:
-        batch = at_least_two(example)
         model = model.eval()
-        shapes = _dynamic_batch(batch)
         try:
-            with plain_attention(), _without_noise(), torch.no_grad():
-                program = torch.export.export(
-                    model, batch.args, dict(batch.kwargs), dynamic_shapes=shapes, strict=False
-                )
-        except Exception as error:
-            raise CaptureError(
-                f"mode: torch.export can't capture {type(model).__name__}: {_first_line(error)}; "
-                "try mode=torchscript (traces one path through the code) or mode=imperative"
-            ) from error
+            program = _export(model, at_least_two(example))
+        except CaptureError:
+            if example.size != 1:
+                raise
+            program = _export(model, example)  # code for one sample at a time
     with _without_noise(), torch.no_grad():
         program = program.run_decompositions({})
     return simplify(_to_graph(program))
+
+
+def _export(model: nn.Module, batch: Batch) -> torch.export.ExportedProgram:
+    try:
+        shapes = _dynamic_batch(model, batch)
+        with plain_attention(), _without_noise(), torch.no_grad():
+            return torch.export.export(model, batch.args, dict(batch.kwargs), dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        raise CaptureError(
+            f"mode: torch.export can't capture {type(model).__name__}: {_first_line(error)}; "
+            "try mode=torchscript (traces one path through the code) or mode=imperative"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -77,13 +84,14 @@ def at_least_two(batch: Batch) -> Batch:
     return Batch(args=tuple(double(x) for x in batch.args), kwargs={k: double(v) for k, v in batch.kwargs.items()})
 
 
-def _dynamic_batch(batch: Batch) -> Any:
+def _dynamic_batch(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """Dimension 0 is dynamic in every input that shares the batch size; torch.export decides the rest."""
 
     def of(x: torch.Tensor) -> dict[int, Any]:
         return {0: torch.export.Dim.AUTO} if x.dim() and x.shape[0] == batch.size else {}
 
-    return (*(of(x) for x in batch.args), *(of(v) for v in batch.kwargs.values()))
+    bound = inspect.signature(model.forward).bind(*batch.args, **batch.kwargs)
+    return torch.utils._pytree.tree_map(of, dict(bound.arguments))
 
 
 def _to_graph(program: torch.export.ExportedProgram) -> Graph:
@@ -101,6 +109,11 @@ def _to_graph(program: torch.export.ExportedProgram) -> Graph:
             raise CaptureError(f"mode: the exported program takes a {spec.kind.name.lower()}, which has no int8 form")
         lifted[spec.arg.name] = spec.target
 
+    if written := list(program.graph_signature.user_inputs_to_mutate.values()):
+        raise CaptureError(
+            f"mode: the model writes into its input {', '.join(written)}, which an int8 graph can't; "
+            "let it work on a copy (x = x.clone())"
+        )
     in_spec = program.call_spec.in_spec
     keywords = list(in_spec.child(1).context) if in_spec is not None and in_spec.num_children > 1 else []
     graph = fx.Graph()
@@ -114,9 +127,9 @@ def _to_graph(program: torch.export.ExportedProgram) -> Graph:
             _describe(values[node], constants[lifted[node.name]])
             continue
         if node.op == "output":
-            user = [o.arg.name for o in program.graph_signature.output_specs if o.kind.name == "USER_OUTPUT"]
+            user = [o.arg for o in program.graph_signature.output_specs if o.kind.name == "USER_OUTPUT"]
             named = {n.name: n for n in program.graph.nodes}
-            flat = [values[named[name]] for name in user]
+            flat = [a.value if isinstance(a, ConstantArgument) else values[named[a.name]] for a in user]
             graph.output(_structure(program, flat))
             continue
         values[node] = copied = graph.node_copy(node, values.__getitem__)
@@ -134,11 +147,15 @@ def _to_graph(program: torch.export.ExportedProgram) -> Graph:
     dynamic = any(item.shape and item.shape[0] is None for item in inputs)
     if not dynamic:
         notes.append("torch.export fixed the batch size to the example's: the model's code depends on it")
+    if changed := list(program.graph_signature.buffers_to_mutate.values()):
+        notes.append(
+            f"the model changes its own {', '.join(changed)} while it runs; the int8 model leaves them as they are"
+        )
     name_layers(graph)
     return Graph(graph, constants, tuple(inputs), dynamic, tuple(notes))
 
 
-def _structure(program: torch.export.ExportedProgram, flat: list[fx.Node]) -> Any:
+def _structure(program: torch.export.ExportedProgram, flat: list[Any]) -> Any:
     """The model's output in its own nesting, with model-output classes turned into plain dicts."""
     spec = program.call_spec.out_spec
     if spec is None:

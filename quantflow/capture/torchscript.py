@@ -28,7 +28,6 @@ from quantflow.capture.torchscript_values import (
     TracedTensor,
     compare,
     flat,
-    in_run,
 )
 from quantflow.data.batch import Batch
 from quantflow.errors import CaptureError
@@ -50,22 +49,33 @@ _ARITHMETIC: dict[str, str] = {
     "floor_divide": "floordiv", "remainder": "mod", "fmod": "mod", "neg": "neg", "pow": "pow", "max": "max",
     "min": "min",
 }  # fmt: skip
-_SAME_NUMBER = frozenset(
-    "to detach clone cpu type_as item ScalarImplicit IntImplicit FloatImplicit NumToTensor alias".split()
-)
+_SAME_NUMBER = frozenset((
+    "to", "detach", "clone", "cpu", "type_as", "item", "ScalarImplicit", "IntImplicit", "FloatImplicit",
+    "NumToTensor", "alias",
+))  # fmt: skip
 #: Reading a tensor's contents as a number: the example's value becomes part of the graph.
-_READS_DATA = frozenset(
-    "item Int Float Bool ScalarImplicit IntImplicit FloatImplicit is_nonzero equal allclose _local_scalar_dense".split()
-)
+_READS_DATA = frozenset((
+    "item", "Int", "Float", "Bool", "ScalarImplicit", "IntImplicit", "FloatImplicit", "is_nonzero", "equal",
+    "allclose", "_local_scalar_dense",
+))  # fmt: skip
 #: Their values follow from shape and dtype alone.
-_FACTORIES = frozenset("new_zeros new_ones new_full new_empty zeros_like ones_like full_like empty_like".split())
-_LINEAR = frozenset(
-    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d _convolution linear batch_norm".split()
+_FACTORIES = frozenset(
+    ("new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like")
 )
+_LINEAR = frozenset((
+    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "_convolution",
+    "linear", "batch_norm",
+))  # fmt: skip
 #: Ops whose second tensor operand may as well be a number.
-_SCALAR_OPERAND = frozenset("add sub mul div".split())
+_SCALAR_OPERAND = frozenset(("add", "sub", "mul", "div"))
 #: Views that can be written into, and the op that puts the result back.
 _SCATTER = {"slice": aten.slice_scatter.default, "select": aten.select_scatter.default}
+#: By c10::ScalarType's and c10::MemoryFormat's numbers.
+_DTYPES = (
+    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64,
+    torch.complex32, torch.complex64, torch.complex128, torch.bool, torch.qint8, torch.quint8, torch.qint32,
+    torch.bfloat16,
+)  # fmt: skip
 _MEMORY_FORMATS = (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
 
 
@@ -92,7 +102,12 @@ def capture_torchscript(
     attempts.append((example, 1))
     reason: BaseException | None = None
     with torch.no_grad(), plain_attention(), _quiet():
-        script = _as_script(model, at_least_two(example), method)
+        try:
+            script = _as_script(model, at_least_two(example), method)
+        except CaptureError:
+            if example.size != 1:
+                raise
+            script = _as_script(model, example, method)  # code for one sample at a time
         for batch, runs in attempts:
             if runs == 1 and example.size == 1:
                 script = _as_script(model, example, method)
@@ -156,13 +171,16 @@ def _import(
     script: torch.jit.ScriptModule, model: nn.Module | torch.jit.ScriptModule, batches: Sequence[Batch]
 ) -> Graph:
     expected = []
-    for index, batch in enumerate(batches):
+    for batch in batches:
         try:
             expected.append(plain(model(*batch.args, **batch.kwargs)))
         except Exception as error:  # the model's own code
             if len(batches) > 1:
-                raise _DependsOnBatch(f"the model fails on {batch.size} samples: {_first_line(error)}") from error
-            raise CaptureError(f"mode: {_class_name(model)} fails on batch {index}: {_first_line(error)}") from error
+                raise _DependsOnBatch(f"the model fails on a batch of {batch.size}: {_first_line(error)}") from error
+            raise CaptureError(
+                f"mode: {_class_name(model)} fails on the example batch: {_first_line(error)}; "
+                "check the data's input names and shapes"
+            ) from error
     try:
         imported = _Importer(script, batches).run(None if isinstance(model, torch.jit.ScriptModule) else expected[0])
     except (CaptureError, _DependsOnBatch):
@@ -184,11 +202,13 @@ def _import(
         try:
             found = interpret(graph, batch.tensors)
         except Exception as error:  # any op may raise anything
-            raise _DependsOnBatch(f"the imported graph fails on {batch.size} samples: {_first_line(error)}") from error
+            raise _DependsOnBatch(
+                f"the imported graph fails on a batch of {batch.size}: {_first_line(error)}"
+            ) from error
         if not _agree(found, wanted):
             raise _DependsOnBatch(
-                f"the imported graph differs from the model on {batch.size} samples; a branch or size was fixed by "
-                "tracing, the model draws random numbers, or it writes into a view of another tensor"
+                f"the imported graph differs from the model on a batch of {batch.size} (tracing fixed a branch or a "
+                "size, or the model draws random numbers or writes into a view of another tensor)"
             )
     return graph
 
@@ -273,6 +293,7 @@ class _Importer:
             "prim::requires_grad": lambda _node, _args, _env: True,
             "prim::Print": lambda _node, _args, _env: (),
             "aten::warn": lambda _node, _args, _env: (),
+            "aten::str": lambda _node, args, _env: str(args[0]),
             "prim::RaiseException": self._raise,
             _CALL: self._call_method,
         }
@@ -296,13 +317,6 @@ class _Importer:
         first = self._batches[0]
         schema = self._script._c._get_method("forward").schema.arguments[1:]
         names = [argument.name for argument in schema]
-        unknown = [name for name in first.kwargs if name not in names]
-        if unknown or len(first.args) > len(names):
-            raise CaptureError(
-                f"mode: the model takes {', '.join(names) or 'no input'}, and a batch holds {len(first.args)} "
-                f"positional inputs and {', '.join(first.kwargs) or 'no keywords'}; name the data's inputs as the model "
-                "does"
-            )
         keywords = [*([None] * len(first.args)), *first.kwargs]
         wanted = [*names[: len(first.args)], *first.kwargs]
         bound: dict[str, Any] = {}
@@ -315,14 +329,7 @@ class _Importer:
             if self._batch_input is None and shape and shape[0] is None:
                 self._batch_input = node
             inputs.append(Input(node.name, keyword, str(node.meta["dtype"]).removeprefix("torch."), shape))
-        for argument in schema:
-            if argument.name not in bound:
-                if not argument.has_default_value():
-                    raise CaptureError(
-                        f"mode: the batch holds nothing for the model's input '{argument.name}'; add it to the data"
-                    )
-                bound[argument.name] = argument.default_value
-        return [bound[name] for name in names], tuple(inputs)
+        return [bound.get(a.name, a.default_value) for a in schema], tuple(inputs)
 
     def _method(self, module: _Module, name: str, arguments: list[Any]) -> Any:
         key = (module.script._type().qualified_name(), name)
@@ -355,7 +362,9 @@ class _Importer:
             return ON_STRUCTURES[name](*args)
         if name in ("__is__", "__isnot__"):
             return (args[0] is args[1]) is (name == "__is__")
-        if any(isinstance(a, _Module) for a in args) or node.schema() == "(no schema)":
+        if node.kind() == "prim::PythonOp":
+            raise self._unsupported(f"call of the Python function '{node.pyname()}'")
+        if any(isinstance(a, _Module) for a in args) or node.schema() == "(no schema)" or "(...)" in node.schema():
             raise self._unsupported(node.kind())
         has_tensor = any(isinstance(a, TracedTensor) and (a.node is not None or a.values[0].dim()) for a in flat(args))
         has_size = any(isinstance(a, TracedSize) for a in flat(args))
@@ -655,6 +664,9 @@ class _Importer:
         return type(results[0])(parts)
 
     def _overload(self, namespace: str, name: str, schema: Any) -> Any:
+        # Python can't call a builtin that takes values of any type.
+        if any(_is_generic(argument.type) for argument in schema.arguments):
+            raise self._unsupported(f"{namespace}::{name}")
         try:
             packet = getattr(getattr(torch.ops, namespace), name)
             return getattr(packet, schema.overload_name or "default")
@@ -809,6 +821,10 @@ def _reads(node: Any) -> Iterator[int]:
             yield from _reads(inner)
 
 
+def _is_generic(kind: Any) -> bool:
+    return kind.kind() == "VarType" or any(map(_is_generic, kind.containedTypes()))
+
+
 def _typed(schema: Any, args: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
     """Positional and keyword arguments of the op, with TorchScript's integers for dtypes and formats spelled out."""
     positional: list[Any] = []
@@ -817,7 +833,7 @@ def _typed(schema: Any, args: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]
         if type(value) is int:
             kind = str(argument.real_type)
             if "ScalarType" in kind:
-                value = _dtype(value)
+                value = _DTYPES[value]
             elif "MemoryFormat" in kind:
                 value = _MEMORY_FORMATS[value]
             elif "Layout" in kind:
@@ -827,11 +843,6 @@ def _typed(schema: Any, args: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]
         else:
             positional.append(value)
     return positional, keywords
-
-
-def _dtype(code: int) -> torch.dtype:
-    """c10::ScalarType → torch.dtype; conversion through an op avoids a table of our own."""
-    return aten.zeros.default([0], dtype=code).dtype
 
 
 def _without_defaults(schema: Any, positional: list[Any], keywords: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:

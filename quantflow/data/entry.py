@@ -37,7 +37,7 @@ def import_entry(entry: str, field: str, error: type[UsageError]) -> Any:
                 "run from the directory that holds it, or install it"
             ) from problem
         raise _failed(error, field, entry, "importing it", problem) from problem
-    except Exception as problem:
+    except (Exception, SystemExit) as problem:
         raise _failed(error, field, entry, "importing it", problem) from problem
     target: Any = module
     for part in name.split("."):
@@ -54,12 +54,14 @@ def call_entry(target: Any, kwargs: dict[str, Any], entry: str, field: str, erro
         raise error(f"{field}: '{entry}' is a {type(target).__name__}, expected something to call")
     try:
         return target(**kwargs)
-    except Exception as problem:
+    except (Exception, SystemExit) as problem:
         given = f"calling it with {kwargs}" if kwargs else "calling it"
         raise _failed(error, field, entry, given, problem) from problem
 
 
-def _failed(error: type[UsageError], field: str, entry: str, action: str, problem: Exception) -> UsageError:
+def _failed(
+    error: type[UsageError], field: str, entry: str, action: str, problem: Exception | SystemExit
+) -> UsageError:
     frames = traceback.extract_tb(problem.__traceback__)
     where = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
     return error(f"{field}: '{entry}': {action} raised {type(problem).__name__}{where}: {problem}")

@@ -6,7 +6,7 @@ Nothing here changes what the model computes in float.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +38,8 @@ _RANDOM = frozenset(
 )  # fmt: skip
 #: Factories that read only dtype and device from their tensor argument.
 _NEW = {"new_zeros": aten.zeros, "new_ones": aten.ones, "new_full": aten.full, "new_empty": aten.zeros}
+#: Where a slice ends that has no end.
+_END = 2**63 - 1
 #: A folded constant may not be larger than this many elements unless its inputs already were.
 _FOLD_LIMIT = 1 << 22
 
@@ -97,9 +99,17 @@ def _remove_identities(graph: fx.Graph, _constants: dict[str, torch.Tensor]) -> 
         source = node.args[0]
         same_dtype = is_aten(node, "to", "_to_copy", "type_as") and node.meta.get("dtype") == source.meta.get("dtype")
         no_move = is_aten(node, "expand", "reshape", "slice") and _same_static_shape(node, source)
-        if is_aten(node, *_IDENTITIES) or (same_dtype and "dtype" in node.meta) or no_move:
+        if is_aten(node, *_IDENTITIES) or (same_dtype and "dtype" in node.meta) or no_move or _is_full_slice(node):
             node.replace_all_uses_with(source)
             graph.erase_node(node)
+
+
+def _is_full_slice(node: fx.Node) -> bool:
+    """`x[:]`, whatever the size of x."""
+    if not is_aten(node, "slice"):
+        return False
+    a = arguments(node)
+    return a["start"] in (None, 0) and a["end"] in (None, _END) and a["step"] == 1
 
 
 def _same_static_shape(a: fx.Node, b: fx.Node) -> bool:
@@ -193,13 +203,13 @@ def _reshape_views(graph: fx.Graph, _constants: dict[str, torch.Tensor]) -> None
 
 
 def _fold_constants(graph: fx.Graph, constants: dict[str, torch.Tensor]) -> None:
-    known: dict[fx.Node, torch.Tensor] = {}
+    known: dict[fx.Node, Any] = {}
     for node in list(graph.nodes):
         if node.op == "get_attr":
             known[node] = constants[str(node.target)]
-        if not isinstance(node.target, torch._ops.OpOverload) or node.op != "call_function":
+        if node.op != "call_function" or op_name(node) in _RANDOM:
             continue
-        if op_name(node) in _RANDOM:
+        if not isinstance(node.target, torch._ops.OpOverload) and node.target is not operator.getitem:
             continue
         if op_name(node) in _NEW and all(isinstance(s, int) for s in node.args[1]):
             a, dtype = arguments(node), node.meta.get("dtype", torch.float32)
@@ -212,19 +222,32 @@ def _fold_constants(graph: fx.Graph, constants: dict[str, torch.Tensor]) -> None
                 value = node.target(*args, **kwargs)
         else:
             continue
-        if not isinstance(value, torch.Tensor):
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        if not all(isinstance(part, torch.Tensor) for part in parts):
             continue
-        if value.numel() > max([_FOLD_LIMIT, *(known[s].numel() for s in node.all_input_nodes if s in known)]):
+        if _elements(value) > max([_FOLD_LIMIT, *(_elements(known[s]) for s in node.all_input_nodes if s in known)]):
             continue
-        known[node] = value.detach()
+        known[node] = value
     for node, value in known.items():
-        if node.op != "call_function":
+        if node.op != "call_function" or not isinstance(value, torch.Tensor):
             continue
         if all(user in known for user in node.users):
             continue
-        base = next((str(s.target) for s in node.all_input_nodes if s.op == "get_attr"), f"folded.{node.name}")
+        value = value.detach()
         owned = value.clone() if not value.is_contiguous() or value.untyped_storage().nbytes() > value.nbytes else value
-        node.replace_all_uses_with(add_constant(graph, constants, node, base, owned))
+        node.replace_all_uses_with(add_constant(graph, constants, node, _origin(node), owned))
+
+
+def _elements(value: torch.Tensor | Sequence[torch.Tensor]) -> int:
+    return value.numel() if isinstance(value, torch.Tensor) else sum(part.numel() for part in value)
+
+
+def _origin(node: fx.Node) -> str:
+    """The constant that a folded value was made from first; made from none, a name of its own."""
+    source = node
+    while source.op != "get_attr" and source.all_input_nodes:
+        source = source.all_input_nodes[0]
+    return str(source.target) if source.op == "get_attr" else f"folded.{node.name}"
 
 
 def _normalize_linears(graph: fx.Graph, constants: dict[str, torch.Tensor]) -> None:

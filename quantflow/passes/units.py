@@ -6,6 +6,7 @@ Finding units is pure analysis; `quantflow.plan` decides which of them run in in
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,13 +24,16 @@ AVERAGES = (
     "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
     "mean",
 )  # fmt: skip
-_CLAMPS = ("relu", "relu6", "hardtanh", "clamp", "clamp_min")
+_CLAMPS = ("relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max")
 SHAPES = (
     "reshape", "flatten", "unflatten", "permute", "transpose", "t", "slice", "select", "squeeze", "unsqueeze", "split",
     "split_with_sizes", "chunk", "unbind", "expand", "repeat", "roll", "flip", "pixel_shuffle", "pixel_unshuffle",
     "channel_shuffle", "narrow", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "constant_pad_nd",
     "pad",
 )  # fmt: skip
+
+#: They read a tensor's shape, which does not depend on how its values are held.
+_SIZES = ("sym_size", "sym_numel", "sym_stride", "sym_storage_offset")
 
 #: Kinds with an int8 form.
 CORE, MATMUL, ADD, MUL, CAT, MAX_POOL, AVG_POOL, CLAMP, SHAPE, FLOAT, SIZE = (
@@ -150,10 +154,11 @@ def as_epilogue(node: fx.Node) -> Epilogue | None:
         return Epilogue("hardtanh", (float(a["min_val"]), float(a["max_val"])))
     if is_aten(node, "clamp"):
         a = arguments(node)
-        if all(isinstance(a[k], (int, float)) for k in ("min", "max")):
-            return Epilogue("hardtanh", (float(a["min"]), float(a["max"])))
-    if is_aten(node, "clamp_min") and node.args[1] == 0:
-        return Epilogue("relu")
+        return _clamp(a["min"], a["max"])
+    if is_aten(node, "clamp_min"):
+        return _clamp(node.args[1], None)
+    if is_aten(node, "clamp_max"):
+        return _clamp(None, node.args[1])
     if is_aten(node, "gelu"):
         return Epilogue("gelu_tanh" if arguments(node)["approximate"] == "tanh" else "gelu")
     if is_aten(node, "leaky_relu"):
@@ -161,6 +166,15 @@ def as_epilogue(node: fx.Node) -> Epilogue | None:
     if is_aten(node, "hardswish", "hardsigmoid", "silu", "sigmoid", "tanh"):
         return Epilogue(op_name(node))
     return None
+
+
+def _clamp(low: Any, high: Any) -> Epilogue | None:
+    """A clamp to numbers; None leaves a side open."""
+    if not all(bound is None or isinstance(bound, (int, float)) for bound in (low, high)):
+        return None
+    if low == 0 and high is None:
+        return Epilogue("relu")
+    return Epilogue("hardtanh", (-math.inf if low is None else float(low), math.inf if high is None else float(high)))
 
 
 def _grow(unit: Unit) -> Unit:
@@ -178,7 +192,7 @@ def _classify(node: fx.Node, constants: Mapping[str, torch.Tensor]) -> Unit:
 
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node) and is_aten(node.args[0], *SHAPES):
         return unit(SHAPE, node.args[0])
-    if "dtype" not in node.meta and not is_aten(node, *SHAPES):
+    if not isinstance(node.target, torch._ops.OpOverload) or is_aten(node, *_SIZES):
         return Unit(SIZE, (node,), node, ())
     if is_aten(node, *LINEAR_OPS):
         return _classify_linear(node, constants)
@@ -201,6 +215,8 @@ def _classify(node: fx.Node, constants: Mapping[str, torch.Tensor]) -> Unit:
         tensors = node.args[0]
         if any(t.op == "get_attr" for t in tensors):  # type: ignore[union-attr]
             return floating("cat with a constant tensor has no int8 form")
+        if any(t.meta.get("dtype") is not torch.float32 for t in tensors):  # type: ignore[union-attr]
+            return floating("cat of tensors that are not float32 has no int8 form")
         return unit(CAT, *tensors)  # type: ignore[misc]
     if is_aten(node, *POOLS):
         return unit(MAX_POOL, node.args[0])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
+from torch import Tensor, get_num_threads, xpu
 
 from quantflow.errors import UnavailableError
 from quantflow.plan import PlannedUnit
@@ -21,7 +21,7 @@ class Runner(Protocol):
 
     program: Program
 
-    def __call__(self, inputs: Sequence[torch.Tensor]) -> Any:
+    def __call__(self, inputs: Sequence[Tensor]) -> Any:
         """The output for inputs in the order of `program.inputs`."""
 
     def run_node(self, index: int, values: Mapping[str, Any]) -> Any:
@@ -102,9 +102,9 @@ def choose_runtime(runtime: str = "auto", device: str = "auto", mode: str = "exp
 
 def devices() -> list[str]:
     """Devices that PyTorch sees, for error messages."""
-    found = [f"cpu ({torch.get_num_threads()} threads)"]
-    if torch.xpu.is_available():
-        found += [f"xpu:{i} ({torch.xpu.get_device_name(i)})" for i in range(torch.xpu.device_count())]
+    found = [f"cpu ({get_num_threads()} threads)"]
+    if xpu.is_available():
+        found += [f"xpu:{i} ({xpu.get_device_name(i)})" for i in range(xpu.device_count())]
     return found
 
 

@@ -268,21 +268,31 @@ def max_pool(
     """Max pooling of codes (*, *spatial), as maxima of shifted slices, one dimension after another."""
     for index, (k, s, p, d) in enumerate(zip(kernel, stride, padding, dilation, strict=True)):
         axis = x.dim() - len(kernel) + index
-        size = x.shape[axis]
-        span = d * (k - 1) + 1
+        size, span = x.shape[axis], d * (k - 1) + 1
         out = -(-(size + 2 * p - span) // s) + 1 if ceil_mode else (size + 2 * p - span) // s + 1
         if ceil_mode and (out - 1) * s >= size + p:
             out -= 1
-        after = max((out - 1) * s + span - size - p, 0)
-        if p or after:
-            pads = [0, 0] * (x.dim() - axis - 1) + [p, after]
-            x = F.pad(x, pads, value=0 if x.dtype is torch.uint8 else -128)
-        stop = (out - 1) * s + 1
-        y = x.narrow(axis, 0, stop)[_every(axis, s)]
-        for tap in range(1, k):
-            y = torch.maximum(y, x.narrow(axis, tap * d, stop)[_every(axis, s)])
-        x = y
+        # A tap reads x[i * s + offset] for the outputs i in [first, last] where that lies inside x.
+        offsets = [tap * d - p for tap in range(k)]
+        taps = [(max(0, -(o // s)), min(out - 1, (size - 1 - o) // s), o) for o in offsets]
+        y: Tensor | None = None
+        for first, last, offset in sorted(taps, key=lambda tap: tap[0] - tap[1]):
+            if first > last:
+                continue
+            part = x.narrow(axis, first * s + offset, (last - first) * s + 1)[_every(axis, s)]
+            if last - first + 1 == out:
+                y = part.clone() if y is None else torch.maximum(y, part, out=y)
+                continue
+            y = _lowest(x, axis, out) if y is None else y
+            inside = y.narrow(axis, first, last - first + 1)
+            torch.maximum(inside, part, out=inside)
+        x = _lowest(x, axis, out) if y is None else y
     return x
+
+
+def _lowest(x: Tensor, axis: int, size: int) -> Tensor:
+    """The lowest code everywhere, in x's shape with another size along one dimension."""
+    return x.new_full([*x.shape[:axis], size, *x.shape[axis + 1 :]], torch.iinfo(x.dtype).min)
 
 
 def _every(axis: int, step: int) -> tuple[slice, ...]:

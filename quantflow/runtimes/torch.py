@@ -188,14 +188,14 @@ class Lowering:
         return [*before, self._call(node, node.fused_name, *args)]
 
     def _through_uint8(self, node: Node) -> list[Call]:
-        """torch has no int8 upsampling; the bytes of int8 codes are moved as uint8."""
+        """torch has no int8 upsampling; int8 codes are moved as the uint8 codes they correspond to."""
         if self.stored[node.output].dtype == "uint8":
             return [Call(node.output, f"aten.{node.target}", node.args, node.kwargs)]
         seen, moved = f"{node.output}.bytes", f"{node.output}.moved"
         return [
-            Call(seen, "aten.view.dtype", (node.args[0], torch.uint8), {}),
+            Call(seen, "quantflow.flip", (node.args[0],), {}),
             Call(moved, f"aten.{node.target}", (Ref(seen), *node.args[1:]), node.kwargs),
-            Call(node.output, "aten.view.dtype", (Ref(moved), torch.int8), {}),
+            Call(node.output, "quantflow.flip", (Ref(moved),), {}),
         ]
 
     def _operand(self, ref: Ref) -> tuple[Ref, float, int]:

@@ -99,7 +99,10 @@ class WeightOverride(Override):
 
 
 class LayerOverride(Settings):
-    """What differs from `qconfig` in the layers that a pattern of `layers` matches."""
+    """What differs from `qconfig` in the layers that a pattern of `layers` matches.
+
+    `activation` means the layer's output, and its input too where a float layer or nothing comes before it.
+    """
 
     activation: ActivationOverride = ActivationOverride()
     weight: WeightOverride = WeightOverride()

@@ -1,0 +1,156 @@
+"""torch.export capture: the same numbers, for every batch size, under the model's own names."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+from quantflow.capture import at_least_two, capture_export, plain
+from quantflow.capture.export import plain_attention
+from quantflow.data.batch import Batch
+from quantflow.errors import CaptureError
+from quantflow.graph import Graph, interpret, is_aten
+
+
+class Block(nn.Module):
+    """conv-bn-relu with a residual, pooled into a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x = x + self.body(x)
+        return self.head(self.drop(x.mean((2, 3))))
+
+
+class Keywords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, *, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        y = self.fc(x) * mask
+        return {"y": y, "sum": y.sum(1)}
+
+
+class FixedBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x).reshape(2, 4)
+
+
+class DataBranch(FixedBatch):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) if x.sum() > 0 else x
+
+
+def images(samples: int) -> Batch:
+    return Batch((torch.randn(samples, 3, 8, 8),))
+
+
+def layers(graph: Graph) -> list[str]:
+    return [n.meta["layer"] for n in graph.fx.nodes if n.op == "call_function"]
+
+
+@pytest.mark.parametrize("samples", [1, 2, 4])
+def test_holds_for_every_batch_size(samples: int) -> None:
+    model = Block().eval()
+    graph = capture_export(model, images(samples))
+    assert graph.batch_is_dynamic
+    assert not graph.notes
+    assert graph.inputs[0].shape == (None, 3, 8, 8)
+    for size in (1, 3):
+        batch = images(size)
+        with torch.no_grad():
+            assert torch.allclose(interpret(graph, batch.tensors), model(*batch.args), atol=1e-6)
+
+
+def test_layers_carry_the_modules_names() -> None:
+    names = layers(capture_export(Block(), images(2)))
+    assert {"stem", "body.0", "body.1", "body.2", "add", "head"} <= set(names)
+    assert len(set(names)) == len(names)
+
+
+def test_nodes_are_functional_and_described() -> None:
+    graph = capture_export(Block(), images(2))
+    for node in graph.fx.nodes:
+        if isinstance(node.target, torch._ops.OpOverload):
+            assert not node.target._schema.is_mutable
+            assert node.meta["dtype"] is torch.float32
+            assert node.meta["shape"][0] is None
+    assert not [n for n in graph.fx.nodes if is_aten(n, "dropout")]
+    assert set(graph.constants) == {n.target for n in graph.fx.nodes if n.op == "get_attr"}
+
+
+def test_an_exported_program_is_taken_over() -> None:
+    model = Block().eval()
+    batch = images(2)
+    dynamic = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(model, batch.args, dynamic_shapes=dynamic)
+    graph = capture_export(program, batch)
+    other = images(5)
+    with torch.no_grad():
+        assert torch.allclose(interpret(graph, other.tensors), model(*other.args), atol=1e-6)
+
+
+def test_keywords_and_model_output_classes() -> None:
+    model = Keywords().eval()
+    batch = Batch((torch.randn(2, 4),), {"mask": torch.rand(2, 4)})
+    graph = capture_export(model, batch)
+    assert [(item.name, item.keyword) for item in graph.inputs] == [("x", None), ("mask", "mask")]
+    output = interpret(graph, batch.tensors)
+    assert list(output) == ["y", "sum"]
+    assert torch.equal(output["y"], model(*batch.args, **batch.kwargs)["y"])
+
+
+def test_a_fixed_batch_is_noted() -> None:
+    graph = capture_export(FixedBatch(), Batch((torch.randn(2, 4),)))
+    assert not graph.batch_is_dynamic
+    assert "fixed the batch size" in graph.notes[0]
+
+
+def test_a_refusal_names_the_other_modes() -> None:
+    with pytest.raises(CaptureError, match=r"can't capture DataBranch: .*mode=torchscript.*mode=imperative"):
+        capture_export(DataBranch(), Batch((torch.randn(2, 4),)))
+
+
+def test_attention_shows_its_linears() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    graph = capture_export(layer, Batch((torch.randn(2, 5, 8),)))
+    linears = [n.meta["layer"] for n in graph.fx.nodes if is_aten(n, "linear")]
+    assert linears == ["self_attn.in_proj", "self_attn.out_proj", "linear1", "linear2"]
+
+
+def test_the_fast_path_is_restored_after_an_error() -> None:
+    before = torch.backends.mha.get_fastpath_enabled()
+    with plain_attention():
+        assert not torch.backends.mha.get_fastpath_enabled()
+    with pytest.raises(CaptureError):
+        capture_export(DataBranch(), Batch((torch.randn(2, 4),)))
+    assert torch.backends.mha.get_fastpath_enabled() is before
+
+
+def test_at_least_two_repeats_a_single_sample() -> None:
+    one = Batch((torch.randn(1, 3),), {"mask": torch.ones(1, 3), "scale": torch.tensor(2.0)})
+    two = at_least_two(one)
+    assert torch.equal(two.args[0], one.args[0].repeat(2, 1))
+    assert two.kwargs["mask"].shape == (2, 3)
+    assert two.kwargs["scale"].shape == ()
+    assert at_least_two(two) is two
+
+
+def test_plain_keeps_the_nesting_and_drops_empty_entries() -> None:
+    x = torch.zeros(1)
+    output = OrderedDict(a=x, b=None, c=(x, [x, {"d": x}]))
+    assert plain(output) == {"a": x, "c": (x, [x, {"d": x}])}

@@ -1,0 +1,58 @@
+"""A model taken through every stage up to its integer program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from quantflow.calibrate import CalibrationTable, calibrate
+from quantflow.capture import capture_export
+from quantflow.convert import convert
+from quantflow.data.batch import Batch
+from quantflow.graph import Graph
+from quantflow.passes.fold_batchnorm import fold_batch_norms
+from quantflow.plan import Plan, make_plan
+from quantflow.prepare import Prepared, prepare
+from quantflow.program import Program
+from quantflow.schema import PRESETS, LayerOverride, QConfig
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What each stage made of one model."""
+
+    graph: Graph
+    plan: Plan
+    prepared: Prepared
+    table: CalibrationTable
+    program: Program
+
+
+Quantize = Callable[..., Stages]
+
+
+@pytest.fixture
+def stages() -> Quantize:
+    """stages(model, batch, qconfig="sym_int8", layers=None, reduce_range=False) → Stages; the batch also calibrates."""
+
+    def run(
+        model: nn.Module | Graph,
+        batch: torch.Tensor | Batch,
+        qconfig: str | QConfig = "sym_int8",
+        layers: Mapping[str, str | LayerOverride] | None = None,
+        reduce_range: bool = False,
+    ) -> Stages:
+        batch = Batch((batch,)) if isinstance(batch, torch.Tensor) else batch
+        batch = Batch(batch.args, batch.kwargs, ids=tuple(map(str, range(batch.size))))
+        graph = model if isinstance(model, Graph) else fold_batch_norms(capture_export(model.eval(), batch))
+        chosen = PRESETS[qconfig] if isinstance(qconfig, str) else qconfig
+        plan = make_plan(graph, chosen, layers, reduce_range=reduce_range)
+        prepared = prepare(graph, plan)
+        table = calibrate(prepared, [batch])
+        return Stages(graph, plan, prepared, table, convert(prepared, table))
+
+    return run
