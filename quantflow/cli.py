@@ -5,10 +5,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
+from types import FrameType
 from typing import NoReturn, get_args
 
 from rich.console import Console
@@ -93,7 +97,8 @@ def run(arguments: Sequence[str]) -> int:
         print(f"quantflow {_version()}")
         return EXIT_PASSED
     try:
-        outcomes = config.run_app(arguments, run_job)
+        with _interruptible():
+            outcomes = config.run_app(arguments, run_job)
     except QuantflowError as error:
         return _complain(error)
     except KeyboardInterrupt:
@@ -110,10 +115,11 @@ def run(arguments: Sequence[str]) -> int:
 def run_job(job: config.Job) -> int:
     """Validates and runs one job. Never raises, save KeyboardInterrupt, so that a sweep goes on after a failure."""
     try:
-        recipe = Recipe.from_dict(job.settings, job.name)
-        from quantflow.executor import run_task
+        with _interruptible():
+            recipe = Recipe.from_dict(job.settings, job.name)
+            from quantflow.executor import run_task
 
-        return run_task(recipe, list(job.overrides))
+            return run_task(recipe, list(job.overrides))
     except QuantflowError as error:
         return _complain(error)
     except Exception:  # noqa: BLE001 a crash in one job of a sweep must not stop the others
@@ -131,6 +137,31 @@ def help_text(arguments: Sequence[str] = ()) -> str:
         recipes=_columns(recipes),
         groups=_columns(groups),
     )
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends as KeyboardInterrupt, although TorchScript and Hydra turn that into errors of their own."""
+    was_pressed = False
+
+    def press(number: int, frame: FrameType | None) -> None:
+        nonlocal was_pressed
+        was_pressed = True
+        signal.default_int_handler(number, frame)
+
+    before = signal.getsignal(signal.SIGINT)
+    is_ours = callable(before) and threading.current_thread() is threading.main_thread()
+    if is_ours:
+        signal.signal(signal.SIGINT, press)
+    try:
+        yield
+    except Exception as error:
+        if was_pressed:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGINT, before)
 
 
 def _columns(rows: dict[str, str]) -> str:

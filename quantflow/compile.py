@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from quantflow.numerics.affine import dequantize
 from quantflow.prepare import bind
 from quantflow.program import Program
 from quantflow.runtimes import Choice, Runner
@@ -31,9 +32,19 @@ class Compiled:
         """
         return self.runner(bind(self.program.inputs, args, kwargs))
 
-    def kernel_names(self) -> Mapping[str, str]:
-        """Node name → what is fused in it."""
-        return {node.name: node.fused_name for node in self.program.nodes}
+    def trace(self, inputs: Sequence[torch.Tensor]) -> Iterator[tuple[str, Any]]:
+        """Run the program node by node and yield every value's name and value, codes as the reals they stand for."""
+        program = self.program
+        values: dict[str, Any] = {i.name: x for i, x in zip(program.inputs, inputs, strict=True)}
+        frees = program.last_uses()
+        for index, node in enumerate(program.nodes):
+            values[node.output] = value = self.runner.run_node(index, values)
+            coded = program.values.get(node.output)
+            if coded is not None and coded.qparams is not None and isinstance(value, torch.Tensor):
+                value = dequantize(value, coded.qparams)
+            yield node.output, value
+            for dead in frees.get(index, ()):
+                del values[dead]
 
 
 def compile_program(program: Program, choice: Choice) -> Compiled:

@@ -40,7 +40,6 @@ from quantflow.gates import FAILED, evaluate_gates, verdict
 from quantflow.graph import Graph, interpret
 from quantflow.imperative import called_modules, swap_modules
 from quantflow.models import LoadedModel, estimate_batchnorm, load_model
-from quantflow.numerics.affine import dequantize
 from quantflow.plan import Plan, make_plan
 from quantflow.prepare import Prepared, bind, prepare
 from quantflow.program import Program
@@ -447,26 +446,11 @@ def _layer_errors(graph: Graph, compiled: Compiled, source: Source) -> list[dict
         )
 
     def int8_run(batch: Batch, on_value: Callable[[str, torch.Tensor], None]) -> None:
-        for name, value in trace(compiled, bind(program.inputs, batch.args, batch.kwargs)):
+        for name, value in compiled.trace(bind(program.inputs, batch.args, batch.kwargs)):
             if name in computed and name in names and _is_real(value):
                 on_value(computed[name], value)
 
     return compare_layers(float_run, int8_run, [batch])
-
-
-def trace(compiled: Compiled, inputs: Sequence[torch.Tensor]) -> Iterator[tuple[str, Any]]:
-    """Run a compiled program node by node and yield every value, codes as the reals they stand for."""
-    program, runner = compiled.program, compiled.runner
-    values: dict[str, Any] = {i.name: x for i, x in zip(program.inputs, inputs, strict=True)}
-    frees = program.last_uses()
-    for index, node in enumerate(program.nodes):
-        values[node.output] = value = runner.run_node(index, values)
-        coded = program.values.get(node.output)
-        if coded is not None and coded.qparams is not None and isinstance(value, torch.Tensor):
-            value = dequantize(value, coded.qparams)
-        yield node.output, value
-        for dead in frees.get(index, ()):
-            del values[dead]
 
 
 def _is_real(value: Any) -> bool:
@@ -522,7 +506,7 @@ def _layer_times(compiled: Compiled, batch: Batch, repeats: int = 10) -> list[di
     inputs = bind(compiled.program.inputs, batch.args, batch.kwargs)
     taken: dict[str, list[float]] = {}
     for _ in range(repeats):
-        steps = trace(compiled, inputs)
+        steps = compiled.trace(inputs)
         while True:
             start = time.perf_counter()
             step = next(steps, None)

@@ -212,8 +212,8 @@ class _Overrides:
                 if isinstance(value, LayerOverride) and value.activation != ActivationOverride():
                     effect[pattern] = effect.get(pattern, False) or name in deciding
         return [
-            f"layers.{pattern}: its activation settings change nothing: the layer before writes the codes it reads, and "
-            "its own result is not coded; set them for the layer before"
+            f"layers.{pattern}: its activation settings change nothing: the layer before writes the codes it reads, "
+            "and its own result is not coded; set them for the layer before"
             for pattern, has_effect in effect.items()
             if not has_effect
         ]

@@ -134,6 +134,10 @@ class Program:
         """The convolutions and linears: those that exist in a program are int8."""
         return [node for node in self.nodes if node.op in LINEAR_OPS]
 
+    def output_names(self) -> list[str]:
+        """The values the model returns, in the order of its output structure."""
+        return list(_refs(self.output))
+
     def last_uses(self) -> dict[int, list[str]]:
         """Node index → values nothing reads after it."""
         last = {ref: index for index, node in enumerate(self.nodes) for ref in node.refs()}
@@ -290,8 +294,8 @@ def _check_linear(program: Program, node: Node, where: str) -> None:
     if not isinstance(node.args[0], Ref):
         raise ArtifactError(f"{where}: operand {node.args[0]!r} holds no int8 codes")
     weight, scale = program.tensors[a["weight"]], program.tensors[a["weight_scale"]]
-    dims = (2,) if node.op == "linear" else (3, 4, 5)
-    if weight.dtype is not torch.int8 or weight.dim() not in dims or not weight.numel():
+    legal = (2,) if node.op == "linear" else (3, 4, 5)
+    if weight.dtype is not torch.int8 or weight.dim() not in legal or not weight.numel():
         raise ArtifactError(f"{where}: weight is {weight.dtype} {tuple(weight.shape)}, {node.op} takes int8 codes")
     if int(weight.min()) < WEIGHT_RANGE[0]:
         raise ArtifactError(f"{where}: weight holds codes below {WEIGHT_RANGE[0]}")

@@ -18,8 +18,11 @@ from quantflow.numerics.agreement import disagreement, tie_tolerance
 from quantflow.numerics.measures import sqnr_db
 from quantflow.prepare import bind
 from quantflow.program import Node
-from quantflow.runtimes.reference import ReferenceRunner, unrounded
+from quantflow.runtimes.reference import ReferenceRunner, resolve, unrounded
 
+#: Below this the compiled program and its layers one by one are not the same computation. They are equal to the bit
+#: unless a float op's result depends on memory layout, which a deep network can amplify.
+LEAST_WHOLE_DB = 20.0
 #: A float32 result may differ by this share of the tensor's largest magnitude.
 FLOAT_TOLERANCE = 1e-4
 
@@ -82,6 +85,7 @@ def warmup(
             taken.append((time.perf_counter() - begin) * 1e3)
             if progress is not None:
                 progress(done + 1, None)
+    _require_whole_equals_parts(compiled, batch)
     reference, differences, checked = _verify(compiled, batch, progress)
     quality = min(
         (sqnr_db(a, b) for (_, a), (_, b) in zip(tensors(reference), tensors(output), strict=True)),
@@ -94,6 +98,22 @@ def warmup(
             f"although each layer is within one code of it: this model amplifies single rounding steps",
         )
     return Warmup(first, statistics.median(taken), iterations, batch.size, quality, differences, checked, notices)
+
+
+def _require_whole_equals_parts(compiled: Compiled, batch: Batch) -> None:
+    """The program in one go must give what its nodes give one by one: a value overwritten too early shows here."""
+    program = compiled.program
+    inputs = bind(program.inputs, batch.args, batch.kwargs)
+    wanted = set(program.output_names())
+    values = dict(zip((i.name for i in program.inputs), inputs, strict=True))
+    values |= {name: value for name, value in compiled.trace(inputs) if name in wanted}
+    parts, whole = resolve(program, program.output, values), compiled.runner(inputs)
+    for (path, expected), (_, actual) in zip(tensors(parts), tensors(whole), strict=True):
+        if not torch.equal(expected, actual) and not sqnr_db(expected, actual) >= LEAST_WHOLE_DB:
+            raise VerificationError(
+                f"{path}: the compiled program gives another result than its layers one by one; runtime "
+                f"{compiled.choice.runtime.name} must not be used: try runtime=reference, and report this"
+            )
 
 
 def _verify(

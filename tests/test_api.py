@@ -130,44 +130,64 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], str]] = {
         r"batch 1 .*the first batch had input 0 \[8\]",
     ),
     "a wrong width to evaluate": (
-        lambda m: qf.quantize(m, batches(), evaluation=[torch.zeros(4, 9)]), DataError, "evaluation",
+        lambda m: qf.quantize(m, batches(), evaluation=[torch.zeros(4, 9)]),
+        DataError,
+        "evaluation",
     ),
     "no module": (lambda _: qf.quantize(lambda x: x, batches()), UsageError, "module: is a function; pass an nn.Mod"),
     "a class": (lambda _: qf.quantize(nn.ReLU, batches()), UsageError, "module: is a .*type; pass an nn.Module"),
     "a preset that is none": (
-        lambda m: qf.quantize(m, batches(), qconfig="sym_int4"), RecipeError, "'sym_int4' is not a preset; use sym_int8",
+        lambda m: qf.quantize(m, batches(), qconfig="sym_int4"),
+        RecipeError,
+        "'sym_int4' is not a preset; use sym_int8",
     ),
     "a qconfig's typo": (
-        lambda m: qf.quantize(m, batches(), qconfig={"activations": {}}), RecipeError, "nearest: activation",
+        lambda m: qf.quantize(m, batches(), qconfig={"activations": {}}),
+        RecipeError,
+        "nearest: activation",
     ),
     "a qconfig of numbers": (lambda m: qf.quantize(m, batches(), qconfig=8), UsageError, "qconfig"),
     "an illegal qconfig": (
-        lambda m: qf.quantize(m, batches(), qconfig={"weight": {"dtype": "uint8"}}), RecipeError, "use int8",
+        lambda m: qf.quantize(m, batches(), qconfig={"weight": {"dtype": "uint8"}}),
+        RecipeError,
+        "use int8",
     ),
     "a mode that is none": (
-        lambda m: qf.quantize(m, batches(), mode="fx"), RecipeError, "mode.kind: 'fx' is not possible here; .*export",
+        lambda m: qf.quantize(m, batches(), mode="fx"),
+        RecipeError,
+        "mode.kind: 'fx' is not possible here; .*export",
     ),
     "a layer that is none": (
-        lambda m: qf.quantize(m, batches(), layers={"fc": "float"}), RecipeError, "'fc' matches nothing; nearest names",
+        lambda m: qf.quantize(m, batches(), layers={"fc": "float"}),
+        RecipeError,
+        "'fc' matches nothing; nearest names",
     ),
     "a gate that is none": (
-        lambda m: qf.quantize(m, batches(), gates={"sqnr": 3}), RecipeError, "gates.sqnr: no such setting",
+        lambda m: qf.quantize(m, batches(), gates={"sqnr": 3}),
+        RecipeError,
+        "gates.sqnr: no such setting",
     ),
     "a GPU": (lambda m: qf.quantize(m, batches(), device="xpu"), UnavailableError, "devices found: cpu"),
     "CUDA": (lambda m: qf.quantize(m, batches(), device="cuda"), RecipeError, "device.kind: 'cuda' is not possible"),
     "everything float": (lambda m: qf.quantize(m, batches(), layers={"*": "float"}), NothingQuantizedError, "layers"),
     "half precision": (lambda m: qf.quantize(m.half(), batches()), ModelError, r"call model\.float\(\)"),
     "overflow inside": (
-        lambda m: qf.quantize(nn.Sequential(nn.Linear(8, 8), Exp(), nn.Linear(8, 2)), [torch.full((2, 8), 1e4)]),
+        lambda _: qf.quantize(nn.Sequential(nn.Linear(8, 8), Exp(), nn.Linear(8, 2)), [torch.full((2, 8), 1e4)]),
         CalibrationError,
         "gives Inf in batch 0",
     ),
     "an artifact that is none": (lambda _: qf.load("nowhere"), ArtifactError, "no artifact at"),
-    "a recipe that is none": (lambda _: qf.load_recipe("resnet"), RecipeError, "'resnet' is not known; nearest: resnet"),
-    "a recipe's bad override": (
-        lambda _: qf.load_recipe("resnet18_sym_int8", ["seed=x"]), RecipeError, "seed: found 'x'; must be a whole",
+    "a recipe that is none": (
+        lambda _: qf.load_recipe("resnet"),
+        RecipeError,
+        "'resnet' is not known; nearest: resnet",
     ),
-}  # fmt: skip
+    "a recipe's bad override": (
+        lambda _: qf.load_recipe("resnet18_sym_int8", ["seed=x"]),
+        RecipeError,
+        "seed: found 'x'; must be a whole",
+    ),
+}
 
 
 class Exp(nn.Module):

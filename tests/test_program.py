@@ -35,7 +35,7 @@ def program() -> Program:
         Node("view", "shape", "v", (Ref("k"), [Ref("n"), -1]), target="reshape.default"),
         Node("v.dequantize", "dequantize", "f", (Ref("v"),)),
         Node("clip", "aten", "g", (Ref("f"), -math.inf, math.inf), target="clamp.default"),
-        Node("cast", "aten", "h", (Ref("g"),), {"dtype": torch.float64, "layout": torch.strided}, target="_to_copy.default"),
+        Node("cast", "aten", "h", (Ref("g"),), {"dtype": torch.float64, "pin_memory": None}, target="_to_copy.default"),
         Node("add", "aten", "o", (Ref("g"), TensorRef("t")), {"alpha": 1}, target="add.Tensor"),
     )  # fmt: skip
     values = dict.fromkeys(("x.codes", "y", "p", "c", "k", "v"), SIGNED) | {"y": Value(SIGNED.qparams, True)}
@@ -103,7 +103,7 @@ def _set(path: str, value: Any) -> Callable[[Any], None]:
         ("values/p/scale", 0.25, "must share one scale"),
         ("values/v", ..., "no scale and zero_point"),
         ("values/x.codes", ..., "no scale and zero_point"),
-        ("values/f", {"dtype": "int8", "scale": 1.0, "zero_point": 0, "is_nonnegative": False}, "can't hold int8 codes"),
+        ("values/f", {"dtype": "int8", "scale": 1, "zero_point": 0, "is_nonnegative": False}, "can't hold int8 codes"),
         ("nodes/0/op", "eval", "'eval' is not one of"),
         ("nodes/0/args", [], "takes 1 arguments, has 0"),
         ("nodes/0/args", [{"value": "nothing"}], "no earlier node defines"),
@@ -178,9 +178,10 @@ def test_only_a_symmetric_value_can_be_nonnegative(program: Program) -> None:
     "target",
     [
         "from_file.default", "save.default", "set_.source_Tensor", "add_.Tensor", "relu_.default", "copy_.default",
-        "add.out", "resize_.default", "record_stream.default", "warn.default", "manual_seed.default", "backward.default",
-        "set_grad_enabled.default", "_print.default", "cuda.default", "to_here.default", "wait.default", "nothing.default",
-        "__class__.default", "add.__class__", "add", "", "..", "os.system", "add.Tensor.more", "append.t", "Generator.default",
+        "add.out", "resize_.default", "record_stream.default", "warn.default", "manual_seed.default",
+        "backward.default", "set_grad_enabled.default", "_print.default", "cuda.default", "to_here.default",
+        "wait.default", "nothing.default", "__class__.default", "add.__class__", "add", "", "..", "os.system",
+        "add.Tensor.more", "append.t", "Generator.default",
     ],
 )  # fmt: skip
 def test_forbidden_ops(target: str) -> None:
@@ -188,7 +189,9 @@ def test_forbidden_ops(target: str) -> None:
         aten_op(target)
 
 
-@pytest.mark.parametrize("target", ["add.Tensor", "softmax.int", "sym_size.int", "split.Tensor", "zeros.default", "topk.default"])
+@pytest.mark.parametrize(
+    "target", ["add.Tensor", "softmax.int", "sym_size.int", "split.Tensor", "zeros.default", "topk.default"]
+)
 def test_ops_that_programs_use(target: str) -> None:
     assert callable(aten_op(target))
 

@@ -91,7 +91,7 @@ def _dynamic_batch(model: nn.Module, batch: Batch) -> dict[str, Any]:
         return {0: torch.export.Dim.AUTO} if x.dim() and x.shape[0] == batch.size else {}
 
     bound = inspect.signature(model.forward).bind(*batch.args, **batch.kwargs)
-    return torch.utils._pytree.tree_map(of, dict(bound.arguments))
+    return {name: torch.utils._pytree.tree_map(of, value) for name, value in bound.arguments.items()}
 
 
 def _to_graph(program: torch.export.ExportedProgram) -> Graph:

@@ -155,8 +155,9 @@ def conv(
     if residual is not None and len(shape) == 4 and epilogue in ("", "relu") and residual.dtype is _OUT[out_dtype]:
         return _SUM(
             x, x_scale, x_zero_point, packed, weight_scale, zeros,
-            _accumulator(_dense(residual), residual, may_overwrite), bias, stride, padding, dilation, groups, out_scale, out_zero_point, _OUT[out_dtype], residual_scale,
-            residual_zero_point, "sum", 1.0, epilogue or None, [], None,
+            _accumulator(_dense(residual), residual, may_overwrite), bias, stride, padding, dilation, groups,
+            out_scale, out_zero_point, _OUT[out_dtype], residual_scale, residual_zero_point, "sum", 1.0,
+            epilogue or None, [], None,
         )  # fmt: skip
     r = _POINTWISE[weight.dim()](
         x, x_scale, x_zero_point, packed, weight_scale, zeros, bias, stride, padding, dilation, groups,

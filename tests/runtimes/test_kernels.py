@@ -268,7 +268,7 @@ AVERAGES = [
 ]
 
 
-@pytest.mark.parametrize("held", HELD, ids=str)
+@pytest.mark.parametrize("held", [SIGNED, NONNEGATIVE, AFFINE, UINT8_HIGHEST], ids=str)
 @pytest.mark.parametrize(("target", "shape", "args"), AVERAGES, ids=lambda a: str(a) if isinstance(a, str) else "")
 def test_averages_have_the_reference_s_ties(
     held: Value, target: str, shape: tuple[int, ...], args: tuple[Any, ...]
@@ -278,11 +278,9 @@ def test_averages_have_the_reference_s_ties(
         node = Node("pool", "avg_pool", "y", (Ref("x"), *args), target=target)
         for scale, zero_point in ((0.03, 0), (0.03, 1), (0.06, 7), (0.011, -128)):
             program = program_of(node, {"x": held}, Value(QParams("int8", scale, zero_point)))
-            expected = run_node(program, node, values)
-            actual = TorchRunner(program).run_node(1, values)
+            actual, expected = check(program, values), run_node(program, node, values)
             ties = (unrounded(program, node, values) * 2 % 2 - 1).abs() < 1e-9  # type: ignore[operator]
             assert torch.equal(actual[ties], expected[ties])
-            check(program, values)
 
 
 def test_a_mean_over_a_large_image() -> None:

@@ -75,7 +75,11 @@ class Inception(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3)
-        self.one, self.three, self.tail = nn.Conv2d(8, 6, 1), nn.Conv2d(8, 7, (1, 3), padding=(0, 1)), nn.Conv2d(29, 5, 1)
+        self.one, self.three, self.tail = (
+            nn.Conv2d(8, 6, 1),
+            nn.Conv2d(8, 7, (1, 3), padding=(0, 1)),
+            nn.Conv2d(29, 5, 1),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.stem(x)
@@ -218,7 +222,9 @@ class Odd(nn.Module):
         return self._forward(self.first, self.second, *inputs)
 
 
-def _odd(forward: Callable[..., Any], wide: int = 8, channels: int = 8, make: type = nn.Conv2d) -> Callable[[], nn.Module]:
+def _odd(
+    forward: Callable[..., Any], wide: int = 8, channels: int = 8, make: type = nn.Conv2d
+) -> Callable[[], nn.Module]:
     size = (3, 1, 1) if make is nn.Conv2d else ()
     return lambda: Odd(forward, make(3 if size else 8, channels, *size), make(wide, 4, *size))
 
@@ -229,7 +235,7 @@ ODD: dict[str, Callable[[], nn.Module]] = {
     "a number among the outputs": _odd(lambda a, b, x: (b(a(x)), 3)),
     "the input and a parameter as outputs": _odd(lambda a, b, x: [x, a.weight, b(a(x))]),
     "one output twice": _odd(lambda a, b, x: (lambda y: (y, y))(b(a(x)))),
-    "no value is read as codes": _odd(lambda a, b, x: a(x), channels=4),
+    "no value is read as codes": _odd(lambda a, _, x: a(x), channels=4),
     "in-place ops": _odd(lambda a, b, x: (lambda y: b(F.relu_(y.add_(y))))(a(x))),
     "parts read as codes and as floats": _odd(
         lambda a, b, x: (lambda p: b(p[0]) + F.softmax(p[1], 1))(a(x).chunk(2, 1)), wide=4
@@ -241,8 +247,12 @@ ODD: dict[str, Callable[[], nn.Module]] = {
     "a pad with -inf": _odd(lambda a, b, x: b(F.max_pool2d(F.pad(a(x), (1, 1, 1, 1), value=float("-inf")), 3))),
     "float16 in between": _odd(lambda a, b, x: b(a(x).half().float())),
     "cat with integers": _odd(lambda a, b, x: b(torch.cat([a(x), (x > 0).long()], 1)), wide=11),
-    "constants made at run time": _odd(lambda a, b, x: b(torch.cat([a(x), x.new_ones(x.shape[0], 1, 8, 8)], 1)), wide=9),
-    "a size of codes": _odd(lambda a, b, x: (lambda y: b(y.reshape(y.shape[0] * 2, -1, 8, 8)) / y.numel())(a(x)), wide=4),
+    "constants made at run time": _odd(
+        lambda a, b, x: b(torch.cat([a(x), x.new_ones(x.shape[0], 1, 8, 8)], 1)), wide=9
+    ),
+    "a size of codes": _odd(
+        lambda a, b, x: (lambda y: b(y.reshape(y.shape[0] * 2, -1, 8, 8)) / y.numel())(a(x)), wide=4
+    ),
     "a broadcast residual": _odd(lambda a, b, x: b(a(x) + a(x).mean((2, 3), keepdim=True)) + b(a(x)[:1])),
     "a weight cut from a parameter": _odd(lambda a, b, x: b(F.conv2d(x, a.weight.split(4)[1], a.bias[4:])), wide=4),
 }

@@ -1,0 +1,147 @@
+"""From measured ranges to the integer program."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from quantflow.capture import capture_export
+from quantflow.convert import convert
+from quantflow.data.batch import Batch
+from quantflow.errors import CalibrationError
+from quantflow.graph import Graph
+from quantflow.numerics.affine import QParams, dequantize_weight
+from quantflow.passes.fold_batchnorm import fold_batch_norms
+from quantflow.program import Program
+from quantflow.schema import PRESETS
+
+Stages = Callable[..., Any]
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 8, 3),
+        nn.Flatten(),
+        nn.Linear(32, 5),
+    )
+
+
+@functools.cache
+def graph() -> Graph:
+    return fold_batch_norms(capture_export(model().eval(), Batch((image(),))))
+
+
+def image() -> torch.Tensor:
+    return torch.randn(4, 3, 10, 10, generator=torch.Generator().manual_seed(1))
+
+
+def first_quantize(program: Program) -> QParams:
+    qparams = next(program.values[node.output].qparams for node in program.nodes if node.op == "quantize")
+    assert qparams is not None
+    return qparams
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_weights_are_symmetric_codes_within_half_a_step(stages: Stages, preset: str) -> None:
+    done = stages(graph(), image(), preset)
+    float_weights = {"4": model()[4].weight, "6": model()[6].weight}
+    for node in done.program.int8_nodes():
+        codes, scale = (done.program.tensors[node.attrs[key]] for key in ("weight", "weight_scale"))
+        assert codes.dtype is torch.int8
+        assert int(codes.min()) >= -127
+        assert (codes.flatten(1).abs().amax(1) == 127).all()
+        assert scale.shape == (codes.shape[0],)
+        if node.name in float_weights:
+            error = (dequantize_weight(codes, scale, 0) - float_weights[node.name]).abs()
+            assert (error <= scale.reshape(-1, *[1] * (codes.dim() - 1)) * 0.5001).all()
+        assert done.program.tensors[node.attrs["bias"]].dtype is torch.float32
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_same_inputs_give_the_same_bytes(stages: Stages, preset: str) -> None:
+    first, second = stages(graph(), image(), preset).program, stages(model(), image(), preset).program
+    assert json.dumps(first.to_json()) == json.dumps(second.to_json())
+    assert save(dict(first.tensors)) == save(dict(second.tensors))
+
+
+@pytest.mark.parametrize(("preset", "dtype", "zero_point"), [("sym_int8", "int8", 0), ("sym_uint8", "uint8", 128)])
+def test_a_symmetric_scale_is_the_largest_magnitude_over_127(
+    stages: Stages, preset: str, dtype: str, zero_point: int
+) -> None:
+    program = stages(graph(), image(), preset).program
+    qparams = first_quantize(program)
+    assert (qparams.dtype, qparams.zero_point) == (dtype, zero_point)
+    assert qparams.scale == pytest.approx(image().abs().max().item() / 127, rel=1e-6)
+
+
+@pytest.mark.parametrize("preset", ["affine_uint8", "affine_int8"])
+def test_an_affine_range_holds_what_was_seen(stages: Stages, preset: str) -> None:
+    program = stages(graph(), image(), preset).program
+    qparams = first_quantize(program)
+    low, high = ((code - qparams.zero_point) * qparams.scale for code in qparams.range)
+    assert low == pytest.approx(image().min().item(), abs=qparams.scale)
+    assert high == pytest.approx(image().max().item(), abs=qparams.scale)
+
+
+def test_only_symmetric_int8_values_after_a_relu_are_nonnegative(stages: Stages) -> None:
+    for preset in PRESETS:
+        values = stages(graph(), image(), preset).program.values
+        assert [v.is_nonnegative for v in values.values()] == [False, *[preset == "sym_int8"] * 2, False, False]
+
+
+def test_a_negative_slope_or_bound_is_not_nonnegative(stages: Stages) -> None:
+    for activation in (nn.GELU(), nn.Hardtanh(-2, -1)):
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), activation, nn.Conv2d(8, 8, 3))
+        assert not any(v.is_nonnegative for v in stages(net, image()).program.values.values())
+    for activation in (nn.ReLU6(), nn.Sigmoid()):
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), activation, nn.Conv2d(8, 8, 3))
+        assert [v.is_nonnegative for v in stages(net, image()).program.values.values()] == [False, True]
+
+
+def test_a_batchnorm_s_numbers_are_in_the_weights(stages: Stages) -> None:
+    program = stages(graph(), image()).program
+    assert not any("batch_norm" in node.target for node in program.nodes)
+    assert program.int8_nodes()[0].epilogue is not None
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("role", ["weight", "bias"])
+def test_a_weight_that_is_not_finite_names_the_layer(stages: Stages, bad: float, role: str) -> None:
+    done = stages(graph(), image())
+    constants = dict(done.graph.constants)
+    name = next(name for name in constants if name.startswith("4") and name.endswith(role))
+    constants[name] = torch.full_like(constants[name], bad)
+    broken = replace(done.prepared, graph=replace(done.graph, constants=constants))
+    with pytest.raises(CalibrationError, match=rf"layer 4: its {role} holds"):
+        convert(broken, done.table)
+
+
+def test_a_table_of_another_model_is_refused(stages: Stages) -> None:
+    done = stages(graph(), image())
+    table = replace(done.table, observers={"other": next(iter(done.table.observers.values()))})
+    with pytest.raises(CalibrationError, match="the calibration table has no entry"):
+        convert(done.prepared, table)
+
+
+def test_an_all_zero_channel_gets_scale_one(stages: Stages) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    with torch.no_grad():
+        net[0].weight[3] = 0
+        net[0].bias[3] = 0
+    program = stages(net, image()).program
+    node = program.int8_nodes()[0]
+    assert program.tensors[node.attrs["weight_scale"]][3] == 1
+    assert not program.tensors[node.attrs["weight"]][3].any()
