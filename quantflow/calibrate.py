@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import suppress
@@ -391,6 +392,7 @@ def _write(path: Path, data: bytes) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _tidy(path)
         with partial.open("wb") as file:
             file.write(data)
             file.flush()
@@ -403,3 +405,17 @@ def _write(path: Path, data: bytes) -> None:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def _tidy(path: Path) -> None:
+    """Removes what runs that were killed while they wrote have left beside the path."""
+    for other in path.parent.iterdir():
+        match = re.fullmatch(rf"\.{re.escape(path.name)}\.(\d+)\.partial", other.name)
+        if match is None:
+            continue
+        try:
+            os.kill(int(match[1]), 0)
+        except ProcessLookupError:
+            other.unlink(missing_ok=True)
+        except (PermissionError, OverflowError):  # alive and another user's, or no process number
+            continue
