@@ -137,7 +137,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         raise OSError("disk full")
 
     monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(ArtifactError, match="can't be written .disk full.; free some space"):
+    with pytest.raises(ArtifactError, match=r"can't be written .disk full.; free some space"):
         calibrate(TwoLayers(), some_batches(3)).save(path)
     assert CalibrationTable.load(path) == old
     assert list(tmp_path.iterdir()) == [path]
