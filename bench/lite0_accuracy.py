@@ -14,6 +14,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def main() -> int:
     parser.add_argument("--peer", action="store_true", help="also quantize with ONNX Runtime, in this interpreter")
     parser.add_argument("--peer-python", metavar="PATH", help="the same, in that interpreter")
     options = parser.parse_args()
+    if options.peer and not (find_spec("onnx") and find_spec("onnxruntime")):
+        parser.error("--peer: onnx and onnxruntime are not installed here; install them, or use --peer-python PATH")
     if options.smoke:
         options.calibration, options.evaluation = 4, 8
     found = show_machine()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -19,6 +20,11 @@ from quantflow.plan import Plan, make_plan
 from quantflow.prepare import Prepared, prepare
 from quantflow.program import Program
 from quantflow.schema import PRESETS, LayerOverride, QConfig
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: threads that wait for each other spin, and take the time of those that work.
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @dataclass(frozen=True)
