@@ -47,6 +47,8 @@ TASKS: dict[Task, str] = {
     "benchmark": "float and int8 interleaved again, from an artifact: artifact=DIR",
     "inspect": "what an artifact holds: artifact=DIR",
     "report": "an artifact's report again: artifact=DIR",
+    "doctor": "what this machine can run, what is missing, and the command that installs it",
+    "selftest": "every native kernel and three small models against the reference: device=cpu or device=xpu",
 }
 
 _HELP = """\
@@ -58,6 +60,7 @@ quantflow: one recipe in, a real int8 model out, measured against the float mode
   quantflow -m recipe=resnet18_sym_int8 qconfig=sym_int8,affine_uint8
   quantflow model=entry model.entry=package.module:callable data=folder data.path=DIR
   quantflow task=benchmark artifact=DIR
+  quantflow task=selftest device=xpu
 
 Tasks (task=NAME)
 {tasks}

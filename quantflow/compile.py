@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from quantflow.numerics.affine import dequantize
 from quantflow.prepare import bind
 from quantflow.program import Program
 from quantflow.runtimes import Choice, Runner
+from quantflow.runtimes.native import NativeRunner
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,45 @@ class Compiled:
             for dead in frees.get(index, ()):
                 del values[dead]
 
+    def tune(self, inputs: Sequence[torch.Tensor]) -> list[dict[str, Any]]:
+        """Let the runtime find the fastest way to run this batch; rows for the report, none where it has one way."""
+        return self.runner.tune(inputs) if isinstance(self.runner, NativeRunner) else []
+
+    def left_to_torch(self) -> dict[str, str]:
+        """Layers the native runtime has no kernel for, each with the reason."""
+        if not isinstance(self.runner, NativeRunner):
+            return {}
+        return {self.program.nodes[index].name: reason for index, reason in sorted(self.runner.in_torch.items())}
+
+    def layer_times(self, inputs: Sequence[torch.Tensor], repeats: int = 10) -> list[dict[str, Any]]:
+        """Where the time goes: one {"name", "op", "kernel", "ms"} per kernel, or per node.
+
+        The native runtime times its kernels inside one run (least of the repeats). Other runtimes run each node by
+        itself (median): that includes the call's overhead, so the sum exceeds the model's latency.
+        """
+        if isinstance(self.runner, NativeRunner):
+            return self.runner.profile(inputs, repeats)
+        taken: dict[str, list[float]] = {}
+        for _ in range(repeats):
+            steps = self.trace(inputs)
+            while True:
+                start = time.perf_counter()
+                step = next(steps, None)
+                if step is None:
+                    break
+                taken.setdefault(step[0], []).append((time.perf_counter() - start) * 1e3)
+        return [
+            {
+                "name": node.name,
+                "op": node.target or node.op,
+                "kernel": f"{self.choice.runtime.name}.{node.fused_name}",
+                "ms": statistics.median(taken[node.output]),
+            }
+            for node in self.program.nodes
+        ]
+
 
 def compile_program(program: Program, choice: Choice) -> Compiled:
     """Build the runtime's runner for the program."""
     start = time.perf_counter()
-    return Compiled(program, choice, choice.runtime.build(program), time.perf_counter() - start)
+    return Compiled(program, choice, choice.runtime.build(program, choice.device), time.perf_counter() - start)

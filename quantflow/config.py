@@ -135,7 +135,7 @@ def config_dirs(arguments: Sequence[str]) -> list[Path]:
 def shipped(name: str) -> Path:
     """conf or recipes: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).parent
-    installed = package / f"_{name}"
+    installed = package / name
     return installed if installed.is_dir() else package.parent / name
 
 

@@ -1,4 +1,4 @@
-"""What a result was measured on: package versions, processor, instruction sets, threads."""
+"""This machine: package versions, processor, instruction sets, threads, and whether its int8 products are exact."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 #: Instruction sets that decide which int8 kernels a CPU can run.
 ISA = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8")
+#: Those whose u8*s8 products are summed in int32. Others add pairs of products in int16, which saturates.
+_EXACT_ISA = frozenset(("avx512_vnni", "avx_vnni", "amx_int8"))
 #: Distributions whose version can change a result.
 DISTRIBUTIONS = ("quantflow", "torch", "torchvision", "transformers", "safetensors", "numpy")
 
@@ -42,17 +44,28 @@ def environment() -> dict[str, Any]:
     """
     import torch
 
-    cpu, flags = _processor()
+    cpu, _ = _processor()
     return {
         "quantflow": distribution_version("quantflow") or "not installed",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu": cpu,
-        "isa": [name for name in ISA if name in flags],
+        "isa": isa(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
     }
+
+
+def isa() -> list[str]:
+    """Those of `ISA` that this CPU has."""
+    _, flags = _processor()
+    return [name for name in ISA if name in flags]
+
+
+def has_exact_int8_products() -> bool:
+    """Whether this CPU sums u8*s8 products in int32 (VNNI or AMX), as PyTorch's int8 kernels need to be exact."""
+    return not _EXACT_ISA.isdisjoint(isa())
 
 
 def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, frozenset[str]]:

@@ -6,7 +6,6 @@ load → capture → plan → prepare → calibrate → convert → compile → 
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from quantflow.compile import Compiled, compile_program
 from quantflow.config import overlay
 from quantflow.convert import convert
 from quantflow.data import Batch, Data, ImagePreprocess, TextPreprocess, load_data
+from quantflow.doctor import diagnose
 from quantflow.environment import environment
 from quantflow.errors import (
     EXIT_GATE,
@@ -45,16 +45,17 @@ from quantflow.prepare import Prepared, bind, prepare
 from quantflow.program import Program
 from quantflow.quantized import Quantized, QuantizedModel, QuantizedModule, QuantizedScript, Record, load, weights_bytes
 from quantflow.report import Progress
-from quantflow.runtimes import Choice, choose_runtime
+from quantflow.runtimes import Choice, choose_runtime, native_devices
 from quantflow.schema import Recipe
+from quantflow.selftest import selftest
 from quantflow.warmup import Warmup, warmup
 
 #: Warm-up compares with the reference on this many samples: exact integer sums are slow.
 VERIFIED_SAMPLES = 2
+#: Variants of larger batches are not tried: that takes longer than a user would wait.
+MOST_TUNED_SAMPLES = 64
 #: SQNR per layer is measured on at most this many samples, for the same reason.
 LAYER_SAMPLES = 8
-#: Instruction sets without which u8*s8 products saturate in int16.
-_EXACT_ISA = frozenset(("avx512_vnni", "avx_vnni", "amx_int8"))
 
 Update = Callable[[int, int | None], None]
 
@@ -178,16 +179,21 @@ def build(recipe: Recipe, source: Source, progress: Progress, checkpoint: Path |
             iterations=recipe.warmup.iterations,
             min_sqnr_db=recipe.warmup.min_sqnr_db,
             call=swapped,
+            tuned_for=_tuned_for(recipe, graph, example),
             progress=stage.update,
         )
     return Built(graph, plan, table, program, compiled, warm, swapped)
 
 
+def _tuned_for(recipe: Recipe, graph: Graph, example: Batch) -> list[Batch]:
+    """The batches that the runtime is tuned for: the sizes that will be timed."""
+    if not graph.batch_is_dynamic:
+        return [example]
+    return [timing.resized(example, size) for size in recipe.benchmark.batch_sizes if size <= MOST_TUNED_SAMPLES]
+
+
 def plan_for(recipe: Recipe, graph: Graph, choice: Choice, module: Model, example: Batch) -> Plan:
     """The plan for a captured graph, with what this machine decides filled in."""
-    asked = recipe.qconfig.reduce_range
-    isa = set(environment()["isa"])
-    reduce_range = asked if isinstance(asked, bool) else not isa & _EXACT_ISA
     imperative = recipe.mode.kind == "imperative" and isinstance(module, nn.Module)
     plan = make_plan(
         graph,
@@ -195,14 +201,11 @@ def plan_for(recipe: Recipe, graph: Graph, choice: Choice, module: Model, exampl
         recipe.layers,
         mode=recipe.mode.kind,
         kernel_of=choice.runtime.kernel_of,
-        reduce_range=reduce_range,
+        reduce_range=recipe.qconfig.reduce_range is True,
         swappable=called_modules(module, example) if imperative else None,
         recipe_name=recipe.name,
     )
-    if reduce_range and not isinstance(asked, bool):
-        note = "reduce_range: activations use 7 bits, because this CPU lacks VNNI and 8-bit products would saturate"
-        plan = replace(plan, notes=(*plan.notes, note))
-    return plan
+    return replace(plan, notes=(*plan.notes, *choice.runtime.notes()))
 
 
 def measure(
@@ -258,6 +261,8 @@ def run_task(recipe: Recipe, overrides: Sequence[str]) -> int:
         "report": _report,
         "evaluate": _again,
         "benchmark": _again,
+        "doctor": _doctor,
+        "selftest": _selftest,
     }
     return tasks[recipe.task](recipe, overrides)
 
@@ -374,6 +379,29 @@ def _report(recipe: Recipe, _overrides: Sequence[str]) -> int:
     return EXIT_PASSED
 
 
+def _doctor(_recipe: Recipe, _overrides: Sequence[str]) -> int:
+    report.print_findings(report.make_console(), diagnose())
+    return EXIT_PASSED
+
+
+def _selftest(recipe: Recipe, _overrides: Sequence[str]) -> int:
+    """Check the native runtime on this machine's own device: 0 all agree, 3 something does not.
+
+    Raises:
+        UnavailableError: the device is not here, with the devices found.
+    """
+    console = report.make_console()
+    choice = choose_runtime("native", recipe.device.kind)
+    backends = native_devices.backends_of(choice.device)
+    passed = True
+    for backend in backends:
+        with Progress(console, quiet=recipe.report.quiet) as progress, progress.stage(f"selftest {backend}") as stage:
+            rows = selftest(backend, stage.update)
+        report.print_selftest(console, backend, rows)
+        passed = passed and all(row.passed for row in rows)
+    return EXIT_PASSED if passed else EXIT_GATE
+
+
 def _require_own_code_named(stored: Recipe, record: Record, overrides: Sequence[str]) -> None:
     """An artifact never makes its reader import code: the user names it again on the command line."""
     for section in ("model", "data"):
@@ -483,7 +511,10 @@ def _benchmark(
                 progress=lambda r, _, done=done: update(done * settings.rounds + r, total),  # type: ignore[misc]
             )
             configs.append(timing.comparison(size, timings))
-        per_layer = _layer_times(compiled, timing.resized(first, sizes[0])) if settings.per_layer else None
+        per_layer = None
+        if settings.per_layer:
+            batch = timing.resized(first, sizes[0])
+            per_layer = compiled.layer_times(bind(program.inputs, batch.args, batch.kwargs))
     int8_bytes = len(weights_bytes(program))
     float_bytes = _float_bytes(source.model.module)
     section = {
@@ -499,24 +530,6 @@ def _benchmark(
         "peak_memory_bytes": timing.peak_memory_bytes(),
     }
     return section | ({"per_layer": per_layer} if per_layer is not None else {})
-
-
-def _layer_times(compiled: Compiled, batch: Batch, repeats: int = 10) -> list[dict[str, Any]]:
-    """Median time of each node run by itself: includes the call's overhead, so the sum exceeds the model's latency."""
-    inputs = bind(compiled.program.inputs, batch.args, batch.kwargs)
-    taken: dict[str, list[float]] = {}
-    for _ in range(repeats):
-        steps = compiled.trace(inputs)
-        while True:
-            start = time.perf_counter()
-            step = next(steps, None)
-            if step is None:
-                break
-            taken.setdefault(step[0], []).append((time.perf_counter() - start) * 1e3)
-    return [
-        {"name": node.name, "kernel": node.fused_name, "ms": sorted(taken[node.output])[repeats // 2]}
-        for node in compiled.program.nodes
-    ]
 
 
 def _float_bytes(module: Model) -> int:

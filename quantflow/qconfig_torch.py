@@ -22,14 +22,9 @@ _TORCH_QSCHEME = {
 }
 
 
-def to_torch(qconfig: QConfig, *, reduce_range: bool = False) -> TorchQConfig:
-    """The equivalent torch.ao QConfig.
-
-    Args:
-        qconfig: activation and weight spec.
-        reduce_range: what `qconfig.reduce_range: auto` means on the machine that will run the model.
-    """
-    reduced = reduce_range if qconfig.reduce_range == "auto" else qconfig.reduce_range
+def to_torch(qconfig: QConfig) -> TorchQConfig:
+    """The equivalent torch.ao QConfig. torch.ao's own kernels saturate without VNNI, unless `reduce_range` is true."""
+    reduced = qconfig.reduce_range is True
     return TorchQConfig(  # type: ignore[no-untyped-call]
         activation=ActivationObserver.with_args(spec=qconfig.activation, reduce_range=reduced),
         weight=WeightObserver.with_args(spec=qconfig.weight),

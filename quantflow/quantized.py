@@ -22,12 +22,15 @@ from torch import nn
 from quantflow import artifact
 from quantflow.calibrate import CalibrationTable
 from quantflow.compile import Compiled, compile_program
-from quantflow.errors import ArtifactError, UsageError
+from quantflow.environment import environment
+from quantflow.errors import ArtifactError
 from quantflow.prepare import bind
 from quantflow.program import Program
 from quantflow.report import from_json, markdown, to_json
 from quantflow.runtimes import choose_runtime
-from quantflow.runtimes.torch import TorchRunner
+from quantflow.runtimes.native import NativeRunner
+from quantflow.runtimes.native_op import adopt
+from quantflow.runtimes.torch import TorchRunner, build_script
 from quantflow.schema import Recipe
 
 #: File name endings that mean torch.jit.save rather than an artifact folder.
@@ -185,13 +188,14 @@ class QuantizedScript(torch.jit.RecursiveScriptModule):  # type: ignore[misc]
 
     @classmethod
     def adopt(cls, compiled: Compiled, record: Record) -> QuantizedScript:
-        """The compiled program's own ScriptModule, turned into this class."""
-        runner = compiled.runner
-        if not isinstance(runner, TorchRunner):
-            raise UsageError(
-                "mode: torchscript needs runtime=torch, which writes TorchScript; use runtime=torch or auto"
-            )
-        script = runner.script
+        """The compiled program as a ScriptModule of this class; its runner is the native or the torch one."""
+        runner, program = compiled.runner, compiled.program
+        if isinstance(runner, TorchRunner):
+            script = runner.script
+        else:
+            # The file runs on any machine: natively where that is possible, else by the same fused ops of PyTorch.
+            script = build_script(program, calls_native=True)
+            adopt([program.tensors[name] for name in sorted(program.tensors)], runner)
         script.__class__ = cls
         script.__dict__["compiled"] = compiled
         script.__dict__["record"] = record
@@ -238,9 +242,19 @@ def load(directory: str | Path, *, runtime: str = "auto", device: str = "auto") 
     mode = recipe.mode.kind
     choice = choose_runtime(wanted, device, "export" if runtime != "auto" else mode)
     compiled = compile_program(record.program, choice)
-    if mode == "torchscript" and choice.runtime.name == "torch":
+    if isinstance(compiled.runner, NativeRunner) and _same_machine(record.results.get("environment")):
+        compiled.runner.adopt(record.results.get("warmup", {}).get("variants", ()))
+    if mode == "torchscript" and choice.runtime.name in ("native", "torch"):
         return QuantizedScript.adopt(compiled, record)
     return QuantizedModel(compiled, record)
+
+
+def _same_machine(recorded: Any) -> bool:
+    """Whether an artifact was tuned on a machine like this one."""
+    found = environment()
+    return isinstance(recorded, Mapping) and all(
+        recorded.get(k) == found[k] for k in ("quantflow", "cpu", "isa", "cores")
+    )
 
 
 def _json(data: Any) -> bytes:

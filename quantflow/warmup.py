@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ class Warmup:
         sqnr_vs_reference_db: of the whole model's output; one-code differences add up along the model.
         one_code_differences: codes that legally differ from the reference's, over all layers.
         layers_checked: int8 nodes compared with the reference on its own codes.
+        variants: what the runtime tried per batch size, and what it keeps (see NativeRunner.tune).
     """
 
     time_to_first_result_s: float
@@ -47,6 +48,7 @@ class Warmup:
     one_code_differences: int
     layers_checked: int
     notices: tuple[str, ...] = ()
+    variants: tuple[dict[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {k: v for k, v in asdict(self).items() if k != "notices"}
@@ -59,6 +61,7 @@ def warmup(
     iterations: int = 5,
     min_sqnr_db: float = 40.0,
     call: Callable[..., Any] | None = None,
+    tuned_for: Sequence[Batch] = (),
     progress: Callable[[int, int | None], None] | None = None,
 ) -> Warmup:
     """Run the model, time it, and verify it layer by layer.
@@ -69,6 +72,7 @@ def warmup(
 
     Args:
         call: what to time instead of `compiled` (imperative mode: the swapped module).
+        tuned_for: batches for which the runtime looks for its fastest variant, once it is verified.
 
     Raises:
         VerificationError: a layer differs from the reference in a way that rounding can't explain.
@@ -97,7 +101,17 @@ def warmup(
             f"the whole model's output is {quality:.1f} dB from the reference's (warmup.min_sqnr_db: {min_sqnr_db:g}) "
             f"although each layer is within one code of it: this model amplifies single rounding steps",
         )
-    return Warmup(first, statistics.median(taken), iterations, batch.size, quality, differences, checked, notices)
+    if left := compiled.left_to_torch():
+        named = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:5])
+        notices += (
+            f"{len(left)} nodes run in torch, between native sections ({named}{'; …' if len(left) > 5 else ''})",
+        )
+    variants = [
+        row for tuned in tuned_for for row in compiled.tune(bind(compiled.program.inputs, tuned.args, tuned.kwargs))
+    ]
+    return Warmup(
+        first, statistics.median(taken), iterations, batch.size, quality, differences, checked, notices, tuple(variants)
+    )
 
 
 def _require_whole_equals_parts(compiled: Compiled, batch: Batch) -> None:

@@ -626,10 +626,10 @@ MODES = [
         "use device=cpu",
     ),
     case(
-        "a runtime of a later version",
-        [*RUN, "runtime=native"],
+        "a runtime that can't serve the mode",
+        [*RUN, "runtime=native", "mode=imperative"],
         4,
-        "runtime: 'native' is not part of this version; available: torch, reference, auto",
+        "runtime: 'native' can't serve mode=imperative; legal there are torch, reference, auto",
     ),
     case("a plan on a GPU that is not there", [*RUN, "task=plan", "device=xpu"], 4, "device: 'xpu' is not available"),
 ]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.ao.quantization import QConfig as TorchQConfig
 
+from quantflow.environment import has_exact_int8_products
 from quantflow.numerics.affine import activation_qparams
 from quantflow.schema import PRESETS, ActivationSpec, QConfig, WeightSpec
 
@@ -27,6 +28,15 @@ def test_minmax_gives_the_numbers_of_the_affine_formula(dtype: str, qscheme: str
     assert (float(scale), int(zero_point)) == (expected.scale, expected.zero_point)
     assert observer.dtype == (torch.qint8 if dtype == "int8" else torch.quint8)
     assert observer.qscheme == (torch.per_tensor_symmetric if qscheme == "symmetric" else torch.per_tensor_affine)
+
+
+def test_codes_keep_their_bits_unless_asked() -> None:
+    scales = []
+    for reduce_range in ("auto", False, True):
+        observer = QConfig(reduce_range=reduce_range).to_torch().activation()
+        observer(X)
+        scales.append(observer.calculate_qparams()[0])
+    assert scales[0] == scales[1] < scales[2]
 
 
 @pytest.mark.parametrize("name", ["moving_average", "histogram", "percentile", "mse", "entropy"])
@@ -62,7 +72,9 @@ def test_torch_ao_takes_it_from_float_to_int8() -> None:
 
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(33, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8)).eval()
-    qconfig = PRESETS["affine_uint8"].to_torch()
+    # torch.ao's own kernels saturate where int8 products do.
+    saturates = not has_exact_int8_products()
+    qconfig = PRESETS["affine_uint8"].model_copy(update={"reduce_range": saturates}).to_torch()
     prepared = prepare_fx(model, {"": qconfig}, (X,))
     prepared(X)
     converted = convert_fx(prepared)

@@ -97,7 +97,7 @@ def activation_qparams(low: float, high: float, *, dtype: str, qscheme: str, red
 
     Args:
         low, high: observed range, finite, low <= high.
-        reduce_range: use 7 bits (63 and 127 steps), for CPUs whose u8*s8 products saturate in int16.
+        reduce_range: use 7 bits (63 and 127 steps), for runtimes whose u8*s8 products saturate in int16.
 
     Raises:
         ValueError: if the range is not finite or is reversed.

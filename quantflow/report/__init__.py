@@ -5,16 +5,26 @@ from __future__ import annotations
 from quantflow.report.markdown import markdown
 from quantflow.report.progress import Progress
 from quantflow.report.results import from_json, to_json
-from quantflow.report.terminal import make_console, print_gates, print_notices, print_plan, print_summary
+from quantflow.report.terminal import (
+    make_console,
+    print_findings,
+    print_gates,
+    print_notices,
+    print_plan,
+    print_selftest,
+    print_summary,
+)
 
 __all__ = [
     "Progress",
     "from_json",
     "make_console",
     "markdown",
+    "print_findings",
     "print_gates",
     "print_notices",
     "print_plan",
+    "print_selftest",
     "print_summary",
     "to_json",
 ]

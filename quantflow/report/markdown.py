@@ -34,7 +34,12 @@ def _blocks(results: Mapping[str, Any]) -> Iterator[str]:
         yield "## Plan"
         yield _escape(tables.plan_summary(plan)) + "."
         yield _table(tables.plan(plan))
-    for table in (tables.layer_errors(results), tables.stages(results), tables.settings(results)):
+    for table in (
+        tables.layer_errors(results),
+        tables.layer_times(results),
+        tables.stages(results),
+        tables.settings(results),
+    ):
         yield from _section(table)
 
 

@@ -205,6 +205,19 @@ def _benchmark(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         yield "peak memory", "", size(benchmark["peak_memory_bytes"]), "whole process"
 
 
+def layer_times(results: Mapping[str, Any]) -> Table:
+    """Where the int8 model's time goes, kernel by kernel, slowest first; empty unless it was measured."""
+    rows = [row for row in _list(_section(results, "benchmark"), "per_layer") if _is_number(row.get("ms"))]
+    total = sum(row["ms"] for row in rows) or 1.0
+    cells = tuple(
+        (_text(row.get("name")), _text(row.get("op")), _text(row.get("kernel")), f"{row['ms']:.4f}",
+         f"{row['ms'] / total:.1%}")
+        for row in sorted(rows, key=lambda row: -row["ms"])
+    )  # fmt: skip
+    caption = f"{len(cells)} kernels, {total:.3f} ms in all when each is timed by itself" if cells else ""
+    return Table("Time per layer", ("layer", "op", "kernel", "ms", "share"), cells, frozenset({3, 4}), caption)
+
+
 def _latency(timing: Mapping[str, Any]) -> str:
     if not _is_number(timing.get("median_ms")):
         return MISSING

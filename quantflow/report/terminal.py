@@ -42,6 +42,31 @@ def print_plan(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     console.print(Text(tables.plan_summary(rows)))
 
 
+def print_findings(console: Console, findings: Sequence[Any]) -> None:
+    """What task=doctor found: a line per topic, and below it the cures."""
+    _print_table(console, Table("This machine", ("what", "found"), tuple((f.topic, f.found) for f in findings)))
+    for finding in findings:
+        if finding.cure:
+            console.print(Text(f"{finding.topic}: {finding.cure}", style="yellow"))
+
+
+def print_selftest(console: Console, backend: str, rows: Sequence[Any]) -> None:
+    """A line per kernel of a self-test, its failures, and the verdict."""
+    shown = tuple(
+        (row.kernel, str(row.cases), str(row.values), str(row.one_code), f"{row.seconds:.2f}",
+         "passed" if row.passed else "FAILED")
+        for row in rows
+    )  # fmt: skip
+    headers = ("kernel", "cases", "values", "one-code differences", "seconds", "verdict")
+    _print_table(console, Table(f"Selftest of {backend}", headers, shown, frozenset({1, 2, 3, 4})))
+    for row in rows:
+        for failure in row.failures:
+            console.print(Text(f"{row.kernel}: {failure}", style="red"))
+    failed = sum(not row.passed for row in rows)
+    verdict = f"{failed} of {len(rows)} FAILED" if failed else f"all {len(rows)} passed"
+    console.print(Text(f"selftest of {backend}: {verdict}", style="bold red" if failed else "bold green"))
+
+
 def print_summary(
     console: Console, results: Mapping[str, Any], *, artifact: str | None = None, quiet: bool = False
 ) -> None:
@@ -54,6 +79,7 @@ def print_summary(
     console.print(Text(tables.headline(results), style="bold"))
     print_notices(console, tables.notices(results))
     if not quiet:
+        _print_table(console, tables.layer_times(results))
         _print_table(console, tables.figures(results))
         worst = tables.layer_errors(results).rows[:WORST_LAYERS]
         if worst:

@@ -11,9 +11,13 @@ from torch import Tensor, get_num_threads, xpu
 from quantflow.errors import UnavailableError
 from quantflow.plan import PlannedUnit
 from quantflow.program import Node, Program
+from quantflow.runtimes import native_devices
+from quantflow.runtimes.native import NativeRunner
+from quantflow.runtimes.native import kernel_of as native_kernel_of
 from quantflow.runtimes.reference import ReferenceRunner
 from quantflow.runtimes.torch import TorchRunner
 from quantflow.runtimes.torch import kernel_of as torch_kernel_of
+from quantflow.runtimes.torch import notes as torch_notes
 
 
 class Runner(Protocol):
@@ -36,26 +40,49 @@ class Runtime:
     """One line of the table.
 
     Attributes:
-        build: program → runner; packs weights and builds kernels as far as shapes are not needed.
+        build: (program, device) → runner; packs weights and builds kernels as far as shapes are not needed.
         kernel_of: the kernel that will run a planned unit, for the plan.
-        devices: device kinds it can use on this machine.
+        missing: device → why the runtime can't use it on this machine, with the cure; None: it can.
+        modes: how a model must be captured for it.
+        notes: what its user should know about this machine, for the plan.
     """
 
     name: str
-    build: Callable[[Program], Runner]
+    build: Callable[[Program, str], Runner]
     kernel_of: Callable[[PlannedUnit], str]
-    devices: tuple[str, ...] = ("cpu",)
+    missing: Callable[[str], str | None]
+    modes: tuple[str, ...]
+    notes: Callable[[], tuple[str, ...]] = tuple
 
 
 def _reference_kernel(planned: PlannedUnit) -> str:
     return f"reference.{planned.unit.kind if planned.unit.kind != 'core' else planned.unit.op}"
 
 
-#: In the order in which `runtime: auto` prefers them. None: a name that recipes may use, not built into this version.
-RUNTIMES: dict[str, Runtime | None] = {
-    "native": None,
-    "torch": Runtime("torch", TorchRunner, torch_kernel_of),
-    "reference": Runtime("reference", ReferenceRunner, _reference_kernel),
+def _only_cpu(device: str) -> str | None:
+    return None if device == "cpu" else "it runs on the CPU only"
+
+
+#: In the order in which `runtime: auto` prefers them.
+RUNTIMES: dict[str, Runtime] = {
+    "native": Runtime(
+        "native",
+        lambda program, device: NativeRunner(program, native_devices.backend_of(device)),
+        native_kernel_of,
+        native_devices.missing,
+        ("export", "torchscript"),
+    ),
+    "torch": Runtime(
+        "torch",
+        lambda program, _: TorchRunner(program),
+        torch_kernel_of,
+        _only_cpu,
+        ("export", "torchscript", "imperative"),
+        torch_notes,
+    ),
+    "reference": Runtime(
+        "reference", lambda program, _: ReferenceRunner(program), _reference_kernel, _only_cpu, ("export", "imperative")
+    ),
 }
 
 
@@ -72,40 +99,48 @@ class Choice:
 def choose_runtime(runtime: str = "auto", device: str = "auto", mode: str = "export") -> Choice:
     """Resolve `auto`, or check that what was asked for by name exists here.
 
+    `device: auto` is an Intel GPU where there is one and a runtime of the mode can use it, else the CPU.
+
     Raises:
         UnavailableError: names what was asked for, what this machine has, and what to ask for instead.
     """
-    available = {name: entry for name, entry in RUNTIMES.items() if entry is not None}
+    names = [runtime] if runtime != "auto" else [name for name, entry in RUNTIMES.items() if mode in entry.modes]
+    if mode not in RUNTIMES[names[0]].modes:
+        fitting = ", ".join(name for name, entry in RUNTIMES.items() if mode in entry.modes)
+        raise UnavailableError(f"runtime: '{runtime}' can't serve mode={mode}; legal there are {fitting}, auto")
+    wanted = [device] if device != "auto" else (["xpu", "cpu"] if native_devices.has_intel_gpu() else ["cpu"])
+    refused: dict[tuple[str, str], str] = {}
+    for place in wanted:
+        for name in names:
+            reason = RUNTIMES[name].missing(place)
+            if reason is None:
+                return Choice(RUNTIMES[name], place, runtime, _why(runtime, device, place, refused))
+            refused[name, place] = reason
     if device == "xpu":
+        found = "; ".join(f"{name}: {reason}" for (name, _), reason in refused.items())
         raise UnavailableError(
-            f"device: 'xpu' is not available; devices found: {', '.join(devices())}; "
-            "the runtimes of this version run on the CPU: use device=cpu or device=auto"
+            f"device: 'xpu' is not available; devices found: {', '.join(devices())}; {found}; "
+            "use device=cpu or device=auto; task=doctor says what is missing"
         )
-    if runtime != "auto":
-        chosen = available.get(runtime)
-        if chosen is None:
-            raise UnavailableError(
-                f"runtime: '{runtime}' is not part of this version; available: {', '.join(available)}, auto"
-            )
-        if mode == "torchscript" and runtime != "torch":
-            raise UnavailableError(
-                f"runtime: '{runtime}' can't be written as TorchScript; mode=torchscript runs on runtime=torch"
-            )
-        return Choice(chosen, "cpu", runtime, "asked for by name")
-    chosen = next(iter(available.values()))
-    missing = [name for name in RUNTIMES if name not in available]
-    why = f"first of {', '.join(available)}" + (
-        f"; {', '.join(missing)} is not part of this version" if missing else ""
-    )
-    return Choice(chosen, "cpu", runtime, why)
+    (_, reason), *_ = refused.items()
+    raise UnavailableError(reason)
+
+
+def _why(runtime: str, device: str, place: str, refused: dict[tuple[str, str], str]) -> str:
+    """Why this runtime and device, in one line."""
+    parts = ["asked for by name" if runtime != "auto" else "first that can run"]
+    if device == "auto":
+        parts.append("an Intel GPU was found" if place == "xpu" else "no Intel GPU was found")
+    parts += [f"not {other} on {where}: {reason}" for (other, where), reason in refused.items()]
+    return "; ".join(parts)
 
 
 def devices() -> list[str]:
-    """Devices that PyTorch sees, for error messages."""
+    """Devices found, for error messages: PyTorch's and those that SYCL lists."""
     found = [f"cpu ({get_num_threads()} threads)"]
     if xpu.is_available():
         found += [f"xpu:{i} ({xpu.get_device_name(i)})" for i in range(xpu.device_count())]
-    return found
+    return found + [f"SYCL {device['type']} ({device['name']})" for device in native_devices.sycl_devices()]
 
 
 __all__ = ["RUNTIMES", "Choice", "Node", "Runner", "Runtime", "choose_runtime", "devices"]

@@ -3,6 +3,9 @@
 They register when quantflow is imported, so a saved ScriptModule loads after `import quantflow`. Each takes plain
 tensors and numbers; the packed form that oneDNN wants is kept in a cache beside the weight, never saved.
 
+Where PyTorch's int8 kernels would saturate (`HAS_INT8_KERNELS` is False) convolutions and linears sum the same integers
+in floating point: exact, and no faster than the float model.
+
 Layout: 4-D activations are channels-last. `*_scale` and `*_zero_point` describe codes as they are stored (see
 `quantflow.runtimes.torch`: most signed values are stored as uint8 with zero_point + 128). `is_nonnegative` marks int8
 codes in [0, 127], whose bytes are read as uint8. `out_dtype` is "int8", "uint8" or "float32".
@@ -18,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from quantflow.environment import has_exact_int8_products
 from quantflow.numerics.affine import ACTIVATION_RANGE, TORCH_DTYPE
 from quantflow.passes.units import Epilogue
 from quantflow.program import EPILOGUES
@@ -27,6 +31,8 @@ Tensor = torch.Tensor
 _onednn = torch.ops.onednn
 _OUT = {**TORCH_DTYPE, "float32": torch.float32}
 
+#: Whether convolutions and linears run on PyTorch's int8 kernels, whose sums are wrong where int8 products saturate.
+HAS_INT8_KERNELS = has_exact_int8_products()
 #: Spatial dimensions → epilogue kind → attribute where stock PyTorch fuses it; the others follow in float32.
 FUSED_IN_CONV = {
     1: {"": "none", "relu": "relu"},
@@ -46,6 +52,7 @@ _POINTWISE = {
     4: _onednn.qconv2d_pointwise.default,
     5: _onednn.qconv3d_pointwise.default,
 }
+_FLOAT_CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 _SUM = _onednn.qconv2d_pointwise.binary
 _LINEAR = _onednn.qlinear_pointwise.default
 _LINEAR_SUM = _onednn.qlinear_pointwise.binary
@@ -56,7 +63,7 @@ _lock = threading.Lock()
 
 
 def _packed(weight: Tensor, key: Any, pack: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """(packed weight, weight zero points) for one input shape, made once.
+    """(packed weight, weight zero points) for one input shape, or the weight as floating point; made once.
 
     They are kept in the weight tensor's own attributes, so that they die with it; any other mapping from tensors
     costs a microsecond on each of a model's calls.
@@ -112,6 +119,15 @@ def _finish(r: Tensor, epilogue: str, values: list[float], scale: float, zero_po
     return r if dtype == "float32" else quantize(r, scale, zero_point, dtype)
 
 
+def _finish_sum(
+    r: Tensor, residual: Tensor | None, residual_scale: float, residual_zero_point: int,
+    epilogue: str, values: list[float], scale: float, zero_point: int, dtype: str,
+) -> Tensor:  # fmt: skip
+    if residual is not None:
+        r = r + dequantize(residual, residual_scale, residual_zero_point)
+    return _finish(r, epilogue, values, scale, zero_point, dtype)
+
+
 def conv(
     x: Tensor, x_scale: float, x_zero_point: int, is_nonnegative: bool, weight: Tensor, weight_scale: Tensor,
     bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int], groups: int,
@@ -134,6 +150,11 @@ def conv(
             may_overwrite,
         )  # fmt: skip
         return flat.permute(0, 3, 1, 2)
+    if not HAS_INT8_KERNELS:
+        r = _float_conv(x, x_scale, x_zero_point, weight, weight_scale, bias, stride, padding, dilation, groups)
+        return _finish_sum(
+            r, residual, residual_scale, residual_zero_point, epilogue, values, out_scale, out_zero_point, out_dtype
+        )
     if is_nonnegative:
         x = x.view(torch.uint8)
     elif x.dtype is torch.int8:
@@ -163,9 +184,9 @@ def conv(
         x, x_scale, x_zero_point, packed, weight_scale, zeros, bias, stride, padding, dilation, groups,
         1.0, 0, torch.float32, "none", [], "",
     )  # fmt: skip
-    if residual is not None:
-        r = r + dequantize(residual, residual_scale, residual_zero_point)
-    return _finish(r, epilogue, values, out_scale, out_zero_point, out_dtype)
+    return _finish_sum(
+        r, residual, residual_scale, residual_zero_point, epilogue, values, out_scale, out_zero_point, out_dtype
+    )
 
 
 def _accumulator(dense: Tensor, residual: Tensor, may_overwrite: bool) -> Tensor:
@@ -211,6 +232,11 @@ def linear(
     if 0 in shape:
         return torch.empty(*shape[:-1], weight.shape[0], dtype=_OUT[out_dtype])
     x = x.contiguous()
+    if not HAS_INT8_KERNELS:
+        r = _float_linear(x, x_scale, x_zero_point, weight, weight_scale, bias)
+        return _finish_sum(
+            r, residual, residual_scale, residual_zero_point, epilogue, values, out_scale, out_zero_point, out_dtype
+        )
     if is_nonnegative:
         x = x.view(torch.uint8)
     packed, zeros = _packed(weight, shape, lambda: _onednn.qlinear_prepack(weight.flatten(1), list(shape)))
@@ -229,9 +255,53 @@ def linear(
     r = _LINEAR(
         x, x_scale, x_zero_point, packed, weight_scale, zeros, bias, 1.0, 0, torch.float32, "none", [], "",
     )  # fmt: skip
-    if residual is not None:
-        r = r + dequantize(residual, residual_scale, residual_zero_point)
-    return _finish(r, epilogue, values, out_scale, out_zero_point, out_dtype)
+    return _finish_sum(
+        r, residual, residual_scale, residual_zero_point, epilogue, values, out_scale, out_zero_point, out_dtype
+    )
+
+
+def _float_conv(
+    x: Tensor, x_scale: float, x_zero_point: int, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
+    stride: list[int], padding: list[int], dilation: list[int], groups: int,
+) -> Tensor:  # fmt: skip
+    """r = acc * (scale_x * scale_w[c]) + bias[c]. Centered codes are padded with 0, as codes are with zero_point.
+
+    mkldnn_convolution sums directly; F.conv2d may hand float32 to NNPACK, whose Winograd transforms round.
+    """
+    q, w = _exact_in_float(x, x_zero_point, weight)
+    if w.dtype is torch.float32:
+        acc = torch.mkldnn_convolution(q, w, None, padding, stride, dilation, groups)
+    else:
+        acc = _FLOAT_CONV[w.dim()](q, w, None, stride, padding, dilation, groups).to(torch.float32)
+    channels = (-1, *[1] * len(stride))
+    r = acc.mul_((weight_scale * x_scale).view(channels))
+    return r if bias is None else r.add_(bias.view(channels))
+
+
+def _float_linear(
+    x: Tensor, x_scale: float, x_zero_point: int, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    """r = acc * (scale_x * scale_w[c]) + bias[c]."""
+    q, w = _exact_in_float(x, x_zero_point, weight)
+    r = F.linear(q, w.flatten(1)).to(torch.float32).mul_(weight_scale * x_scale)
+    return r if bias is None else r.add_(bias)
+
+
+def _exact_in_float(x: Tensor, x_zero_point: int, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(q_x - zero_point, q_w) in a float type that holds every sum of their products, in whatever order it is formed.
+
+    |sum| <= max|q_x - zero_point| * max_c(sum|q_w[c]|); float32 is exact up to 2**24, float64 for every legal program.
+    Centered codes have 8 significant bits, so that a reduced float32 precision (bf16, TF32) holds them too.
+    """
+    codes = torch.iinfo(x.dtype)
+    largest = max(codes.max - x_zero_point, x_zero_point - codes.min)
+
+    def convert() -> Tensor:
+        heaviest = int(weight.flatten(1).to(torch.int64).abs().sum(1).max())
+        return _dense(weight.to(torch.float32 if largest * heaviest <= 2**24 else torch.float64))
+
+    w, _ = _packed(weight, largest, convert)
+    return x.to(w.dtype).sub_(x_zero_point), w
 
 
 def matmul(

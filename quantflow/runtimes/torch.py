@@ -7,10 +7,14 @@ How codes are stored. PyTorch's int8 convolution takes uint8 input only. A signe
 uint8 codes with zero_point + 128 (the same integers, the top bit flipped). A non-negative symmetric int8 value stays
 int8: its bytes are valid uint8 codes with zero_point 0, which spares the kernel the zero-point correction, and int8
 saturates where it must. A signed value that only a residual sum reads is stored like that sum's output.
+
+On a CPU without VNNI those int8 kernels are not exact and are not used; the plan then names a float kernel for every
+convolution and linear (`kernel_of`) and says what that means (`notes`).
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -233,8 +237,7 @@ class TorchRunner:
 
     def int8_layers(self) -> int:
         """Convolutions and linears, counted in the ScriptModule's own graph."""
-        names = (node.kind() for node in self.script.inlined_graph.nodes())
-        return sum(name.startswith(("quantflow::conv", "quantflow::linear")) for name in names)
+        return count_int8_layers(self.script)
 
     def _to_stored(self, name: str, value: Any) -> Any:
         stored = self._lowering.stored.get(name)
@@ -247,12 +250,21 @@ class TorchRunner:
         return value if stored is None or not stored.shift else torch.utils._pytree.tree_map(kernels.flip, value)
 
 
+def count_int8_layers(script: torch.jit.ScriptModule) -> int:
+    """The fused int8 convolutions and linears in a ScriptModule's own graph."""
+    names = (node.kind() for node in script.inlined_graph.nodes())
+    return sum(name.startswith(("quantflow::conv", "quantflow::linear")) for name in names)
+
+
 def kernel_of(planned: PlannedUnit) -> str:
     """The kernel that will run a unit, for the plan."""
     unit = planned.unit
     kind = unit.epilogue.kind if unit.epilogue else ""
     if unit.kind == CORE:
         as_gemm = unit.op == "linear" or _is_pointwise(unit)
+        if not kernels.HAS_INT8_KERNELS:
+            name = f"float {'GEMM' if as_gemm else 'convolution'} over int8 codes (exact; this CPU has no VNNI)"
+            return name + (", then float sum" if unit.residual else "") + (f", then float {kind}" if kind else "")
         name = "onednn.qlinear_pointwise" if as_gemm else f"onednn.q{unit.op}_pointwise"
         if unit.residual is not None:
             fused = unit.op in ("conv2d", "linear") and kind in ("", "relu") and planned.writes_codes
@@ -266,6 +278,17 @@ def kernel_of(planned: PlannedUnit) -> str:
     )
 
 
+def notes() -> tuple[str, ...]:
+    """What a user of this runtime should know about this machine, for the plan."""
+    if kernels.HAS_INT8_KERNELS:
+        return ()
+    return (
+        "runtime torch: not accelerated on this CPU. It has no VNNI, so PyTorch's int8 kernels would saturate; "
+        "convolutions and linears are computed exactly from the int8 codes in floating point, no faster than the float "
+        "model. runtime=native is exact and fast here; runtime=auto takes it wherever it is built",
+    )
+
+
 def _is_pointwise(unit: Unit) -> bool:
     """A 1x1 convolution that is a plain matrix product over pixels."""
     if unit.op != "conv2d":
@@ -276,16 +299,23 @@ def _is_pointwise(unit: Unit) -> bool:
     return kernel == (1, 1) and a["groups"] == 1 and list(a["stride"]) in ones and list(a["padding"]) in zeros
 
 
-def build_script(program: Program, lowering: Lowering | None = None) -> torch.jit.ScriptModule:
+def build_script(
+    program: Program, lowering: Lowering | None = None, *, calls_native: bool = False
+) -> torch.jit.ScriptModule:
     """The program as a ScriptModule that holds tensors and numbers only.
 
     forward(*inputs) returns the program's output structure. Dicts keep their keys only where all values are tensors,
     which is what TorchScript can express.
+
+    Args:
+        calls_native: begin with a call of `quantflow::native`, taken where the native runtime can run.
     """
     lowering = lowering or Lowering(program)
     holder = torch.nn.Module()
     writer = _Writer(program, holder)
     lines = [f"def forward({', '.join(['self', *(writer.define(i.name) for i in program.inputs)])}):"]
+    if calls_native:
+        lines += writer.native_call()
     for index in range(len(program.nodes)):
         lines += [f"    {writer.statement(call)}" for call in lowering.calls(index)]
     lines.append(f"    return {writer.expression(program.output)}")
@@ -317,6 +347,26 @@ class _Writer:
         args += [f"{k}={self.expression(v)}" for k, v in call.kwargs.items()]
         function = name.partition(".")[0]
         return f"{self.define(call.output)} = torch.ops.{namespace}.{function}({', '.join(args)})"
+
+    def native_call(self) -> list[str]:
+        """Lines that run the whole program by `quantflow::native` and return, where that can run."""
+        program, module = self._program, self._module
+        names = sorted(program.tensors)
+        module.native_program = torch.jit.Attribute(json.dumps(program.to_json()), str)
+        module.native_names = torch.jit.Attribute(names, list[str])
+        inputs = [self.expression(Ref(i.name)) for i in program.inputs]
+        tensors = [f"self.{self._buffer(name)}" for name in names]
+        before, self._names = self._names, {
+            name: f"native[{position}]" for position, name in enumerate(dict.fromkeys(program.output_names()))
+        }  # fmt: skip
+        result = self.expression(program.output)
+        self._names = before
+        return [
+            f"    if torch.ops.quantflow.native_runs({inputs[0]}):",
+            f"        native = torch.ops.quantflow.native([{', '.join(inputs)}], self.native_program, "
+            f"self.native_names, [{', '.join(tensors)}])",
+            f"        return {result}",
+        ]
 
     def expression(self, value: Any) -> str:
         if isinstance(value, Ref):

@@ -55,7 +55,8 @@ class WeightSpec(Settings):
 class QConfig(Settings):
     """Activation spec + weight spec.
 
-    `reduce_range` spends 7 bits on activations; auto does so only where u8*s8 products would saturate in int16.
+    `reduce_range` spends 7 bits on activations. auto means false: no runtime here saturates, on any CPU. torch.ao's own
+    kernels do on a CPU without VNNI: say true for `to_torch` there.
     """
 
     activation: ActivationSpec = ActivationSpec()

@@ -28,8 +28,8 @@ from quantflow.schema.settings import (
     WarmupSettings,
 )
 
-Task = Literal["run", "plan", "evaluate", "benchmark", "inspect", "report"]
-#: Tasks that start from a model, and tasks that look at an artifact.
+Task = Literal["run", "plan", "evaluate", "benchmark", "inspect", "report", "doctor", "selftest"]
+#: Tasks that start from a model, and tasks that look at an artifact; the others look at this machine.
 BUILDING_TASKS = ("run", "plan")
 ARTIFACT_TASKS = ("evaluate", "benchmark", "inspect", "report")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -84,23 +86,28 @@ def program_of(
 def check(program: Program, values: Mapping[str, Any], magnitude: torch.Tensor | float = 0.0) -> torch.Tensor:
     """The last node on the torch runtime, held to the rule against the reference.
 
+    In floating point on every machine; where int8 products are exact, by PyTorch's int8 kernels too.
+
     Args:
         magnitude: for float results, the sum of the magnitudes that were added.
     """
     node = program.nodes[-1]
     expected = run_node(program, node, values)
-    actual = TorchRunner(program).run_node(len(program.nodes) - 1, values)
-    assert actual.shape == expected.shape
-    assert actual.dtype == expected.dtype
     kind = node.epilogue.kind if node.epilogue else None
-    if expected.is_floating_point():
-        bound = FLOAT_STEPS * magnitude + (APPROXIMATION * (1 + expected.abs()) if tie_tolerance(kind) > 1e-3 else 0)
-        assert ((expected - actual).abs() <= bound).all(), (expected - actual).abs().max()
-    else:
-        illegal, worst = disagreement(expected, actual, unrounded(program, node, values), tie_tolerance(kind))
-        assert not illegal, f"{illegal} of {expected.numel()} codes differ, up to {worst} codes from a tie"
-    result: torch.Tensor = actual
-    return result
+    actual = torch.empty(0)
+    for has_int8_kernels in dict.fromkeys((False, kernels.HAS_INT8_KERNELS)):
+        with mock.patch.object(kernels, "HAS_INT8_KERNELS", has_int8_kernels):
+            actual = TorchRunner(program).run_node(len(program.nodes) - 1, values)
+        assert actual.shape == expected.shape
+        assert actual.dtype == expected.dtype
+        if expected.is_floating_point():
+            approximation = APPROXIMATION * (1 + expected.abs()) if tie_tolerance(kind) > 1e-3 else 0
+            bound = FLOAT_STEPS * magnitude + approximation
+            assert ((expected - actual).abs() <= bound).all(), (expected - actual).abs().max()
+        else:
+            illegal, worst = disagreement(expected, actual, unrounded(program, node, values), tie_tolerance(kind))
+            assert not illegal, f"{illegal} of {expected.numel()} codes differ, up to {worst} codes from a tie"
+    return actual
 
 
 def fitted(out: Value | None, r: torch.Tensor, factor: float) -> Value | None:
@@ -467,6 +474,60 @@ def test_the_longest_legal_reduction_does_not_overflow() -> None:
         for held in (UINT8_LOWEST, UINT8_HIGHEST):
             values = {"x": codes(held, (1, MAX_REDUCTION), "highest" if held is UINT8_LOWEST else "lowest", 0)}
             check(program_of(node, {"x": held}, None, tensors), values, 1e3)
+
+
+@contextlib.contextmanager
+def reduced_float_precision() -> Iterator[None]:
+    """Everything by which a user lets torch compute float32 less exactly."""
+    precision, mkldnn = torch.get_float32_matmul_precision(), torch.backends.mkldnn.enabled
+    try:
+        torch.set_float32_matmul_precision("medium")
+        torch.backends.mkldnn.enabled = False  # convolutions of 16 images and more would go to NNPACK
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.mkldnn.enabled = mkldnn
+
+
+@pytest.mark.parametrize("setting", [contextlib.nullcontext, reduced_float_precision])
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("channels", [1, 58, 518, 1500])
+@pytest.mark.parametrize("op", ["linear", "pointwise", "conv1d", "conv", "conv3d"])
+def test_sums_in_floating_point_are_exact(
+    op: str, channels: int, fill: str, setting: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit the reference's float32, below and above the longest reduction that float32 can hold."""
+    monkeypatch.setattr(kernels, "HAS_INT8_KERNELS", False)
+    kernel = {"linear": (), "pointwise": (1, 1), "conv1d": (3,), "conv": (3, 3), "conv3d": (1, 3, 3)}[op]
+    size = {"linear": (), "pointwise": (1, 1), "conv1d": (5,), "conv": (4, 4), "conv3d": (2, 3, 3)}[op]
+    geometry = {"stride": [1], "padding": [0 if op == "pointwise" else 1], "dilation": [1]}
+    attrs: dict[str, Any] = {key: value * len(kernel) for key, value in geometry.items()} | {"groups": 1}
+    attrs |= {"weight": "w", "weight_scale": "s", "bias": "b"}
+    name = "linear" if op == "linear" else "conv"
+    node = Node(name, name, "y", (Ref("x"), None), attrs=attrs)
+    tensors = {"s": torch.tensor([1e-3, 3e-4]), "b": torch.tensor([0.7, -0.3])}
+    for held in (SIGNED, NONNEGATIVE, LOWEST, UINT8_LOWEST, UINT8_HIGHEST):
+        x = codes(held, (16 if channels < 100 else 2, channels, *size), fill, 0)
+        for of_weight in ("random", "lowest", "highest"):
+            tensors["w"] = weights((2, channels, *kernel), of_weight, 1)
+            program = program_of(node, {"x": held}, None, tensors)
+            expected = run_node(program, node, {"x": x})
+            with setting():
+                actual = TorchRunner(program).run_node(1, {"x": x})
+            assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "zero_point", "count", "dtype"),
+    [(127, 0, 518, torch.float32), (127, 0, 519, torch.float64), (-127, 255, 519, torch.float64),
+     (127, 128, 1032, torch.float32), (127, 128, 1033, torch.float64), (1, 0, 65793, torch.float32),
+     (1, 0, 65794, torch.float64)],
+)  # fmt: skip
+def test_float32_is_used_while_it_holds_the_sums(value: int, zero_point: int, count: int, dtype: torch.dtype) -> None:
+    x, weight = torch.zeros(1, count, dtype=torch.uint8), torch.full((1, count), value, dtype=torch.int8)
+    q, w = kernels._exact_in_float(x, zero_point, weight)
+    assert q.dtype == w.dtype == dtype
+    assert kernels._exact_in_float(x, zero_point, weight)[1] is w
 
 
 def test_a_weight_that_two_geometries_share() -> None:

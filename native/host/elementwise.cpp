@@ -1,0 +1,614 @@
+// Copies, fills, binary and unary functions, and the affine map along an axis: what a kernel needs to know is decided
+// here once, when the step is built.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <type_traits>
+
+#include "elementwise_isa.hpp"
+#include "elementwise_nest.hpp"
+#include "isa.hpp"
+#include "steps.hpp"
+
+namespace quantflow::host {
+
+const ElementwiseKernels& elementwise_kernels() {
+    switch (best_isa()) {
+        case Isa::avx512_vnni: return isa_avx512_vnni::elementwise_kernels();
+        case Isa::avx_vnni: return isa_avx_vnni::elementwise_kernels();
+        case Isa::avx2: return isa_avx2::elementwise_kernels();
+        default: return isa_generic::elementwise_kernels();
+    }
+}
+
+Form form_of(const Tensor& t) {
+    Form form;
+    form.dtype = t.dtype;
+    const QParams q = t.q ? *t.q : t.dtype == DType::s8 ? QParams{1, 0, -128, 127} : QParams{1, 0, 0, 255};
+    form.scale = q.scale;
+    form.zero_point = static_cast<float>(q.zero_point);
+    form.low = static_cast<float>(q.qmin - q.zero_point);
+    form.high = static_cast<float>(q.qmax - q.zero_point);
+    return form;
+}
+
+namespace {
+
+struct Bool {
+    std::uint8_t value;
+};
+
+template <class T>
+struct Type {
+    using type = T;
+};
+
+template <class Function>
+auto with_type(DType dtype, Function f) {
+    switch (dtype) {
+        case DType::f32: return f(Type<float>{});
+        case DType::u8: return f(Type<std::uint8_t>{});
+        case DType::s8: return f(Type<std::int8_t>{});
+        case DType::s32: return f(Type<std::int32_t>{});
+        case DType::s64: return f(Type<std::int64_t>{});
+        default: return f(Type<Bool>{});
+    }
+}
+
+// An unsigned integer as wide as an element, to move it whatever it is.
+template <class Function>
+auto with_width(DType dtype, Function f) {
+    switch (size_of(dtype)) {
+        case 1: return f(Type<std::uint8_t>{});
+        case 4: return f(Type<std::uint32_t>{});
+        default: return f(Type<std::uint64_t>{});
+    }
+}
+
+bool is_real(const Tensor& t) { return t.q.has_value() || t.dtype == DType::f32; }
+bool same_kind(const Tensor& a, const Tensor& b) { return a.dtype == b.dtype && a.q == b.q; }
+
+std::byte* address(const Tensor& t, std::int64_t element) { return t.place.get() + element * size_of(t.dtype); }
+
+[[noreturn]] void refuse(const char* what, std::initializer_list<const Tensor*> tensors) {
+    std::string kinds;
+    for (const Tensor* t : tensors)
+        kinds += std::string(kinds.empty() ? "" : ", ") + name_of(t->dtype) + (t->q ? " codes" : "");
+    throw Unsupported(std::string(what) + " of " + kinds);
+}
+
+// --- exact scalar forms
+
+template <class Y, class X>
+Y converted(X x) {
+    if constexpr (std::is_same_v<X, Bool>) {
+        return converted<Y>(static_cast<std::int64_t>(x.value != 0));
+    } else if constexpr (std::is_same_v<Y, Bool>) {
+        return Bool{static_cast<std::uint8_t>(x != X(0))};
+    } else if constexpr (std::is_floating_point_v<X> && !std::is_floating_point_v<Y>) {
+        // What x86 gives for a float that no s64 holds.
+        const bool fits = x >= X(-9223372036854775808.0) && x < X(9223372036854775808.0);
+        return static_cast<Y>(fits ? static_cast<std::int64_t>(x) : std::numeric_limits<std::int64_t>::min());
+    } else {
+        return static_cast<Y>(x);
+    }
+}
+
+std::uint8_t code_of(float r, const QParams& q) {
+    float steps = r / q.scale;
+    const float low = static_cast<float>(q.qmin - q.zero_point), high = static_cast<float>(q.qmax - q.zero_point);
+    steps = steps < high ? steps : high;  // NaN becomes high
+    steps = std::max(steps, low);
+    return static_cast<std::uint8_t>(static_cast<int>(std::nearbyint(steps)) + q.zero_point);
+}
+
+double activated(const Epilogue& e, double x) {
+    const auto gate = [](double v) { return std::isnan(v) ? v : std::min(6.0, std::max(0.0, v + 3)) / 6; };
+    switch (e.kind) {
+        case Activation::none: return x;
+        case Activation::relu: return x < 0 ? 0 : x;
+        case Activation::hardtanh: return x < e.a ? e.a : x > e.b ? e.b : x;
+        case Activation::hardswish: return x * gate(x);
+        case Activation::hardsigmoid: return gate(x);
+        case Activation::silu: return x / (1 + std::exp(-x));
+        case Activation::sigmoid: return 1 / (1 + std::exp(-x));
+        case Activation::gelu: return x / 2 * std::erfc(-x * std::sqrt(0.5));
+        case Activation::gelu_tanh:
+            return x / 2 * (1 + std::tanh(std::sqrt(2 / 3.14159265358979323846) * (x + 0.044715 * x * x * x)));
+        case Activation::leaky_relu: return x > 0 ? x : x * e.a;
+        case Activation::tanh: return std::tanh(x);
+    }
+    return x;
+}
+
+double function_of(Unary op, double a, double b, const Epilogue& e, double x) {
+    switch (op) {
+        case Unary::activation: break;
+        case Unary::affine: x = a * x + b; break;
+        case Unary::exp: x = std::exp(x); break;
+        case Unary::log: x = std::log(x); break;
+        case Unary::sqrt: x = std::sqrt(x); break;
+        case Unary::rsqrt: x = 1 / std::sqrt(x); break;
+        case Unary::neg: x = -x; break;
+        case Unary::abs: x = std::abs(x); break;
+        case Unary::erf: x = std::erf(x); break;
+        case Unary::reciprocal: x = 1 / x; break;
+        case Unary::sin: x = std::sin(x); break;
+        case Unary::cos: x = std::cos(x); break;
+        case Unary::floor: x = std::floor(x); break;
+        case Unary::power: x = std::pow(x, a); break;
+        case Unary::logical_not: x = x == 0 ? 1 : 0; break;
+    }
+    return activated(e, x);
+}
+
+// f of the real that each byte stands for, by byte.
+template <class Function>
+std::shared_ptr<std::array<float, 256>> table_of(const Tensor& x, Function f) {
+    auto table = std::make_shared<std::array<float, 256>>();
+    for (int i = 0; i < 256; ++i) {
+        const int code = x.dtype == DType::s8 ? static_cast<std::int8_t>(i) : i;
+        const float real = static_cast<float>(code - x.q->zero_point) * x.q->scale;
+        (*table)[static_cast<std::size_t>(i)] = static_cast<float>(f(static_cast<double>(real)));
+    }
+    return table;
+}
+
+std::shared_ptr<std::array<std::uint8_t, 256>> coded(const std::array<float, 256>& reals, const QParams& q) {
+    auto table = std::make_shared<std::array<std::uint8_t, 256>>();
+    for (std::size_t i = 0; i < 256; ++i) (*table)[i] = code_of(reals[i], q);
+    return table;
+}
+
+// Activations that only clamp need no pass of their own where y holds codes: they bound the codes. hardtanh would give
+// its bound for NaN, so it stays where NaN may come.
+void fold_clamp(Epilogue& e, Form& y, bool may_be_nan) {
+    if (!y.is_codes()) return;
+    if (e.kind == Activation::relu) {
+        y.low = std::max(y.low, std::min(0.0f, y.high));
+    } else if (e.kind == Activation::hardtanh && !may_be_nan && e.a <= e.b) {
+        const float low = y.low, high = y.high;
+        y.low = std::clamp(e.a / y.scale, low, high);
+        y.high = std::clamp(e.b / y.scale, low, high);
+    } else {
+        return;
+    }
+    e = {};
+}
+
+const char* word_of(Activation kind) {
+    switch (kind) {
+        case Activation::relu: return "relu";
+        case Activation::hardtanh: return "hardtanh";
+        case Activation::hardswish: return "hardswish";
+        case Activation::hardsigmoid: return "hardsigmoid";
+        case Activation::silu: return "silu";
+        case Activation::sigmoid: return "sigmoid";
+        case Activation::gelu: return "gelu";
+        case Activation::gelu_tanh: return "gelu_tanh";
+        case Activation::leaky_relu: return "leaky_relu";
+        case Activation::tanh: return "tanh";
+        default: return "identity";
+    }
+}
+
+std::string name_with(const char* op, const Epilogue& e) {
+    const std::string name = std::string("host.") + op;
+    return e.kind == Activation::none ? name : name + "_" + word_of(e.kind);
+}
+
+const char* word_of(Binary op) {
+    static const char* const words[] = {"add", "sub", "mul", "div", "maximum", "minimum",     "pow",       "eq",
+                                        "ne",  "lt",  "le",  "gt",  "ge",      "logical_and", "logical_or"};
+    return words[static_cast<int>(op)];
+}
+
+const char* word_of(Unary op) {
+    static const char* const words[] = {"activation", "affine",     "exp", "log", "sqrt",  "rsqrt",       "neg",  "abs",
+                                        "erf",        "reciprocal", "sin", "cos", "floor", "logical_not", "power"};
+    return words[static_cast<int>(op)];
+}
+
+// --- copies
+
+// Elements as they are.
+StepPtr moved(ThreadPool& pool, const Tensor& x, const Tensor& y, Nest nest) {
+    const ElementwiseKernels& k = elementwise_kernels();
+    const std::int64_t size = size_of(x.dtype);
+    if (nest.column(0) == 1 && nest.column(1) == 1)
+        return make_step("host.copy", [&pool, &k, x, y, nest, size] {
+            nest.run(pool, 2 * size, [&](const std::int64_t* offset, std::int64_t rows, std::int64_t n) {
+                k.copy_rows(address(x, offset[0]), nest.row(0) * size, address(y, offset[1]), nest.row(1) * size, rows,
+                            n * size);
+            });
+        });
+    if (nest.column(1) == 1 && size <= 4 && nest.put_dense_in_rows(0))
+        return make_step("host.transpose", [&pool, &k, x, y, nest, size] {
+            nest.run(pool, 2 * size, [&](const std::int64_t* offset, std::int64_t rows, std::int64_t n) {
+                const std::byte* from = address(x, offset[0]);
+                std::byte* to = address(y, offset[1]);
+                if (size == 1)
+                    k.transpose_bytes(reinterpret_cast<const std::uint8_t*>(from), nest.column(0),
+                                      reinterpret_cast<std::uint8_t*>(to), nest.row(1), rows, n);
+                else
+                    k.transpose_words(reinterpret_cast<const std::uint32_t*>(from), nest.column(0),
+                                      reinterpret_cast<std::uint32_t*>(to), nest.row(1), rows, n);
+            });
+        });
+    return make_step("host.copy_strided", [&pool, x, y, nest, size] {
+        nest.run(pool, 4 * size, [&](const std::int64_t* offset, std::int64_t rows, std::int64_t n) {
+            with_width(x.dtype, [&](auto type) {
+                using T = typename decltype(type)::type;
+                const T* from = reinterpret_cast<const T*>(address(x, offset[0]));
+                T* to = reinterpret_cast<T*>(address(y, offset[1]));
+                const std::int64_t dx = nest.column(0), dy = nest.column(1);
+                for (std::int64_t r = 0; r < rows; ++r, from += nest.row(0), to += nest.row(1))
+                    for (std::int64_t i = 0; i < n; ++i) to[i * dy] = from[i * dx];
+            });
+        });
+    });
+}
+
+// f32 to codes, codes to f32, codes to other codes; blocked where x and y are dense along different dimensions.
+StepPtr recoded(ThreadPool& pool, const Tensor& x, const Tensor& y, Nest nest) {
+    const ElementwiseKernels& k = elementwise_kernels();
+    UnaryJob job;
+    job.x = form_of(x);
+    job.y = form_of(y);
+    const bool to_codes = job.y.is_codes();
+    std::shared_ptr<std::array<std::uint8_t, 256>> table;
+    if (job.x.is_codes() && to_codes) table = coded(*table_of(x, [](double r) { return r; }), *y.q);
+    const char* name = table ? "host.requantize" : to_codes ? "host.quantize" : "host.dequantize";
+    const std::int64_t bytes = size_of(x.dtype) + size_of(y.dtype);
+    // One row; strides in elements.
+    const auto convert = [&k, job, table](const void* from, std::int64_t dx, void* to, std::int64_t dy,
+                                          std::int64_t rows, std::int64_t x_row, std::int64_t y_row, std::int64_t n) {
+        if (table)
+            k.table_to_codes(table->data(), {from, x_row, dx}, {to, y_row, dy}, rows, n);
+        else
+            k.unary(job, {from, x_row, dx}, {to, y_row, dy}, rows, n);
+    };
+    const bool is_transposed = nest.column(1) == 1 && nest.column(0) > 1 && nest.put_dense_in_rows(0);
+    if (!is_transposed)
+        return make_step(name, [&pool, x, y, nest, convert, bytes] {
+            nest.run(pool, bytes, [&](const std::int64_t* offset, std::int64_t rows, std::int64_t n) {
+                convert(address(x, offset[0]), nest.column(0), address(y, offset[1]), nest.column(1), rows, nest.row(0),
+                        nest.row(1), n);
+            });
+        });
+    // Bytes are what is transposed, in a tile that stays in L1: after coding, or before decoding.
+    return make_step(name, [&pool, &k, x, y, nest, convert, bytes, to_codes] {
+        nest.run(pool, bytes, [&](const std::int64_t* offset, std::int64_t rows, std::int64_t n) {
+            // 256 long where the reals are, for few calls; a few planes to pixels all at once.
+            constexpr std::int64_t tile = 64, length = 256, area = tile * length;
+            std::uint8_t codes[area];
+            const std::int64_t columns = std::min(n, to_codes ? tile : length);
+            const std::int64_t depth =
+                to_codes ? std::max(length, std::min<std::int64_t>(4096, area / columns / tile * tile)) : tile;
+            for (std::int64_t r = 0; r < rows; r += depth) {
+                const std::int64_t height = std::min(depth, rows - r);
+                for (std::int64_t i = 0; i < n; i += columns) {
+                    const std::int64_t width = std::min(columns, n - i);
+                    const std::byte* from = address(x, offset[0] + r + i * nest.column(0));
+                    std::byte* to = address(y, offset[1] + r * nest.row(1) + i);
+                    if (to_codes) {
+                        convert(from, 1, codes, 1, width, nest.column(0), depth, height);
+                        k.transpose_bytes(codes, depth, reinterpret_cast<std::uint8_t*>(to), nest.row(1), height,
+                                          width);
+                    } else {
+                        k.transpose_bytes(reinterpret_cast<const std::uint8_t*>(from), nest.column(0), codes, length,
+                                          height, width);
+                        convert(codes, 1, to, 1, height, length, nest.row(1), width);
+                    }
+                }
+            }
+        });
+    });
+}
+
+// Between plain dtypes.
+StepPtr cast(ThreadPool& pool, const Tensor& x, const Tensor& y, const Nest& nest) {
+    return make_step("host.convert", [&pool, x, y, nest] {
+        nest.run(pool, 16, [&](const std::int64_t* offset, std::int64_t rows, std::int64_t n) {
+            with_type(x.dtype, [&](auto from_type) {
+                with_type(y.dtype, [&](auto to_type) {
+                    using X = typename decltype(from_type)::type;
+                    using Y = typename decltype(to_type)::type;
+                    const X* from = reinterpret_cast<const X*>(address(x, offset[0]));
+                    Y* to = reinterpret_cast<Y*>(address(y, offset[1]));
+                    const std::int64_t dx = nest.column(0), dy = nest.column(1);
+                    for (std::int64_t r = 0; r < rows; ++r, from += nest.row(0), to += nest.row(1))
+                        for (std::int64_t i = 0; i < n; ++i) to[i * dy] = converted<Y>(from[i * dx]);
+                });
+            });
+        });
+    });
+}
+
+// --- binary
+
+template <class T>
+T power_of(T base, T exponent) {
+    if (exponent < 0) return base == T(1) ? T(1) : base == T(-1) ? (exponent % 2 == 0 ? T(1) : T(-1)) : T(0);
+    T result(1);
+    for (; exponent > 0; exponent = static_cast<T>(exponent / 2)) {
+        if (exponent % 2 != 0)
+            result = static_cast<T>(static_cast<std::uint64_t>(result) * static_cast<std::uint64_t>(base));
+        base = static_cast<T>(static_cast<std::uint64_t>(base) * static_cast<std::uint64_t>(base));
+    }
+    return result;
+}
+
+// Calls use(f) with the function of two integers that `op` is; false if it is none. Sums and products wrap around.
+template <class T, class Use>
+bool with_integer_op(Binary op, Use use) {
+    const auto wide = [](T v) { return static_cast<std::uint64_t>(v); };
+    switch (op) {
+        case Binary::add: use([=](T a, T b) { return static_cast<T>(wide(a) + wide(b)); }); return true;
+        case Binary::sub: use([=](T a, T b) { return static_cast<T>(wide(a) - wide(b)); }); return true;
+        case Binary::mul: use([=](T a, T b) { return static_cast<T>(wide(a) * wide(b)); }); return true;
+        case Binary::maximum: use([](T a, T b) { return std::max(a, b); }); return true;
+        case Binary::minimum: use([](T a, T b) { return std::min(a, b); }); return true;
+        case Binary::pow: use([](T a, T b) { return power_of(a, b); }); return true;
+        default: return false;
+    }
+}
+template <class T, class Use>
+bool with_comparison(Binary op, Use use) {
+    switch (op) {
+        case Binary::eq: use([](T a, T b) { return a == b; }); return true;
+        case Binary::ne: use([](T a, T b) { return a != b; }); return true;
+        case Binary::lt: use([](T a, T b) { return a < b; }); return true;
+        case Binary::le: use([](T a, T b) { return a <= b; }); return true;
+        case Binary::gt: use([](T a, T b) { return a > b; }); return true;
+        case Binary::ge: use([](T a, T b) { return a >= b; }); return true;
+        case Binary::logical_and: use([](T a, T b) { return a != 0 && b != 0; }); return true;
+        case Binary::logical_or: use([](T a, T b) { return a != 0 || b != 0; }); return true;
+        default: return false;
+    }
+}
+
+bool is_comparison(Binary op) { return op >= Binary::eq; }
+
+// Plain integers and b8, element by element.
+StepPtr integer_binary(ThreadPool& pool, Binary op, const Tensor& a, const Tensor& b, const Epilogue& e,
+                       const Tensor& y) {
+    const bool fits = a.dtype == b.dtype && !is_real(a) && !is_real(b) && !y.q && e.kind == Activation::none &&
+                      op != Binary::div && y.dtype == (is_comparison(op) ? DType::b8 : a.dtype) &&
+                      (is_comparison(op) || a.dtype != DType::b8);
+    if (!fits) refuse(word_of(op), {&a, &b, &y});
+    const Nest nest(y.dims, {a.strides, b.strides, y.strides});
+    return make_step(std::string("host.") + word_of(op), [&pool, op, a, b, y, nest] {
+        nest.run(pool, 24, [&](const std::int64_t* offset, std::int64_t rows, std::int64_t n) {
+            const auto each = [&](auto in, auto out, auto f) {
+                using X = typename decltype(in)::type;
+                using Y = typename decltype(out)::type;
+                const X* pa = reinterpret_cast<const X*>(address(a, offset[0]));
+                const X* pb = reinterpret_cast<const X*>(address(b, offset[1]));
+                Y* py = reinterpret_cast<Y*>(address(y, offset[2]));
+                const std::int64_t da = nest.column(0), db = nest.column(1), dy = nest.column(2);
+                for (std::int64_t r = 0; r < rows; ++r, pa += nest.row(0), pb += nest.row(1), py += nest.row(2))
+                    for (std::int64_t i = 0; i < n; ++i) py[i * dy] = static_cast<Y>(f(pa[i * da], pb[i * db]));
+            };
+            // b8 holds 0 or 1: compared as bytes.
+            with_type(a.dtype == DType::b8 ? DType::u8 : a.dtype, [&](auto type) {
+                using T = typename decltype(type)::type;
+                if constexpr (std::is_integral_v<T>) {
+                    if (!with_comparison<T>(op, [&](auto f) { each(type, Type<std::uint8_t>{}, f); }))
+                        with_integer_op<T>(op, [&](auto f) { each(type, type, f); });
+                }
+            });
+        });
+    });
+}
+
+}  // namespace
+
+StepPtr make_copy(ThreadPool& pool, const Tensor& x, const Tensor& y) {
+    const Nest nest(y.dims, {x.strides, y.strides});
+    if (same_kind(x, y)) return moved(pool, x, y, nest);
+    if (is_real(x) && is_real(y)) return recoded(pool, x, y, nest);
+    if (!x.q && !y.q) return cast(pool, x, y, nest);
+    refuse("a copy", {&x, &y});
+}
+
+StepPtr make_fill(ThreadPool& pool, double value, const Tensor& y) {
+    const Nest nest(y.dims, {y.strides});
+    std::uint64_t bits = 0;
+    if (y.q)
+        bits = code_of(static_cast<float>(value), *y.q);
+    else
+        with_type(y.dtype, [&](auto type) {
+            using T = typename decltype(type)::type;
+            const T element = converted<T>(value);
+            std::memcpy(&bits, &element, sizeof element);
+        });
+    return make_step("host.fill", [&pool, y, nest, bits] {
+        nest.run(pool, size_of(y.dtype), [&](const std::int64_t* offset, std::int64_t rows, std::int64_t n) {
+            with_width(y.dtype, [&](auto type) {
+                using T = typename decltype(type)::type;
+                T* to = reinterpret_cast<T*>(address(y, offset[0]));
+                const T element = static_cast<T>(bits);
+                for (std::int64_t r = 0; r < rows; ++r, to += nest.row(0)) {
+                    if (nest.column(0) == 1)
+                        std::fill_n(to, n, element);
+                    else
+                        for (std::int64_t i = 0; i < n; ++i) to[i * nest.column(0)] = element;
+                }
+            });
+        });
+    });
+}
+
+StepPtr make_binary(ThreadPool& pool, Binary op, const Tensor& given_a, const Tensor& given_b, const Epilogue& epilogue,
+                    const Tensor& y) {
+    const bool compares = is_comparison(op);
+    if (!is_real(given_a) || !is_real(given_b)) return integer_binary(pool, op, given_a, given_b, epilogue, y);
+    if (compares ? y.dtype != DType::b8 || epilogue.kind != Activation::none : !is_real(y))
+        refuse(word_of(op), {&given_a, &given_b, &y});
+    Tensor a = given_a, b = given_b;
+    Nest nest(y.dims, {a.strides, b.strides, y.strides});
+    // The kernel for codes wants the operand that is dense first.
+    if ((op == Binary::add || op == Binary::mul) && (nest.column(0) != 1 || !a.q)) {
+        std::swap(a, b);
+        nest = Nest(y.dims, {a.strides, b.strides, y.strides});
+    }
+    BinaryJob job;
+    job.op = op;
+    job.epilogue = epilogue;
+    job.is_comparison = compares;
+    job.a = form_of(a);
+    job.b = form_of(b);
+    job.y = form_of(y);
+    const bool all_codes = a.q && b.q && y.q;
+    if (op == Binary::sub && b.q) {  // the same numbers, and the kernels of add
+        job.op = Binary::add;
+        job.b.scale = -job.b.scale;
+    }
+    fold_clamp(job.epilogue, job.y, !all_codes || op == Binary::div || op == Binary::pow);
+    if (all_codes && job.op == Binary::mul) {
+        const double factor = static_cast<double>(a.q->scale) * b.q->scale / y.q->scale;
+        // An exact product of integers, then one rounding.
+        job.is_folded = factor > 1e-30 && factor < 1e4;
+        job.a_factor = static_cast<float>(factor);
+    } else if (all_codes && job.op == Binary::add) {
+        const double fa = static_cast<double>(job.a.scale) / y.q->scale,
+                     fb = static_cast<double>(job.b.scale) / y.q->scale;
+        // Where the sum is no saturated code, neither term exceeds the smaller one's range by more than a code's:
+        // rounding errors of 2**-24 times that stay below 2e-4 codes.
+        job.is_folded = std::min(std::abs(fa), std::abs(fb)) * 255 < 1024 && std::max(std::abs(fa), std::abs(fb)) < 1e6;
+        job.a_factor = static_cast<float>(fa);
+        job.b_factor = static_cast<float>(fb);
+    }
+    const std::int64_t bytes = size_of(a.dtype) + size_of(b.dtype) + size_of(y.dtype) +
+                               (job.epilogue.kind == Activation::none ? 0 : 16);
+    return make_step(name_with(word_of(op), epilogue), [&pool, &k = elementwise_kernels(), a, b, y, nest, job, bytes] {
+        nest.run(pool, bytes, [&](const std::int64_t* offset, std::int64_t rows, std::int64_t n) {
+            k.binary(job, {address(a, offset[0]), nest.row(0), nest.column(0)},
+                     {address(b, offset[1]), nest.row(1), nest.column(1)},
+                     {address(y, offset[2]), nest.row(2), nest.column(2)}, rows, n);
+        });
+    });
+}
+
+StepPtr make_unary(ThreadPool& pool, Unary op, float a, float b, const Epilogue& epilogue, const Tensor& x,
+                   const Tensor& y) {
+    const Nest nest(y.dims, {x.strides, y.strides});
+    if (op == Unary::logical_not) {
+        if (x.q || x.dtype != DType::b8 || y.dtype != DType::b8) refuse(word_of(op), {&x, &y});
+        auto table = std::make_shared<std::array<std::uint8_t, 256>>();
+        (*table)[0] = 1;
+        return make_step("host.logical_not", [&pool, &k = elementwise_kernels(), x, y, nest, table] {
+            nest.run(pool, 2, [&](const std::int64_t* offset, std::int64_t rows, std::int64_t n) {
+                k.table_to_codes(table->data(), {address(x, offset[0]), nest.row(0), nest.column(0)},
+                                 {address(y, offset[1]), nest.row(1), nest.column(1)}, rows, n);
+            });
+        });
+    }
+    if (!is_real(x) || !is_real(y)) refuse(word_of(op), {&x, &y});
+    if (x.q) {
+        const auto reals = table_of(x, [&](double r) { return function_of(op, a, b, epilogue, r); });
+        const auto codes = y.q ? coded(*reals, *y.q) : nullptr;
+        return make_step("host.table", [&pool, &k = elementwise_kernels(), x, y, nest, reals, codes] {
+            nest.run(pool, codes ? 2 : 5, [&](const std::int64_t* offset, std::int64_t rows, std::int64_t n) {
+                const RowsIn from{address(x, offset[0]), nest.row(0), nest.column(0)};
+                const RowsOut to{address(y, offset[1]), nest.row(1), nest.column(1)};
+                if (codes)
+                    k.table_to_codes(codes->data(), from, to, rows, n);
+                else
+                    k.table_to_floats(reals->data(), from, to, rows, n);
+            });
+        });
+    }
+    UnaryJob job;
+    job.op = op;
+    job.a = a;
+    job.b = b;
+    job.epilogue = epilogue;
+    job.x = form_of(x);
+    job.y = form_of(y);
+    fold_clamp(job.epilogue, job.y, true);
+    const bool is_cheap = op == Unary::affine || op == Unary::neg || op == Unary::abs || op == Unary::activation;
+    const bool is_smooth = epilogue.kind != Activation::none && epilogue.kind != Activation::relu;
+    const std::int64_t bytes = size_of(x.dtype) + size_of(y.dtype) + (is_cheap ? 0 : 16) + (is_smooth ? 16 : 0);
+    const std::string name = op == Unary::activation ? std::string("host.") + word_of(epilogue.kind)
+                                                     : name_with(word_of(op), epilogue);
+    return make_step(name, [&pool, &k = elementwise_kernels(), x, y, nest, job, bytes] {
+        nest.run(pool, bytes, [&](const std::int64_t* offset, std::int64_t rows, std::int64_t n) {
+            k.unary(job, {address(x, offset[0]), nest.row(0), nest.column(0)},
+                    {address(y, offset[1]), nest.row(1), nest.column(1)}, rows, n);
+        });
+    });
+}
+
+StepPtr make_where(ThreadPool& pool, const Tensor& cond, const Tensor& a, const Tensor& b, const Tensor& y) {
+    if (cond.dtype != DType::b8 || !same_kind(a, b) || !same_kind(a, y)) refuse("where", {&cond, &a, &b, &y});
+    const Nest nest(y.dims, {cond.strides, a.strides, b.strides, y.strides});
+    return make_step("host.where", [&pool, cond, a, b, y, nest] {
+        nest.run(pool, 1 + 3 * size_of(y.dtype), [&](const std::int64_t* offset, std::int64_t rows, std::int64_t n) {
+            with_width(y.dtype, [&](auto type) {
+                using T = typename decltype(type)::type;
+                const auto* pc = reinterpret_cast<const std::uint8_t*>(address(cond, offset[0]));
+                const T* pa = reinterpret_cast<const T*>(address(a, offset[1]));
+                const T* pb = reinterpret_cast<const T*>(address(b, offset[2]));
+                T* py = reinterpret_cast<T*>(address(y, offset[3]));
+                const std::int64_t dc = nest.column(0), da = nest.column(1), db = nest.column(2), dy = nest.column(3);
+                for (std::int64_t r = 0; r < rows; ++r) {
+                    // Steps known to the compiler let it use vectors.
+                    if (dc == 1 && da == 1 && db == 1 && dy == 1)
+                        for (std::int64_t i = 0; i < n; ++i) py[i] = pc[i] ? pa[i] : pb[i];
+                    else if (dc == 1 && da == 0 && db == 1 && dy == 1)
+                        for (std::int64_t i = 0; i < n; ++i) py[i] = pc[i] ? pa[0] : pb[i];
+                    else if (dc == 1 && da == 1 && db == 0 && dy == 1)
+                        for (std::int64_t i = 0; i < n; ++i) py[i] = pc[i] ? pa[i] : pb[0];
+                    else
+                        for (std::int64_t i = 0; i < n; ++i) py[i * dy] = pc[i * dc] ? pa[i * da] : pb[i * db];
+                    pc += nest.row(0);
+                    pa += nest.row(1);
+                    pb += nest.row(2);
+                    py += nest.row(3);
+                }
+            });
+        });
+    });
+}
+
+StepPtr make_channel_affine(ThreadPool& pool, const Tensor& x, int axis, const Tensor& scale, const Tensor& shift,
+                            const Epilogue& epilogue, const Tensor& y) {
+    if (!is_real(x) || !is_real(y) || scale.dtype != DType::f32 || shift.dtype != DType::f32 || scale.q || shift.q)
+        refuse("an affine map", {&x, &scale, &shift, &y});
+    Dims along(y.dims.size(), 0);
+    along[static_cast<std::size_t>(axis)] = 1;
+    const Nest nest(y.dims, {x.strides, along, along, y.strides});
+    AffineJob job;
+    job.epilogue = epilogue;
+    job.x = form_of(x);
+    job.y = form_of(y);
+    fold_clamp(job.epilogue, job.y, !x.q);
+    job.is_in_steps = y.q && job.epilogue.kind == Activation::none;
+    const std::int64_t channels = y.dims[static_cast<std::size_t>(axis)];
+    const std::int64_t bytes = size_of(x.dtype) + size_of(y.dtype) + (job.epilogue.kind == Activation::none ? 0 : 16);
+    // x's and y's own scales join the channel's, at each run: the numbers may be anywhere.
+    auto factors = std::make_shared<std::vector<float>>(static_cast<std::size_t>(2 * channels));
+    const double in_scale = x.q ? x.q->scale : 1.0, out_scale = job.is_in_steps ? y.q->scale : 1.0;
+    const std::int64_t scale_step = scale.strides.back(), shift_step = shift.strides.back();
+    const auto run = [&pool, &k = elementwise_kernels(), x, y, scale, shift, nest, job, bytes, channels, factors,
+                      in_scale, out_scale, scale_step, shift_step] {
+        float* a = factors->data();
+        float* b = a + channels;
+        for (std::int64_t c = 0; c < channels; ++c) {
+            a[c] = static_cast<float>(scale.data<float>()[c * scale_step] * in_scale / out_scale);
+            b[c] = static_cast<float>(shift.data<float>()[c * shift_step] / out_scale);
+        }
+        nest.run(pool, bytes, [&](const std::int64_t* offset, std::int64_t rows, std::int64_t n) {
+            k.affine(job, {address(x, offset[0]), nest.row(0), nest.column(0)},
+                     {a + offset[1], nest.row(1), nest.column(1)}, {b + offset[2], nest.row(2), nest.column(2)},
+                     {address(y, offset[3]), nest.row(3), nest.column(3)}, rows, n);
+        });
+    };
+    return make_step(name_with("channel_affine", epilogue), run);
+}
+
+}  // namespace quantflow::host

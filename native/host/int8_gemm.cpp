@@ -1,0 +1,806 @@
+// int8 linear, convolution and matmul: packs weights, cuts the work into tasks, runs int8_gemm_isa.cpp's kernels.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <new>
+
+#include "int8_gemm_isa.hpp"
+#include "isa.hpp"
+#include "steps.hpp"
+
+namespace quantflow::host {
+namespace {
+
+static_assert(static_cast<int>(Activation::none) == kInt8None && static_cast<int>(Activation::relu) == kInt8Relu &&
+              static_cast<int>(Activation::hardtanh) == kInt8Hardtanh &&
+              static_cast<int>(Activation::hardswish) == kInt8Hardswish &&
+              static_cast<int>(Activation::hardsigmoid) == kInt8Hardsigmoid &&
+              static_cast<int>(Activation::silu) == kInt8Silu &&
+              static_cast<int>(Activation::sigmoid) == kInt8Sigmoid &&
+              static_cast<int>(Activation::gelu) == kInt8Gelu &&
+              static_cast<int>(Activation::gelu_tanh) == kInt8GeluTanh &&
+              static_cast<int>(Activation::leaky_relu) == kInt8LeakyRelu &&
+              static_cast<int>(Activation::tanh) == kInt8Tanh);
+
+using i64 = std::int64_t;
+using u8 = std::uint8_t;
+
+i64 divide_up(i64 a, i64 b) { return (a + b - 1) / b; }
+i64 round_up(i64 a, i64 b) { return divide_up(a, b) * b; }
+
+const Int8Kernels* best_kernels() {
+    switch (best_isa()) {
+        case Isa::avx512_vnni: return &isa_avx512_vnni::int8_kernels;
+        case Isa::avx_vnni: return &isa_avx_vnni::int8_kernels;
+        case Isa::avx2: return &isa_avx2::int8_kernels;
+        default: return &isa_generic::int8_kernels;
+    }
+}
+
+std::string tile_name(const Int8Kernels& kernels, const char* what) {
+    return std::string("host.") + what + "." + kernels.name + " " + std::to_string(kernels.rows) + "x" +
+           std::to_string(kernels.columns);
+}
+
+// Zeroed memory on a cache line's boundary.
+template <typename T>
+class Aligned {
+public:
+    Aligned() = default;
+    explicit Aligned(i64 count) : size_(count) {
+        const std::size_t bytes = std::max<std::size_t>(static_cast<std::size_t>(count) * sizeof(T), 1);
+        data_.reset(static_cast<T*>(::operator new(bytes, std::align_val_t(64))));
+        std::memset(static_cast<void*>(data_.get()), 0, bytes);
+    }
+    T* data() const { return data_.get(); }
+    i64 size() const { return size_; }
+    T& operator[](i64 i) const { return data_.get()[i]; }
+
+private:
+    struct Free {
+        void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); }
+    };
+    std::unique_ptr<T, Free> data_;
+    i64 size_ = 0;
+};
+
+// A thread's own scratch, kept between runs and steps: it stays in the cache.
+u8* thread_scratch(i64 bytes) {
+    thread_local Aligned<u8> memory;
+    if (memory.size() < bytes) memory = Aligned<u8>(bytes);
+    return memory.data();
+}
+
+// ---- weights -----------------------------------------------------------------------------------------------------
+
+// Weights as the kernels read them. Steps for other shapes, and other instances of a model, share them.
+struct PackedWeights {
+    Aligned<std::int8_t> codes;
+    Aligned<std::int32_t> sums;  // per padded channel
+};
+
+template <typename Make>
+auto shared_weights(const std::vector<i64>& key, const Make& make) {
+    using Packed = decltype(make());
+    static std::mutex mutex;
+    static std::map<std::vector<i64>, std::weak_ptr<const Packed>> known;
+    std::lock_guard<std::mutex> lock(mutex);
+    auto& entry = known[key];
+    if (auto found = entry.lock()) return found;
+    std::shared_ptr<const Packed> made = std::make_shared<Packed>(make());
+    entry = made;
+    for (auto i = known.begin(); i != known.end();) i = i->second.expired() ? known.erase(i) : std::next(i);
+    return made;
+}
+
+i64 address(const void* p) { return static_cast<i64>(reinterpret_cast<std::intptr_t>(p)); }
+
+// How a convolution's groups are computed: `merged` neighbouring groups at a time, as one group whose weights are
+// zero off the diagonal, because a group of a few channels would leave most of a register tile empty.
+struct Grouping {
+    i64 groups, in_channels, out_channels, merged;
+};
+
+Grouping merge_groups(const Int8Kernels& kernels, i64 groups, i64 in_channels, i64 out_channels, i64 taps) {
+    Grouping best{groups, in_channels, out_channels, 1};
+    double best_cost = std::numeric_limits<double>::infinity();
+    for (i64 merged = 1; merged <= groups; ++merged) {
+        if (groups % merged != 0 || (merged > 1 && merged * out_channels > 2 * kernels.columns)) continue;
+        const i64 in = merged * in_channels, quads = divide_up(taps * in, 4);
+        const i64 vectors = divide_up(merged * out_channels, kernels.lanes);
+        // Cycles for one row of all groups: packing, then products.
+        const double cost = static_cast<double>(groups / merged) *
+                            (static_cast<double>(taps) * (6 + static_cast<double>(in) / 16) +
+                             0.75 * static_cast<double>(quads * std::max<i64>(vectors, 2)));
+        if (cost < best_cost) {
+            best_cost = cost;
+            best = {groups / merged, in, merged * out_channels, merged};
+        }
+    }
+    return best;
+}
+
+// [group][panel][quad][column][4]; the reduction runs over (tap, channel).
+PackedWeights pack_gemm_weights(const Int8Kernels& kernels, const Weights& w, const Grouping& g, i64 taps) {
+    const i64 columns = kernels.columns, steps = taps * g.in_channels, quads = divide_up(steps, 4);
+    const i64 panels = divide_up(g.out_channels, columns);
+    const i64 own_in = g.in_channels / g.merged, own_out = g.out_channels / g.merged;
+    PackedWeights packed{Aligned<std::int8_t>(g.groups * panels * quads * columns * 4),
+                         Aligned<std::int32_t>(g.groups * panels * columns)};
+    for (i64 group = 0; group < g.groups; ++group)
+        for (i64 n = 0; n < g.out_channels; ++n) {
+            const i64 panel = group * panels + n / columns, column = n % columns;
+            const std::int8_t* from = w.codes + (group * g.out_channels + n) * own_in * taps;
+            std::int8_t* to = packed.codes.data() + panel * quads * columns * 4 + column * 4;
+            const i64 first = n / own_out * own_in;  // input channel of the merged group
+            std::int32_t sum = 0;
+            for (i64 c = 0; c < own_in; ++c)
+                for (i64 t = 0; t < taps; ++t) {
+                    const i64 k = t * g.in_channels + first + c;
+                    const std::int8_t code = from[c * taps + t];
+                    to[k / 4 * columns * 4 + k % 4] = code;
+                    sum += code;
+                }
+            packed.sums[panel * columns + column] = sum;
+        }
+    return packed;
+}
+
+// [16][panel][pair][column][2]: G' w G'^T with G' = 2 G = [2 0 0; 1 1 1; 1 -1 1; 0 0 2]; at most 9 * 127.
+struct WinogradWeights {
+    Aligned<std::int16_t> words;
+    i64 panels = 0;
+};
+
+WinogradWeights pack_winograd_weights(const Int8Kernels& kernels, const Weights& w) {
+    const i64 out = w.dims[0], in = w.dims[1], columns = kernels.columns, panels = divide_up(out, columns);
+    WinogradWeights packed{Aligned<std::int16_t>(16 * panels * columns * in), panels};
+    const auto transform = [](int a, int b, int c, int (&to)[4]) {
+        to[0] = 2 * a;
+        to[1] = a + b + c;
+        to[2] = a - b + c;
+        to[3] = 2 * c;
+    };
+    for (i64 n = 0; n < out; ++n)
+        for (i64 k = 0; k < in; ++k) {
+            const std::int8_t* g = w.codes + (n * in + k) * 9;
+            int columns_of[3][4], point[4];
+            for (int x = 0; x < 3; ++x) transform(g[x], g[3 + x], g[6 + x], columns_of[x]);
+            for (int y = 0; y < 4; ++y) {
+                transform(columns_of[0][y], columns_of[1][y], columns_of[2][y], point);
+                for (int x = 0; x < 4; ++x) {
+                    const i64 panel = (4 * y + x) * panels + n / columns;
+                    packed.words[(panel * (in / 2) + k / 2) * columns * 2 + n % columns * 2 + k % 2] =
+                        static_cast<std::int16_t>(point[x]);
+                }
+            }
+        }
+    return packed;
+}
+
+// Where channel `c` of a depthwise block lies among four vectors: see "Block" in int8_vector.hpp.
+i64 block_position(const Int8Kernels& kernels, i64 c) { return c % 16 / 4 * kernels.lanes + c / 16 * 4 + c % 4; }
+
+PackedWeights pack_depthwise_weights(const Int8Kernels& kernels, const Weights& w, i64 channels, i64 taps) {
+    const i64 block = 4 * kernels.lanes, blocks = divide_up(channels, block);
+    const i64 tap_groups = divide_up(taps, kernels.tap_group);
+    PackedWeights packed{Aligned<std::int8_t>(blocks * tap_groups * block * 4), Aligned<std::int32_t>(blocks * block)};
+    for (i64 c = 0; c < channels; ++c) {
+        const i64 b = c / block, at = block_position(kernels, c % block);
+        for (i64 t = 0; t < taps; ++t) {
+            const std::int8_t code = w.codes[c * taps + t];
+            std::int8_t* to = packed.codes.data() + ((b * tap_groups + t / kernels.tap_group) * block + at) * 4;
+            if (kernels.tap_group == 2) {
+                const std::int16_t wide = code;
+                std::memcpy(to + 2 * (t % 2), &wide, 2);
+            } else {
+                to[t % 4] = code;
+            }
+            packed.sums[b * block + at] += code;
+        }
+    }
+    return packed;
+}
+
+// ---- checks and epilogue -----------------------------------------------------------------------------------------
+
+void require(bool holds, const char* what) {
+    if (!holds) throw Unsupported(std::string("host int8 kernel: ") + what);
+}
+
+void check_operands(const Weights& w, const Tensor& x, const Tensor* residual, const Tensor& y) {
+    require(x.dtype == DType::u8 && x.q.has_value(), "x must be u8 codes");
+    require((y.dtype == DType::u8 && y.q.has_value()) || (y.dtype == DType::f32 && !y.q.has_value()),
+            "y must be u8 codes or f32");
+    require(residual == nullptr || (residual->dtype == DType::u8 && residual->q.has_value()),
+            "the residual must be u8 codes");
+    require(w.scales == 1 || w.scales == w.dims[0], "one weight scale, or one per output channel");
+}
+
+// |q - zero_point| * |w| summed `steps` times must fit int32. Throws where it might not.
+void check_reduction(i64 steps, std::int32_t zero_point, i64 largest_weight) {
+    const i64 largest = std::max<i64>(zero_point, 255 - zero_point);
+    const i64 limit = std::numeric_limits<std::int32_t>::max() / (largest * largest_weight);
+    if (steps > limit)
+        throw Error("a sum of " + std::to_string(steps) + " products of codes does not fit 32 bits; at most " +
+                    std::to_string(limit) + " with zero point " + std::to_string(zero_point));
+}
+
+// Everything but scale, bias and the addresses.
+Int8Output output_of(const Tensor* residual, const Epilogue& epilogue, const Tensor& y, i64 row) {
+    Int8Output o;
+    o.row = row;
+    o.is_float = !y.q.has_value();
+    o.activation = static_cast<int>(epilogue.kind);
+    o.a = epilogue.a;
+    o.b = epilogue.b;
+    if (residual != nullptr) {
+        o.residual_scale = residual->q->scale;
+        o.residual_zero = residual->q->zero_point;
+    }
+    if (!o.is_float) {
+        o.inverse_scale = 1.0f / y.q->scale;
+        o.zero = y.q->zero_point;
+        o.low = static_cast<float>(y.q->qmin - y.q->zero_point);
+        o.high = static_cast<float>(y.q->qmax - y.q->zero_point);
+        // On codes ReLU is the lower bound of the clamp.
+        if (epilogue.kind == Activation::relu && o.low <= 0) {
+            o.low = std::min(0.0f, o.high);
+            o.activation = kInt8None;
+        }
+    }
+    return o;
+}
+
+// Per-channel constants at their padded positions; position(channel) gives them.
+struct ChannelConstants {
+    Aligned<float> scale, bias;
+    Aligned<std::int32_t> start;
+    template <typename Position>
+    ChannelConstants(const Weights& w, const QParams& x, const Aligned<std::int32_t>& sums, bool is_centered,
+                     const Position& position)
+        : scale(sums.size()), bias(sums.size()), start(sums.size()) {
+        for (i64 c = 0; c < w.dims[0]; ++c) {
+            const i64 at = position(c);
+            scale[at] = w.scale[w.scales == 1 ? 0 : c] * x.scale;
+            if (w.bias != nullptr) bias[at] = w.bias[c];
+        }
+        if (!is_centered)
+            for (i64 i = 0; i < sums.size(); ++i)
+                start[i] = static_cast<std::int32_t>(0u - static_cast<std::uint32_t>(x.zero_point) *
+                                                              static_cast<std::uint32_t>(sums[i]));
+    }
+};
+
+// ---- cutting the work --------------------------------------------------------------------------------------------
+
+// Tasks of `rows` rows and `panels` panels.
+struct Tasks {
+    i64 rows = 1, panels = 1, row_tasks = 1, panel_tasks = 1;
+};
+
+// Quads summed at a time: the panel's and the tile's operands then share the L1 cache.
+i64 chunk_of(const Int8Kernels& kernels, i64 quads) {
+    const i64 most = 20 * 1024 / (4 * (kernels.columns + 2 * kernels.rows));
+    return std::max<i64>(1, divide_up(quads, std::max<i64>(1, divide_up(quads, most))));
+}
+
+// Cycles that spreading a step over threads costs.
+constexpr double kHandOver = 6000;
+
+// Weighs packing and fetching, which small tasks repeat, against idle threads at the end, which large ones cause.
+Tasks cut(const Int8Kernels& kernels, const Int8Gemm& g, i64 groups, i64 rows, int threads) {
+    const double cycles_per_tile_row = kernels.is_exact ? 1.6 : 2.4;  // of one quad and panel
+    const double quads = static_cast<double>(g.quads), columns = kernels.columns;
+    Tasks best;
+    double best_cost = std::numeric_limits<double>::infinity();
+    for (i64 row_tasks = 1; row_tasks <= rows; row_tasks += 1 + row_tasks / 8) {
+        const i64 task_rows = std::min(rows, round_up(divide_up(rows, row_tasks), kernels.rows));
+        if (task_rows > kernels.rows && task_rows * g.chunk * 4 > 128 * 1024) continue;
+        for (i64 panel_tasks = 1; panel_tasks <= g.panels; panel_tasks += 1 + panel_tasks / 8) {
+            const i64 task_panels = divide_up(g.panels, panel_tasks);
+            const i64 sums_bytes = task_rows * task_panels * kernels.columns * 4;
+            if (g.chunk < g.quads && task_panels > 1 && sums_bytes > 128 * 1024) continue;
+            const double r = static_cast<double>(task_rows), p = static_cast<double>(task_panels);
+            const double tile_rows = static_cast<double>(divide_up(task_rows, kernels.rows)) + r;
+            const double products = tile_rows * p * quads * cycles_per_tile_row;
+            const double fetching = p * quads * columns * 4 / 16;
+            const double finishing = r * p * columns * 0.5;
+            const double packing =
+                g.is_direct ? 0 : r * (4 * quads * 0.06 + 5 * static_cast<double>(g.runs));
+            const double task = products + fetching + finishing + packing + 400;
+            const i64 tasks = divide_up(rows, task_rows) * divide_up(g.panels, task_panels) * groups;
+            double cost = task * static_cast<double>(divide_up(tasks, threads));
+            if (threads > 1 && tasks > 1) cost += 0.3 * task + kHandOver;
+            if (cost < best_cost) {
+                best_cost = cost;
+                best = {task_rows, task_panels, divide_up(rows, task_rows), divide_up(g.panels, task_panels)};
+            }
+        }
+    }
+    return best;
+}
+
+void run_task(const Int8Kernels& kernels, const Int8Gemm& g, const Tasks& tasks, i64 rows, i64 task) {
+    const i64 row = task % tasks.row_tasks * tasks.rows;
+    const i64 panel = task / tasks.row_tasks % tasks.panel_tasks * tasks.panels;
+    const i64 group = task / tasks.row_tasks / tasks.panel_tasks;
+    const i64 task_rows = std::min(tasks.rows, rows - row), task_panels = std::min(tasks.panels, g.panels - panel);
+    kernels.gemm(g, group, row, task_rows, panel, task_panels,
+                 thread_scratch(kernels.gemm_scratch(g, task_rows, task_panels)));
+}
+
+// ---- steps -------------------------------------------------------------------------------------------------------
+
+// Where the taps of a convolution lie in x, from the window's first: dilation * tap - padding.
+struct TapTable {
+    std::vector<std::int32_t> z, y, x;
+};
+
+// A convolution with spatial dimensions padded to three.
+struct Shape3 {
+    i64 in[3] = {1, 1, 1}, out[3] = {1, 1, 1}, kernel[3] = {1, 1, 1};
+    i64 stride[3] = {1, 1, 1}, padding[3] = {0, 0, 0}, dilation[3] = {1, 1, 1};
+    i64 taps() const { return kernel[0] * kernel[1] * kernel[2]; }
+    i64 pixels() const { return out[0] * out[1] * out[2]; }
+    bool is_pointwise() const {
+        bool all = true;
+        for (int i = 0; i < 3; ++i) all = all && kernel[i] == 1 && stride[i] == 1 && padding[i] == 0;
+        return all;
+    }
+    // One entry per tap, or per kernel row.
+    TapTable table(bool of_rows) const {
+        TapTable t;
+        for (i64 z = 0; z < kernel[0]; ++z)
+            for (i64 y = 0; y < kernel[1]; ++y)
+                for (i64 x = 0; x < (of_rows ? 1 : kernel[2]); ++x) {
+                    t.z.push_back(static_cast<std::int32_t>(z * dilation[0] - padding[0]));
+                    t.y.push_back(static_cast<std::int32_t>(y * dilation[1] - padding[1]));
+                    t.x.push_back(static_cast<std::int32_t>(x * dilation[2] - padding[2]));
+                }
+        return t;
+    }
+};
+
+Shape3 shape_of(const Weights& w, const ConvGeometry& geometry, const Tensor& x, const Tensor& y) {
+    Shape3 s;
+    const int spatial = x.rank() - 2;
+    for (int i = 0; i < spatial; ++i) {
+        const int to = 3 - spatial + i;
+        s.in[to] = x.dims[i + 2];
+        s.out[to] = y.dims[i + 2];
+        s.kernel[to] = w.dims[i + 2];
+        s.stride[to] = geometry.stride[i];
+        s.padding[to] = geometry.padding[i];
+        s.dilation[to] = geometry.dilation[i];
+    }
+    return s;
+}
+
+void bind_output(Int8Output& o, const std::optional<Tensor>& residual, const Tensor& y) {
+    o.y = y.place.get();
+    o.residual = residual ? residual->data<const u8>() : nullptr;
+}
+
+class GemmStep final : public Step {
+public:
+    GemmStep(ThreadPool& pool, const Weights& w, const Grouping& grouping, const Shape3& shape, const Tensor& x,
+             const Tensor* residual, const Epilogue& epilogue, const Tensor& y, i64 rows)
+        : pool_(pool), kernels_(*int8_kernels_in_use()), x_(x), y_(y), rows_(rows), groups_(grouping.groups) {
+        if (residual != nullptr) residual_ = *residual;
+        const i64 taps = shape.taps(), steps = taps * grouping.in_channels;
+        const i64 columns = kernels_.columns, panels = divide_up(grouping.out_channels, columns);
+        std::vector<i64> key{address(w.codes), address(&kernels_), grouping.merged, taps};
+        key.insert(key.end(), w.dims.begin(), w.dims.end());
+        weights_ = shared_weights(key, [&] { return pack_gemm_weights(kernels_, w, grouping, taps); });
+        constants_ = std::make_unique<ChannelConstants>(
+            w, *x.q, weights_->sums, !kernels_.is_exact, [&](i64 c) {
+                return c / grouping.out_channels * panels * columns + c % grouping.out_channels;
+            });
+        gemm_.zero = x.q->zero_point;
+        gemm_.pixel = grouping.groups * grouping.in_channels;
+        gemm_.in_channels = grouping.in_channels;
+        gemm_.is_pointwise = shape.is_pointwise();
+        // Rows a multiple of 2 KiB apart would compete for the same few sets of the L1 cache.
+        gemm_.is_direct = kernels_.is_exact && gemm_.is_pointwise && steps % 4 == 0 && gemm_.pixel % 2048 != 0;
+        gemm_.is_row_run = grouping.groups == 1 && shape.dilation[2] == 1;
+        taps_ = shape.table(gemm_.is_row_run);
+        gemm_.runs = static_cast<i64>(taps_.z.size());
+        gemm_.run_length = gemm_.is_row_run ? shape.kernel[2] * grouping.in_channels : grouping.in_channels;
+        gemm_.run_z = taps_.z.data();
+        gemm_.run_y = taps_.y.data();
+        gemm_.run_x = taps_.x.data();
+        for (int i = 0; i < 3; ++i) {
+            gemm_.in[i] = shape.in[i];
+            gemm_.out[i] = shape.out[i];
+            gemm_.stride[i] = shape.stride[i];
+            gemm_.inside_from[i] = shape.padding[i];
+            gemm_.inside_to[i] = shape.in[i] + shape.padding[i] - (shape.kernel[i] - 1) * shape.dilation[i];
+        }
+        for (i64 run = 0; run < gemm_.runs; ++run) {
+            const std::size_t r = static_cast<std::size_t>(run);
+            run_offset_.push_back(((taps_.z[r] * shape.in[1] + taps_.y[r]) * shape.in[2] + taps_.x[r]) * gemm_.pixel);
+        }
+        gemm_.run_offset = run_offset_.data();
+        gemm_.weights = weights_->codes.data();
+        gemm_.start = constants_->start.data();
+        gemm_.channels = grouping.out_channels;
+        gemm_.panels = panels;
+        gemm_.quads = divide_up(steps, 4);
+        gemm_.chunk = chunk_of(kernels_, gemm_.quads);
+        gemm_.output = output_of(residual, epilogue, y, grouping.groups * grouping.out_channels);
+        gemm_.output.scale = constants_->scale.data();
+        gemm_.output.bias = constants_->bias.data();
+        tasks_ = cut(kernels_, gemm_, groups_, rows_, pool.size());
+    }
+
+    void run() override {
+        if (y_.count() == 0) return;
+        gemm_.x = x_.data<const u8>();
+        gemm_.x_end = gemm_.x + x_.count();
+        bind_output(gemm_.output, residual_, y_);
+        pool_.run(tasks_.row_tasks * tasks_.panel_tasks * groups_,
+                  [this](i64 task) { run_task(kernels_, gemm_, tasks_, rows_, task); });
+    }
+
+    std::string kernel() const override { return tile_name(kernels_, "igemm"); }
+
+private:
+    ThreadPool& pool_;
+    const Int8Kernels& kernels_;
+    Tensor x_, y_;
+    std::optional<Tensor> residual_;
+    i64 rows_, groups_;
+    std::shared_ptr<const PackedWeights> weights_;
+    std::unique_ptr<ChannelConstants> constants_;
+    TapTable taps_;
+    std::vector<i64> run_offset_;
+    Int8Gemm gemm_;
+    Tasks tasks_;
+};
+
+class DepthwiseStep final : public Step {
+public:
+    DepthwiseStep(ThreadPool& pool, const Weights& w, const Shape3& shape, const Tensor& x, const Tensor* residual,
+                  const Epilogue& epilogue, const Tensor& y)
+        : pool_(pool), kernels_(*int8_kernels_in_use()), x_(x), y_(y) {
+        if (residual != nullptr) residual_ = *residual;
+        const i64 channels = w.dims[0], taps = shape.taps(), block = 4 * kernels_.lanes;
+        std::vector<i64> key{address(w.codes), address(&kernels_), -1, channels, taps};
+        weights_ = shared_weights(key, [&] { return pack_depthwise_weights(kernels_, w, channels, taps); });
+        constants_ = std::make_unique<ChannelConstants>(w, *x.q, weights_->sums, false, [&](i64 c) {
+            return c / block * block + block_position(kernels_, c % block);
+        });
+        taps_ = shape.table(false);
+        job_.channels = channels;
+        job_.blocks = divide_up(channels, block);
+        for (int i = 0; i < 3; ++i) {
+            job_.in[i] = shape.in[i];
+            job_.out[i] = shape.out[i];
+            job_.stride[i] = shape.stride[i];
+        }
+        // As long as a line, so that lines at the edge are no special case; very long lines are.
+        const i64 line_bytes = std::min<i64>(shape.out[2] * shape.stride[2] * channels, 64 * 1024);
+        outside_ = Aligned<u8>(job_.blocks * block + line_bytes);
+        std::memset(outside_.data(), x.q->zero_point, static_cast<std::size_t>(outside_.size()));
+        job_.outside = outside_.data();
+        job_.outside_bytes = outside_.size();
+        const i64 reach = (shape.kernel[2] - 1) * shape.dilation[2] - shape.padding[2];
+        job_.inner_begin = std::min(shape.out[2], divide_up(shape.padding[2], shape.stride[2]));
+        job_.inner_end = shape.in[2] > reach ? (shape.in[2] - 1 - reach) / shape.stride[2] + 1 : 0;
+        job_.inner_end = std::clamp(job_.inner_end, job_.inner_begin, shape.out[2]);
+        job_.real_taps = taps;
+        job_.taps = round_up(taps, kernels_.tap_group);
+        job_.tap_z = taps_.z.data();
+        job_.tap_y = taps_.y.data();
+        job_.tap_x = taps_.x.data();
+        job_.weights = reinterpret_cast<const u8*>(weights_->codes.data());
+        job_.start = constants_->start.data();
+        job_.output = output_of(residual, epilogue, y, channels);
+        job_.output.scale = constants_->scale.data();
+        job_.output.bias = constants_->bias.data();
+        lines_ = y.dims[0] * shape.out[0] * shape.out[1];
+        // Lines first: tasks that share a line both compute its taps' addresses.
+        const double cycles = static_cast<double>(lines_ * shape.out[2] * job_.blocks * (3 * taps + 20));
+        const i64 wanted = pool.size() == 1 || cycles < 3 * kHandOver ? 1 : 6 * pool.size();
+        task_lines_ = std::max<i64>(1, lines_ / wanted);
+        const i64 line_tasks = divide_up(lines_, task_lines_);
+        task_blocks_ = line_tasks == 0 ? 1 : std::max<i64>(1, divide_up(job_.blocks * line_tasks, wanted));
+        task_blocks_ = std::min(task_blocks_, job_.blocks);
+    }
+
+    void run() override {
+        if (y_.count() == 0) return;
+        job_.x = x_.data<const u8>();
+        job_.x_end = job_.x + x_.count();
+        bind_output(job_.output, residual_, y_);
+        const i64 line_tasks = divide_up(lines_, task_lines_), block_tasks = divide_up(job_.blocks, task_blocks_);
+        const i64 scratch = kernels_.depthwise_scratch(job_);
+        pool_.run(line_tasks * block_tasks, [&](i64 task) {
+            const i64 line = task / block_tasks * task_lines_, block = task % block_tasks * task_blocks_;
+            kernels_.depthwise(job_, line, std::min(task_lines_, lines_ - line), block,
+                               std::min(task_blocks_, job_.blocks - block), thread_scratch(scratch));
+        });
+    }
+
+    std::string kernel() const override { return std::string("host.depthwise.") + kernels_.name; }
+
+private:
+    ThreadPool& pool_;
+    const Int8Kernels& kernels_;
+    Tensor x_, y_;
+    std::optional<Tensor> residual_;
+    std::shared_ptr<const PackedWeights> weights_;
+    std::unique_ptr<ChannelConstants> constants_;
+    TapTable taps_;
+    Aligned<u8> outside_;
+    Int8Depthwise job_;
+    i64 lines_ = 0, task_lines_ = 1, task_blocks_ = 1;
+};
+
+bool suits_winograd(const Int8Kernels& kernels, const Weights& w, const ConvGeometry& geometry, const Shape3& s,
+                    const Tensor& x, const Tensor& y) {
+    if (kernels.winograd == nullptr || geometry.groups != 1 || x.rank() != 4) return false;
+    for (int i = 1; i < 3; ++i)
+        if (s.kernel[i] != 3 || s.stride[i] != 1 || s.dilation[i] != 1) return false;
+    const i64 in = w.dims[1], out = w.dims[0];
+    if (in % 16 != 0 || in < 32 || out < 24) return false;
+    // Four times the sum must fit.
+    const i64 largest = std::max<i64>(x.q->zero_point, 255 - x.q->zero_point) * 127;
+    if (4 * 9 * in > std::numeric_limits<std::int32_t>::max() / largest) return false;
+    // Its weights take 3.6 times the memory: few pixels do not pay for fetching them.
+    const i64 tiles = y.dims[0] * divide_up(s.out[1], 2) * divide_up(s.out[2], 2);
+    return tiles >= 24 && 4 * tiles <= y.dims[0] * s.pixels() * 5 / 4;
+}
+
+class WinogradStep final : public Step {
+public:
+    WinogradStep(ThreadPool& pool, const Weights& w, const Shape3& shape, const Tensor& x, const Tensor* residual,
+                 const Epilogue& epilogue, const Tensor& y)
+        : pool_(pool), kernels_(*int8_kernels_in_use()), x_(x), y_(y) {
+        if (residual != nullptr) residual_ = *residual;
+        const std::vector<i64> key{address(w.codes), address(&kernels_), w.dims[0], w.dims[1]};
+        weights_ = shared_weights(key, [&] { return pack_winograd_weights(kernels_, w); });
+        constants_ = std::make_unique<ChannelConstants>(
+            w, *x.q, Aligned<std::int32_t>(weights_->panels * kernels_.columns), true, [](i64 c) { return c; });
+        outside_ = Aligned<u8>(w.dims[1]);
+        std::memset(outside_.data(), x.q->zero_point, static_cast<std::size_t>(outside_.size()));
+        job_.outside = outside_.data();
+        job_.zero = x.q->zero_point;
+        job_.in_channels = w.dims[1];
+        for (int i = 0; i < 2; ++i) {
+            job_.in[i] = shape.in[i + 1];
+            job_.out[i] = shape.out[i + 1];
+            job_.padding[i] = shape.padding[i + 1];
+            job_.tiles[i] = divide_up(shape.out[i + 1], 2);
+        }
+        job_.weights = weights_->words.data();
+        job_.channels = w.dims[0];
+        job_.panels = weights_->panels;
+        job_.output = output_of(residual, epilogue, y, w.dims[0]);
+        job_.output.scale = constants_->scale.data();
+        job_.output.bias = constants_->bias.data();
+
+        tiles_ = y.dims[0] * job_.tiles[0] * job_.tiles[1];
+        // Transformed pixels and sums of a task share the L2 cache.
+        const i64 most = std::max<i64>(2 * kernels_.rows, 320 * 1024 / (32 * job_.in_channels + 2048));
+        tile_tasks_ = divide_up(tiles_, most);
+        const i64 wanted = pool.size() == 1 ? 1 : 4 * pool.size();
+        task_panels_ = round_up(divide_up(job_.panels * tile_tasks_, std::max(wanted, tile_tasks_)), 2);
+        panel_tasks_ = divide_up(job_.panels, task_panels_);
+    }
+
+    void run() override {
+        if (y_.count() == 0) return;
+        job_.x = x_.data<const u8>();
+        bind_output(job_.output, residual_, y_);
+        pool_.run(tile_tasks_ * panel_tasks_, [this](i64 task) {
+            const i64 part = task % tile_tasks_, panel = task / tile_tasks_ * task_panels_;
+            const i64 tile = tiles_ * part / tile_tasks_, tiles = tiles_ * (part + 1) / tile_tasks_ - tile;
+            kernels_.winograd(job_, tile, tiles, panel, std::min(task_panels_, job_.panels - panel),
+                              thread_scratch(kernels_.winograd_scratch(job_, tiles)));
+        });
+    }
+
+    std::string kernel() const override { return tile_name(kernels_, "winograd"); }
+
+private:
+    ThreadPool& pool_;
+    const Int8Kernels& kernels_;
+    Tensor x_, y_;
+    std::optional<Tensor> residual_;
+    std::shared_ptr<const WinogradWeights> weights_;
+    std::unique_ptr<ChannelConstants> constants_;
+    Aligned<u8> outside_;
+    Int8Winograd job_;
+    i64 tiles_ = 0, tile_tasks_ = 1, task_panels_ = 1, panel_tasks_ = 1;
+};
+
+// b's codes become weights b - 128 when the step runs. With A = a - zero_a:
+// sum A * (b - zero_b) = sum A * (b - 128) + (128 - zero_b) * sum A, and the last term is one number per row.
+class MatmulStep final : public Step {
+public:
+    MatmulStep(ThreadPool& pool, const Tensor& a, const Tensor& b, float alpha, const Tensor& y)
+        : pool_(pool), kernels_(*int8_kernels_in_use()), a_(a), b_(b), y_(y) {
+        const int rank = a.rank();
+        rows_ = a.dims[rank - 2];
+        steps_ = a.dims[rank - 1];
+        columns_ = b.dims[rank - 1];
+        for (int i = 0; i < rank - 2; ++i) batches_ *= y.dims[i];
+        const i64 largest_b = std::max<i64>(b.q->zero_point, 255 - b.q->zero_point);
+        check_reduction(steps_, a.q->zero_point, largest_b);
+
+        gemm_.zero = a.q->zero_point;
+        gemm_.in_channels = gemm_.run_length = steps_;
+        gemm_.is_pointwise = true;
+        copies_a_ = steps_ > 1 && a.strides[rank - 1] != 1;
+        gemm_.pixel = copies_a_ ? steps_ : a.strides[rank - 2];
+        gemm_.is_direct = kernels_.is_exact && steps_ % 4 == 0 && gemm_.pixel % 2048 != 0;
+        gemm_.channels = columns_;
+        gemm_.panels = divide_up(columns_, kernels_.columns);
+        gemm_.quads = divide_up(steps_, 4);
+        gemm_.chunk = chunk_of(kernels_, gemm_.quads);
+        gemm_.output = output_of(nullptr, Epilogue{}, y, columns_);
+        const i64 padded = gemm_.panels * kernels_.columns;
+        scale_ = Aligned<float>(padded);
+        bias_ = Aligned<float>(padded);
+        const double scale = static_cast<double>(a.q->scale) * b.q->scale * alpha;
+        std::fill_n(scale_.data(), padded, static_cast<float>(scale));
+        gemm_.output.scale = scale_.data();
+        gemm_.output.bias = bias_.data();
+
+        panel_bytes_ = gemm_.quads * kernels_.columns * 4;
+        packed_b_ = Aligned<std::int8_t>(batches_ * gemm_.panels * panel_bytes_);
+        start_ = Aligned<std::int32_t>(batches_ * padded);
+        corrects_rows_ = b.q->zero_point != 128;
+        if (corrects_rows_) row_start_ = Aligned<std::int32_t>(batches_ * rows_);
+        if (copies_a_) dense_a_ = Aligned<u8>(batches_ * rows_ * steps_);
+        tasks_ = cut(kernels_, gemm_, batches_, rows_, pool.size());
+    }
+
+    void run() override {
+        if (y_.count() == 0) return;
+        const i64 panels = gemm_.panels;
+        pool_.run(batches_ * (panels + 1), [&](i64 task) {
+            const i64 batch = task / (panels + 1), panel = task % (panels + 1);
+            if (panel < panels)
+                pack_panel(batch, panel);
+            else if (corrects_rows_ || copies_a_)
+                prepare_rows(batch);
+        });
+        const i64 per_batch = tasks_.row_tasks * tasks_.panel_tasks;
+        pool_.run(batches_ * per_batch, [&](i64 task) {
+            const i64 batch = task / per_batch;
+            Int8Gemm g = gemm_;
+            g.x = rows_of(batch);
+            g.x_end = g.x + (rows_ - 1) * g.pixel + steps_;
+            g.weights = packed_b_.data() + batch * panels * panel_bytes_;
+            g.start = start_.data() + batch * panels * kernels_.columns;
+            if (corrects_rows_) g.row_start = row_start_.data() + batch * rows_;
+            const i64 offset = batch * rows_ * columns_;
+            g.output.y = g.output.is_float ? static_cast<void*>(y_.data<float>() + offset) : y_.data<u8>() + offset;
+            run_task(kernels_, g, tasks_, rows_, task % per_batch);
+        });
+    }
+
+    std::string kernel() const override { return tile_name(kernels_, "matmul"); }
+
+private:
+    const u8* batch_of(const Tensor& t, i64 batch) const {
+        i64 offset = 0;
+        for (int i = t.rank() - 3; i >= 0; --i) {
+            offset += batch % y_.dims[i] * t.strides[i];
+            batch /= y_.dims[i];
+        }
+        return t.data<const u8>() + offset;
+    }
+    const u8* rows_of(i64 batch) const {
+        return copies_a_ ? dense_a_.data() + batch * rows_ * steps_ : batch_of(a_, batch);
+    }
+
+    void pack_panel(i64 batch, i64 panel) {
+        const int rank = b_.rank();
+        const i64 k_stride = b_.strides[rank - 2], n_stride = b_.strides[rank - 1], width = kernels_.columns;
+        const i64 first = panel * width, count = std::min(width, columns_ - first);
+        const u8* from = batch_of(b_, batch) + first * n_stride;
+        std::int8_t* to = packed_b_.data() + (batch * gemm_.panels + panel) * panel_bytes_;
+        std::int32_t* start = start_.data() + (batch * gemm_.panels + panel) * width;
+        std::vector<std::int32_t> sums(static_cast<std::size_t>(width), 0);
+        const auto put = [&](i64 k, i64 n) {
+            const int code = from[k * k_stride + n * n_stride] - 128;
+            to[k / 4 * width * 4 + n * 4 + k % 4] = static_cast<std::int8_t>(code);
+            sums[static_cast<std::size_t>(n)] += code;
+        };
+        // The inner loop follows the memory.
+        if (k_stride < n_stride) {
+            for (i64 n = 0; n < count; ++n)
+                for (i64 k = 0; k < steps_; ++k) put(k, n);
+        } else {
+            for (i64 k = 0; k < steps_; ++k)
+                for (i64 n = 0; n < count; ++n) put(k, n);
+        }
+        for (i64 n = 0; n < count; ++n)
+            start[n] = kernels_.is_exact ? static_cast<std::int32_t>(0u - static_cast<std::uint32_t>(gemm_.zero) *
+                                                                              static_cast<std::uint32_t>(sums[n]))
+                                         : 0;
+    }
+
+    void prepare_rows(i64 batch) {
+        const int rank = a_.rank();
+        const i64 m_stride = a_.strides[rank - 2], k_stride = a_.strides[rank - 1];
+        const u8* from = batch_of(a_, batch);
+        for (i64 m = 0; m < rows_; ++m) {
+            i64 sum = 0;
+            for (i64 k = 0; k < steps_; ++k) {
+                const u8 code = from[m * m_stride + k * k_stride];
+                sum += code;
+                if (copies_a_) dense_a_[(batch * rows_ + m) * steps_ + k] = code;
+            }
+            if (corrects_rows_)
+                row_start_[batch * rows_ + m] =
+                    static_cast<std::int32_t>((128 - b_.q->zero_point) * (sum - steps_ * gemm_.zero));
+        }
+    }
+
+    ThreadPool& pool_;
+    const Int8Kernels& kernels_;
+    Tensor a_, b_, y_;
+    i64 rows_ = 0, steps_ = 0, columns_ = 0, batches_ = 1, panel_bytes_ = 0;
+    bool copies_a_ = false, corrects_rows_ = false;
+    Aligned<float> scale_, bias_;
+    Aligned<std::int8_t> packed_b_;
+    Aligned<std::int32_t> start_, row_start_;
+    Aligned<u8> dense_a_;
+    Int8Gemm gemm_;
+    Tasks tasks_;
+};
+
+}  // namespace
+
+const Int8Kernels*& int8_kernels_in_use() {
+    static const Int8Kernels* kernels = best_kernels();
+    return kernels;
+}
+
+StepPtr make_linear(ThreadPool& pool, const Weights& w, const Tensor& x, const Tensor* residual,
+                    const Epilogue& epilogue, const Tensor& y) {
+    check_operands(w, x, residual, y);
+    require(is_row_major(x) && is_row_major(y) && (residual == nullptr || is_row_major(*residual)),
+            "linear takes row-major tensors");
+    const i64 out = w.dims[0], in = w.dims[1];
+    check_reduction(in, x.q->zero_point, 127);
+    i64 rows = 1;
+    for (int i = 0; i + 1 < y.rank(); ++i) rows *= y.dims[i];
+    return std::make_unique<GemmStep>(pool, w, Grouping{1, in, out, 1}, Shape3{}, x, residual, epilogue, y, rows);
+}
+
+StepPtr make_conv(ThreadPool& pool, const Weights& w, const ConvGeometry& geometry, const Tensor& x,
+                  const Tensor* residual, const Epilogue& epilogue, const Tensor& y) {
+    check_operands(w, x, residual, y);
+    require(x.rank() >= 3 && x.rank() <= 5, "convolutions have 1 to 3 spatial dimensions");
+    require(is_channels_last(x) && is_channels_last(y) && (residual == nullptr || is_channels_last(*residual)),
+            "convolutions take channels_last tensors");
+    const Shape3 shape = shape_of(w, geometry, x, y);
+    const i64 groups = geometry.groups, in = w.dims[1], out = w.dims[0] / groups;
+    check_reduction(shape.taps() * in, x.q->zero_point, 127);
+    if (in == 1 && out == 1 && groups > 1)
+        return std::make_unique<DepthwiseStep>(pool, w, shape, x, residual, epilogue, y);
+    if (suits_winograd(*int8_kernels_in_use(), w, geometry, shape, x, y))
+        return std::make_unique<WinogradStep>(pool, w, shape, x, residual, epilogue, y);
+    const Grouping grouping = merge_groups(*int8_kernels_in_use(), groups, in, out, shape.taps());
+    return std::make_unique<GemmStep>(pool, w, grouping, shape, x, residual, epilogue, y, y.dims[0] * shape.pixels());
+}
+
+StepPtr make_int8_matmul(ThreadPool& pool, const Tensor& a, const Tensor& b, float alpha, const Tensor& y) {
+    require(a.dtype == DType::u8 && a.q && b.dtype == DType::u8 && b.q, "matmul operands must be u8 codes");
+    require((y.dtype == DType::u8 && y.q) || (y.dtype == DType::f32 && !y.q), "y must be u8 codes or f32");
+    require(a.rank() >= 2 && a.rank() == b.rank() && a.rank() == y.rank() && is_row_major(y),
+            "matmul takes operands of equal rank and a row-major result");
+    return std::make_unique<MatmulStep>(pool, a, b, alpha, y);
+}
+
+}  // namespace quantflow::host

@@ -1,0 +1,627 @@
+// int8 convolution kernels of one instruction set: register tiles, packing of rows (im2col), depthwise, epilogues.
+#include "int8_gemm_isa.hpp"
+
+#include <utility>
+
+#include "int8_vector.hpp"
+
+namespace quantflow::host::QF_ISA_NAMESPACE {
+namespace {
+
+// QF_INT8_LANES: tests compile the plain C++ code with another vector length in place of an instruction set.
+#if defined(QF_INT8_LANES)
+using Vector = PortableVector<QF_INT8_LANES>;
+constexpr char kName[] = "portable";
+#elif defined(__AVX512VNNI__)
+using Vector = Avx512Vector;
+constexpr char kName[] = "avx512_vnni";
+#elif defined(__AVXVNNI__)
+using Vector = AvxVnniVector;
+constexpr char kName[] = "avx_vnni";
+#elif defined(__AVX2__)
+using Vector = Avx2Vector;
+constexpr char kName[] = "avx2";
+#define QF_INT8_WINOGRAD
+#else
+using Vector = PortableVector<4>;
+constexpr char kName[] = "generic";
+#endif
+using Int = Vector::Int;
+using Float = Vector::Float;
+using i64 = std::int64_t;
+using u8 = std::uint8_t;
+
+constexpr int kLanes = Vector::kLanes;
+constexpr int kColumns = 2 * kLanes;
+// Two vectors of weights, one of activations and 2 * kRows sums fit the 16 (AVX512: 32) registers.
+constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 4;
+constexpr int kBlock = 4 * kLanes;  // channels of a depthwise block
+
+constexpr i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
+constexpr i64 round_up(i64 n, i64 step) { return (n + step - 1) / step * step; }
+
+// ---- activations -----------------------------------------------------------------------------------------------
+
+// Relative error below 2e-7. NaN stays NaN. Cephes' expf.
+QF_INLINE Float exponential(Float x) {
+    x = Vector::max(Vector::set(-87.0f), Vector::min(Vector::set(88.0f), x));
+    const Float magic = Vector::set(12582912.0f);
+    const Float n = Vector::sub(Vector::add(Vector::mul(x, Vector::set(1.44269504f)), magic), magic);
+    Float r = Vector::multiply_add(n, Vector::set(-0.693359375f), x);
+    r = Vector::multiply_add(n, Vector::set(2.12194440e-4f), r);
+    Float p = Vector::set(1.9875691500e-4f);
+    p = Vector::multiply_add(p, r, Vector::set(1.3981999507e-3f));
+    p = Vector::multiply_add(p, r, Vector::set(8.3334519073e-3f));
+    p = Vector::multiply_add(p, r, Vector::set(4.1665795894e-2f));
+    p = Vector::multiply_add(p, r, Vector::set(1.6666665459e-1f));
+    p = Vector::multiply_add(p, r, Vector::set(5.0000001201e-1f));
+    p = Vector::add(Vector::multiply_add(Vector::mul(r, r), p, r), Vector::set(1.0f));
+    return Vector::mul(p, Vector::power_of_two(Vector::round(n)));
+}
+
+QF_INLINE Float logistic(Float x) {
+    const Float one = Vector::set(1.0f);
+    return Vector::div(one, Vector::add(one, exponential(Vector::sub(Vector::set(0.0f), x))));
+}
+
+// Cephes' tanhf: a polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel.
+QF_INLINE Float hyperbolic_tangent(Float x) {
+    const Float one = Vector::set(1.0f), two = Vector::set(2.0f), size = Vector::abs(x), z = Vector::mul(x, x);
+    Float p = Vector::set(-5.70498872745e-3f);
+    p = Vector::multiply_add(p, z, Vector::set(2.06390887954e-2f));
+    p = Vector::multiply_add(p, z, Vector::set(-5.37397155531e-2f));
+    p = Vector::multiply_add(p, z, Vector::set(1.33314422036e-1f));
+    p = Vector::multiply_add(p, z, Vector::set(-3.33332819422e-1f));
+    const Float near = Vector::multiply_add(Vector::mul(p, z), x, x);
+    const Float e = exponential(Vector::mul(two, size));
+    const Float far = Vector::copy_sign(Vector::sub(one, Vector::div(two, Vector::add(e, one))), x);
+    return Vector::where_less(size, Vector::set(0.625f), near, far);
+}
+
+// Rational approximation on [-4, 4], a few units in the last place (as in Eigen).
+QF_INLINE Float error_function(Float x) {
+    x = Vector::max(Vector::set(-4.0f), Vector::min(Vector::set(4.0f), x));
+    const Float z = Vector::mul(x, x);
+    Float p = Vector::set(-2.72614225801306e-10f);
+    p = Vector::multiply_add(p, z, Vector::set(2.77068142495902e-08f));
+    p = Vector::multiply_add(p, z, Vector::set(-2.10102402082508e-06f));
+    p = Vector::multiply_add(p, z, Vector::set(-5.69250639462346e-05f));
+    p = Vector::multiply_add(p, z, Vector::set(-7.34990630326855e-04f));
+    p = Vector::multiply_add(p, z, Vector::set(-2.95459980854025e-03f));
+    p = Vector::multiply_add(p, z, Vector::set(-1.60960333262415e-02f));
+    Float q = Vector::set(-1.45660718464996e-05f);
+    q = Vector::multiply_add(q, z, Vector::set(-2.13374055278905e-04f));
+    q = Vector::multiply_add(q, z, Vector::set(-1.68282697438203e-03f));
+    q = Vector::multiply_add(q, z, Vector::set(-7.37332916720468e-03f));
+    q = Vector::multiply_add(q, z, Vector::set(-1.42647390514189e-02f));
+    return Vector::div(Vector::mul(x, p), q);
+}
+
+// NaN is passed on: min and max return their second operand then.
+template <int kActivation>
+QF_INLINE Float activate(Float r, Float a, Float b) {
+    const Float zero = Vector::set(0.0f), half = Vector::set(0.5f), one = Vector::set(1.0f);
+    if constexpr (kActivation == kInt8Relu) return Vector::max(zero, r);
+    if constexpr (kActivation == kInt8Hardtanh) return Vector::min(b, Vector::max(a, r));
+    if constexpr (kActivation == kInt8Hardswish || kActivation == kInt8Hardsigmoid) {
+        const Float t = Vector::min(Vector::set(6.0f), Vector::max(zero, Vector::add(r, Vector::set(3.0f))));
+        const Float sixth = Vector::set(1.0f / 6.0f);
+        return kActivation == kInt8Hardswish ? Vector::mul(Vector::mul(r, t), sixth) : Vector::mul(t, sixth);
+    }
+    if constexpr (kActivation == kInt8Silu) return Vector::mul(r, logistic(r));
+    if constexpr (kActivation == kInt8Sigmoid) return logistic(r);
+    if constexpr (kActivation == kInt8Gelu)
+        return Vector::mul(Vector::mul(half, r),
+                           Vector::add(one, error_function(Vector::mul(r, Vector::set(0.70710678f)))));
+    if constexpr (kActivation == kInt8GeluTanh) {
+        const Float cube = Vector::mul(Vector::mul(r, r), r);
+        const Float inner = Vector::mul(Vector::set(0.79788456f),
+                                        Vector::multiply_add(Vector::set(0.044715f), cube, r));
+        return Vector::mul(Vector::mul(half, r), Vector::add(one, hyperbolic_tangent(inner)));
+    }
+    if constexpr (kActivation == kInt8LeakyRelu) return Vector::where_less(zero, r, r, Vector::mul(r, a));
+    if constexpr (kActivation == kInt8Tanh) return hyperbolic_tangent(r);
+    return r;
+}
+
+// ---- epilogue ----------------------------------------------------------------------------------------------------
+
+// What the loops below keep in registers of an Int8Output.
+struct OutputConstants {
+    Float inverse_scale, low, high, a, b, residual_scale;
+    Int zero, residual_zero;
+};
+
+QF_INLINE OutputConstants constants_of(const Int8Output& o) {
+    return {Vector::set(o.inverse_scale),  Vector::set(o.low),  Vector::set(o.high),
+            Vector::set(o.a),              Vector::set(o.b),    Vector::set(o.residual_scale),
+            Vector::set(o.zero),           Vector::set(o.residual_zero)};
+}
+
+// sum * scale, + bias: two roundings, like the reference.
+QF_INLINE Float real_of(Int sum, Float scale, Float bias) {
+    return Vector::add(Vector::mul(Vector::to_float(sum), scale), bias);
+}
+QF_INLINE Float add_residual(Float r, Int codes, const OutputConstants& k) {
+    return Vector::add(r, Vector::mul(Vector::to_float(Vector::sub(codes, k.residual_zero)), k.residual_scale));
+}
+// Clamped before it is rounded: the bounds are whole numbers, or lie inside them.
+QF_INLINE Int code_of(Float r, const OutputConstants& k) {
+    const Float t = Vector::max(Vector::min(Vector::mul(r, k.inverse_scale), k.high), k.low);
+    return Vector::add(Vector::round(t), k.zero);
+}
+
+// A tile of sums, `count` <= kColumns channels wide, into rows [row, row + rows) of y.
+// padded: where the tile's channels begin in `scale` and `bias`; channel: where they begin in y.
+template <int kActivation>
+void finish_tile(const Int8Output& o, const std::int32_t* sums, i64 stride, i64 row, i64 rows, i64 padded,
+                 i64 channel, i64 count) {
+    const OutputConstants k = constants_of(o);
+    const i64 first = row * o.row + channel;
+    if (count == kColumns && !o.is_float) {
+        const Float scale0 = Vector::load(o.scale + padded), scale1 = Vector::load(o.scale + padded + kLanes);
+        const Float bias0 = Vector::load(o.bias + padded), bias1 = Vector::load(o.bias + padded + kLanes);
+        u8* y = static_cast<u8*>(o.y) + first;
+        const u8* residual = o.residual;
+        if (residual != nullptr) residual += first;
+        for (i64 m = 0; m < rows; ++m, sums += stride, y += o.row) {
+            Float r0 = real_of(Vector::load(sums), scale0, bias0);
+            Float r1 = real_of(Vector::load(sums + kLanes), scale1, bias1);
+            if (residual != nullptr) {
+                r0 = add_residual(r0, Vector::load_bytes(residual), k);
+                r1 = add_residual(r1, Vector::load_bytes(residual + kLanes), k);
+                residual += o.row;
+            }
+            r0 = activate<kActivation>(r0, k.a, k.b);
+            r1 = activate<kActivation>(r1, k.a, k.b);
+            Vector::store_bytes(y, code_of(r0, k), code_of(r1, k));
+        }
+        return;
+    }
+    for (i64 c = 0; c < count; c += kLanes) {
+        const Float scale = Vector::load(o.scale + padded + c), bias = Vector::load(o.bias + padded + c);
+        const i64 n = smaller(kLanes, count - c);
+        for (i64 m = 0; m < rows; ++m) {
+            const i64 at = first + m * o.row + c;
+            Float r = real_of(Vector::load(sums + m * stride + c), scale, bias);
+            if (o.residual != nullptr) {
+                u8 codes[kLanes] = {};
+                std::memcpy(codes, o.residual + at, n);
+                r = add_residual(r, Vector::load_bytes(codes), k);
+            }
+            r = activate<kActivation>(r, k.a, k.b);
+            if (o.is_float) {
+                float reals[kLanes];
+                Vector::store(reals, r);
+                std::memcpy(static_cast<float*>(o.y) + at, reals, n * sizeof(float));
+            } else {
+                u8 codes[kLanes];
+                Vector::store_bytes(codes, code_of(r, k));
+                std::memcpy(static_cast<u8*>(o.y) + at, codes, n);
+            }
+        }
+    }
+}
+
+// A depthwise block of `count` <= kBlock channels of one pixel, at y's element `at`.
+template <int kActivation>
+QF_INLINE void finish_block(const Int8Output& o, const OutputConstants& k, const Int (&sums)[4], i64 block, i64 at,
+                            i64 count) {
+    Float r[4];
+    for (int i = 0; i < 4; ++i)
+        r[i] = real_of(sums[i], Vector::load(o.scale + block * kBlock + i * kLanes),
+                       Vector::load(o.bias + block * kBlock + i * kLanes));
+    if (o.residual != nullptr) {
+        Int codes[4];
+        if (count == kBlock) {
+            Vector::load_block(o.residual + at, codes);
+        } else {
+            u8 part[kBlock] = {};
+            std::memcpy(part, o.residual + at, count);
+            Vector::load_block(part, codes);
+        }
+        for (int i = 0; i < 4; ++i) r[i] = add_residual(r[i], codes[i], k);
+    }
+    for (int i = 0; i < 4; ++i) r[i] = activate<kActivation>(r[i], k.a, k.b);
+    if (o.is_float) {
+        float* y = static_cast<float*>(o.y) + at;
+        float part[kBlock];
+        Vector::store_block(count == kBlock ? y : part, r);
+        if (count != kBlock) std::memcpy(y, part, count * sizeof(float));
+        return;
+    }
+    const Int codes[4] = {code_of(r[0], k), code_of(r[1], k), code_of(r[2], k), code_of(r[3], k)};
+    u8* y = static_cast<u8*>(o.y) + at;
+    u8 part[kBlock];
+    Vector::store_block(count == kBlock ? y : part, codes);
+    if (count != kBlock) std::memcpy(y, part, count);
+}
+
+using FinishTile = void (*)(const Int8Output&, const std::int32_t*, i64, i64, i64, i64, i64, i64);
+
+template <int... kActivations>
+FinishTile finisher(int activation, std::integer_sequence<int, kActivations...>) {
+    static constexpr FinishTile all[] = {finish_tile<kActivations>...};
+    return all[activation];
+}
+FinishTile finisher(int activation) {
+    return finisher(activation, std::make_integer_sequence<int, kInt8Activations>{});
+}
+
+// ---- register tile -----------------------------------------------------------------------------------------------
+
+// How a tile multiplies: `bytes`, u8 quads by s8 quads (`dot`); `widened`, 16-bit quads by s8 quads; `words`, 16-bit
+// pairs by 16-bit pairs.
+enum class Product { bytes, widened, words };
+
+template <class V, Product kProduct, bool kIsOdd>
+QF_INLINE Int tile_weights(const u8* w) {
+    const Int quads = V::load(reinterpret_cast<const std::int32_t*>(w));
+    if constexpr (kProduct == Product::widened) return kIsOdd ? V::odd_bytes(quads) : V::even_bytes(quads);
+    return quads;
+}
+
+// Accumulators are named by constants only, so that they live in registers: the compiler turns an array into
+// registers before it unrolls loops.
+template <class V, int kVectors, Product kProduct, bool kIsOdd, int... kIndex>
+QF_INLINE void tile_step(Int* __restrict sums, const u8* x, i64 x_row, const u8* w,
+                         std::integer_sequence<int, kIndex...>) {
+    Int weights[kVectors], codes;
+    const auto one = [&](auto index) __attribute__((always_inline)) {
+        constexpr int i = decltype(index)::value, row = i / kVectors, v = i % kVectors;
+        if constexpr (v == 0) codes = V::quad(x + row * x_row);
+        if constexpr (row == 0) weights[v] = tile_weights<V, kProduct, kIsOdd>(w + v * 4 * kLanes);
+        if constexpr (kProduct == Product::bytes)
+            V::dot(sums[i], codes, weights[v]);
+        else
+            V::dot_pairs(sums[i], codes, weights[v]);
+    };
+    (one(std::integral_constant<int, kIndex>{}), ...);
+}
+
+// sums = start + x * weights over `steps` vectors of weights (quads, or pairs of words); rows of x are `x_row` bytes
+// apart.
+template <int kVectors, Product kProduct, int... kIndex>
+QF_INLINE void tile_of(const u8* x, i64 x_row, const u8* w, i64 steps, const std::int32_t* start, i64 start_row,
+                       std::int32_t* sums, i64 sums_row, std::integer_sequence<int, kIndex...> indices) {
+    Int acc[sizeof...(kIndex)] = {
+        Vector::load(start + (kIndex / kVectors) * start_row + (kIndex % kVectors) * kLanes)...};
+#pragma GCC unroll 1
+    for (i64 q = 0; q < steps; ++q) {
+        tile_step<Vector, kVectors, kProduct, false>(acc, x, x_row, w, indices);
+        if constexpr (kProduct == Product::widened)
+            tile_step<Vector, kVectors, kProduct, true>(acc, x + 4, x_row, w, indices);
+        x += kProduct == Product::widened ? 8 : 4;
+        w += 4 * kColumns;
+    }
+    (Vector::store(sums + (kIndex / kVectors) * sums_row + (kIndex % kVectors) * kLanes, acc[kIndex]), ...);
+}
+
+using Tile = void (*)(const u8*, i64, const u8*, i64, const std::int32_t*, i64, std::int32_t*, i64);
+
+template <int kTileRows, int kVectors, Product kProduct>
+void tile(const u8* x, i64 x_row, const u8* w, i64 steps, const std::int32_t* start, i64 start_row,
+          std::int32_t* sums, i64 sums_row) {
+    tile_of<kVectors, kProduct>(x, x_row, w, steps, start, start_row, sums, sums_row,
+                                std::make_integer_sequence<int, kTileRows * kVectors>{});
+}
+
+template <int kVectors, Product kProduct, int... kTileRows>
+Tile tile_for(i64 rows, std::integer_sequence<int, kTileRows...>) {
+    static constexpr Tile all[] = {tile<kTileRows + 1, kVectors, kProduct>...};
+    return all[rows - 1];
+}
+template <Product kProduct>
+Tile tile_for(i64 rows, i64 channels) {
+    constexpr auto heights = std::make_integer_sequence<int, kRows>{};
+    return channels > kLanes ? tile_for<2, kProduct>(rows, heights) : tile_for<1, kProduct>(rows, heights);
+}
+
+// ---- packing of rows ---------------------------------------------------------------------------------------------
+
+// Copies codes; writes up to a vector beyond `n`, reads nothing at or beyond `end`. Without exact products of full
+// codes the copy holds x - zero, and `is_low` tells whether all of it lies in [0, 127].
+template <class V>
+class CopierFor {
+public:
+    explicit CopierFor(const Int8Gemm& g) : end_(g.x_end), zero_(static_cast<u8>(g.zero)) {
+        if constexpr (!V::kIsExact) {
+            zeros_ = V::set_bytes(zero_);
+            // Above 128, x - zero wraps around into [0, 127] for small x.
+            high_ = V::set_bytes(g.zero > 128 ? 0x80 : 0);
+        }
+    }
+    QF_INLINE_MEMBER void copy(u8* to, const u8* from, i64 n) {
+        if (from + round_up(n, V::kCopy) <= end_) {
+            for (i64 i = 0; i < n; i += V::kCopy) vector(to + i, from + i);
+            return;
+        }
+        i64 i = 0;
+        for (; i + V::kCopy <= n; i += V::kCopy) vector(to + i, from + i);
+        if (i < n) {
+            u8 part[V::kCopy];
+            std::memset(part, zero_, sizeof part);
+            std::memcpy(part, from + i, n - i);
+            vector(to + i, part);
+        }
+    }
+    // n codes of the real 0.
+    QF_INLINE_MEMBER void fill(u8* to, i64 n) { std::memset(to, V::kIsExact ? zero_ : 0, n); }
+    void add(const CopierFor& other) {
+        if constexpr (!V::kIsExact) high_ = V::either(high_, other.high_);
+    }
+    bool is_low() const {
+        if constexpr (V::kIsExact)
+            return true;
+        else
+            return !V::any_high(high_);
+    }
+
+private:
+    QF_INLINE_MEMBER void vector(u8* to, const u8* from) {
+        if constexpr (V::kIsExact)
+            V::copy(to, from);
+        else
+            V::copy(to, from, zeros_, high_);
+    }
+    const u8* end_;
+    u8 zero_;
+    Int zeros_, high_;
+};
+using Copier = CopierFor<Vector>;
+
+// Steps [begin, end) of the reduction for rows [row, row + rows), `to_row` bytes apart.
+void pack_pixels(Copier& copier, const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 begin, i64 end, u8* to,
+                 i64 to_row) {
+    const u8* from = g.x + row * g.pixel + group * g.in_channels + begin;
+    Copier local = copier;  // in registers
+    for (i64 m = 0; m < rows; ++m, from += g.pixel, to += to_row) local.copy(to, from, end - begin);
+    copier.add(local);
+}
+
+// Part [a, b) of run `run` at input pixel (z, y, x) of an image; some of it may lie outside.
+void pack_edge_run(Copier& copier, const Int8Gemm& g, i64 group, i64 image, i64 z, i64 y, i64 x, i64 a, i64 b, u8* to) {
+    if (z < 0 || z >= g.in[0] || y < 0 || y >= g.in[1]) return copier.fill(to, b - a);
+    const i64 line = g.in[2] * g.pixel;
+    const u8* pixels = g.x + ((image * g.in[0] + z) * g.in[1] + y) * line;
+    if (!g.is_row_run) {
+        if (x < 0 || x >= g.in[2]) return copier.fill(to, b - a);
+        return copier.copy(to, pixels + x * g.pixel + group * g.in_channels + a, b - a);
+    }
+    // Bytes [begin, end) of the line are inside.
+    const i64 from = x * g.pixel + a, until = x * g.pixel + b;
+    const i64 begin = from < 0 ? smaller(0, until) : smaller(from, line);
+    const i64 end = until < begin ? begin : until > line ? line : until;
+    const i64 first = smaller(begin - from, b - a);
+    if (first > 0) copier.fill(to, first);
+    if (end > begin) copier.copy(to + (begin - from), pixels + begin, end - begin);
+    const i64 done = first > 0 ? first + end - begin : end - begin;
+    if (done < b - a) copier.fill(to + done, b - a - done);
+}
+
+void pack_windows(Copier& copier, const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 begin, i64 end, u8* to,
+                  i64 to_row) {
+    i64 ox = row % g.out[2], rest = row / g.out[2];
+    i64 oy = rest % g.out[1];
+    rest /= g.out[1];
+    i64 oz = rest % g.out[0], image = rest / g.out[0];
+    const i64 first = begin / g.run_length, last = (end - 1) / g.run_length;
+    // Of the first run, and of the last; runs between are whole.
+    const i64 skip = begin - first * g.run_length, keep = end - last * g.run_length;
+    Copier local = copier;  // in registers
+    for (i64 m = 0; m < rows; ++m, to += to_row) {
+        const i64 z = oz * g.stride[0], y = oy * g.stride[1], x = ox * g.stride[2];
+        const bool is_inside = z >= g.inside_from[0] && z < g.inside_to[0] && y >= g.inside_from[1] &&
+                               y < g.inside_to[1] && x >= g.inside_from[2] && x < g.inside_to[2];
+        const u8* window = g.x + (((image * g.in[0] + z) * g.in[1] + y) * g.in[2] + x) * g.pixel +
+                           group * g.in_channels;
+        u8* p = to;
+        for (i64 run = first; run <= last; ++run) {
+            const i64 a = run == first ? skip : 0, b = run == last ? keep : g.run_length;
+            if (is_inside)
+                local.copy(p, window + g.run_offset[run] + a, b - a);
+            else
+                pack_edge_run(copier, g, group, image, z + g.run_z[run], y + g.run_y[run], x + g.run_x[run], a, b, p);
+            p += b - a;
+        }
+        if (++ox < g.out[2]) continue;
+        ox = 0;
+        if (++oy < g.out[1]) continue;
+        oy = 0;
+        if (++oz < g.out[0]) continue;
+        oz = 0;
+        ++image;
+    }
+    copier.add(local);
+}
+
+template <class V>
+void widen_rows(const u8* from, i64 from_row, u8* to, i64 to_row, i64 rows, i64 bytes, std::int32_t zero) {
+    if constexpr (!V::kIsExact) {
+        const Int zero8 = V::set_bytes(static_cast<u8>(zero)), zero16 = V::set_words(static_cast<short>(zero));
+        for (i64 m = 0; m < rows; ++m)
+            for (i64 i = 0; i < bytes; i += V::kCopy)
+                V::widen(to + m * to_row + 2 * i, from + m * from_row + i, zero8, zero16);
+    }
+}
+
+// ---- gemm --------------------------------------------------------------------------------------------------------
+
+// Scratch: packed rows, their widened form, one tile's sums, and all sums if the reduction is cut into chunks.
+struct Scratch {
+    i64 packed_row, wide_row, sums_row;
+    i64 wide, tile, sums, bytes;
+};
+
+Scratch scratch_of(const Int8Gemm& g, i64 rows, i64 panels) {
+    Scratch s{};
+    // 64 bytes more than a multiple of 64: rows a power of two apart would share a cache set.
+    s.packed_row = round_up(4 * g.chunk, 64) + 64;
+    s.wide_row = round_up(8 * g.chunk, 64) + 64;
+    s.sums_row = panels * kColumns;
+    s.wide = g.is_direct ? 0 : round_up(rows * s.packed_row + 64, 64);
+    s.tile = s.wide + (Vector::kIsExact ? 0 : round_up(rows * s.wide_row + 64, 64));
+    s.sums = s.tile + kRows * kColumns * 4;
+    s.bytes = s.sums + (g.chunk < g.quads || g.row_start != nullptr ? rows * s.sums_row * 4 : 0);
+    return s;
+}
+
+i64 gemm_scratch(const Int8Gemm& g, i64 rows, i64 panels) { return scratch_of(g, rows, panels).bytes; }
+
+void gemm(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 panels, u8* scratch) {
+    const Scratch s = scratch_of(g, rows, panels);
+    const FinishTile finish = finisher(g.output.activation);
+    const i64 steps = g.runs * g.run_length;
+    // Equal heights: a last tile of one row would cost as much as a full one.
+    const i64 tiles = (rows + kRows - 1) / kRows;
+    std::int32_t* tile_sums = reinterpret_cast<std::int32_t*>(scratch + s.tile);
+    std::int32_t* all_sums = reinterpret_cast<std::int32_t*>(scratch + s.sums);
+    const bool keeps_sums = g.chunk < g.quads || g.row_start != nullptr;
+    if (g.row_start != nullptr)
+        for (i64 m = 0; m < rows; ++m)
+            for (i64 c = 0; c < panels * kColumns; ++c)
+                all_sums[m * s.sums_row + c] =
+                    g.start[(group * g.panels + panel) * kColumns + c] + g.row_start[row + m];
+
+    for (i64 first = 0; first == 0 || first < g.quads; first += g.chunk) {
+        const i64 quads = smaller(g.chunk, g.quads - first);
+        const bool is_last = first + quads >= g.quads;
+        const u8* x = nullptr;
+        i64 x_row = 0;
+        bool is_wide = false;
+        if (g.is_direct) {
+            x = g.x + row * g.pixel + group * g.in_channels + 4 * first;
+            x_row = g.pixel;
+        } else if (quads > 0) {
+            Copier copier(g);
+            const i64 end = smaller(4 * (first + quads), steps);
+            (g.is_pointwise ? pack_pixels : pack_windows)(copier, g, group, row, rows, 4 * first, end, scratch,
+                                                          s.packed_row);
+            x = scratch;
+            x_row = s.packed_row;
+            is_wide = !copier.is_low();
+            if (is_wide) {
+                widen_rows<Vector>(scratch, s.packed_row, scratch + s.wide, s.wide_row, rows, 4 * quads, g.zero);
+                x = scratch + s.wide;
+                x_row = s.wide_row;
+            }
+        }
+        for (i64 p = 0; p < panels; ++p) {
+            const i64 padded = (group * g.panels + panel + p) * kColumns;
+            const i64 count = smaller(kColumns, g.channels - (panel + p) * kColumns);
+            const u8* w = reinterpret_cast<const u8*>(g.weights) +
+                          ((group * g.panels + panel + p) * g.quads + first) * 4 * kColumns;
+            for (i64 t = 0; t < tiles; ++t) {
+                const i64 m = rows * t / tiles, height = rows * (t + 1) / tiles - m;
+                std::int32_t* sums = keeps_sums ? all_sums + m * s.sums_row + p * kColumns : tile_sums;
+                const i64 sums_row = keeps_sums ? s.sums_row : kColumns;
+                const bool starts = first == 0 && g.row_start == nullptr;
+                constexpr Product kWide = Vector::kIsExact ? Product::bytes : Product::widened;
+                const Tile run = is_wide ? tile_for<kWide>(height, count) : tile_for<Product::bytes>(height, count);
+                run(x + m * x_row, x_row, w, quads, starts ? g.start + padded : sums, starts ? 0 : sums_row, sums,
+                    sums_row);
+                if (is_last)
+                    finish(g.output, sums, sums_row, row + m, height, padded,
+                           group * g.channels + (panel + p) * kColumns, count);
+            }
+        }
+    }
+}
+
+// ---- depthwise ---------------------------------------------------------------------------------------------------
+
+// Addresses of the taps, and a copy of the tensor's last bytes: whole blocks are read, also where channels end.
+i64 taps_bytes(const Int8Depthwise& d) { return round_up(d.taps * static_cast<i64>(sizeof(u8*)), 64); }
+i64 depthwise_scratch(const Int8Depthwise& d) { return taps_bytes(d) + 3 * d.blocks * kBlock; }
+
+// Block b of the pixel at y's element `at`; taps lie `offset` bytes beyond their addresses.
+template <int kActivation>
+QF_INLINE void depthwise_block(const Int8Depthwise& d, const OutputConstants& constants, const u8* const* taps,
+                               i64 offset, i64 b, i64 at) {
+    constexpr i64 kTapBytes = 4 * 4 * kLanes;
+    const i64 groups = d.taps / Vector::kTapGroup;
+    Int sums[4];
+    for (int i = 0; i < 4; ++i) sums[i] = Vector::load(d.start + b * kBlock + i * kLanes);
+    const u8* w = d.weights + b * groups * kTapBytes;
+    for (i64 t = 0; t < groups; ++t, w += kTapBytes)
+        Vector::depthwise(sums, taps + t * Vector::kTapGroup, offset + b * kBlock, w);
+    finish_block<kActivation>(d.output, constants, sums, b, at + b * kBlock, smaller(kBlock, d.channels - b * kBlock));
+}
+
+template <int kActivation>
+void depthwise_lines(const Int8Depthwise& d, i64 line, i64 lines, i64 block, i64 blocks, u8* scratch) {
+    const OutputConstants constants = constants_of(d.output);
+    const u8** taps = reinterpret_cast<const u8**>(scratch);
+    const i64 padded = d.blocks * kBlock, step = d.stride[2] * d.channels;
+    u8* tail = scratch + taps_bytes(d);
+    const i64 tail_bytes = smaller(d.x_end - d.x, 2 * padded);
+    const u8* tail_begin = d.x_end - tail_bytes;
+    if (padded != d.channels) std::memcpy(tail, tail_begin, tail_bytes);
+    for (i64 t = d.real_taps; t < d.taps; ++t) taps[t] = d.outside;  // weight 0
+
+    for (i64 l = line; l < line + lines; ++l) {
+        const i64 oy = l % d.out[1], oz = l / d.out[1] % d.out[0], image = l / d.out[1] / d.out[0];
+        const auto row_of = [&](i64 t) -> const u8* {
+            const i64 z = oz * d.stride[0] + d.tap_z[t], y = oy * d.stride[1] + d.tap_y[t];
+            if (z < 0 || z >= d.in[0] || y < 0 || y >= d.in[1]) return nullptr;
+            return d.x + ((image * d.in[0] + z) * d.in[1] + y) * d.in[2] * d.channels;
+        };
+        const auto edge = [&](i64 begin, i64 end) {
+            for (i64 ox = begin; ox < end; ++ox) {
+                for (i64 t = 0; t < d.real_taps; ++t) {
+                    const u8* row = row_of(t);
+                    const i64 x = ox * d.stride[2] + d.tap_x[t];
+                    taps[t] = d.outside;
+                    if (row == nullptr || x < 0 || x >= d.in[2]) continue;
+                    taps[t] = row + x * d.channels;
+                    if (d.x_end - taps[t] < padded) taps[t] = tail + (taps[t] - tail_begin);
+                }
+                for (i64 b = block; b < block + blocks; ++b)
+                    depthwise_block<kActivation>(d, constants, taps, 0, b, (l * d.out[2] + ox) * d.output.row);
+            }
+        };
+        // Between the edges every tap moves on by the same step.
+        const i64 begin = d.inner_begin;
+        i64 end = d.inner_end;
+        for (i64 t = 0; t < d.real_taps && end > begin; ++t) {
+            const u8* row = row_of(t);
+            const i64 x = begin * d.stride[2] + d.tap_x[t];
+            taps[t] = row == nullptr ? d.outside : row + x * d.channels;
+            const i64 room = (row == nullptr ? d.outside + d.outside_bytes : d.x_end) - taps[t] - padded;
+            end = smaller(end, room < 0 ? begin : begin + room / step + 1);
+        }
+        for (i64 b = block; b < block + blocks; ++b)
+            for (i64 ox = begin; ox < end; ++ox)
+                depthwise_block<kActivation>(d, constants, taps, (ox - begin) * step, b,
+                                             (l * d.out[2] + ox) * d.output.row);
+        edge(0, begin);
+        edge(end > begin ? end : begin, d.out[2]);
+    }
+}
+
+template <int... kActivations>
+void depthwise_for(int activation, const Int8Depthwise& d, i64 line, i64 lines, i64 block, i64 blocks, u8* scratch,
+                   std::integer_sequence<int, kActivations...>) {
+    static constexpr decltype(&depthwise_lines<0>) all[] = {depthwise_lines<kActivations>...};
+    all[activation](d, line, lines, block, blocks, scratch);
+}
+void depthwise(const Int8Depthwise& d, i64 line, i64 lines, i64 block, i64 blocks, u8* scratch) {
+    depthwise_for(d.output.activation, d, line, lines, block, blocks, scratch,
+                  std::make_integer_sequence<int, kInt8Activations>{});
+}
+
+#if defined(QF_INT8_WINOGRAD)
+#include "int8_winograd.inc"
+#else
+constexpr decltype(Int8Kernels::winograd) winograd = nullptr;
+constexpr decltype(Int8Kernels::winograd_scratch) winograd_scratch = nullptr;
+#endif
+
+}  // namespace
+
+extern const Int8Kernels int8_kernels;
+const Int8Kernels int8_kernels = {
+    kName, kLanes,    kRows,             kColumns, Vector::kIsExact, Vector::kTapGroup, gemm, gemm_scratch,
+    depthwise, depthwise_scratch, winograd, winograd_scratch};
+
+}  // namespace quantflow::host::QF_ISA_NAMESPACE

@@ -1,0 +1,128 @@
+// The int8 kernels of one instruction set, behind plain structs: int8_gemm_isa.cpp is compiled once per instruction
+// set, so nothing in here may be an inline function that the linker could take from the wrong one.
+#pragma once
+
+#include <cstdint>
+
+namespace quantflow::host {
+
+// Activation's values: int8_gemm.cpp asserts that they agree.
+enum Int8Activation : int {
+    kInt8None, kInt8Relu, kInt8Hardtanh, kInt8Hardswish, kInt8Hardsigmoid, kInt8Silu, kInt8Sigmoid, kInt8Gelu,
+    kInt8GeluTanh, kInt8LeakyRelu, kInt8Tanh, kInt8Activations,
+};
+
+// What happens to an exact sum: r = sum * scale[c] + bias[c] (+ residual), the activation, then codes or float32.
+// `scale` and `bias` are padded as the weights are, `channel` and `y` count real channels.
+struct Int8Output {
+    const float* scale = nullptr;
+    const float* bias = nullptr;
+    const std::uint8_t* residual = nullptr;  // codes, the shape of y
+    float residual_scale = 0;
+    std::int32_t residual_zero = 0;
+    void* y = nullptr;
+    bool is_float = false;
+    std::int64_t row = 0;  // elements from one row (pixel) of y to the next
+    float inverse_scale = 0, low = 0, high = 0;  // of y's codes; low and high have the zero point subtracted
+    std::int32_t zero = 0;
+    int activation = kInt8None;
+    float a = 0, b = 0;
+};
+
+// A convolution as rows (output pixels) times channels. Spatial dimensions are padded to three.
+struct Int8Gemm {
+    const std::uint8_t* x = nullptr;
+    const std::uint8_t* x_end = nullptr;  // nothing at or beyond may be read
+    std::int32_t zero = 0;
+    std::int64_t pixel = 0;  // bytes from one input pixel (row of a linear) to the next
+    std::int64_t in_channels = 0;  // per group
+    // Whether row m reads pixel m and nothing else; `is_direct`: it is read where it lies, without packing.
+    bool is_pointwise = false, is_direct = false;
+    std::int64_t in[3] = {1, 1, 1}, out[3] = {1, 1, 1}, stride[3] = {1, 1, 1};
+    // The reduction, cut into runs of adjacent bytes: one kernel row if pixels are adjacent, else one tap each.
+    bool is_row_run = false;
+    std::int64_t runs = 1, run_length = 0;
+    const std::int32_t *run_z = nullptr, *run_y = nullptr, *run_x = nullptr;  // dilation * tap - padding
+    const std::int64_t* run_offset = nullptr;                                // bytes from a window's position
+    // Positions (stride * output) whose windows lie inside x: [inside_from, inside_to) in every dimension.
+    std::int64_t inside_from[3] = {0, 0, 0}, inside_to[3] = {1, 1, 1};
+
+    // Codes [group][panel][quad][column][4]: a quad is four steps of the reduction, a panel `columns` channels.
+    const std::int8_t* weights = nullptr;
+    const std::int32_t* start = nullptr;  // what sums start from, per padded channel: -zero * (sum of weights)
+    const std::int32_t* row_start = nullptr;  // per row, added to `start`; null: none
+    std::int64_t channels = 0, panels = 0;  // per group
+    std::int64_t quads = 0, chunk = 0;      // chunk: quads summed at a time, so that operands stay in the L1 cache
+    Int8Output output;
+};
+
+// A convolution of each channel by itself.
+struct Int8Depthwise {
+    const std::uint8_t* x = nullptr;
+    const std::uint8_t* x_end = nullptr;
+    const std::uint8_t* outside = nullptr;  // `outside_bytes` zero points, at least a padded pixel
+    std::int64_t outside_bytes = 0;
+    // Columns of y whose windows lie inside x's columns.
+    std::int64_t inner_begin = 0, inner_end = 0;
+    std::int64_t channels = 0, blocks = 0;  // blocks of 4 * lanes channels
+    std::int64_t in[3] = {1, 1, 1}, out[3] = {1, 1, 1}, stride[3] = {1, 1, 1};
+    std::int64_t taps = 0;  // padded to a multiple of `tap_group`
+    std::int64_t real_taps = 0;
+    const std::int32_t *tap_z = nullptr, *tap_y = nullptr, *tap_x = nullptr;  // dilation * tap - padding
+    const std::uint8_t* weights = nullptr;  // [block][taps / tap_group][4][lane], four bytes each
+    const std::int32_t* start = nullptr;    // [block][4][lane]
+    Int8Output output;                      // scale, bias: [block][4][lane]
+};
+
+// A 3x3 convolution with stride 1 by Winograd's F(2x2, 3x3), whose integer form is exact: with the filter transform
+// doubled in both directions all its numbers are whole, and the result is four times the sum. All arithmetic is
+// modulo 2^32, so only the result has to fit. 16 instead of 36 products per tile of 2x2 output pixels.
+struct Int8Winograd {
+    const std::uint8_t* x = nullptr;
+    const std::uint8_t* outside = nullptr;  // a pixel of zero points
+    std::int32_t zero = 0;
+    std::int64_t in_channels = 0;  // a multiple of 16
+    std::int64_t in[2] = {1, 1}, out[2] = {1, 1}, padding[2] = {0, 0}, tiles[2] = {1, 1};  // rows, columns
+    const std::int16_t* weights = nullptr;  // [16][panel][pair][column][2]
+    std::int64_t channels = 0, panels = 0;
+    Int8Output output;
+};
+
+struct Int8Kernels {
+    const char* name;
+    int lanes;      // 32-bit lanes of a vector
+    int rows;       // of a register tile
+    int columns;    // of a register tile, and channels in a panel
+    bool is_exact;  // any u8 code times any s8 code: rows can be read where they lie
+    int tap_group;  // depthwise taps multiplied at once: 4 (weights int8) or 2 (weights int16)
+    // Rows [row, row + rows), panels [panel, panel + panels) of one group.
+    void (*gemm)(const Int8Gemm&, std::int64_t group, std::int64_t row, std::int64_t rows, std::int64_t panel,
+                 std::int64_t panels, std::uint8_t* scratch);
+    std::int64_t (*gemm_scratch)(const Int8Gemm&, std::int64_t rows, std::int64_t panels);  // bytes
+    // Output lines [line, line + lines) over (batch, depth, height), blocks [block, block + blocks).
+    void (*depthwise)(const Int8Depthwise&, std::int64_t line, std::int64_t lines, std::int64_t block,
+                      std::int64_t blocks, std::uint8_t* scratch);
+    std::int64_t (*depthwise_scratch)(const Int8Depthwise&);
+    // Tiles [tile, tile + tiles) over (batch, rows, columns). Null where `dot` on bytes is the faster way.
+    void (*winograd)(const Int8Winograd&, std::int64_t tile, std::int64_t tiles, std::int64_t panel,
+                     std::int64_t panels, std::uint8_t* scratch);
+    std::int64_t (*winograd_scratch)(const Int8Winograd&, std::int64_t tiles);
+};
+
+namespace isa_generic {
+extern const Int8Kernels int8_kernels;
+}
+namespace isa_avx2 {
+extern const Int8Kernels int8_kernels;
+}
+namespace isa_avx_vnni {
+extern const Int8Kernels int8_kernels;
+}
+namespace isa_avx512_vnni {
+extern const Int8Kernels int8_kernels;
+}
+
+// The kernels that steps built from now on use; tests set them to try other instruction sets' code.
+const Int8Kernels*& int8_kernels_in_use();
+
+}  // namespace quantflow::host

@@ -1,0 +1,12 @@
+// Which instruction sets this CPU and operating system offer, in the order in which kernels get faster.
+#pragma once
+
+namespace quantflow {
+
+enum class Isa { generic, avx2, avx_vnni, avx512_vnni };
+
+// The best one here; QUANTFLOW_ISA=generic|avx2|avx_vnni|avx512_vnni asks for a lower one (tests).
+Isa best_isa();
+const char* name_of(Isa isa);
+
+}  // namespace quantflow

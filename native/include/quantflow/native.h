@@ -1,0 +1,89 @@
+/* The C interface of quantflow's native runtime: an int8 program, executed in one call. Knows nothing of Python or torch.
+ *
+ * Functions return 0, QF_ERROR or QF_UNSUPPORTED; on failure `error` (of `capacity` bytes) holds one line that names
+ * the place and the cause. Handles are freed by their `_free` function, in any order. All functions may be called from
+ * several threads; freeing a handle while another thread uses it may not.
+ */
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+#pragma GCC visibility push(default)
+
+#define QF_ABI_VERSION 1
+#define QF_ERROR 1
+#define QF_UNSUPPORTED 2 /* no kernel here; the text begins with "node INDEX: " */
+
+enum qf_dtype { QF_F32 = 0, QF_U8 = 1, QF_S8 = 2, QF_S32 = 3, QF_S64 = 4, QF_BOOL = 5 };
+
+typedef struct qf_program qf_program;
+typedef struct qf_backend qf_backend;
+typedef struct qf_engine qf_engine;
+typedef struct qf_plan qf_plan;
+
+/* A dense row-major tensor; `data` stays valid as long as the program. */
+typedef struct {
+    const char* name;
+    int32_t dtype; /* qf_dtype, or -1: a dtype that no kernel reads */
+    int32_t rank;
+    const int64_t* dims;
+    const void* data;
+} qf_tensor;
+
+/* What one input or output looks like. A number has is_number 1 and no dims. */
+typedef struct {
+    int32_t dtype;
+    int32_t rank;
+    int64_t dims[16];
+    int32_t is_channels_last; /* inputs: memory order (batch, *spatial, channels) */
+    int32_t is_number;
+    int64_t number;
+} qf_form;
+
+int32_t qf_abi_version(void);
+/* "avx512_vnni", "avx_vnni", "avx2" or "generic": what the host kernels use on this CPU. */
+const char* qf_host_isa(void);
+
+/* From a program.json in memory and tensors of the caller's. */
+int32_t qf_program_parse(const char* json, size_t size, const qf_tensor* tensors, size_t count, qf_program** program,
+                         char* error, size_t capacity);
+/* From files; the weights are mapped, not copied. */
+int32_t qf_program_open(const char* json_path, const char* weights_path, qf_program** program, char* error,
+                        size_t capacity);
+void qf_program_free(qf_program*);
+int32_t qf_program_nodes(const qf_program*);
+/* Whether node `index` has a native kernel, as far as that shows without shapes. */
+int32_t qf_program_supports(const qf_program*, int32_t index);
+
+/* The CPU by this library's own kernels. */
+int32_t qf_backend_host(int32_t threads, qf_backend** backend, char* error, size_t capacity);
+/* Intel GPU ("gpu") or the CPU ("cpu") by SYCL and oneDNN: `library` is the path of libquantflow_sycl.so. */
+int32_t qf_backend_sycl(const char* library, const char* device, const char* cache_folder, qf_backend** backend,
+                        char* error, size_t capacity);
+void qf_backend_free(qf_backend*);
+
+int32_t qf_engine_create(const qf_program*, const qf_backend*, qf_engine** engine, char* error, size_t capacity);
+void qf_engine_free(qf_engine*);
+
+/* Nodes [first, last) for given inputs, by value names. */
+int32_t qf_plan_create(const qf_engine*, int32_t first, int32_t last, const char* const* input_names,
+                       const qf_form* inputs, size_t input_count, const char* const* output_names, size_t output_count,
+                       qf_plan** plan, char* error, size_t capacity);
+void qf_plan_free(qf_plan*);
+/* The form of each output, in the order of output_names. */
+void qf_plan_outputs(const qf_plan*, qf_form* outputs);
+int64_t qf_plan_arena_bytes(const qf_plan*);
+int32_t qf_plan_run(qf_plan*, const void* const* inputs, void* const* outputs, char* error, size_t capacity);
+/* Times each kernel alone, least of `runs`; writes a JSON list of {"node", "kernel", "ms"} and its length without the
+ * final zero to `needed`; nothing is written where `room` is too small. */
+int32_t qf_plan_profile(qf_plan*, const void* const* inputs, void* const* outputs, int32_t runs, char* json, size_t room,
+                        size_t* needed, char* error, size_t capacity);
+
+#pragma GCC visibility pop
+#ifdef __cplusplus
+}
+#endif

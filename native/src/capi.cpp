@@ -1,0 +1,222 @@
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <cstring>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <sstream>
+
+#include "../host/isa.hpp"
+#include "../sycl/sycl_backend.hpp"
+#include "engine.hpp"
+#include "quantflow/native.h"
+
+using namespace quantflow;
+
+struct qf_program {
+    std::shared_ptr<const LoadedProgram> loaded;
+};
+struct qf_backend {
+    std::shared_ptr<Backend> backend;
+};
+struct qf_engine {
+    std::shared_ptr<Engine> engine;
+};
+struct qf_plan {
+    std::unique_ptr<Plan> plan;
+};
+
+namespace {
+
+void write(char* error, std::size_t capacity, const char* text) {
+    if (error == nullptr || capacity == 0) return;
+    std::strncpy(error, text, capacity - 1);
+    error[capacity - 1] = '\0';
+}
+
+// Runs `body`; no exception crosses the C interface.
+template <typename Body>
+std::int32_t guarded(char* error, std::size_t capacity, Body body) {
+    try {
+        body();
+        return 0;
+    } catch (const Unsupported& e) {
+        write(error, capacity, e.what());
+        return QF_UNSUPPORTED;
+    } catch (const std::bad_alloc&) {
+        write(error, capacity, "out of memory");
+    } catch (const std::exception& e) {
+        write(error, capacity, e.what());
+    } catch (...) {
+        write(error, capacity, "an exception of unknown kind");
+    }
+    return QF_ERROR;
+}
+
+DType dtype_of(std::int32_t code) {
+    if (code < QF_F32 || code > QF_BOOL) throw Error("dtype " + std::to_string(code) + " is not known");
+    return static_cast<DType>(code);
+}
+
+std::vector<std::int64_t> dims_of(const std::int64_t* dims, std::int32_t rank) {
+    if (rank < 0 || rank > 16) throw Error("rank " + std::to_string(rank) + " is not in [0, 16]");
+    std::vector<std::int64_t> out(dims, dims + rank);
+    for (auto d : out)
+        if (d < 0) throw Error("a dimension is negative");
+    return out;
+}
+
+std::vector<int> values_of(const Program& program, const char* const* names, std::size_t count) {
+    std::vector<int> out;
+    for (std::size_t i = 0; i < count; ++i) {
+        const int index = program.find(names[i]);
+        if (index < 0) throw Error(std::string("the program has no value '") + names[i] + "'");
+        out.push_back(index);
+    }
+    return out;
+}
+
+}  // namespace
+
+extern "C" {
+
+std::int32_t qf_abi_version(void) { return QF_ABI_VERSION; }
+const char* qf_host_isa(void) { return name_of(best_isa()); }
+
+std::int32_t qf_program_parse(const char* json, std::size_t size, const qf_tensor* tensors, std::size_t count,
+                              qf_program** program, char* error, std::size_t capacity) {
+    return guarded(error, capacity, [&] {
+        TensorTable table;
+        for (std::size_t i = 0; i < count; ++i) {
+            const qf_tensor& t = tensors[i];
+            const bool is_opaque = t.dtype < 0;
+            table.emplace(t.name, Stored{is_opaque ? DType::u8 : dtype_of(t.dtype), dims_of(t.dims, t.rank),
+                                         is_opaque ? nullptr : static_cast<const std::byte*>(t.data)});
+        }
+        auto loaded = std::make_shared<LoadedProgram>();
+        loaded->program = parse_program(json, size, std::move(table));
+        *program = new qf_program{std::move(loaded)};
+    });
+}
+
+std::int32_t qf_program_open(const char* json_path, const char* weights_path, qf_program** program, char* error,
+                             std::size_t capacity) {
+    return guarded(error, capacity, [&] {
+        auto loaded = std::make_shared<LoadedProgram>();
+        loaded->weights = std::make_unique<MappedFile>(weights_path);
+        const MappedFile text(json_path);
+        loaded->program = parse_program(reinterpret_cast<const char*>(text.data()), text.size(),
+                                        parse_safetensors(loaded->weights->data(), loaded->weights->size()));
+        *program = new qf_program{std::move(loaded)};
+    });
+}
+
+void qf_program_free(qf_program* program) { delete program; }
+
+std::int32_t qf_program_nodes(const qf_program* program) {
+    return static_cast<std::int32_t>(program->loaded->program.nodes.size());
+}
+
+std::int32_t qf_program_supports(const qf_program* program, std::int32_t index) {
+    const auto& nodes = program->loaded->program.nodes;
+    if (index < 0 || static_cast<std::size_t>(index) >= nodes.size()) return 0;
+    return is_supported(nodes[static_cast<std::size_t>(index)]) ? 1 : 0;
+}
+
+std::int32_t qf_backend_host(std::int32_t threads, qf_backend** backend, char* error, std::size_t capacity) {
+    return guarded(error, capacity, [&] {
+        if (threads < 1 || threads > 1024) throw Error("threads must be in [1, 1024], is " + std::to_string(threads));
+        *backend = new qf_backend{std::shared_ptr<Backend>(make_host_backend(threads))};
+    });
+}
+
+std::int32_t qf_backend_sycl(const char* library, const char* device, const char* cache_folder, qf_backend** backend,
+                             char* error, std::size_t capacity) {
+    return guarded(error, capacity, [&] {
+        // Never unloaded: SYCL's own threads outlive any backend.
+        void* handle = dlopen(library, RTLD_NOW | RTLD_LOCAL);
+        if (handle == nullptr) throw Error(dlerror());
+        const auto make = reinterpret_cast<decltype(&qf_sycl_make_backend)>(dlsym(handle, "qf_sycl_make_backend"));
+        if (make == nullptr) throw Error(std::string(library) + " is not quantflow's SYCL library");
+        char text[4096] = "";
+        Backend* made = make(device, cache_folder, text, sizeof text);
+        if (made == nullptr) throw Error(text);
+        *backend = new qf_backend{std::shared_ptr<Backend>(made)};
+    });
+}
+
+void qf_backend_free(qf_backend* backend) { delete backend; }
+
+std::int32_t qf_engine_create(const qf_program* program, const qf_backend* backend, qf_engine** engine, char* error,
+                              std::size_t capacity) {
+    return guarded(error, capacity, [&] {
+        *engine = new qf_engine{std::make_shared<Engine>(program->loaded, backend->backend)};
+    });
+}
+
+void qf_engine_free(qf_engine* engine) { delete engine; }
+
+std::int32_t qf_plan_create(const qf_engine* engine, std::int32_t first, std::int32_t last,
+                            const char* const* input_names, const qf_form* inputs, std::size_t input_count,
+                            const char* const* output_names, std::size_t output_count, qf_plan** plan, char* error,
+                            std::size_t capacity) {
+    return guarded(error, capacity, [&] {
+        const Program& program = engine->engine->program->program;
+        Section section;
+        section.first = first;
+        section.last = last;
+        if (first < 0 || last < first || static_cast<std::size_t>(last) > program.nodes.size())
+            throw Error("a section must lie inside the program");
+        section.inputs = values_of(program, input_names, input_count);
+        section.outputs = values_of(program, output_names, output_count);
+        std::vector<InputForm> forms;
+        for (std::size_t i = 0; i < input_count; ++i) {
+            const qf_form& f = inputs[i];
+            InputForm form;
+            form.is_number = f.is_number != 0;
+            form.number = f.number;
+            form.is_channels_last = f.is_channels_last != 0;
+            if (!form.is_number) {
+                form.dtype = dtype_of(f.dtype);
+                form.dims = dims_of(f.dims, f.rank);
+            }
+            forms.push_back(std::move(form));
+        }
+        *plan = new qf_plan{std::make_unique<Plan>(engine->engine, std::move(section), std::move(forms))};
+    });
+}
+
+void qf_plan_free(qf_plan* plan) { delete plan; }
+
+void qf_plan_outputs(const qf_plan* plan, qf_form* outputs) {
+    for (const OutputForm& form : plan->plan->outputs()) {
+        *outputs = {};
+        outputs->dtype = static_cast<std::int32_t>(form.dtype);
+        outputs->rank = static_cast<std::int32_t>(form.dims.size());
+        std::copy(form.dims.begin(), form.dims.end(), outputs->dims);
+        outputs->is_number = form.is_number ? 1 : 0;
+        outputs->number = form.number;
+        ++outputs;
+    }
+}
+
+std::int64_t qf_plan_arena_bytes(const qf_plan* plan) { return plan->plan->arena_bytes(); }
+
+std::int32_t qf_plan_run(qf_plan* plan, const void* const* inputs, void* const* outputs, char* error,
+                         std::size_t capacity) {
+    return guarded(error, capacity, [&] { plan->plan->run(inputs, outputs); });
+}
+
+std::int32_t qf_plan_profile(qf_plan* plan, const void* const* inputs, void* const* outputs, std::int32_t runs,
+                             char* json, std::size_t room, std::size_t* needed, char* error, std::size_t capacity) {
+    return guarded(error, capacity, [&] {
+        nlohmann::json list = nlohmann::json::array();
+        for (const StepTime& t : plan->plan->profile(inputs, outputs, std::max(1, runs)))
+            list.push_back({{"node", t.node}, {"kernel", t.kernel}, {"ms", t.milliseconds}});
+        const std::string text = list.dump();
+        *needed = text.size();
+        if (room > text.size()) std::memcpy(json, text.c_str(), text.size() + 1);
+    });
+}
+
+}  // extern "C"

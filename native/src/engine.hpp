@@ -1,0 +1,66 @@
+// Programs made ready to run: an engine binds a program to a backend, a plan is a section of it for one set of shapes.
+#pragma once
+
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "lower.hpp"
+
+namespace quantflow {
+
+// A program, and the files that its tensors lie in when it was opened from disk.
+struct LoadedProgram {
+    std::unique_ptr<MappedFile> weights;
+    Program program;
+};
+
+struct Engine {
+    Engine(std::shared_ptr<const LoadedProgram> loaded, std::shared_ptr<Backend> device)
+        : program(std::move(loaded)), backend(std::move(device)), constants(*backend, program->program) {}
+
+    std::shared_ptr<const LoadedProgram> program;
+    std::shared_ptr<Backend> backend;
+    Constants constants;
+    std::mutex building;  // lowering packs weights and fills `constants`
+};
+
+struct StepTime {
+    int node;
+    std::string kernel;
+    double milliseconds;  // least of the runs
+};
+
+// Safe to run from several threads: each run takes an instance of its own, with its own arena.
+class Plan {
+public:
+    Plan(std::shared_ptr<Engine> engine, Section section, std::vector<InputForm> forms);
+    ~Plan();
+
+    const std::vector<OutputForm>& outputs() const { return outputs_; }
+    std::int64_t arena_bytes() const { return arena_bytes_; }
+    // Dense tensors in the forms agreed on; numbers are null on both sides.
+    void run(const void* const* inputs, void* const* outputs);
+    std::vector<StepTime> profile(const void* const* inputs, void* const* outputs, int runs);
+
+private:
+    struct Instance;
+    std::shared_ptr<Engine> engine_;
+    Section section_;
+    std::vector<InputForm> forms_;
+    std::vector<OutputForm> outputs_;
+    std::int64_t arena_bytes_ = 0;
+    std::mutex mutex_;
+    std::condition_variable returned_;
+    std::vector<std::unique_ptr<Instance>> free_;
+    int built_ = 0;
+
+    std::unique_ptr<Instance> build();
+    std::unique_ptr<Instance> take();
+    void give(std::unique_ptr<Instance> instance);
+    void execute(Instance& instance, const void* const* inputs, void* const* outputs, std::vector<StepTime>* times);
+};
+
+}  // namespace quantflow

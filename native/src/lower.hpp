@@ -1,0 +1,75 @@
+// A run of program nodes, for one set of input shapes → steps of a backend over one arena.
+#pragma once
+
+#include <deque>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "program.hpp"
+
+namespace quantflow {
+
+// What arrives as an input: a dense tensor, or a plain integer (a size computed elsewhere).
+struct InputForm {
+    DType dtype = DType::f32;
+    std::vector<std::int64_t> dims;
+    bool is_channels_last = false;
+    bool is_number = false;
+    std::int64_t number = 0;
+};
+
+// What leaves: a dense row-major tensor in the program's own codes or plain numbers, or a number.
+struct OutputForm {
+    DType dtype = DType::f32;
+    std::vector<std::int64_t> dims;
+    bool is_number = false;
+    std::int64_t number = 0;
+};
+
+struct NamedStep {
+    std::unique_ptr<Step> step;
+    int node;  // index into Program::nodes; -1: moves inputs or outputs
+};
+
+// Memory that holds a program's tensors where the backend can read them; shared by everything built from a program.
+class Constants {
+public:
+    Constants(Backend& backend, const Program& program) : backend_(backend), program_(program) {}
+    ~Constants();
+    Constants(const Constants&) = delete;
+    Constants& operator=(const Constants&) = delete;
+    std::byte* get(const std::string& name);                           // a stored tensor
+    std::byte* keep(const std::string& name, const void* data, std::size_t bytes);  // one computed once
+
+private:
+    Backend& backend_;
+    const Program& program_;
+    std::unordered_map<std::string, std::byte*> placed_;
+    std::vector<void*> owned_;
+};
+
+struct Lowered {
+    std::vector<NamedStep> steps;
+    std::vector<OutputForm> outputs;
+    // Base address of each buffer; steps read their addresses through these cells.
+    std::deque<std::byte*> cells;
+    std::vector<int> input_cells;   // -1: a number
+    std::vector<int> output_cells;  // -1: a number
+    std::vector<std::int64_t> arena_offsets;  // per cell; -1: not in the arena
+    std::int64_t arena_bytes = 0;
+};
+
+// Whether a node's op has a kernel here, as far as that shows without shapes.
+bool is_supported(const Node& node);
+
+struct Section {
+    int first = 0, last = 0;   // nodes [first, last)
+    std::vector<int> inputs;   // value indices
+    std::vector<int> outputs;  // value indices
+};
+
+// Raises Unsupported (its text begins with "node INDEX: ") or Error.
+Lowered lower(const Program&, const Section&, const std::vector<InputForm>&, Backend&, Constants&);
+
+}  // namespace quantflow

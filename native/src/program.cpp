@@ -1,0 +1,512 @@
+#include "program.hpp"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <nlohmann/json.hpp>
+
+namespace quantflow {
+namespace {
+
+using json = nlohmann::json;
+
+constexpr std::int64_t kFormat = 1;
+constexpr int kMaxRank = 16;
+constexpr int kMaxNesting = 16;
+constexpr std::int64_t kMaxElements = std::int64_t{1} << 40;
+// Bounds that keep geometry arithmetic inside int64 and allocations sane.
+constexpr std::int64_t kMaxGeometry = 1 << 20;
+constexpr std::int64_t kMaxReduction = ((std::int64_t{1} << 31) - 1) / (255 * 127);
+
+const std::unordered_map<std::string, Op> kOps = {
+    {"quantize", Op::quantize}, {"dequantize", Op::dequantize}, {"conv", Op::conv},         {"linear", Op::linear},
+    {"matmul", Op::matmul},     {"add", Op::add},               {"mul", Op::mul},           {"clamp", Op::clamp},
+    {"max_pool", Op::max_pool}, {"avg_pool", Op::avg_pool},     {"shape", Op::shape},       {"cat", Op::cat},
+    {"aten", Op::aten},         {"size", Op::size},
+};
+
+struct ActivationInfo {
+    Activation kind;
+    std::size_t numbers;
+};
+const std::unordered_map<std::string, ActivationInfo> kActivations = {
+    {"relu", {Activation::relu, 0}},           {"hardtanh", {Activation::hardtanh, 2}},
+    {"hardswish", {Activation::hardswish, 0}}, {"hardsigmoid", {Activation::hardsigmoid, 0}},
+    {"silu", {Activation::silu, 0}},           {"sigmoid", {Activation::sigmoid, 0}},
+    {"gelu", {Activation::gelu, 0}},           {"gelu_tanh", {Activation::gelu_tanh, 0}},
+    {"leaky_relu", {Activation::leaky_relu, 1}}, {"tanh", {Activation::tanh, 0}},
+};
+
+[[noreturn]] void fail(const std::string& where, const std::string& what) {
+    throw Error("program.json: " + (where.empty() ? what : where + ": " + what));
+}
+
+// What a JSON value is, short enough for a message.
+std::string shown(const json& value) {
+    std::string text = value.dump(-1, ' ', true, json::error_handler_t::replace);
+    return text.size() <= 60 ? text : text.substr(0, 57) + "...";
+}
+
+const json& field(const json& object, const char* key, const std::string& where) {
+    if (!object.is_object()) fail(where, "is " + shown(object) + ", must be an object");
+    auto it = object.find(key);
+    if (it == object.end()) fail(where, std::string("has no field '") + key + "'");
+    return *it;
+}
+
+std::string text(const json& value, const std::string& where) {
+    if (!value.is_string()) fail(where, "is " + shown(value) + ", must be a string");
+    return value.get<std::string>();
+}
+
+std::int64_t integer(const json& value, std::int64_t low, std::int64_t high, const std::string& where) {
+    const bool fits = value.is_number_integer() &&
+                      !(value.is_number_unsigned() &&
+                        value.get<std::uint64_t>() > std::uint64_t{std::numeric_limits<std::int64_t>::max()});
+    if (fits) {
+        const auto number = value.get<std::int64_t>();
+        if (number >= low && number <= high) return number;
+    }
+    fail(where, "is " + shown(value) + ", must be an integer in [" + std::to_string(low) + ", " +
+                    std::to_string(high) + "]");
+}
+
+double number(const json& value, const std::string& where) {
+    if (value.is_number()) return value.get<double>();
+    // Non-finite numbers are spelled {"float": "inf"}.
+    if (value.is_object() && value.size() == 1 && value.begin().key() == "float" && value.begin()->is_string()) {
+        const auto word = value.begin()->get<std::string>();
+        if (word == "inf") return std::numeric_limits<double>::infinity();
+        if (word == "-inf") return -std::numeric_limits<double>::infinity();
+        if (word == "nan") return std::numeric_limits<double>::quiet_NaN();
+    }
+    fail(where, "is " + shown(value) + ", must be a number");
+}
+
+const json& list(const json& value, const std::string& where) {
+    if (!value.is_array()) fail(where, "is " + shown(value) + ", must be a list");
+    return value;
+}
+
+class Parser {
+public:
+    Parser(const json& root, Program& program) : root_(root), program_(program) {}
+
+    void run() {
+        integer(field(root_, "format", ""), 0, kFormat, "format");
+        const json& values = field(root_, "values", "");
+        if (!values.is_object()) fail("values", "must be an object");
+        for (const auto& [name, value] : values.items()) read_value(name, value);
+        for (const auto& input : list(field(root_, "inputs", ""), "inputs")) {
+            const std::string where = "input " + std::to_string(program_.inputs.size());
+            program_.inputs.push_back(define(text(field(input, "name", where), where + ": name"), -1, where));
+        }
+        const json& nodes = list(field(root_, "nodes", ""), "nodes");
+        program_.nodes.reserve(nodes.size());
+        for (const auto& node : nodes) read_node(node);
+        collect_outputs(field(root_, "output", ""), 0);
+    }
+
+private:
+    const json& root_;
+    Program& program_;
+    struct Coded {
+        QParams q;
+        bool is_signed, is_nonnegative;
+    };
+    std::unordered_map<std::string, Coded> coded_;
+
+    int define(const std::string& name, int producer, const std::string& where) {
+        const int index = static_cast<int>(program_.values.size());
+        if (!program_.value_index.emplace(name, index).second) fail(where, "defines '" + name + "' a second time");
+        Value value;
+        value.name = name;
+        value.producer = producer;
+        if (auto it = coded_.find(name); it != coded_.end()) {
+            value.q = it->second.q;
+            value.is_signed = it->second.is_signed;
+            value.is_nonnegative = it->second.is_nonnegative;
+        }
+        program_.values.push_back(std::move(value));
+        return index;
+    }
+
+    void read_value(const std::string& name, const json& data) {
+        const std::string where = "value '" + name + "'";
+        const std::string dtype = text(field(data, "dtype", where), where + ": dtype");
+        if (dtype != "int8" && dtype != "uint8") fail(where, "dtype '" + dtype + "' is not int8 or uint8");
+        Coded coded;
+        coded.is_signed = dtype == "int8";
+        coded.q.qmin = coded.is_signed ? -128 : 0;
+        coded.q.qmax = coded.is_signed ? 127 : 255;
+        coded.q.scale = static_cast<float>(number(field(data, "scale", where), where + ": scale"));
+        if (!(coded.q.scale > 0) || !std::isfinite(coded.q.scale))
+            fail(where, "scale is " + shown(field(data, "scale", where)) + ", must be positive and finite");
+        coded.q.zero_point = static_cast<std::int32_t>(
+            integer(field(data, "zero_point", where), coded.q.qmin, coded.q.qmax, where + ": zero_point"));
+        const json& nonnegative = field(data, "is_nonnegative", where);
+        if (!nonnegative.is_boolean()) fail(where, "is_nonnegative must be true or false");
+        coded.is_nonnegative = nonnegative.get<bool>();
+        if (coded.is_nonnegative && (!coded.is_signed || coded.q.zero_point != 0))
+            fail(where, "only a symmetric int8 value can be is_nonnegative");
+        coded_.emplace(name, coded);
+    }
+
+    void read_node(const json& data) {
+        const int index = static_cast<int>(program_.nodes.size());
+        std::string where = "node " + std::to_string(index);
+        Node node;
+        node.name = text(field(data, "name", where), where + ": name");
+        where += " (" + node.name + ")";
+        const std::string op = text(field(data, "op", where), where + ": op");
+        const auto known = kOps.find(op);
+        if (known == kOps.end()) fail(where, "op '" + op + "' is not known");
+        node.op = known->second;
+        if (auto it = data.find("target"); it != data.end()) node.target = text(*it, where + ": target");
+        for (const auto& arg : list(field(data, "args", where), where + ": args"))
+            node.args.push_back(read_arg(arg, index, 0, where));
+        if (auto it = data.find("kwargs"); it != data.end()) {
+            if (!it->is_object()) fail(where, "kwargs must be an object");
+            for (const auto& [key, value] : it->items()) node.kwargs.emplace(key, read_arg(value, index, 0, where));
+        }
+        if (auto it = data.find("epilogue"); it != data.end()) node.epilogue = read_epilogue(*it, where);
+        const json attrs = data.value("attrs", json::object());
+        if (node.op == Op::conv || node.op == Op::linear) read_linear(node, attrs, where);
+        if (node.op == Op::clamp) {
+            node.low = integer(field(attrs, "low", where), -128, 255, where + ": low");
+            node.high = integer(field(attrs, "high", where), -128, 255, where + ": high");
+        }
+        node.output = define(text(field(data, "output", where), where + ": output"), index, where);
+        check_operands(node, where);
+        program_.nodes.push_back(std::move(node));
+    }
+
+    Arg read_arg(const json& value, int node, int depth, const std::string& where) {
+        if (depth > kMaxNesting) fail(where, "arguments are nested deeper than " + std::to_string(kMaxNesting));
+        if (value.is_null()) return None{};
+        if (value.is_boolean()) return value.get<bool>();
+        if (value.is_number_integer())
+            return integer(value, std::numeric_limits<std::int64_t>::min(), std::numeric_limits<std::int64_t>::max(),
+                           where + ": argument");
+        if (value.is_number()) return value.get<double>();
+        if (value.is_string()) return Word{"str", value.get<std::string>()};
+        if (value.is_array()) {
+            Args items;
+            for (const auto& item : value) items.push_back(read_arg(item, node, depth + 1, where));
+            return items;
+        }
+        if (value.size() != 1) fail(where, "argument " + shown(value) + " must have one key");
+        const std::string kind = value.begin().key();
+        const json& content = value.begin().value();
+        if (kind == "value") {
+            const int index = program_.find(text(content, where + ": value"));
+            if (index < 0) fail(where, "reads " + shown(content) + ", which no earlier node defines");
+            auto& users = program_.values[static_cast<std::size_t>(index)].users;
+            if (users.empty() || users.back() != node) users.push_back(node);
+            return Ref{index};
+        }
+        if (kind == "tensor") {
+            const auto name = text(content, where + ": tensor");
+            if (program_.tensors.find(name) == program_.tensors.end())
+                fail(where, "reads tensor '" + name + "', which the weights do not hold");
+            return TensorRef{name};
+        }
+        if (kind == "tuple") {
+            Args items;
+            for (const auto& item : list(content, where + ": tuple"))
+                items.push_back(read_arg(item, node, depth + 1, where));
+            return items;
+        }
+        if (kind == "float") return number(value, where + ": argument");
+        if (kind == "dtype" || kind == "memory_format" || kind == "layout" || kind == "device")
+            return Word{kind, text(content, where + ": " + kind)};
+        fail(where, "'" + kind + "' is not a kind of argument");
+    }
+
+    Epilogue read_epilogue(const json& data, const std::string& where) {
+        const std::string kind = text(field(data, "kind", where + ": epilogue"), where + ": epilogue");
+        const auto known = kActivations.find(kind);
+        const json& values = list(field(data, "values", where + ": epilogue"), where + ": epilogue values");
+        if (known == kActivations.end() || known->second.numbers != values.size())
+            fail(where, "epilogue '" + kind + "' with " + std::to_string(values.size()) + " numbers is not known");
+        Epilogue epilogue;
+        epilogue.kind = known->second.kind;
+        if (!values.empty()) epilogue.a = static_cast<float>(number(values[0], where + ": epilogue"));
+        if (values.size() > 1) epilogue.b = static_cast<float>(number(values[1], where + ": epilogue"));
+        return epilogue;
+    }
+
+    const Stored& stored(const json& attrs, const char* role, DType dtype, const std::string& where) {
+        const auto name = text(field(attrs, role, where), where + ": " + role);
+        const auto it = program_.tensors.find(name);
+        if (it == program_.tensors.end()) fail(where, std::string(role) + " '" + name + "' is not in the weights");
+        if (it->second.dtype != dtype || (it->second.data == nullptr && it->second.count() != 0))
+            fail(where, std::string(role) + " is " + name_of(it->second.dtype) + ", must be " + name_of(dtype));
+        return it->second;
+    }
+
+    void read_linear(Node& node, const json& attrs, const std::string& where) {
+        const Stored& weight = stored(attrs, "weight", DType::s8, where);
+        const Stored& scale = stored(attrs, "weight_scale", DType::f32, where);
+        const auto rank = weight.dims.size();
+        const bool is_linear = node.op == Op::linear;
+        if (is_linear ? rank != 2 : rank < 3 || rank > 5 || weight.count() == 0)
+            fail(where, "weight has " + std::to_string(rank) + " dimensions, or none of size");
+        if (weight.count() == 0) fail(where, "weight is empty");
+        const std::int64_t out = weight.dims[0];
+        if (weight.count() / out > kMaxReduction)
+            fail(where, "reduction of " + std::to_string(weight.count() / out) + " exceeds " +
+                            std::to_string(kMaxReduction) + ", int32 could overflow");
+        const auto* codes = reinterpret_cast<const std::int8_t*>(weight.data);
+        for (std::int64_t i = 0; i < weight.count(); ++i)
+            if (codes[i] == -128) fail(where, "weight holds codes below -127");
+        if (scale.count() != 1 && scale.count() != out)
+            fail(where, "weight_scale must hold 1 or " + std::to_string(out) + " values");
+        const auto* scales = reinterpret_cast<const float*>(scale.data);
+        for (std::int64_t i = 0; i < scale.count(); ++i)
+            if (!(scales[i] > 0) || !std::isfinite(scales[i]))
+                fail(where, "weight_scale holds a value that is not positive and finite");
+        node.weights = Weights{codes, weight.dims, scales, scale.count(), nullptr};
+        if (!field(attrs, "bias", where).is_null()) {
+            const Stored& bias = stored(attrs, "bias", DType::f32, where);
+            if (bias.dims != std::vector<std::int64_t>{out})
+                fail(where, "bias must hold " + std::to_string(out) + " values");
+            node.weights.bias = reinterpret_cast<const float*>(bias.data);
+        }
+        if (is_linear) return;
+        auto numbers = [&](const char* key, std::int64_t least) {
+            std::vector<std::int64_t> result;
+            for (const auto& item : list(field(attrs, key, where), where + ": " + key))
+                result.push_back(integer(item, least, kMaxGeometry, where + ": " + key));
+            if (result.size() != rank - 2)
+                fail(where, std::string(key) + " must hold " + std::to_string(rank - 2) + " numbers");
+            return result;
+        };
+        node.geometry.stride = numbers("stride", 1);
+        node.geometry.padding = numbers("padding", 0);
+        node.geometry.dilation = numbers("dilation", 1);
+        node.geometry.groups = integer(field(attrs, "groups", where), 1, out, where + ": groups");
+        if (out % node.geometry.groups != 0)
+            fail(where, "groups " + std::to_string(node.geometry.groups) + " does not divide " + std::to_string(out) +
+                            " channels");
+    }
+
+    const Value* value_of(const Arg& arg) const {
+        const Ref* ref = arg.as<Ref>();
+        return ref == nullptr ? nullptr : &program_.values[static_cast<std::size_t>(ref->value)];
+    }
+
+    // Operands that must be codes are, the others are not, and ops that pass codes on keep their meaning.
+    void check_operands(const Node& node, const std::string& where) const {
+        const Value& out = program_.values[static_cast<std::size_t>(node.output)];
+        auto codes = [&](std::size_t i) -> const Value& {
+            const Value* value = i < node.args.size() ? value_of(node.args[i]) : nullptr;
+            if (value == nullptr || !value->q) fail(where, "argument " + std::to_string(i) + " holds no int8 codes");
+            return *value;
+        };
+        auto arity = [&](std::size_t n) {
+            if (node.args.size() != n)
+                fail(where, "takes " + std::to_string(n) + " arguments, has " + std::to_string(node.args.size()));
+        };
+        auto shares = [&](const Value& in) {
+            if (!out.q || !(*out.q == *in.q) || out.is_signed != in.is_signed)
+                fail(where, "its output and its inputs must share one scale and zero point");
+        };
+        switch (node.op) {
+            case Op::quantize:
+                arity(1);
+                if (!out.q) fail(where, "its output has no scale and zero_point");
+                if (value_of(node.args[0]) == nullptr || value_of(node.args[0])->q)
+                    fail(where, "quantize reads a value that is not float");
+                break;
+            case Op::dequantize:
+                arity(1);
+                codes(0);
+                if (out.q) fail(where, "its output can't hold int8 codes");
+                break;
+            case Op::conv:
+            case Op::linear:
+                arity(2);
+                codes(0);
+                if (!node.args[1].is_none()) codes(1);
+                break;
+            case Op::matmul:
+            case Op::add:
+            case Op::mul:
+                arity(2);
+                codes(0);
+                codes(1);
+                break;
+            case Op::clamp: {
+                arity(1);
+                shares(codes(0));
+                if (node.low < out.q->qmin || node.high > out.q->qmax)
+                    fail(where, "low and high are not codes of its output");
+                break;
+            }
+            case Op::max_pool: shares(codes(0)); break;
+            case Op::avg_pool: codes(0); break;
+            case Op::shape: {
+                const Value* in = node.args.empty() ? nullptr : value_of(node.args[0]);
+                if (in == nullptr) fail(where, "has no operand");
+                shares(codes(0));
+                break;
+            }
+            case Op::cat: {
+                const Args* items = node.args.empty() ? nullptr : node.args[0].as<Args>();
+                if (items == nullptr || items->empty()) fail(where, "has no operands");
+                for (const Arg& item : *items) {
+                    const Value* in = value_of(item);
+                    if (in == nullptr || !in->q) fail(where, "an operand holds no int8 codes");
+                    shares(*in);
+                }
+                break;
+            }
+            case Op::aten:
+                if (out.q) fail(where, "its output can't hold int8 codes");
+                if (node.target.empty()) fail(where, "names no op");
+                break;
+            case Op::size:
+                if (out.q) fail(where, "its output can't hold int8 codes");
+                break;
+        }
+    }
+
+    void collect_outputs(const json& value, int depth) {
+        if (depth > kMaxNesting) fail("output", "is nested deeper than " + std::to_string(kMaxNesting));
+        if (value.is_array()) {
+            for (const auto& item : value) collect_outputs(item, depth + 1);
+        } else if (value.is_object() && value.size() == 1) {
+            const std::string kind = value.begin().key();
+            const json& content = value.begin().value();
+            if (kind == "value") {
+                const int index = program_.find(text(content, "output"));
+                if (index < 0) fail("output", shown(content) + " is not defined");
+                program_.outputs.push_back(index);
+            } else if (kind == "tensor") {
+                if (program_.tensors.find(text(content, "output")) == program_.tensors.end())
+                    fail("output", shown(content) + " is not in the weights");
+            } else if (kind == "tuple") {
+                collect_outputs(content, depth + 1);
+            } else if (kind == "dict") {
+                if (!content.is_object()) fail("output", "dict must be an object");
+                for (const auto& item : content) collect_outputs(item, depth + 1);
+            }
+        }
+    }
+};
+
+}  // namespace
+
+const char* name_of(DType dtype) {
+    switch (dtype) {
+        case DType::f32: return "float32";
+        case DType::u8: return "uint8";
+        case DType::s8: return "int8";
+        case DType::s32: return "int32";
+        case DType::s64: return "int64";
+        case DType::b8: return "bool";
+    }
+    return "?";
+}
+
+Program parse_program(const char* text_begin, std::size_t size, TensorTable tensors) {
+    // nlohmann's parser does not recurse, but what reads its result does: depth is limited here, before.
+    const auto limit = [](int depth, json::parse_event_t, json&) {
+        if (depth > 4 + kMaxNesting) throw Error("program.json: is nested deeper than a program can be");
+        return true;
+    };
+    Program program;
+    program.tensors = std::move(tensors);
+    try {
+        const json root = json::parse(text_begin, text_begin + size, limit);
+        Parser(root, program).run();
+    } catch (const json::exception& error) {
+        throw Error(std::string("program.json: is not what quantflow writes: ") + error.what());
+    }
+    return program;
+}
+
+TensorTable parse_safetensors(const std::byte* data, std::size_t size) {
+    const std::string where = "weights.safetensors";
+    std::uint64_t header = 0;
+    if (size < 8) throw Error(where + ": is " + std::to_string(size) + " bytes, too short for a header");
+    std::memcpy(&header, data, 8);
+    if (header > size - 8) throw Error(where + ": its header of " + std::to_string(header) + " bytes is cut off");
+    const std::byte* begin = data + 8 + header;
+    const std::uint64_t available = size - 8 - header;
+    static const std::unordered_map<std::string, DType> kTypes = {
+        {"F32", DType::f32}, {"I8", DType::s8}, {"U8", DType::u8}, {"I32", DType::s32}, {"I64", DType::s64},
+        {"BOOL", DType::b8},
+    };
+    TensorTable table;
+    try {
+        const char* first = reinterpret_cast<const char*>(data + 8);
+        const auto limit = [&](int depth, json::parse_event_t, json&) {
+            if (depth > 4) throw Error(where + ": its header is nested too deep");
+            return true;
+        };
+        const json root = json::parse(first, first + header, limit);
+        if (!root.is_object()) throw Error(where + ": its header is not an object");
+        for (const auto& [name, entry] : root.items()) {
+            if (name == "__metadata__") continue;
+            const std::string at = where + ": tensor '" + name + "'";
+            const auto type = kTypes.find(entry.at("dtype").get<std::string>());
+            Stored stored;
+            if (type == kTypes.end()) {
+                table.emplace(name, stored);
+                continue;
+            }
+            stored.dtype = type->second;
+            std::int64_t count = 1;
+            for (const auto& dim : entry.at("shape")) {
+                if (!dim.is_number_integer() || dim.get<std::int64_t>() < 0 ||
+                    dim.get<std::int64_t>() > kMaxElements || stored.dims.size() >= kMaxRank)
+                    throw Error(at + ": its shape is not made of sizes");
+                stored.dims.push_back(dim.get<std::int64_t>());
+                count *= stored.dims.back();
+                if (count > kMaxElements) throw Error(at + ": is larger than any tensor");
+            }
+            const auto& offsets = entry.at("data_offsets");
+            if (!offsets.is_array() || offsets.size() != 2 || !offsets[0].is_number_unsigned() ||
+                !offsets[1].is_number_unsigned())
+                throw Error(at + ": data_offsets are not two positions");
+            const auto from = offsets[0].get<std::uint64_t>(), to = offsets[1].get<std::uint64_t>();
+            if (from > to || to > available ||
+                to - from != static_cast<std::uint64_t>(count) * static_cast<std::uint64_t>(size_of(stored.dtype)))
+                throw Error(at + ": its bytes do not fit its shape or the file");
+            if ((reinterpret_cast<std::uintptr_t>(begin + from) % static_cast<std::uintptr_t>(size_of(stored.dtype))) != 0)
+                throw Error(at + ": its bytes are not aligned");
+            stored.data = begin + from;
+            table.emplace(name, std::move(stored));
+        }
+    } catch (const json::exception& error) {
+        throw Error(where + ": its header is damaged: " + error.what());
+    }
+    return table;
+}
+
+MappedFile::MappedFile(const std::string& path) {
+    const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (file < 0) throw Error("'" + path + "' can't be opened: " + std::strerror(errno));
+    struct stat info {};
+    if (::fstat(file, &info) != 0 || info.st_size <= 0) {
+        ::close(file);
+        throw Error("'" + path + "' is empty or can't be read");
+    }
+    void* memory = ::mmap(nullptr, static_cast<std::size_t>(info.st_size), PROT_READ, MAP_PRIVATE, file, 0);
+    ::close(file);
+    if (memory == MAP_FAILED) throw Error("'" + path + "' can't be mapped: " + std::strerror(errno));
+    data_ = static_cast<const std::byte*>(memory);
+    size_ = static_cast<std::size_t>(info.st_size);
+}
+
+MappedFile::~MappedFile() { ::munmap(const_cast<std::byte*>(data_), size_); }
+
+}  // namespace quantflow

@@ -1,0 +1,466 @@
+// int8 linear, convolution and matmul against naive loops, for every instruction set this CPU has, and for the code
+// that AVX512-VNNI runs, on plain vectors of its length.
+#pragma GCC diagnostic ignored "-Wpsabi"  // of 64-byte vectors, none of which crosses a call
+#define QF_ISA_NAMESPACE isa_portable16
+#define QF_INT8_LANES 16
+#include "../host/int8_gemm_isa.cpp"
+
+#include <cmath>
+#include <cstdio>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+
+#include "../host/int8_gemm_isa.hpp"
+#include "../host/isa.hpp"
+#include "../host/steps.hpp"
+
+using namespace quantflow;
+using host::StepPtr;
+using i64 = std::int64_t;
+
+namespace {
+
+std::mt19937 random_bits(7);
+int failures = 0;
+i64 checked = 0;
+
+i64 pick(i64 low, i64 high) { return std::uniform_int_distribution<i64>(low, high)(random_bits); }
+float pick_real(float low, float high) { return std::uniform_real_distribution<float>(low, high)(random_bits); }
+
+// A tensor in memory of exactly its size, so that the address sanitizer sees every byte beyond.
+struct Buffer {
+    std::unique_ptr<std::byte[]> memory;
+    std::byte* base = nullptr;
+    Tensor tensor;
+
+    Buffer(DType dtype, std::vector<i64> dims, std::vector<i64> strides, std::optional<QParams> q, i64 count = -1) {
+        tensor.dtype = dtype;
+        tensor.dims = std::move(dims);
+        tensor.strides = std::move(strides);
+        tensor.q = q;
+        if (count < 0) count = tensor.count();
+        memory.reset(new std::byte[static_cast<std::size_t>(count * size_of(dtype))]);
+        base = memory.get();
+        tensor.place = Place{&base, 0};
+        if (dtype == DType::u8)
+            for (i64 i = 0; i < count; ++i) codes()[i] = static_cast<std::uint8_t>(pick(q->qmin, q->qmax));
+    }
+    std::uint8_t* codes() const { return reinterpret_cast<std::uint8_t*>(base); }
+    float* reals() const { return reinterpret_cast<float*>(base); }
+};
+
+double activation(const Epilogue& e, float r) {
+    const double x = r;
+    switch (e.kind) {
+        case Activation::none: return x;
+        case Activation::relu: return std::isnan(x) ? x : std::max(x, 0.0);
+        case Activation::hardtanh: return std::isnan(x) ? x : std::min(std::max(x, double(e.a)), double(e.b));
+        case Activation::hardswish: return x * std::min(std::max(x + 3, 0.0), 6.0) / 6;
+        case Activation::hardsigmoid: return std::isnan(x) ? x : std::min(std::max(x + 3, 0.0), 6.0) / 6;
+        case Activation::silu: return x / (1 + std::exp(-x));
+        case Activation::sigmoid: return 1 / (1 + std::exp(-x));
+        case Activation::gelu: return 0.5 * x * (1 + std::erf(x * std::sqrt(0.5)));
+        case Activation::gelu_tanh:
+            return 0.5 * x * (1 + std::tanh(std::sqrt(2 / 3.14159265358979323846) * (x + 0.044715 * x * x * x)));
+        case Activation::leaky_relu: return x > 0 ? x : x * e.a;
+        case Activation::tanh: return std::tanh(x);
+    }
+    return x;
+}
+
+bool is_transcendental(Activation a) {
+    return a == Activation::silu || a == Activation::sigmoid || a == Activation::gelu || a == Activation::gelu_tanh ||
+           a == Activation::tanh;
+}
+
+void fail(const std::string& what, double got, double wanted) {
+    if (++failures <= 20) std::printf("  FAILED %s: got %.9g, wanted %.9g\n", what.c_str(), got, wanted);
+}
+
+// The rule of the design: equal, or one code apart within 1e-3 codes (transcendental: 1e-2) of a tie.
+void check_result(const std::string& what, const Buffer& y, i64 at, float r, const Epilogue& e) {
+    ++checked;
+    const double real = activation(e, r);
+    if (!y.tensor.q) {
+        const double got = y.reals()[at];
+        // 1 + erf(x) cancels in float32, in PyTorch too: the error is relative to r.
+        const double allowed = 1e-6 * std::fabs(real) + 2.5e-7 * std::fabs(double(r));
+        const bool same = std::isnan(real) ? std::isnan(got) : got == real || std::fabs(got - real) <= allowed;
+        if (!same) fail(what, got, real);
+        return;
+    }
+    const QParams& q = *y.tensor.q;
+    const int got = y.codes()[at];
+    const double v = real / q.scale + q.zero_point;
+    double wanted = std::isnan(v) ? q.qmax : std::min(std::max(std::nearbyint(v), double(q.qmin)), double(q.qmax));
+    if (got == wanted) return;
+    const double margin = is_transcendental(e.kind) ? 1e-2 : 1e-3;
+    const double tie = std::fabs(v - std::floor(v) - 0.5);
+    if (std::fabs(got - wanted) > 1 || !(tie <= margin) || got < q.qmin || got > q.qmax) fail(what, got, v);
+}
+
+enum class Codes { random, low, extreme };
+
+struct Case {
+    std::vector<i64> in, kernel, stride, padding, dilation;  // spatial; empty: linear
+    i64 batch = 1, in_channels = 1, out_channels = 1, groups = 1;
+    Epilogue epilogue;
+    bool has_residual = false, in_place = false, has_bias = true, per_tensor = false, is_float = false;
+    int zero_point = 128;
+    Codes codes = Codes::random;
+    int threads = 1;
+    float bias_at_0 = 0;  // NaN or infinite, to reach the saturation rules
+};
+
+std::string text_of(const Case& c) {
+    std::string s = "batch " + std::to_string(c.batch) + " " + std::to_string(c.in_channels) + "->" +
+                    std::to_string(c.out_channels) + " groups " + std::to_string(c.groups);
+    for (std::size_t i = 0; i < c.in.size(); ++i)
+        s += " [" + std::to_string(c.in[i]) + " k" + std::to_string(c.kernel[i]) + " s" + std::to_string(c.stride[i]) +
+             " p" + std::to_string(c.padding[i]) + " d" + std::to_string(c.dilation[i]) + "]";
+    return s + " epilogue " + std::to_string(int(c.epilogue.kind)) + " zero " + std::to_string(c.zero_point) +
+           (c.has_residual ? " residual" : "") + (c.is_float ? " f32" : "");
+}
+
+void run_case(const Case& c) {
+    const bool is_linear = c.in.empty();
+    const std::size_t spatial = c.in.size();
+    const i64 own_in = c.in_channels / c.groups, own_out = c.out_channels / c.groups;
+    std::vector<i64> xd{c.batch, c.in_channels}, yd{c.batch, c.out_channels}, wd{c.out_channels, own_in};
+    for (std::size_t i = 0; i < spatial; ++i) {
+        xd.push_back(c.in[i]);
+        wd.push_back(c.kernel[i]);
+        const i64 span = c.in[i] + 2 * c.padding[i] - c.dilation[i] * (c.kernel[i] - 1) - 1;
+        yd.push_back(span < 0 ? 0 : span / c.stride[i] + 1);
+    }
+    const auto strides = [&](const std::vector<i64>& d) { return is_linear ? row_major(d) : channels_last(d); };
+
+    QParams xq{0.02f, c.zero_point, 0, 255};
+    if (c.codes == Codes::low) {
+        xq.qmin = c.zero_point;
+        xq.qmax = std::min(255, c.zero_point + 127);
+    }
+    Buffer x(DType::u8, xd, strides(xd), xq);
+    if (c.codes == Codes::extreme)
+        for (i64 i = 0; i < x.tensor.count(); ++i) x.codes()[i] = pick(0, 3) ? 255 : 0;
+    i64 taps = 1;
+    for (std::size_t i = 0; i < spatial; ++i) taps *= c.kernel[i];
+    std::unique_ptr<std::int8_t[]> w(new std::int8_t[static_cast<std::size_t>(c.out_channels * own_in * taps)]);
+    for (i64 i = 0; i < c.out_channels * own_in * taps; ++i)
+        w[i] = static_cast<std::int8_t>(c.codes == Codes::extreme ? (pick(0, 3) ? 127 : -127) : pick(-127, 127));
+    const i64 scales = c.per_tensor ? 1 : c.out_channels;
+    std::vector<float> scale(static_cast<std::size_t>(scales)), bias(static_cast<std::size_t>(c.out_channels));
+    for (auto& s : scale) s = pick_real(0.001f, 0.01f);
+    for (auto& b : bias) b = pick_real(-2, 2);
+    if (c.out_channels > 0 && c.bias_at_0 != 0) bias[0] = c.bias_at_0;
+    const double spread = 0.02 * 0.006 * 70 * 70 * std::sqrt(double(std::max<i64>(1, own_in * taps)));
+    const bool squashes = c.epilogue.kind == Activation::sigmoid || c.epilogue.kind == Activation::tanh ||
+                          c.epilogue.kind == Activation::hardsigmoid;
+    const QParams yq{squashes ? 0.0079f : float(spread / 60), int(pick(0, 2)) * 64, 0, int(pick(0, 3)) ? 255 : 200};
+    Buffer y(c.is_float ? DType::f32 : DType::u8, yd, strides(yd),
+             c.is_float ? std::nullopt : std::optional<QParams>(yq));
+    const QParams rq{c.in_place ? float(spread / 50) : 0.037f, 117, 0, 255};
+    Buffer separate(DType::u8, yd, strides(yd), rq);
+    Tensor residual = separate.tensor;
+    if (c.in_place) {
+        std::memcpy(y.base, separate.base, static_cast<std::size_t>(y.tensor.count()));
+        residual.place = y.tensor.place;
+    }
+
+    const Weights weights{w.get(), wd, scale.data(), scales, c.has_bias ? bias.data() : nullptr};
+    ThreadPool pool(c.threads);
+    const Tensor* r = c.has_residual ? &residual : nullptr;
+    const ConvGeometry geometry{c.stride, c.padding, c.dilation, c.groups};
+    StepPtr step = is_linear ? host::make_linear(pool, weights, x.tensor, r, c.epilogue, y.tensor)
+                             : host::make_conv(pool, weights, geometry, x.tensor, r, c.epilogue, y.tensor);
+    step->run();
+    if (!c.in_place) step->run();  // a step runs many times
+
+    const std::string text = text_of(c);
+    std::vector<i64> out(yd.begin() + 2, yd.end());
+    i64 pixels = 1;
+    for (i64 o : out) pixels *= o;
+    for (i64 image = 0; image < c.batch; ++image)
+        for (i64 pixel = 0; pixel < pixels; ++pixel) {
+            i64 o[3] = {0, 0, 0}, rest = pixel;
+            for (std::size_t i = spatial; i-- > 0; rest /= out[i]) o[i] = rest % out[i];
+            for (i64 n = 0; n < c.out_channels; ++n) {
+                const i64 group = n / own_out;
+                i64 acc = 0;
+                for (i64 tap = 0; tap < taps; ++tap) {
+                    i64 t = tap, position[3] = {0, 0, 0};
+                    bool inside = true;
+                    for (std::size_t i = spatial; i-- > 0; t /= c.kernel[i]) {
+                        position[i] = o[i] * c.stride[i] - c.padding[i] + t % c.kernel[i] * c.dilation[i];
+                        inside = inside && position[i] >= 0 && position[i] < c.in[i];
+                    }
+                    if (!inside) continue;
+                    i64 base = image;
+                    for (std::size_t i = 0; i < spatial; ++i) base = base * c.in[i] + position[i];
+                    base = base * c.in_channels + group * own_in;
+                    for (i64 k = 0; k < own_in; ++k)
+                        acc += (i64(x.codes()[base + k]) - c.zero_point) * w[(n * own_in + k) * taps + tap];
+                }
+                const float s = scale[static_cast<std::size_t>(c.per_tensor ? 0 : n)] * xq.scale;
+                volatile float real = float(acc) * s;
+                if (c.has_bias) real = real + bias[static_cast<std::size_t>(n)];
+                const i64 index = (image * pixels + pixel) * c.out_channels + n;
+                if (r != nullptr) {
+                    volatile float added = float(int(separate.codes()[index]) - rq.zero_point) * rq.scale;
+                    real = real + added;
+                }
+                check_result(text, y, index, real, c.epilogue);
+            }
+        }
+}
+
+Epilogue pick_epilogue() {
+    Epilogue e{static_cast<Activation>(pick(0, 10)), 0, 0};
+    if (e.kind == Activation::hardtanh) e.a = -0.5f, e.b = 6;
+    if (e.kind == Activation::leaky_relu) e.a = 0.1f;
+    return e;
+}
+
+void vary(Case& c) {
+    c.epilogue = pick_epilogue();
+    c.has_residual = pick(0, 2) == 0;
+    c.is_float = pick(0, 4) == 0;
+    c.in_place = c.has_residual && !c.is_float && pick(0, 1);
+    c.has_bias = pick(0, 3) != 0;
+    c.per_tensor = pick(0, 3) == 0;
+    const int zeros[] = {0, 128, 255, 37};
+    c.zero_point = zeros[pick(0, 3)];
+    c.codes = static_cast<Codes>(pick(0, 2));
+    c.threads = int(pick(1, 3));
+}
+
+void test_linear() {
+    for (i64 m : {0, 1, 2, 5, 6, 7, 13, 50})
+        for (i64 k : {0, 1, 3, 4, 5, 31, 64, 70, 257})
+            for (i64 n : {0, 1, 3, 8, 9, 16, 17, 33, 64, 100}) {
+                Case c;
+                c.batch = m;
+                c.in_channels = k;
+                c.out_channels = n;
+                vary(c);
+                run_case(c);
+            }
+    for (i64 k : {1500, 2048, 4096, 5000}) {
+        Case c;
+        c.batch = 9;
+        c.in_channels = k;
+        c.out_channels = 40;
+        for (Codes codes : {Codes::random, Codes::low, Codes::extreme}) {
+            vary(c);
+            c.codes = codes;
+            run_case(c);
+        }
+    }
+}
+
+void test_activations() {
+    for (int kind = 0; kind <= 10; ++kind)
+        for (bool is_float : {false, true})
+            for (bool has_residual : {false, true}) {
+                Case c;
+                c.batch = 40;
+                c.in_channels = 24;
+                c.out_channels = 35;
+                c.epilogue = {static_cast<Activation>(kind), kind == 2 ? -1.0f : 0.05f, 6.0f};
+                c.is_float = is_float;
+                c.has_residual = has_residual;
+                run_case(c);
+            }
+}
+
+void test_not_finite() {
+    const float infinity = std::numeric_limits<float>::infinity();
+    for (int kind : {0, 1, 2, 3, 9})
+        for (float bias : {infinity, -infinity, std::numeric_limits<float>::quiet_NaN()}) {
+            Case c;
+            c.batch = 7;
+            c.in_channels = 20;
+            c.out_channels = 33;
+            c.epilogue = {static_cast<Activation>(kind), kind == 2 ? -1.0f : 0.05f, 6.0f};
+            c.bias_at_0 = bias;
+            run_case(c);
+        }
+}
+
+void test_longest_reduction() {
+    for (int zero : {0, 128}) {
+        Case c;
+        c.batch = 3;
+        c.zero_point = zero;
+        c.out_channels = 2;
+        c.in_channels = (std::numeric_limits<std::int32_t>::max)() / (127 * (zero == 0 ? 255 : 128));
+        c.codes = Codes::extreme;
+        run_case(c);
+        ++c.in_channels;
+        bool threw = false;
+        try {
+            run_case(c);
+        } catch (const Error&) {
+            threw = true;
+        }
+        if (!threw) fail("a reduction too long for int32 was accepted", 0, 1);
+    }
+}
+
+void test_convolutions(int count, std::function<void(Case&)> set_channels) {
+    for (int i = 0; i < count; ++i) {
+        Case c;
+        const int spatial = i % 3 == 0 ? int(pick(1, 3)) : 2;
+        for (int d = 0; d < spatial; ++d) {
+            c.in.push_back(pick(1, spatial == 3 ? 6 : 11));
+            c.kernel.push_back(pick(1, pick(0, 4) ? 3 : 5));
+            c.stride.push_back(pick(1, pick(0, 2) ? 2 : 3));
+            c.dilation.push_back(pick(0, 3) ? 1 : 2);
+            c.padding.push_back(pick(0, 5) ? pick(0, 2) : c.kernel.back() + 1);
+        }
+        c.batch = pick(0, 8) ? pick(1, 2) : pick(0, 3);
+        set_channels(c);
+        vary(c);
+        run_case(c);
+    }
+}
+
+// The shapes that networks have, with every code range.
+void test_usual_convolutions() {
+    const auto conv = [](i64 size, i64 in, i64 out, i64 kernel, i64 stride, i64 groups = 1) {
+        for (Codes codes : {Codes::random, Codes::low, Codes::extreme})
+            for (int zero : {0, 128}) {
+                Case c;
+                vary(c);
+                c.in = {size, size};
+                c.kernel = {kernel, kernel};
+                c.stride = {stride, stride};
+                c.padding = {kernel / 2, kernel / 2};
+                c.dilation = {1, 1};
+                c.in_channels = in;
+                c.out_channels = out;
+                c.groups = groups;
+                c.codes = codes;
+                c.zero_point = zero;
+                run_case(c);
+            }
+    };
+    conv(30, 3, 64, 7, 2);
+    conv(28, 3, 32, 3, 2);
+    conv(14, 64, 64, 3, 1);
+    conv(7, 200, 72, 3, 1);
+    conv(9, 33, 20, 3, 1);
+    conv(14, 64, 96, 1, 1);
+    conv(14, 64, 96, 1, 2);
+    conv(13, 32, 32, 3, 1, 32);
+    conv(13, 72, 72, 5, 2, 72);
+    conv(7, 960, 960, 3, 1, 960);
+    conv(14, 128, 128, 3, 1, 32);
+    conv(1, 96, 24, 1, 1);
+}
+
+void test_matmul() {
+    for (int i = 0; i < 150; ++i) {
+        const i64 b0 = pick(1, 3), b1 = pick(1, 2), m = pick(0, 20), k = pick(0, 5) ? pick(1, 70) : pick(0, 600);
+        const i64 n = pick(0, 40);
+        const int zeros[] = {128, 0, 255, 91};
+        const QParams aq{0.02f, zeros[pick(0, 3)], 0, 255}, bq{0.03f, zeros[pick(0, 3)], 0, 255};
+        const bool is_float = pick(0, 1);
+        const float alpha = pick(0, 1) ? 1.0f : 0.125f;
+        // Strides of a permuted tensor, or a batch dimension that repeats.
+        const auto operand = [&](i64 rows, i64 columns, const QParams& q) {
+            const std::vector<i64> dims{b0, b1, rows, columns};
+            std::vector<i64> strides;
+            i64 count = b0 * b1 * rows * columns;
+            switch (pick(0, 3)) {
+                case 0: strides = row_major(dims); break;
+                case 1: strides = {b1 * rows * columns, rows * columns, 1, rows}; break;
+                case 2: strides = {rows * b1 * columns, columns, b1 * columns, 1}; break;
+                default: strides = {0, rows * columns, columns, 1}; count = b1 * rows * columns; break;
+            }
+            return Buffer(DType::u8, dims, strides, q, count);
+        };
+        Buffer a = operand(m, k, aq), b = operand(k, n, bq);
+        a.tensor.place.base = &a.base;
+        b.tensor.place.base = &b.base;
+        const std::vector<i64> yd{b0, b1, m, n};
+        Buffer y(is_float ? DType::f32 : DType::u8, yd, row_major(yd),
+                 is_float ? std::nullopt : std::optional<QParams>(QParams{0.6f, 100, 0, 255}));
+        ThreadPool pool(int(pick(1, 3)));
+        StepPtr step = host::make_int8_matmul(pool, a.tensor, b.tensor, alpha, y.tensor);
+        step->run();
+        for (i64 p = 0; p < b0; ++p)
+            for (i64 q = 0; q < b1; ++q)
+                for (i64 r = 0; r < m; ++r)
+                    for (i64 c = 0; c < n; ++c) {
+                        i64 acc = 0;
+                        const auto& sa = a.tensor.strides;
+                        const auto& sb = b.tensor.strides;
+                        for (i64 t = 0; t < k; ++t)
+                            acc += (i64(a.codes()[p * sa[0] + q * sa[1] + r * sa[2] + t * sa[3]]) - aq.zero_point) *
+                                   (i64(b.codes()[p * sb[0] + q * sb[1] + t * sb[2] + c * sb[3]]) - bq.zero_point);
+                        const float real = float(acc) * float(double(aq.scale) * bq.scale * alpha);
+                        check_result("matmul", y, ((p * b1 + q) * m + r) * n + c, real, Epilogue{});
+                    }
+    }
+}
+
+void group(const char* name, const std::function<void()>& test) {
+    const int before = failures;
+    checked = 0;
+    test();
+    std::printf("  %-28s %9lld values  %s\n", name, static_cast<long long>(checked),
+                failures == before ? "ok" : "FAILED");
+}
+
+}  // namespace
+
+int main() {
+    std::vector<const host::Int8Kernels*> all{&host::isa_generic::int8_kernels, &host::isa_portable16::int8_kernels};
+    const Isa best = best_isa();
+    if (best >= Isa::avx2) all.push_back(&host::isa_avx2::int8_kernels);
+    if (best == Isa::avx_vnni) all.push_back(&host::isa_avx_vnni::int8_kernels);
+    if (best == Isa::avx512_vnni) all.push_back(&host::isa_avx512_vnni::int8_kernels);
+    for (const host::Int8Kernels* kernels : all) {
+        host::int8_kernels_in_use() = kernels;
+        random_bits.seed(7);
+        std::printf("%s, %d lanes\n", kernels->name, kernels->lanes);
+        group("linear", test_linear);
+        group("activations", test_activations);
+        group("NaN and infinities", test_not_finite);
+        group("longest reduction", test_longest_reduction);
+        group("convolutions", [] {
+            test_convolutions(250, [](Case& c) {
+                c.in_channels = pick(1, 40);
+                c.out_channels = pick(1, 40);
+            });
+        });
+        group("grouped convolutions", [] {
+            test_convolutions(150, [](Case& c) {
+                c.groups = pick(1, 9);
+                c.in_channels = c.groups * pick(1, 9);
+                c.out_channels = c.groups * pick(1, 9);
+            });
+        });
+        group("depthwise convolutions", [] {
+            test_convolutions(200, [](Case& c) { c.groups = c.in_channels = c.out_channels = pick(1, 150); });
+        });
+        group("usual convolutions", test_usual_convolutions);
+        group("3x3 convolutions", [] {
+            test_convolutions(60, [](Case& c) {
+                c.in = {pick(6, 17), pick(6, 17)};
+                c.kernel = {3, 3};
+                c.stride = c.dilation = {1, 1};
+                c.padding = {pick(0, 4), pick(0, 4)};
+                c.in_channels = 16 * pick(2, 6);
+                c.out_channels = pick(24, 90);
+            });
+        });
+        group("matmul", test_matmul);
+    }
+    if (failures > 0) std::printf("%d values FAILED\n", failures);
+    return failures > 0;
+}

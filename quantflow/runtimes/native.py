@@ -1,0 +1,389 @@
+"""The native runtime: whole runs of a program's nodes in one call of the C++ library (`native/`).
+
+A program is cut into sections of consecutive nodes that have native kernels. Most models are one section; a node
+without a kernel runs in torch, between two sections, by the reference runtime's code. For every set of input shapes a
+section becomes a plan (kernels chosen, weights packed, one arena), kept in a bounded cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from quantflow.passes.units import CORE
+from quantflow.plan import PlannedUnit
+from quantflow.program import Node, Program
+from quantflow.runtimes import native_library as lib
+from quantflow.runtimes.reference import resolve
+from quantflow.runtimes.reference import run_node as run_in_torch
+
+#: Plans kept per section, one per set of input shapes; the least recently used is dropped.
+PLANS_PER_SECTION = 16
+#: Ops that make a list of tensors; whoever takes it apart must run on the same side.
+_LISTS = ("split", "split_with_sizes", "chunk", "unbind")
+
+
+@dataclass(frozen=True)
+class Section:
+    """Nodes [first, last) of a program, with the values that enter and leave."""
+
+    first: int
+    last: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to run a batch: on how many threads, and in pieces of how many samples (0: all at once)."""
+
+    threads: int
+    chunk: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A section made ready for one set of input shapes."""
+
+    handle: lib.Handle
+    shapes: tuple[tuple[tuple[int, ...], torch.dtype] | int, ...]
+
+    def run(self, values: Sequence[torch.Tensor | int]) -> list[torch.Tensor | int]:
+        """The outputs, in the section's order."""
+        outputs = [s if isinstance(s, int) else torch.empty(s[0], dtype=s[1]) for s in self.shapes]
+        lib.call("qf_plan_run", self.handle.pointer, lib.pointers(values), lib.pointers(outputs))
+        return outputs
+
+
+class NativeRunner:
+    """Executes a program on the native library. Safe to call from several threads."""
+
+    def __init__(self, program: Program, backend: str = "host", threads: int | None = None) -> None:
+        """
+        Args:
+            backend: "host", "sycl.cpu" or "sycl.gpu".
+            threads: cores that one call may use (host); None: as many as torch uses at each call.
+
+        Raises:
+            UnavailableError: the library or the backend can't run here.
+            ArtifactError: the library refuses the program.
+        """
+        self.program = program
+        self.backend = backend
+        self.threads = threads
+        #: Node index → why it runs in torch.
+        self.in_torch: dict[int, str] = {}
+        self._tensors = {name: tensor.contiguous() for name, tensor in program.tensors.items()}
+        self._parsed = _parse(program, self._tensors)
+        self._engines: dict[int, lib.Handle] = {}
+        self._lock = threading.Lock()
+        self._engine(self._threads())
+        self._plans: dict[Section, OrderedDict[Any, Plan]] = {}
+        #: (batch size, threads asked for) → the variant that `tune` found fastest.
+        self.variants: dict[tuple[int, int], Variant] = {}
+        for index, node in enumerate(program.nodes):
+            if not lib.library().qf_program_supports(self._parsed.pointer, ctypes.c_int32(index)):
+                self.in_torch[index] = f"{node.target or node.op} has no native kernel"
+        self._cut()
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> Any:
+        """The program's output structure."""
+        values = self._values(inputs)
+        return resolve(self.program, self.program.output, values)
+
+    def outputs(self, inputs: Sequence[torch.Tensor]) -> list[Any]:
+        """The values the program returns, each once, in the order of its output structure."""
+        values = self._values(inputs)
+        return [values[name] for name in dict.fromkeys(self.program.output_names())]
+
+    def tune(self, inputs: Sequence[torch.Tensor], runs: int = 5) -> list[dict[str, Any]]:
+        """Time the variants worth trying on an input, and keep the fastest for its batch size.
+
+        Returns:
+            One row per variant: {"batch", "asked_threads", "threads", "chunk", "ms" (least of `runs`), "chosen"}.
+        """
+        batch, threads = self._batch(inputs), self._threads()
+        whole = self._run_variant(inputs, Variant(threads))
+        names = set(self.program.output_names())
+        counts = [threads, 1] if threads > 1 else [1]
+        chunks = [0, *(c for c in (1, 2, 4, 8) if self.program.batch_is_dynamic and c < batch)]
+        rows: list[dict[str, Any]] = []
+        for variant in (Variant(t, c) for t in counts for c in chunks):
+            values = self._run_variant(inputs, variant) if variant != Variant(threads) else whole
+            if any(not _same(values[name], whole[name]) for name in names):
+                continue
+            taken = []
+            for _ in range(runs):
+                start = time.perf_counter()
+                self._run_variant(inputs, variant)
+                taken.append((time.perf_counter() - start) * 1e3)
+            rows.append({"batch": batch, "asked_threads": threads, **vars(variant), "ms": min(taken), "chosen": False})
+        best = min(rows, key=lambda row: row["ms"])
+        if best["ms"] > 0.97 * rows[0]["ms"]:
+            best = rows[0]  # within the noise: the plain way
+        best["chosen"] = True
+        self.variants[batch, threads] = Variant(best["threads"], best["chunk"])
+        return rows
+
+    def adopt(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take over what `tune` found on the same machine in an earlier process."""
+        for row in rows:
+            if row["chosen"]:
+                self.variants[row["batch"], row["asked_threads"]] = Variant(row["threads"], row["chunk"])
+
+    def _batch(self, inputs: Sequence[torch.Tensor]) -> int:
+        return inputs[0].shape[0] if inputs and inputs[0].dim() else 0
+
+    def _values(self, inputs: Sequence[torch.Tensor]) -> dict[str, Any]:
+        variant = self.variants.get((self._batch(inputs), self._threads())) if self.variants else None
+        return self._run_variant(inputs, variant or Variant(self._threads()))
+
+    def _run_variant(self, inputs: Sequence[torch.Tensor], variant: Variant) -> dict[str, Any]:
+        """Inputs and everything the sections hand over; the outputs alone where the batch runs in pieces."""
+        if not variant.chunk:
+            return self._run_all(inputs, variant.threads)
+        batch, step = self._batch(inputs), variant.chunk
+        follows = [
+            i.shape[:1] == (None,) and x.shape[0] == batch for i, x in zip(self.program.inputs, inputs, strict=True)
+        ]
+        pieces = [
+            self._run_all(
+                [x[at : at + step] if f else x for x, f in zip(inputs, follows, strict=True)], variant.threads
+            )
+            for at in range(0, batch, step)
+        ]
+        return {
+            name: torch.cat([piece[name] for piece in pieces]) if isinstance(pieces[0][name], torch.Tensor) else None
+            for name in self.program.output_names()
+        }
+
+    def _run_all(self, inputs: Sequence[torch.Tensor], threads: int) -> dict[str, Any]:
+        program = self.program
+        values: dict[str, Any] = {i.name: x for i, x in zip(program.inputs, inputs, strict=True)}
+        with torch.inference_mode():
+            while True:
+                try:
+                    for part in self._parts:
+                        if isinstance(part, int):
+                            node = program.nodes[part]
+                            values[node.output] = run_in_torch(program, node, values)
+                        else:
+                            values.update(zip(part.outputs, self._run(part, values, threads), strict=True))
+                    return values
+                except lib.Unsupported as refused:
+                    self._leave_to_torch(refused)
+
+    def run_node(self, index: int, values: Mapping[str, Any]) -> Any:
+        """One node's value from given values, codes as the program defines them."""
+        node = self.program.nodes[index]
+        with torch.inference_mode():
+            if index not in self.in_torch and node.op != "size" and not _is_list(node) and node.target != "getitem":
+                section = Section(index, index + 1, tuple(dict.fromkeys(node.refs())), (node.output,))
+                try:
+                    return self._run(section, values, self._threads(), keep=False)[0]
+                except lib.Unsupported as refused:
+                    self._leave_to_torch(refused)
+            return run_in_torch(self.program, node, values)
+
+    def int8_layers(self) -> int:
+        """Convolutions and linears that native int8 kernels compute."""
+        return sum(
+            node.op in ("conv", "linear") and index not in self.in_torch
+            for index, node in enumerate(self.program.nodes)
+        )
+
+    def profile(self, inputs: Sequence[torch.Tensor], runs: int = 10) -> list[dict[str, Any]]:
+        """One row per kernel in execution order: {"name", "op", "kernel", "ms"}, the least of `runs` runs."""
+        program, rows = self.program, []
+        self(inputs)
+        values: dict[str, Any] = {i.name: x for i, x in zip(program.inputs, inputs, strict=True)}
+        with torch.inference_mode():
+            for part in self._parts:
+                if isinstance(part, int):
+                    node = program.nodes[part]
+                    taken = []
+                    for _ in range(runs):
+                        start = time.perf_counter()
+                        values[node.output] = run_in_torch(program, node, values)
+                        taken.append((time.perf_counter() - start) * 1e3)
+                    op = node.target or node.op
+                    rows.append({"name": node.name, "op": op, "kernel": f"torch {op}", "ms": min(taken)})
+                    continue
+                given = [_dense(values[name]) for name in part.inputs]
+                plan = self._plan(part, given, self._threads())
+                outputs = plan.run(given)
+                for step in lib.profile(plan.handle, lib.pointers(given), lib.pointers(outputs), runs):
+                    node = program.nodes[step["node"]] if step["node"] >= 0 else None
+                    rows.append(
+                        {
+                            "name": node.name if node else "inputs and outputs",
+                            "op": (node.target or node.fused_name) if node else "copy",
+                            "kernel": step["kernel"],
+                            "ms": step["ms"],
+                        }
+                    )
+                values.update(zip(part.outputs, outputs, strict=True))
+        return rows
+
+    # -- sections
+
+    def _threads(self) -> int:
+        return self.threads or torch.get_num_threads()
+
+    def _engine(self, threads: int) -> lib.Handle:
+        """The program on a backend with that many threads; packed weights are shared between them."""
+        if threads not in self._engines:
+            backend = lib.backend(self.backend, threads)
+            self._engines[threads] = lib.make(
+                "qf_engine_create", "qf_engine_free", self._parsed.pointer, backend.pointer
+            )
+        return self._engines[threads]
+
+    def _cut(self) -> None:
+        """Divide the program into sections and single torch nodes, in execution order."""
+        program = self.program
+        _keep_lists_together(program, self.in_torch)
+        readers: dict[str, list[int]] = {}
+        for index, node in enumerate(program.nodes):
+            for name in node.refs():
+                readers.setdefault(name, []).append(index)
+        wanted = set(program.output_names())
+        parts: list[Section | int] = []
+        first = 0
+        while first < len(program.nodes):
+            if first in self.in_torch:
+                parts.append(first)
+                first += 1
+                continue
+            last = first
+            while last < len(program.nodes) and last not in self.in_torch:
+                last += 1
+            nodes = program.nodes[first:last]
+            if self.in_torch and all(node.op in ("size", "shape") for node in nodes):
+                parts += range(first, last)  # nothing to compute: not worth a call
+            else:
+                inside = {node.output for node in nodes}
+                inputs = dict.fromkeys(name for node in nodes for name in node.refs() if name not in inside)
+                outputs = [
+                    node.output for node in nodes
+                    if node.output in wanted or any(r >= last for r in readers.get(node.output, ()))
+                ]  # fmt: skip
+                if outputs:
+                    parts.append(Section(first, last, tuple(inputs), tuple(outputs)))
+            first = last
+        self._parts = parts
+
+    def _leave_to_torch(self, refused: lib.Unsupported) -> None:
+        with self._lock:
+            self.in_torch.setdefault(refused.node, refused.reason)
+            self._plans.clear()
+            self._cut()
+
+    def _run(self, section: Section, values: Mapping[str, Any], threads: int, *, keep: bool = True) -> list[Any]:
+        given = [_dense(values[name]) for name in section.inputs]
+        return self._plan(section, given, threads, keep=keep).run(given)
+
+    def _plan(self, section: Section, given: Sequence[torch.Tensor | int], threads: int, *, keep: bool = True) -> Plan:
+        key = (threads, *(v if isinstance(v, int) else (v.shape, v.dtype, v.is_contiguous()) for v in given))
+        with self._lock:
+            plans = self._plans.setdefault(section, OrderedDict()) if keep else OrderedDict()
+            plan = plans.get(key)
+            if plan is None:
+                plan = plans[key] = self._make_plan(section, given, threads)
+                while len(plans) > PLANS_PER_SECTION:
+                    plans.popitem(last=False)
+            else:
+                plans.move_to_end(key)
+            return plan
+
+    def _make_plan(self, section: Section, given: Sequence[torch.Tensor | int], threads: int) -> Plan:
+        forms = (lib.Form * len(given))(*(lib.Form.of(value) for value in given))
+        handle = lib.make(
+            "qf_plan_create", "qf_plan_free", self._engine(threads).pointer, ctypes.c_int32(section.first),
+            ctypes.c_int32(section.last), _names(section.inputs), forms, ctypes.c_size_t(len(given)),
+            _names(section.outputs), ctypes.c_size_t(len(section.outputs)),
+        )  # fmt: skip
+        found = (lib.Form * len(section.outputs))()
+        lib.library().qf_plan_outputs(handle.pointer, found)
+        shapes = tuple(f.number if f.is_number else (tuple(f.dims[: f.rank]), lib.TORCH_DTYPES[f.dtype]) for f in found)
+        return Plan(handle, shapes)
+
+
+def kernel_of(planned: PlannedUnit) -> str:
+    """The kernel that will run a unit, for the plan."""
+    unit = planned.unit
+    if unit.kind == CORE:
+        name = "linear" if unit.op == "linear" else "conv"
+        parts = [
+            name,
+            *(["sum"] if unit.residual is not None else []),
+            *([unit.epilogue.kind] if unit.epilogue else []),
+        ]
+        return f"native.{'_'.join(parts)}"
+    return f"native.{unit.kind}"
+
+
+def _parse(program: Program, tensors: Mapping[str, torch.Tensor]) -> lib.Handle:
+    """The program inside the library, over the tensors' own memory."""
+    rows = []
+    for name, tensor in tensors.items():
+        dims = (ctypes.c_int64 * max(1, tensor.dim()))(*tensor.shape)
+        code = lib.DTYPES.get(tensor.dtype, -1)
+        rows.append(lib.Tensor(name.encode(), code, tensor.dim(), dims, tensor.data_ptr()))
+    text = json.dumps(program.to_json()).encode()
+    return lib.make(
+        "qf_program_parse", "qf_program_free", text, ctypes.c_size_t(len(text)), (lib.Tensor * len(rows))(*rows),
+        ctypes.c_size_t(len(rows)),
+    )  # fmt: skip
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two outputs agree as far as the order of float sums allows."""
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return False
+    if a.shape != b.shape or not a.is_floating_point():
+        return torch.equal(a, b)
+    return bool(torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True))
+
+
+def _keep_lists_together(program: Program, in_torch: dict[int, str]) -> None:
+    """Where a list of tensors would have to cross from one side to the other, all that handles it runs in torch."""
+    users: dict[str, list[int]] = {}
+    for index, node in enumerate(program.nodes):
+        for name in node.refs():
+            users.setdefault(name, []).append(index)
+    outputs = set(program.output_names())
+    for index, node in enumerate(program.nodes):
+        if not _is_list(node):
+            continue
+        group = [index, *users.get(node.output, ())]
+        cut = any(i in in_torch for i in range(index, max(group) + 1)) or node.output in outputs
+        if cut or any(program.nodes[i].target != "getitem" for i in group[1:]):
+            for i in group:
+                if i == index or program.nodes[i].target == "getitem":
+                    in_torch.setdefault(i, "a list of tensors can't cross to or from torch")
+
+
+def _is_list(node: Node) -> bool:
+    return node.op in ("shape", "aten") and node.target.partition(".")[0] in _LISTS
+
+
+def _dense(value: Any) -> torch.Tensor | int:
+    """A value as the library takes it: contiguous or channels-last, or a whole number."""
+    if not isinstance(value, torch.Tensor):
+        return int(value)
+    if value.is_contiguous() or (value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)):
+        return value
+    return value.contiguous()
+
+
+def _names(names: Sequence[str]) -> Any:
+    return (ctypes.c_char_p * len(names))(*(name.encode() for name in names))
