@@ -16,6 +16,7 @@ namespace quantflow::host {
 
 const ElementwiseKernels& elementwise_kernels() {
     switch (best_isa()) {
+        case Isa::amx_int8:
         case Isa::avx512_vnni: return isa_avx512_vnni::elementwise_kernels();
         case Isa::avx_vnni: return isa_avx_vnni::elementwise_kernels();
         case Isa::avx2: return isa_avx2::elementwise_kernels();

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "isa.hpp"
+#include "memory.hpp"
 #include "steps.hpp"
 
 namespace quantflow {
@@ -15,8 +16,11 @@ public:
     std::string name() const override { return std::string("host.") + name_of(best_isa()); }
     bool stores_unsigned() const override { return true; }
     void* allocate(std::size_t bytes) override {
-        void* memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64 + 64);
+        const std::size_t alignment = bytes >= host::kHugePage / 2 ? host::kHugePage : 64;
+        const std::size_t rounded = (bytes + 64 + alignment - 1) / alignment * alignment;
+        void* memory = std::aligned_alloc(alignment, rounded);
         if (memory == nullptr) throw Error("out of memory: " + std::to_string(bytes) + " bytes for activations");
+        if (alignment == host::kHugePage) host::prefer_huge_pages(memory, rounded);
         return memory;
     }
     void release(void* memory) override { std::free(memory); }

@@ -10,6 +10,7 @@
 
 #include "int8_gemm_isa.hpp"
 #include "isa.hpp"
+#include "memory.hpp"
 #include "steps.hpp"
 
 namespace quantflow::host {
@@ -34,6 +35,7 @@ i64 round_up(i64 a, i64 b) { return divide_up(a, b) * b; }
 
 const Int8Kernels* best_kernels() {
     switch (best_isa()) {
+        case Isa::amx_int8: return &isa_amx_int8::int8_kernels;
         case Isa::avx512_vnni: return &isa_avx512_vnni::int8_kernels;
         case Isa::avx_vnni: return &isa_avx_vnni::int8_kernels;
         case Isa::avx2: return &isa_avx2::int8_kernels;
@@ -51,27 +53,21 @@ template <typename T>
 class Aligned {
 public:
     Aligned() = default;
-    explicit Aligned(i64 count) : size_(count) {
-        const std::size_t bytes = std::max<std::size_t>(static_cast<std::size_t>(count) * sizeof(T), 1);
-        data_.reset(static_cast<T*>(::operator new(bytes, std::align_val_t(64))));
-        std::memset(static_cast<void*>(data_.get()), 0, bytes);
-    }
-    T* data() const { return data_.get(); }
+    explicit Aligned(i64 count) : memory_(shared_memory(static_cast<std::size_t>(count) * sizeof(T))), size_(count) {}
+    T* data() const { return reinterpret_cast<T*>(memory_.get()); }
     i64 size() const { return size_; }
-    T& operator[](i64 i) const { return data_.get()[i]; }
+    T& operator[](i64 i) const { return data()[i]; }
 
 private:
-    struct Free {
-        void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); }
-    };
-    std::unique_ptr<T, Free> data_;
+    std::shared_ptr<std::byte> memory_;
     i64 size_ = 0;
 };
 
 // A thread's own scratch, kept between runs and steps: it stays in the cache.
 u8* thread_scratch(i64 bytes) {
     thread_local Aligned<u8> memory;
-    if (memory.size() < bytes) memory = Aligned<u8>(bytes);
+    // Grows by doubling: what it leaves behind is not used again.
+    if (memory.size() < bytes) memory = Aligned<u8>(std::max(bytes, 2 * memory.size()));
     return memory.data();
 }
 
@@ -124,9 +120,17 @@ Grouping merge_groups(const Int8Kernels& kernels, i64 groups, i64 in_channels, i
     return best;
 }
 
+// The reduction as the kernels run through it: `runs` runs of `length` steps, each padded to whole multiplications.
+struct Runs {
+    i64 runs, length, quads;  // quads: of a padded run
+    Runs(const Int8Kernels& kernels, i64 count, i64 steps)
+        : runs(count), length(steps), quads(round_up(divide_up(steps, 4), kernels.depth)) {}
+};
+
 // [group][panel][quad][column][4]; the reduction runs over (tap, channel).
-PackedWeights pack_gemm_weights(const Int8Kernels& kernels, const Weights& w, const Grouping& g, i64 taps) {
-    const i64 columns = kernels.columns, steps = taps * g.in_channels, quads = divide_up(steps, 4);
+PackedWeights pack_gemm_weights(const Int8Kernels& kernels, const Weights& w, const Grouping& g, i64 taps,
+                                const Runs& runs) {
+    const i64 columns = kernels.columns, quads = runs.runs * runs.quads;
     const i64 panels = divide_up(g.out_channels, columns);
     const i64 own_in = g.in_channels / g.merged, own_out = g.out_channels / g.merged;
     PackedWeights packed{Aligned<std::int8_t>(g.groups * panels * quads * columns * 4),
@@ -140,7 +144,8 @@ PackedWeights pack_gemm_weights(const Int8Kernels& kernels, const Weights& w, co
             std::int32_t sum = 0;
             for (i64 c = 0; c < own_in; ++c)
                 for (i64 t = 0; t < taps; ++t) {
-                    const i64 k = t * g.in_channels + first + c;
+                    const i64 step = t * g.in_channels + first + c;
+                    const i64 k = step / runs.length * runs.quads * 4 + step % runs.length;
                     const std::int8_t code = from[c * taps + t];
                     to[k / 4 * columns * 4 + k % 4] = code;
                     sum += code;
@@ -278,15 +283,17 @@ struct ChannelConstants {
 
 // ---- cutting the work --------------------------------------------------------------------------------------------
 
-// Tasks of `rows` rows and `panels` panels.
+// Tasks of `rows` rows and `panels` panels. A thread works on neighbouring tasks: on the same rows, where these are the
+// larger part of what it touches (the next step finds them in its cache), else on the same panels.
 struct Tasks {
     i64 rows = 1, panels = 1, row_tasks = 1, panel_tasks = 1;
+    bool shares_rows = false;
 };
 
 // Quads summed at a time: the panel's and the tile's operands then share the L1 cache.
 i64 chunk_of(const Int8Kernels& kernels, i64 quads) {
     const i64 most = 20 * 1024 / (4 * (kernels.columns + 2 * kernels.rows));
-    return std::max<i64>(1, divide_up(quads, std::max<i64>(1, divide_up(quads, most))));
+    return std::max<i64>(kernels.depth, round_up(divide_up(quads, std::max<i64>(1, divide_up(quads, most))), kernels.depth));
 }
 
 // Cycles that spreading a step over threads costs.
@@ -294,24 +301,35 @@ constexpr double kHandOver = 6000;
 
 // Weighs packing and fetching, which small tasks repeat, against idle threads at the end, which large ones cause.
 Tasks cut(const Int8Kernels& kernels, const Int8Gemm& g, i64 groups, i64 rows, int threads) {
-    const double cycles_per_tile_row = kernels.is_exact ? 1.6 : 2.4;  // of one quad and panel
+    const bool has_tiles = kernels.depth > 1, by_lines = g.is_windowed || g.is_direct;
+    const double cycles_per_tile_row = has_tiles ? 0.16 : kernels.is_exact ? 1.6 : 2.4;  // of one quad and panel
+    const double tile_cost = has_tiles ? 8 : 1;                                        // in rows: its weights are loaded
+    const i64 cache = (has_tiles || by_lines ? 512 : 128) * 1024;
     const double quads = static_cast<double>(g.quads), columns = kernels.columns;
+    // Windows are cut at the ends of lines.
+    const i64 unit = g.is_windowed ? std::max<i64>(g.out[2], 1) : kernels.rows, units = divide_up(rows, unit);
+    const i64 line_bytes = (g.out[2] * g.stride[2] + g.reach[2]) * g.pixel;
     Tasks best;
     double best_cost = std::numeric_limits<double>::infinity();
-    for (i64 row_tasks = 1; row_tasks <= rows; row_tasks += 1 + row_tasks / 8) {
-        const i64 task_rows = std::min(rows, round_up(divide_up(rows, row_tasks), kernels.rows));
-        if (task_rows > kernels.rows && task_rows * g.chunk * 4 > 128 * 1024) continue;
+    for (i64 row_tasks = 1; row_tasks <= units; row_tasks += 1 + row_tasks / 8) {
+        const i64 task_rows = std::min(rows, unit * divide_up(units, row_tasks));
+        const i64 lines = task_rows / unit * g.stride[1] + g.reach[1] + 1;
+        const i64 row_bytes = g.is_windowed ? lines * line_bytes : task_rows * (g.is_direct ? g.quads : g.chunk) * 4;
+        if (task_rows > unit && row_bytes > cache) continue;
         for (i64 panel_tasks = 1; panel_tasks <= g.panels; panel_tasks += 1 + panel_tasks / 8) {
             const i64 task_panels = divide_up(g.panels, panel_tasks);
             const i64 sums_bytes = task_rows * task_panels * kernels.columns * 4;
-            if (g.chunk < g.quads && task_panels > 1 && sums_bytes > 128 * 1024) continue;
+            if (!by_lines && g.chunk < g.quads && task_panels > 1 && sums_bytes > cache) continue;
             const double r = static_cast<double>(task_rows), p = static_cast<double>(task_panels);
-            const double tile_rows = static_cast<double>(divide_up(task_rows, kernels.rows)) + r;
+            const double tile_rows = static_cast<double>(divide_up(task_rows, kernels.rows)) * tile_cost + r;
             const double products = tile_rows * p * quads * cycles_per_tile_row;
             const double fetching = p * quads * columns * 4 / 16;
             const double finishing = r * p * columns * 0.5;
-            const double packing =
-                g.is_direct ? 0 : r * (4 * quads * 0.06 + 5 * static_cast<double>(g.runs));
+            double packing = 0;
+            if (g.is_windowed)
+                packing = g.reads_in_place ? 0 : static_cast<double>(lines) * (static_cast<double>(line_bytes) / 16 + 40);
+            else if (!g.is_direct)
+                packing = r * (4 * quads * 0.06 + 5 * static_cast<double>(g.runs));
             const double task = products + fetching + finishing + packing + 400;
             const i64 tasks = divide_up(rows, task_rows) * divide_up(g.panels, task_panels) * groups;
             double cost = task * static_cast<double>(divide_up(tasks, threads));
@@ -322,13 +340,14 @@ Tasks cut(const Int8Kernels& kernels, const Int8Gemm& g, i64 groups, i64 rows, i
             }
         }
     }
+    best.shares_rows = rows * (g.in_channels + g.channels) > g.channels * g.quads * 4;
     return best;
 }
 
 void run_task(const Int8Kernels& kernels, const Int8Gemm& g, const Tasks& tasks, i64 rows, i64 task) {
-    const i64 row = task % tasks.row_tasks * tasks.rows;
-    const i64 panel = task / tasks.row_tasks % tasks.panel_tasks * tasks.panels;
-    const i64 group = task / tasks.row_tasks / tasks.panel_tasks;
+    const i64 group = task / (tasks.row_tasks * tasks.panel_tasks), rest = task % (tasks.row_tasks * tasks.panel_tasks);
+    const i64 row = (tasks.shares_rows ? rest / tasks.panel_tasks : rest % tasks.row_tasks) * tasks.rows;
+    const i64 panel = (tasks.shares_rows ? rest % tasks.panel_tasks : rest / tasks.row_tasks) * tasks.panels;
     const i64 task_rows = std::min(tasks.rows, rows - row), task_panels = std::min(tasks.panels, g.panels - panel);
     kernels.gemm(g, group, row, task_rows, panel, task_panels,
                  thread_scratch(kernels.gemm_scratch(g, task_rows, task_panels)));
@@ -394,19 +413,13 @@ public:
         if (residual != nullptr) residual_ = *residual;
         const i64 taps = shape.taps(), steps = taps * grouping.in_channels;
         const i64 columns = kernels_.columns, panels = divide_up(grouping.out_channels, columns);
-        std::vector<i64> key{address(w.codes), address(&kernels_), grouping.merged, taps};
-        key.insert(key.end(), w.dims.begin(), w.dims.end());
-        weights_ = shared_weights(key, [&] { return pack_gemm_weights(kernels_, w, grouping, taps); });
-        constants_ = std::make_unique<ChannelConstants>(
-            w, *x.q, weights_->sums, !kernels_.is_exact, [&](i64 c) {
-                return c / grouping.out_channels * panels * columns + c % grouping.out_channels;
-            });
         gemm_.zero = x.q->zero_point;
         gemm_.pixel = grouping.groups * grouping.in_channels;
         gemm_.in_channels = grouping.in_channels;
         gemm_.is_pointwise = shape.is_pointwise();
         // Rows a multiple of 2 KiB apart would compete for the same few sets of the L1 cache.
-        gemm_.is_direct = kernels_.is_exact && gemm_.is_pointwise && steps % 4 == 0 && gemm_.pixel % 2048 != 0;
+        gemm_.is_direct = kernels_.is_exact && gemm_.is_pointwise && steps % (4 * kernels_.depth) == 0 &&
+                          gemm_.pixel % 2048 != 0;
         gemm_.is_row_run = grouping.groups == 1 && shape.dilation[2] == 1;
         taps_ = shape.table(gemm_.is_row_run);
         gemm_.runs = static_cast<i64>(taps_.z.size());
@@ -418,19 +431,36 @@ public:
             gemm_.in[i] = shape.in[i];
             gemm_.out[i] = shape.out[i];
             gemm_.stride[i] = shape.stride[i];
+            gemm_.padding[i] = shape.padding[i];
+            gemm_.reach[i] = (shape.kernel[i] - 1) * shape.dilation[i];
             gemm_.inside_from[i] = shape.padding[i];
-            gemm_.inside_to[i] = shape.in[i] + shape.padding[i] - (shape.kernel[i] - 1) * shape.dilation[i];
+            gemm_.inside_to[i] = shape.in[i] + shape.padding[i] - gemm_.reach[i];
         }
-        for (i64 run = 0; run < gemm_.runs; ++run) {
-            const std::size_t r = static_cast<std::size_t>(run);
+        const Runs run(kernels_, gemm_.runs, gemm_.run_length);
+        gemm_.is_windowed = suits_windows(grouping, shape, run);
+        gemm_.reads_in_place = gemm_.is_windowed && 4 * run.quads == run.length && shape.padding[1] == 0 &&
+                               shape.padding[2] == 0;
+        for (i64 i = 0; i < gemm_.runs; ++i) {
+            const std::size_t r = static_cast<std::size_t>(i);
             run_offset_.push_back(((taps_.z[r] * shape.in[1] + taps_.y[r]) * shape.in[2] + taps_.x[r]) * gemm_.pixel);
+            window_offset_.push_back((taps_.y[r] + shape.padding[1]) * kernels_.line_bytes(gemm_) +
+                                     (taps_.x[r] + shape.padding[2]) * gemm_.pixel);
         }
         gemm_.run_offset = run_offset_.data();
+        gemm_.window_offset = window_offset_.data();
+        const Runs runs = gemm_.is_windowed ? run : Runs(kernels_, 1, steps);
+        std::vector<i64> key{address(w.codes), address(&kernels_), grouping.merged, taps, gemm_.is_windowed};
+        key.insert(key.end(), w.dims.begin(), w.dims.end());
+        weights_ = shared_weights(key, [&] { return pack_gemm_weights(kernels_, w, grouping, taps, runs); });
+        constants_ = std::make_unique<ChannelConstants>(
+            w, *x.q, weights_->sums, !kernels_.is_exact, [&](i64 c) {
+                return c / grouping.out_channels * panels * columns + c % grouping.out_channels;
+            });
         gemm_.weights = weights_->codes.data();
         gemm_.start = constants_->start.data();
         gemm_.channels = grouping.out_channels;
         gemm_.panels = panels;
-        gemm_.quads = divide_up(steps, 4);
+        gemm_.quads = runs.runs * runs.quads;
         gemm_.chunk = chunk_of(kernels_, gemm_.quads);
         gemm_.output = output_of(residual, epilogue, y, grouping.groups * grouping.out_channels);
         gemm_.output.scale = constants_->scale.data();
@@ -450,6 +480,15 @@ public:
     std::string kernel() const override { return tile_name(kernels_, "igemm"); }
 
 private:
+    // Windows read from lines of x save the copying of rows, which repeats every pixel once per tap. What they cost is
+    // the padding of runs.
+    bool suits_windows(const Grouping& grouping, const Shape3& shape, const Runs& run) const {
+        const double padding = static_cast<double>(4 * run.quads) / static_cast<double>(std::max<i64>(run.length, 1));
+        return kernels_.is_exact && grouping.groups == 1 && !gemm_.is_pointwise && shape.in[0] == 1 &&
+               shape.out[0] == 1 && shape.kernel[0] == 1 && run.length > 0 && (kernels_.depth > 1 || padding < 1.4) &&
+               (shape.kernel[1] > 1 || shape.kernel[2] > 1 || padding == 1);
+    }
+
     ThreadPool& pool_;
     const Int8Kernels& kernels_;
     Tensor x_, y_;
@@ -458,7 +497,7 @@ private:
     std::shared_ptr<const PackedWeights> weights_;
     std::unique_ptr<ChannelConstants> constants_;
     TapTable taps_;
-    std::vector<i64> run_offset_;
+    std::vector<i64> run_offset_, window_offset_;
     Int8Gemm gemm_;
     Tasks tasks_;
 };
@@ -639,10 +678,10 @@ public:
         gemm_.is_pointwise = true;
         copies_a_ = steps_ > 1 && a.strides[rank - 1] != 1;
         gemm_.pixel = copies_a_ ? steps_ : a.strides[rank - 2];
-        gemm_.is_direct = kernels_.is_exact && steps_ % 4 == 0 && gemm_.pixel % 2048 != 0;
+        gemm_.is_direct = kernels_.is_exact && steps_ % (4 * kernels_.depth) == 0 && gemm_.pixel % 2048 != 0;
         gemm_.channels = columns_;
         gemm_.panels = divide_up(columns_, kernels_.columns);
-        gemm_.quads = divide_up(steps_, 4);
+        gemm_.quads = Runs(kernels_, 1, steps_).quads;
         gemm_.chunk = chunk_of(kernels_, gemm_.quads);
         gemm_.output = output_of(nullptr, Epilogue{}, y, columns_);
         const i64 padded = gemm_.panels * kernels_.columns;

@@ -12,6 +12,10 @@ namespace {
 #if defined(QF_INT8_LANES)
 using Vector = PortableVector<QF_INT8_LANES>;
 constexpr char kName[] = "portable";
+#elif defined(__AMX_INT8__)
+using Vector = Avx512Vector;
+constexpr char kName[] = "amx_int8";
+#define QF_INT8_AMX
 #elif defined(__AVX512VNNI__)
 using Vector = Avx512Vector;
 constexpr char kName[] = "avx512_vnni";
@@ -33,8 +37,13 @@ using u8 = std::uint8_t;
 
 constexpr int kLanes = Vector::kLanes;
 constexpr int kColumns = 2 * kLanes;
+#if defined(QF_INT8_AMX)
+// Four of the eight tile registers hold sums: 2 x 2 tiles of 16 rows by 16 columns, by 16 quads.
+constexpr int kRows = 32, kDepth = 16;
+#else
 // Two vectors of weights, one of activations and 2 * kRows sums fit the 16 (AVX512: 32) registers.
-constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 4;
+constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 4, kDepth = 1;
+#endif
 constexpr int kBlock = 4 * kLanes;  // channels of a depthwise block
 
 constexpr i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
@@ -279,31 +288,50 @@ QF_INLINE void tile_step(Int* __restrict sums, const u8* x, i64 x_row, const u8*
     (one(std::integral_constant<int, kIndex>{}), ...);
 }
 
-// sums = start + x * weights over `steps` vectors of weights (quads, or pairs of words); rows of x are `x_row` bytes
-// apart.
+// What a register tile computes: sums = start + x * weights, where a row of x is `runs` runs of `steps` vectors of
+// weights (quads, or pairs of words), at `offsets` bytes from the row's address; rows are `x_row` bytes apart. Tile
+// registers take their rows above `low_rows` from x_high.
+struct TileJob {
+    const u8 *x = nullptr, *x_high = nullptr;
+    i64 x_row = 0;
+    const i64* offsets = nullptr;
+    i64 runs = 1, steps = 0;
+    const u8* w = nullptr;
+    const std::int32_t* start = nullptr;
+    i64 start_row = 0;
+    std::int32_t* sums = nullptr;
+    i64 sums_row = 0, low_rows = 0;
+};
+constexpr i64 kNoOffset[1] = {0};
+
+using Tile = void (*)(const TileJob&);
+
 template <int kVectors, Product kProduct, int... kIndex>
-QF_INLINE void tile_of(const u8* x, i64 x_row, const u8* w, i64 steps, const std::int32_t* start, i64 start_row,
-                       std::int32_t* sums, i64 sums_row, std::integer_sequence<int, kIndex...> indices) {
+QF_INLINE void tile_of(const TileJob& job, std::integer_sequence<int, kIndex...> indices) {
     Int acc[sizeof...(kIndex)] = {
-        Vector::load(start + (kIndex / kVectors) * start_row + (kIndex % kVectors) * kLanes)...};
+        Vector::load(job.start + (kIndex / kVectors) * job.start_row + (kIndex % kVectors) * kLanes)...};
+    const u8* w = job.w;
+    const i64 x_row = job.x_row, steps = job.steps;
+    for (i64 run = 0; run < job.runs; ++run) {
+        const u8* x = job.x + job.offsets[run];
 #pragma GCC unroll 1
-    for (i64 q = 0; q < steps; ++q) {
-        tile_step<Vector, kVectors, kProduct, false>(acc, x, x_row, w, indices);
-        if constexpr (kProduct == Product::widened)
-            tile_step<Vector, kVectors, kProduct, true>(acc, x + 4, x_row, w, indices);
-        x += kProduct == Product::widened ? 8 : 4;
-        w += 4 * kColumns;
+        for (i64 q = 0; q < steps; ++q) {
+            tile_step<Vector, kVectors, kProduct, false>(acc, x, x_row, w, indices);
+            if constexpr (kProduct == Product::widened)
+                tile_step<Vector, kVectors, kProduct, true>(acc, x + 4, x_row, w, indices);
+            x += kProduct == Product::widened ? 8 : 4;
+            w += 4 * kColumns;
+        }
     }
-    (Vector::store(sums + (kIndex / kVectors) * sums_row + (kIndex % kVectors) * kLanes, acc[kIndex]), ...);
+    (Vector::store(job.sums + (kIndex / kVectors) * job.sums_row + (kIndex % kVectors) * kLanes, acc[kIndex]), ...);
 }
 
-using Tile = void (*)(const u8*, i64, const u8*, i64, const std::int32_t*, i64, std::int32_t*, i64);
-
+#if defined(QF_INT8_AMX)
+#include "int8_amx.inc"
+#else
 template <int kTileRows, int kVectors, Product kProduct>
-void tile(const u8* x, i64 x_row, const u8* w, i64 steps, const std::int32_t* start, i64 start_row,
-          std::int32_t* sums, i64 sums_row) {
-    tile_of<kVectors, kProduct>(x, x_row, w, steps, start, start_row, sums, sums_row,
-                                std::make_integer_sequence<int, kTileRows * kVectors>{});
+void tile(const TileJob& job) {
+    tile_of<kVectors, kProduct>(job, std::make_integer_sequence<int, kTileRows * kVectors>{});
 }
 
 template <int kVectors, Product kProduct, int... kTileRows>
@@ -316,6 +344,21 @@ Tile tile_for(i64 rows, i64 channels) {
     constexpr auto heights = std::make_integer_sequence<int, kRows>{};
     return channels > kLanes ? tile_for<2, kProduct>(rows, heights) : tile_for<1, kProduct>(rows, heights);
 }
+
+// `rows` rows as tiles of about equal heights: a last tile of one row would cost as much as a full one.
+struct Tiling {
+    static constexpr i64 kPieces = 1;  // of rows, in a tile
+    i64 rows, count;
+    explicit Tiling(i64 all) : rows(all), count((all + kRows - 1) / kRows) {}
+    i64 first(i64 t) const { return rows * t / count; }
+    i64 height(i64 t) const { return first(t + 1) - first(t); }
+    i64 slot(i64 t) const { return first(t); }  // where the tile's sums are kept, in rows
+    i64 low_rows(i64 t) const { return height(t); }
+};
+using PieceTiling = Tiling;  // of the rows of a line
+
+Tile piece_tile(i64 rows, i64, i64 channels) { return tile_for<Product::bytes>(rows, channels); }
+#endif
 
 // ---- packing of rows ---------------------------------------------------------------------------------------------
 
@@ -462,26 +505,24 @@ Scratch scratch_of(const Int8Gemm& g, i64 rows, i64 panels) {
     s.wide = g.is_direct ? 0 : round_up(rows * s.packed_row + 64, 64);
     s.tile = s.wide + (Vector::kIsExact ? 0 : round_up(rows * s.wide_row + 64, 64));
     s.sums = s.tile + kRows * kColumns * 4;
-    s.bytes = s.sums + (g.chunk < g.quads || g.row_start != nullptr ? rows * s.sums_row * 4 : 0);
+    s.bytes = s.sums + (g.chunk < g.quads || g.row_start != nullptr ? (rows + kRows) * s.sums_row * 4 : 0);
     return s;
 }
 
-i64 gemm_scratch(const Int8Gemm& g, i64 rows, i64 panels) { return scratch_of(g, rows, panels).bytes; }
-
-void gemm(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 panels, u8* scratch) {
+void gemm_packed(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 panels, u8* scratch) {
     const Scratch s = scratch_of(g, rows, panels);
     const FinishTile finish = finisher(g.output.activation);
     const i64 steps = g.runs * g.run_length;
-    // Equal heights: a last tile of one row would cost as much as a full one.
-    const i64 tiles = (rows + kRows - 1) / kRows;
+    const Tiling tiling(rows);
     std::int32_t* tile_sums = reinterpret_cast<std::int32_t*>(scratch + s.tile);
     std::int32_t* all_sums = reinterpret_cast<std::int32_t*>(scratch + s.sums);
     const bool keeps_sums = g.chunk < g.quads || g.row_start != nullptr;
     if (g.row_start != nullptr)
-        for (i64 m = 0; m < rows; ++m)
-            for (i64 c = 0; c < panels * kColumns; ++c)
-                all_sums[m * s.sums_row + c] =
-                    g.start[(group * g.panels + panel) * kColumns + c] + g.row_start[row + m];
+        for (i64 t = 0; t < tiling.count; ++t)
+            for (i64 m = 0; m < tiling.height(t); ++m)
+                for (i64 c = 0; c < panels * kColumns; ++c)
+                    all_sums[(tiling.slot(t) + m) * s.sums_row + c] =
+                        g.start[(group * g.panels + panel) * kColumns + c] + g.row_start[row + tiling.first(t) + m];
 
     for (i64 first = 0; first == 0 || first < g.quads; first += g.chunk) {
         const i64 quads = smaller(g.chunk, g.quads - first);
@@ -511,21 +552,163 @@ void gemm(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 panels
             const i64 count = smaller(kColumns, g.channels - (panel + p) * kColumns);
             const u8* w = reinterpret_cast<const u8*>(g.weights) +
                           ((group * g.panels + panel + p) * g.quads + first) * 4 * kColumns;
-            for (i64 t = 0; t < tiles; ++t) {
-                const i64 m = rows * t / tiles, height = rows * (t + 1) / tiles - m;
-                std::int32_t* sums = keeps_sums ? all_sums + m * s.sums_row + p * kColumns : tile_sums;
+            for (i64 t = 0; t < tiling.count; ++t) {
+                const i64 m = tiling.first(t), height = tiling.height(t), skip = tiling.slot(t) - m;
+                std::int32_t* sums = keeps_sums ? all_sums + tiling.slot(t) * s.sums_row + p * kColumns : tile_sums;
                 const i64 sums_row = keeps_sums ? s.sums_row : kColumns;
                 const bool starts = first == 0 && g.row_start == nullptr;
                 constexpr Product kWide = Vector::kIsExact ? Product::bytes : Product::widened;
                 const Tile run = is_wide ? tile_for<kWide>(height, count) : tile_for<Product::bytes>(height, count);
-                run(x + m * x_row, x_row, w, quads, starts ? g.start + padded : sums, starts ? 0 : sums_row, sums,
-                    sums_row);
+                const i64 low = tiling.low_rows(t);
+                run({x + m * x_row, x + (m + low) * x_row, x_row, kNoOffset, 1, quads, w,
+                     starts ? g.start + padded : sums, starts ? 0 : sums_row, sums, sums_row, low});
                 if (is_last)
-                    finish(g.output, sums, sums_row, row + m, height, padded,
+                    finish(g.output, sums + skip * sums_row, sums_row, row + m + skip, height - skip, padded,
                            group * g.channels + (panel + p) * kColumns, count);
             }
         }
     }
+}
+
+// ---- gemm on lines of pixels ---------------------------------------------------------------------------------------
+
+// Rows are read where they lie, or in a copy of the input's lines with their padding, which is smaller than the rows
+// of windows by the number of taps. A piece is a tile's rows within one line of output pixels.
+struct Piece {
+    const u8* x;
+    i64 row, height;
+    i64 skip;  // first rows, which the piece before has as well
+};
+
+// What is done with a tile's sums while the next tile is computed.
+struct Pending {
+    const std::int32_t* sums;
+    const Piece* pieces;
+    i64 count, padded, channel, channels;
+};
+
+i64 line_bytes(const Int8Gemm& g) {
+    if (g.reads_in_place) return g.in[2] * g.pixel;
+    // The last row's run may be padded beyond the line.
+    return round_up(((g.out[2] - 1) * g.stride[2] + g.reach[2] + 1) * g.pixel, 64) + 64;
+}
+
+struct LineScratch {
+    i64 pieces, sums, bytes;
+};
+
+// Input lines that `lines` lines of output read.
+i64 input_lines(const Int8Gemm& g, i64 lines) { return (lines - 1) * g.stride[1] + g.reach[1] + 1; }
+
+LineScratch line_scratch_of(const Int8Gemm& g, i64 rows) {
+    LineScratch s{};
+    i64 pieces = rows;
+    if (g.is_windowed && !g.reads_in_place) {
+        const i64 lines = rows / g.out[2], images = (lines + g.out[1] - 2) / g.out[1] + 1;
+        s.pieces = (lines * g.stride[1] + images * (g.reach[1] + 1)) * line_bytes(g) + 64;  // copies are of whole vectors
+    }
+    s.sums = s.pieces + round_up(pieces * static_cast<i64>(sizeof(Piece)), 64);
+    s.bytes = s.sums + 2 * Tiling::kPieces * kRows * kColumns * 4;
+    return s;
+}
+
+// Copies `lines` input lines from `line` (both of padded coordinates) of an image.
+void pad_lines(const Int8Gemm& g, i64 image, i64 line, i64 lines, u8* to) {
+    const i64 columns = (g.out[2] - 1) * g.stride[2] + g.reach[2] + 1, left = g.padding[2];
+    const i64 begin = smaller(left, columns), end = smaller(columns, left + g.in[2]);
+    Copier copier(g);
+    const i64 bytes = line_bytes(g);
+    for (i64 l = 0; l < lines; ++l, to += bytes) {
+        const i64 y = line + l - g.padding[1];
+        if (y < 0 || y >= g.in[1]) {
+            std::memset(to, g.zero, bytes);
+            continue;
+        }
+        const u8* from = g.x + (image * g.in[1] + y) * g.in[2] * g.pixel;
+        copier.copy(to + begin * g.pixel, from, (end - begin) * g.pixel);
+        std::memset(to, g.zero, begin * g.pixel);
+        std::memset(to + end * g.pixel, g.zero, bytes - end * g.pixel);
+    }
+}
+
+void gemm_lines(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 panels, u8* scratch) {
+    const LineScratch s = line_scratch_of(g, rows);
+    const i64 width = g.is_windowed ? g.out[2] : rows, lines = rows / width;
+    const PieceTiling tiling(width);
+    Piece* pieces = reinterpret_cast<Piece*>(scratch + s.pieces);
+    const i64 count = lines * tiling.count, x_row = g.stride[2] * g.pixel;
+    u8* padded_lines = scratch;
+    const u8* x = g.x + row * g.pixel + group * g.in_channels;
+    i64 left_in_image = 0;  // output lines
+    for (i64 line = 0, i = 0; line < lines; ++line) {
+        if (g.is_windowed) {
+            if (left_in_image == 0) {
+                const i64 first = row / width + line, image = first / g.out[1], y = first % g.out[1];
+                left_in_image = smaller(g.out[1] - y, lines - line);
+                if (g.reads_in_place) {
+                    x = g.x + (image * g.in[1] + y * g.stride[1]) * line_bytes(g);
+                } else {
+                    x = padded_lines;
+                    pad_lines(g, image, y * g.stride[1], input_lines(g, left_in_image), padded_lines);
+                    padded_lines += input_lines(g, left_in_image) * line_bytes(g);
+                }
+            } else {
+                x += g.stride[1] * line_bytes(g);
+            }
+            --left_in_image;
+        }
+        for (i64 t = 0; t < tiling.count; ++t, ++i)
+            pieces[i] = {x + tiling.first(t) * x_row, row + line * width + tiling.first(t), tiling.height(t),
+                         tiling.slot(t) - tiling.first(t)};
+    }
+
+    const FinishTile finish = finisher(g.output.activation);
+    const auto finish_pending = [&](const Pending& done) {
+        for (i64 i = 0; i < done.count; ++i) {
+            const Piece& piece = done.pieces[i];
+            const i64 first = (i == 0 ? 0 : done.pieces[0].height) + piece.skip;
+            finish(g.output, done.sums + first * kColumns, kColumns, piece.row + piece.skip,
+                   piece.height - piece.skip, done.padded, done.channel, done.channels);
+        }
+    };
+    TileJob job;
+    job.x_row = x_row;
+    job.offsets = g.is_windowed ? g.window_offset : kNoOffset;
+    job.runs = g.is_windowed ? g.runs : 1;
+    job.steps = g.quads / job.runs;
+    job.sums_row = kColumns;
+    std::int32_t* sums = reinterpret_cast<std::int32_t*>(scratch + s.sums);
+    Pending pending{};
+    bool is_second = false;
+    for (i64 p = 0; p < panels; ++p) {
+        const i64 padded = (group * g.panels + panel + p) * kColumns;
+        const i64 channels = smaller(kColumns, g.channels - (panel + p) * kColumns);
+        job.w = reinterpret_cast<const u8*>(g.weights) + (group * g.panels + panel + p) * g.quads * 4 * kColumns;
+        job.start = g.start + padded;
+        for (i64 i = 0; i < count; i += Tiling::kPieces) {
+            const i64 together = smaller(Tiling::kPieces, count - i);
+            job.x = pieces[i].x;
+            job.x_high = pieces[i + together - 1].x;
+            job.low_rows = pieces[i].height;
+            job.sums = sums + (is_second ? Tiling::kPieces * kRows * kColumns : 0);
+            is_second = !is_second;
+            const i64 height = together * pieces[i].height;
+            piece_tile(height, together, channels)(job);
+            finish_pending(pending);
+            pending = {job.sums, pieces + i, together, padded, group * g.channels + (panel + p) * kColumns, channels};
+        }
+    }
+    finish_pending(pending);
+}
+
+bool goes_by_lines(const Int8Gemm& g) { return g.is_windowed || (g.is_direct && g.row_start == nullptr); }
+
+void gemm(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 panels, u8* scratch) {
+    (goes_by_lines(g) ? gemm_lines : gemm_packed)(g, group, row, rows, panel, panels, scratch);
+}
+
+i64 gemm_scratch(const Int8Gemm& g, i64 rows, i64 panels) {
+    return goes_by_lines(g) ? line_scratch_of(g, rows).bytes : scratch_of(g, rows, panels).bytes;
 }
 
 // ---- depthwise ---------------------------------------------------------------------------------------------------
@@ -621,7 +804,7 @@ constexpr decltype(Int8Kernels::winograd_scratch) winograd_scratch = nullptr;
 
 extern const Int8Kernels int8_kernels;
 const Int8Kernels int8_kernels = {
-    kName, kLanes,    kRows,             kColumns, Vector::kIsExact, Vector::kTapGroup, gemm, gemm_scratch,
+    kName, kLanes, kRows, kColumns, kDepth, Vector::kIsExact, Vector::kTapGroup, gemm, gemm_scratch, line_bytes,
     depthwise, depthwise_scratch, winograd, winograd_scratch};
 
 }  // namespace quantflow::host::QF_ISA_NAMESPACE

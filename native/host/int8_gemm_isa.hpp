@@ -44,6 +44,11 @@ struct Int8Gemm {
     std::int64_t runs = 1, run_length = 0;
     const std::int32_t *run_z = nullptr, *run_y = nullptr, *run_x = nullptr;  // dilation * tap - padding
     const std::int64_t* run_offset = nullptr;                                // bytes from a window's position
+    // Windows are read from a copy of the lines of x with their padding. `window_offset`: where a run begins there.
+    // Weights of a run are padded to whole steps of `Int8Kernels::depth` quads.
+    bool is_windowed = false, reads_in_place = false;  // reads_in_place: from x itself, nothing needs padding
+    const std::int64_t* window_offset = nullptr;
+    std::int64_t padding[3] = {0, 0, 0}, reach[3] = {0, 0, 0};  // reach: dilation * (kernel - 1)
     // Positions (stride * output) whose windows lie inside x: [inside_from, inside_to) in every dimension.
     std::int64_t inside_from[3] = {0, 0, 0}, inside_to[3] = {1, 1, 1};
 
@@ -93,12 +98,14 @@ struct Int8Kernels {
     int lanes;      // 32-bit lanes of a vector
     int rows;       // of a register tile
     int columns;    // of a register tile, and channels in a panel
+    int depth;      // quads multiplied at once: weights and packed rows are padded to a multiple of it
     bool is_exact;  // any u8 code times any s8 code: rows can be read where they lie
     int tap_group;  // depthwise taps multiplied at once: 4 (weights int8) or 2 (weights int16)
     // Rows [row, row + rows), panels [panel, panel + panels) of one group.
     void (*gemm)(const Int8Gemm&, std::int64_t group, std::int64_t row, std::int64_t rows, std::int64_t panel,
                  std::int64_t panels, std::uint8_t* scratch);
     std::int64_t (*gemm_scratch)(const Int8Gemm&, std::int64_t rows, std::int64_t panels);  // bytes
+    std::int64_t (*line_bytes)(const Int8Gemm&);  // from one line of windows to the next
     // Output lines [line, line + lines) over (batch, depth, height), blocks [block, block + blocks).
     void (*depthwise)(const Int8Depthwise&, std::int64_t line, std::int64_t lines, std::int64_t block,
                       std::int64_t blocks, std::uint8_t* scratch);
@@ -119,6 +126,9 @@ namespace isa_avx_vnni {
 extern const Int8Kernels int8_kernels;
 }
 namespace isa_avx512_vnni {
+extern const Int8Kernels int8_kernels;
+}
+namespace isa_amx_int8 {
 extern const Int8Kernels int8_kernels;
 }
 

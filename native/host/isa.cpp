@@ -1,6 +1,8 @@
 #include "isa.hpp"
 
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -15,13 +17,22 @@ bool has_avx_vnni() {
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && ((a >> 4) & 1u) != 0;
 }
 
+// The tiles' registers belong to a process only after it has asked the kernel for them.
+bool has_amx_int8() {
+    constexpr unsigned kTiles = 1u << 24, kInt8 = 1u << 25;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kTiles) == 0 || (d & kInt8) == 0) return false;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
 Isa detect() {
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::generic;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vnni"))
-        return Isa::avx512_vnni;
+        return has_amx_int8() ? Isa::amx_int8 : Isa::avx512_vnni;
     return has_avx_vnni() ? Isa::avx_vnni : Isa::avx2;
 }
 
@@ -32,6 +43,7 @@ const char* name_of(Isa isa) {
         case Isa::avx2: return "avx2";
         case Isa::avx_vnni: return "avx_vnni";
         case Isa::avx512_vnni: return "avx512_vnni";
+        case Isa::amx_int8: return "amx_int8";
         default: return "generic";
     }
 }
@@ -41,7 +53,7 @@ Isa best_isa() {
         const Isa best = detect();
         const char* asked = std::getenv("QUANTFLOW_ISA");
         if (asked == nullptr) return best;
-        for (Isa isa : {Isa::generic, Isa::avx2, Isa::avx_vnni, Isa::avx512_vnni})
+        for (Isa isa : {Isa::generic, Isa::avx2, Isa::avx_vnni, Isa::avx512_vnni, Isa::amx_int8})
             // AVX-VNNI is no subset of AVX512-VNNI: a CPU may have either alone.
             if (std::strcmp(asked, name_of(isa)) == 0 && isa <= best && (isa != Isa::avx_vnni || has_avx_vnni()))
                 return isa;

@@ -3,9 +3,10 @@
 
 namespace quantflow {
 
-enum class Isa { generic, avx2, avx_vnni, avx512_vnni };
+enum class Isa { generic, avx2, avx_vnni, avx512_vnni, amx_int8 };
 
-// The best one here; QUANTFLOW_ISA=generic|avx2|avx_vnni|avx512_vnni asks for a lower one (tests).
+// The best one here; QUANTFLOW_ISA=generic|avx2|avx_vnni|avx512_vnni asks for a lower one (tests). amx_int8 is
+// avx512_vnni with tiles for int8 products.
 Isa best_isa();
 const char* name_of(Isa isa);
 

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
@@ -16,9 +17,29 @@ constexpr int kSpins = 2000;
 }  // namespace
 
 // The caller works too and waits for tasks, not for threads: a worker that the system has put aside takes no task and
-// delays nobody. `remaining` hands out task numbers downwards; whoever receives one >= 0 thereby sees the `task` that
-// was stored before it, so a worker that comes late to one job can't mistake it for the next.
+// delays nobody. Every thread owns an equal range of the tasks, so that neighbouring steps find in its cache what it
+// wrote, and takes from the end of the others' when its own is empty. Whoever takes a task thereby sees the `task`
+// that was stored before its range, so a worker that comes late to one job can't mistake it for the next.
 struct ThreadPool::State {
+    // [begin, end) in the low and high half.
+    struct alignas(64) Range {
+        std::atomic<std::uint64_t> bounds{0};
+        void set(std::uint64_t begin, std::uint64_t end) {
+            bounds.store(begin | end << 32, std::memory_order_release);
+        }
+        // A task from the front (the owner) or the back; -1: none is left.
+        std::int64_t take(bool is_owner) {
+            std::uint64_t now = bounds.load(std::memory_order_relaxed);
+            for (;;) {
+                const std::uint64_t begin = now & 0xffffffffu, end = now >> 32;
+                if (begin >= end) return -1;
+                const std::uint64_t next = is_owner ? (begin + 1) | end << 32 : begin | (end - 1) << 32;
+                if (bounds.compare_exchange_weak(now, next, std::memory_order_acq_rel, std::memory_order_relaxed))
+                    return static_cast<std::int64_t>(is_owner ? begin : end - 1);
+            }
+        }
+    };
+    explicit State(std::size_t size) : ranges(size) {}
     std::vector<std::thread> threads;
     const pid_t process = getpid();  // a forked child has none of the threads
     std::mutex busy;                 // held by the caller that uses the workers
@@ -28,17 +49,19 @@ struct ThreadPool::State {
     std::atomic<bool> stopping{false};
     const std::function<void(std::int64_t)>* task = nullptr;
     alignas(64) std::atomic<std::uint64_t> generation{0};
-    alignas(64) std::atomic<std::int64_t> remaining{0};
+    std::vector<Range> ranges;  // per thread; the caller's first
     alignas(64) std::atomic<std::int64_t> done{0};
 
-    void work() {
-        for (std::int64_t i; (i = remaining.fetch_sub(1, std::memory_order_acq_rel) - 1) >= 0;) {
-            (*task)(i);
-            done.fetch_add(1, std::memory_order_release);
+    void work(std::size_t self) {
+        std::int64_t taken = 0;
+        for (std::size_t i = 0; i < ranges.size(); ++i) {
+            Range& range = ranges[(self + i) % ranges.size()];
+            for (std::int64_t t; (t = range.take(i == 0)) >= 0; ++taken) (*task)(t);
         }
+        if (taken > 0) done.fetch_add(taken, std::memory_order_release);
     }
 
-    void loop() {
+    void loop(std::size_t self) {
         std::uint64_t seen = 0;
         for (;;) {
             int spins = 0;
@@ -54,7 +77,7 @@ struct ThreadPool::State {
             }
             seen = generation.load(std::memory_order_acquire);
             if (stopping.load(std::memory_order_acquire)) return;
-            work();
+            work(self);
         }
     }
 
@@ -67,8 +90,8 @@ struct ThreadPool::State {
     }
 };
 
-ThreadPool::ThreadPool(int threads) : state_(std::make_unique<State>()) {
-    for (int i = 1; i < threads; ++i) state_->threads.emplace_back([this] { state_->loop(); });
+ThreadPool::ThreadPool(int threads) : state_(std::make_unique<State>(static_cast<std::size_t>(std::max(threads, 1)))) {
+    for (std::size_t i = 1; i < state_->ranges.size(); ++i) state_->threads.emplace_back([this, i] { state_->loop(i); });
 }
 
 ThreadPool::~ThreadPool() {
@@ -85,16 +108,18 @@ int ThreadPool::size() const { return static_cast<int>(state_->threads.size()) +
 
 void ThreadPool::run(std::int64_t count, const std::function<void(std::int64_t)>& task) {
     State& s = *state_;
-    if (count <= 1 || s.threads.empty() || s.process != getpid() || !s.busy.try_lock()) {
+    constexpr std::int64_t kMost = 0x7fffffff;
+    if (count <= 1 || count > kMost || s.threads.empty() || s.process != getpid() || !s.busy.try_lock()) {
         for (std::int64_t i = 0; i < count; ++i) task(i);
         return;
     }
     std::lock_guard<std::mutex> lock(s.busy, std::adopt_lock);
     s.task = &task;
     s.done.store(0, std::memory_order_relaxed);
-    s.remaining.store(count, std::memory_order_release);
+    const std::uint64_t tasks = static_cast<std::uint64_t>(count), size = s.ranges.size();
+    for (std::uint64_t i = 0; i < size; ++i) s.ranges[i].set(tasks * i / size, tasks * (i + 1) / size);
     s.start_generation();
-    s.work();
+    s.work(0);
     for (int spins = 0; s.done.load(std::memory_order_acquire) != count;) {
         if (++spins < kSpins)
             _mm_pause();

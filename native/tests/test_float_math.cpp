@@ -580,6 +580,7 @@ void test_layer_norm(ThreadPool& pool) {
 
 const host::FloatKernels& kernels() {
     switch (best_isa()) {
+        case Isa::amx_int8:
         case Isa::avx512_vnni: return host::isa_avx512_vnni::float_kernels();
         case Isa::avx_vnni: return host::isa_avx_vnni::float_kernels();
         case Isa::avx2: return host::isa_avx2::float_kernels();

@@ -423,7 +423,8 @@ int main() {
     const Isa best = best_isa();
     if (best >= Isa::avx2) all.push_back(&host::isa_avx2::int8_kernels);
     if (best == Isa::avx_vnni) all.push_back(&host::isa_avx_vnni::int8_kernels);
-    if (best == Isa::avx512_vnni) all.push_back(&host::isa_avx512_vnni::int8_kernels);
+    if (best >= Isa::avx512_vnni) all.push_back(&host::isa_avx512_vnni::int8_kernels);
+    if (best == Isa::amx_int8) all.push_back(&host::isa_amx_int8::int8_kernels);
     for (const host::Int8Kernels* kernels : all) {
         host::int8_kernels_in_use() = kernels;
         random_bits.seed(7);
