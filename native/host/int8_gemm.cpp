@@ -263,7 +263,7 @@ Int8Output output_of(const Tensor* residual, const Epilogue& epilogue, const Ten
 
 // Per-channel constants at their padded positions; position(channel) gives them.
 struct ChannelConstants {
-    Aligned<float> scale, bias;
+    Aligned<float> scale, bias, code_scale, code_bias;
     Aligned<std::int32_t> start;
     template <typename Position>
     ChannelConstants(const Weights& w, const QParams& x, const Aligned<std::int32_t>& sums, bool is_centered,
@@ -278,6 +278,36 @@ struct ChannelConstants {
             for (i64 i = 0; i < sums.size(); ++i)
                 start[i] = static_cast<std::int32_t>(0u - static_cast<std::uint32_t>(x.zero_point) *
                                                               static_cast<std::uint32_t>(sums[i]));
+    }
+
+    // Has `o` read them; `steps`: of the reduction.
+    void bind(Int8Output& o, i64 steps, const QParams& x, const std::optional<QParams>& y) {
+        o.scale = scale.data();
+        o.bias = bias.data();
+        const bool clamps = o.activation == kInt8None || o.activation == kInt8Hardtanh;
+        if (o.is_float || !clamps) return;
+        code_scale = Aligned<float>(scale.size());
+        code_bias = Aligned<float>(scale.size());
+        const double y_scale = y->scale, residual_step = o.residual_scale / y_scale;
+        const double largest = static_cast<double>(std::max(x.zero_point, 255 - x.zero_point)) * 127 * steps;
+        bool fits = true;  // beyond that rounding to an integer would overflow; false for NaN
+        for (i64 i = 0; i < scale.size(); ++i) {
+            code_scale[i] = static_cast<float>(scale[i] / y_scale);
+            code_bias[i] = static_cast<float>(bias[i] / y_scale - o.residual_zero * residual_step);
+            fits = fits && largest * code_scale[i] + std::fabs(code_bias[i]) + 255 * residual_step < 1 << 30;
+        }
+        if (!fits) return;
+        const auto code = [&](float bound) {
+            const float steps_from_zero = std::nearbyint(bound / y->scale);
+            return static_cast<u8>(std::min(std::max(steps_from_zero, o.low), o.high) + static_cast<float>(o.zero));
+        };
+        const bool is_hardtanh = o.activation == kInt8Hardtanh;
+        o.low_code = is_hardtanh ? code(o.a) : static_cast<u8>(o.low + static_cast<float>(o.zero));
+        o.high_code = is_hardtanh ? code(o.b) : static_cast<u8>(o.high + static_cast<float>(o.zero));
+        o.code_scale = code_scale.data();
+        o.code_bias = code_bias.data();
+        o.residual_step = static_cast<float>(residual_step);
+        o.is_linear = true;
     }
 };
 
@@ -325,12 +355,15 @@ Tasks cut(const Int8Kernels& kernels, const Int8Gemm& g, i64 groups, i64 rows, i
             const double products = tile_rows * p * quads * cycles_per_tile_row;
             const double fetching = p * quads * columns * 4 / 16;
             const double finishing = r * p * columns * 0.5;
+            // Every panel passes over the task's rows of x and y, which lie in the L1 cache or beyond.
+            const double x_bytes = static_cast<double>(row_bytes) / r, y_bytes = g.output.residual_scale != 0 ? 128 : 64;
+            const double passing = r * (x_bytes + y_bytes) <= 32 * 1024 ? 0 : r * p * (x_bytes + y_bytes) / 24;
             double packing = 0;
             if (g.is_windowed)
                 packing = g.reads_in_place ? 0 : static_cast<double>(lines) * (static_cast<double>(line_bytes) / 16 + 40);
             else if (!g.is_direct)
                 packing = r * (4 * quads * 0.06 + 5 * static_cast<double>(g.runs));
-            const double task = products + fetching + finishing + packing + 400;
+            const double task = products + fetching + finishing + passing + packing + 400;
             const i64 tasks = divide_up(rows, task_rows) * divide_up(g.panels, task_panels) * groups;
             double cost = task * static_cast<double>(divide_up(tasks, threads));
             if (threads > 1 && tasks > 1) cost += 0.3 * task + kHandOver;
@@ -463,8 +496,7 @@ public:
         gemm_.quads = runs.runs * runs.quads;
         gemm_.chunk = chunk_of(kernels_, gemm_.quads);
         gemm_.output = output_of(residual, epilogue, y, grouping.groups * grouping.out_channels);
-        gemm_.output.scale = constants_->scale.data();
-        gemm_.output.bias = constants_->bias.data();
+        constants_->bind(gemm_.output, taps * w.dims[1], *x.q, y.q);
         tasks_ = cut(kernels_, gemm_, groups_, rows_, pool.size());
     }
 
@@ -540,8 +572,8 @@ public:
         job_.weights = reinterpret_cast<const u8*>(weights_->codes.data());
         job_.start = constants_->start.data();
         job_.output = output_of(residual, epilogue, y, channels);
-        job_.output.scale = constants_->scale.data();
-        job_.output.bias = constants_->bias.data();
+        constants_->bind(job_.output, taps, *x.q, y.q);
+        job_.output.is_linear = job_.output.is_linear && residual == nullptr;
         lines_ = y.dims[0] * shape.out[0] * shape.out[1];
         // Lines first: tasks that share a line both compute its taps' addresses.
         const double cycles = static_cast<double>(lines_ * shape.out[2] * job_.blocks * (3 * taps + 20));

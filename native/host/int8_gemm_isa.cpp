@@ -139,12 +139,14 @@ QF_INLINE Float activate(Float r, Float a, Float b) {
 struct OutputConstants {
     Float inverse_scale, low, high, a, b, residual_scale;
     Int zero, residual_zero;
+    Vector::Codes codes;
 };
 
 QF_INLINE OutputConstants constants_of(const Int8Output& o) {
     return {Vector::set(o.inverse_scale),  Vector::set(o.low),  Vector::set(o.high),
             Vector::set(o.a),              Vector::set(o.b),    Vector::set(o.residual_scale),
-            Vector::set(o.zero),           Vector::set(o.residual_zero)};
+            Vector::set(o.zero),           Vector::set(o.residual_zero),
+            Vector::Codes(o.zero, o.low_code, o.high_code)};
 }
 
 // sum * scale, + bias: two roundings, like the reference.
@@ -217,6 +219,19 @@ template <int kActivation>
 QF_INLINE void finish_block(const Int8Output& o, const OutputConstants& k, const Int (&sums)[4], i64 block, i64 at,
                             i64 count) {
     Float r[4];
+    if constexpr (kActivation == kInt8Linear) {
+        for (int i = 0; i < 4; ++i)
+            r[i] = Vector::multiply_add(Vector::to_float(sums[i]),
+                                        Vector::load(o.code_scale + block * kBlock + i * kLanes),
+                                        Vector::load(o.code_bias + block * kBlock + i * kLanes));
+        const Int rounded[4] = {Vector::round(r[0]), Vector::round(r[1]), Vector::round(r[2]), Vector::round(r[3])};
+        u8* y = static_cast<u8*>(o.y) + at;
+        if (count == kBlock) return k.codes.store_block(y, rounded);
+        u8 part[kBlock];
+        k.codes.store_block(part, rounded);
+        std::memcpy(y, part, count);
+        return;
+    }
     for (int i = 0; i < 4; ++i)
         r[i] = real_of(sums[i], Vector::load(o.scale + block * kBlock + i * kLanes),
                        Vector::load(o.bias + block * kBlock + i * kLanes));
@@ -246,6 +261,42 @@ QF_INLINE void finish_block(const Int8Output& o, const OutputConstants& k, const
     if (count != kBlock) std::memcpy(y, part, count);
 }
 
+// The same where `is_linear`.
+template <bool kHasResidual>
+void finish_codes(const Int8Output& o, const std::int32_t* sums, i64 stride, i64 row, i64 rows, i64 padded, i64 channel,
+                  i64 count) {
+    const Vector::Codes codes(o.zero, o.low_code, o.high_code);
+    const Float residual_step = Vector::set(o.residual_step);
+    const Float scale0 = Vector::load(o.code_scale + padded), scale1 = Vector::load(o.code_scale + padded + kLanes);
+    const Float bias0 = Vector::load(o.code_bias + padded), bias1 = Vector::load(o.code_bias + padded + kLanes);
+    u8* y = static_cast<u8*>(o.y) + row * o.row + channel;
+    const u8* residual = kHasResidual ? o.residual + row * o.row + channel : nullptr;
+    const auto rounded = [&](i64 m, Int& a, Int& b) __attribute__((always_inline)) {
+        Float r0 = Vector::multiply_add(Vector::to_float(Vector::load(sums + m * stride)), scale0, bias0);
+        Float r1 = Vector::multiply_add(Vector::to_float(Vector::load(sums + m * stride + kLanes)), scale1, bias1);
+        if constexpr (kHasResidual) {
+            Int q0, q1;
+            Vector::load_bytes(residual + m * o.row, count, q0, q1);
+            r0 = Vector::multiply_add(Vector::to_float(q0), residual_step, r0);
+            r1 = Vector::multiply_add(Vector::to_float(q1), residual_step, r1);
+        }
+        a = Vector::round(r0);
+        b = Vector::round(r1);
+    };
+    Int a, b, c, d;
+    i64 m = 0;
+    if (count == kColumns)
+        for (; m + 2 <= rows; m += 2) {
+            rounded(m, a, b);
+            rounded(m + 1, c, d);
+            codes.store(y + m * o.row, y + (m + 1) * o.row, a, b, c, d);
+        }
+    for (; m < rows; ++m) {
+        rounded(m, a, b);
+        codes.store(y + m * o.row, a, b, count);
+    }
+}
+
 using FinishTile = void (*)(const Int8Output&, const std::int32_t*, i64, i64, i64, i64, i64, i64);
 
 template <int... kActivations>
@@ -253,8 +304,9 @@ FinishTile finisher(int activation, std::integer_sequence<int, kActivations...>)
     static constexpr FinishTile all[] = {finish_tile<kActivations>...};
     return all[activation];
 }
-FinishTile finisher(int activation) {
-    return finisher(activation, std::make_integer_sequence<int, kInt8Activations>{});
+FinishTile finisher(const Int8Output& o) {
+    if (o.is_linear) return o.residual != nullptr ? finish_codes<true> : finish_codes<false>;
+    return finisher(o.activation, std::make_integer_sequence<int, kInt8Activations>{});
 }
 
 // ---- register tile -----------------------------------------------------------------------------------------------
@@ -301,6 +353,10 @@ struct TileJob {
     i64 start_row = 0;
     std::int32_t* sums = nullptr;
     i64 sums_row = 0, low_rows = 0;
+    // What is fetched into the L2 cache meanwhile, `ahead_step` bytes a step: the next weights come from far away, and
+    // the processor's own prefetching stops at the end of a page.
+    const u8* ahead = nullptr;
+    i64 ahead_step = 0;
 };
 constexpr i64 kNoOffset[1] = {0};
 
@@ -310,12 +366,14 @@ template <int kVectors, Product kProduct, int... kIndex>
 QF_INLINE void tile_of(const TileJob& job, std::integer_sequence<int, kIndex...> indices) {
     Int acc[sizeof...(kIndex)] = {
         Vector::load(job.start + (kIndex / kVectors) * job.start_row + (kIndex % kVectors) * kLanes)...};
-    const u8* w = job.w;
-    const i64 x_row = job.x_row, steps = job.steps;
+    const u8 *w = job.w, *ahead = job.ahead;
+    const i64 x_row = job.x_row, steps = job.steps, ahead_step = job.ahead_step;
     for (i64 run = 0; run < job.runs; ++run) {
         const u8* x = job.x + job.offsets[run];
 #pragma GCC unroll 1
         for (i64 q = 0; q < steps; ++q) {
+            __builtin_prefetch(ahead, 0, 2);
+            ahead += ahead_step;
             tile_step<Vector, kVectors, kProduct, false>(acc, x, x_row, w, indices);
             if constexpr (kProduct == Product::widened)
                 tile_step<Vector, kVectors, kProduct, true>(acc, x + 4, x_row, w, indices);
@@ -511,7 +569,7 @@ Scratch scratch_of(const Int8Gemm& g, i64 rows, i64 panels) {
 
 void gemm_packed(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 panels, u8* scratch) {
     const Scratch s = scratch_of(g, rows, panels);
-    const FinishTile finish = finisher(g.output.activation);
+    const FinishTile finish = finisher(g.output);
     const i64 steps = g.runs * g.run_length;
     const Tiling tiling(rows);
     std::int32_t* tile_sums = reinterpret_cast<std::int32_t*>(scratch + s.tile);
@@ -662,7 +720,7 @@ void gemm_lines(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 
                          tiling.slot(t) - tiling.first(t)};
     }
 
-    const FinishTile finish = finisher(g.output.activation);
+    const FinishTile finish = finisher(g.output);
     const auto finish_pending = [&](const Pending& done) {
         for (i64 i = 0; i < done.count; ++i) {
             const Piece& piece = done.pieces[i];
@@ -677,6 +735,9 @@ void gemm_lines(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 
     job.runs = g.is_windowed ? g.runs : 1;
     job.steps = g.quads / job.runs;
     job.sums_row = kColumns;
+    // The tiles of one panel together fetch the next one.
+    const i64 panel_bytes = g.quads * 4 * kColumns;
+    job.ahead_step = (4 * kColumns + count - 1) / count;
     std::int32_t* sums = reinterpret_cast<std::int32_t*>(scratch + s.sums);
     Pending pending{};
     bool is_second = false;
@@ -690,6 +751,7 @@ void gemm_lines(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 
             job.x = pieces[i].x;
             job.x_high = pieces[i + together - 1].x;
             job.low_rows = pieces[i].height;
+            job.ahead = job.w + panel_bytes + panel_bytes * i / count;
             job.sums = sums + (is_second ? Tiling::kPieces * kRows * kColumns : 0);
             is_second = !is_second;
             const i64 height = together * pieces[i].height;
@@ -783,14 +845,13 @@ void depthwise_lines(const Int8Depthwise& d, i64 line, i64 lines, i64 block, i64
 }
 
 template <int... kActivations>
-void depthwise_for(int activation, const Int8Depthwise& d, i64 line, i64 lines, i64 block, i64 blocks, u8* scratch,
+void depthwise_for(const Int8Depthwise& d, i64 line, i64 lines, i64 block, i64 blocks, u8* scratch,
                    std::integer_sequence<int, kActivations...>) {
     static constexpr decltype(&depthwise_lines<0>) all[] = {depthwise_lines<kActivations>...};
-    all[activation](d, line, lines, block, blocks, scratch);
+    all[d.output.is_linear ? kInt8Linear : d.output.activation](d, line, lines, block, blocks, scratch);
 }
 void depthwise(const Int8Depthwise& d, i64 line, i64 lines, i64 block, i64 blocks, u8* scratch) {
-    depthwise_for(d.output.activation, d, line, lines, block, blocks, scratch,
-                  std::make_integer_sequence<int, kInt8Activations>{});
+    depthwise_for(d, line, lines, block, blocks, scratch, std::make_integer_sequence<int, kInt8Linear + 1>{});
 }
 
 #if defined(QF_INT8_WINOGRAD)

@@ -10,6 +10,7 @@ namespace quantflow::host {
 enum Int8Activation : int {
     kInt8None, kInt8Relu, kInt8Hardtanh, kInt8Hardswish, kInt8Hardsigmoid, kInt8Silu, kInt8Sigmoid, kInt8Gelu,
     kInt8GeluTanh, kInt8LeakyRelu, kInt8Tanh, kInt8Activations,
+    kInt8Linear = kInt8Activations,  // see Int8Output::is_linear; of depthwise convolutions without a residual
 };
 
 // What happens to an exact sum: r = sum * scale[c] + bias[c] (+ residual), the activation, then codes or float32.
@@ -27,6 +28,12 @@ struct Int8Output {
     std::int32_t zero = 0;
     int activation = kInt8None;
     float a = 0, b = 0;
+    // Codes at once, for activations that only clamp: round(sum * code_scale[c] + code_bias[c] (+ residual *
+    // residual_step)) + zero, clamped to [low_code, high_code]. The constants are divided by y's scale beforehand.
+    bool is_linear = false;
+    const float *code_scale = nullptr, *code_bias = nullptr;
+    float residual_step = 0;
+    std::uint8_t low_code = 0, high_code = 255;
 };
 
 // A convolution as rows (output pixels) times channels. Spatial dimensions are padded to three.

@@ -99,6 +99,39 @@ struct PortableVector {
     }
     QF_INLINE Float power_of_two(Int n) { return (Float)((n + 127) << 23); }
 
+    // v + zero within [low, high] as bytes; |v| < 2^30.
+    struct Codes {
+        Int zero, low, high;
+        Codes(std::int32_t z, std::uint8_t l, std::uint8_t h) : zero(set(z)), low(set(l)), high(set(h)) {}
+        QF_INLINE_MEMBER Int of(Int v) const {
+            v = add(v, zero);
+            v = v > high ? high : v;
+            return v < low ? low : v;
+        }
+        // The first n of two vectors' lanes.
+        QF_INLINE_MEMBER void store(std::uint8_t* p, Int a, Int b, std::int64_t n) const {
+            std::uint8_t bytes[2 * Lanes];
+            store_bytes(bytes, of(a), of(b));
+            std::memcpy(p, bytes, static_cast<std::size_t>(n));
+        }
+        // Two whole rows.
+        QF_INLINE_MEMBER void store(std::uint8_t* p, std::uint8_t* q, Int a, Int b, Int c, Int d) const {
+            store_bytes(p, of(a), of(b));
+            store_bytes(q, of(c), of(d));
+        }
+        QF_INLINE_MEMBER void store_block(std::uint8_t* p, const Int (&v)[4]) const {
+            const Int all[4] = {of(v[0]), of(v[1]), of(v[2]), of(v[3])};
+            PortableVector::store_block(p, all);
+        }
+    };
+    // The first n bytes, the rest anything.
+    QF_INLINE void load_bytes(const std::uint8_t* p, std::int64_t n, Int& a, Int& b) {
+        std::uint8_t bytes[2 * Lanes] = {};
+        std::memcpy(bytes, p, static_cast<std::size_t>(n));
+        a = load_bytes(bytes);
+        b = load_bytes(bytes + Lanes);
+    }
+
     QF_INLINE Int quad(const std::uint8_t* p) { return set(load_as<std::int32_t>(p)); }
     QF_INLINE void dot(Int& acc, Int x, Int w) {
         const Int x0 = x & 0x00ff00ff, x1 = ((Int)((UInt)x >> 8)) & 0x00ff00ff;
@@ -193,6 +226,40 @@ struct Vector256 {
     QF_INLINE Int round(Float v) { return _mm256_cvtps_epi32(v); }
     QF_INLINE Float power_of_two(Int n) {
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, set(127)), 23));
+    }
+
+    struct Codes {
+        Int zero, low, high;
+        Codes(std::int32_t z, std::uint8_t l, std::uint8_t h)
+            : zero(_mm256_set1_epi16(static_cast<short>(z))),
+              low(_mm256_set1_epi8(static_cast<char>(l))),
+              high(_mm256_set1_epi8(static_cast<char>(h))) {}
+        // Of four vectors, as packing leaves them: within 128 bits a, b, c, d.
+        QF_INLINE_MEMBER Int of(Int a, Int b, Int c, Int d) const {
+            const Int ab = _mm256_adds_epi16(_mm256_packs_epi32(a, b), zero);
+            const Int cd = _mm256_adds_epi16(_mm256_packs_epi32(c, d), zero);
+            return _mm256_max_epu8(_mm256_min_epu8(_mm256_packus_epi16(ab, cd), high), low);
+        }
+        QF_INLINE_MEMBER void store(std::uint8_t* p, std::uint8_t* q, Int a, Int b, Int c, Int d) const {
+            const Int order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+            const Int v = _mm256_permutevar8x32_epi32(of(a, b, c, d), order);
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(v));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm256_extracti128_si256(v, 1));
+        }
+        QF_INLINE_MEMBER void store(std::uint8_t* p, Int a, Int b, std::int64_t n) const {
+            std::uint8_t bytes[32];
+            store(bytes, bytes + 16, a, b, a, b);
+            std::memcpy(p, bytes, static_cast<std::size_t>(n));
+        }
+        QF_INLINE_MEMBER void store_block(std::uint8_t* p, const Int (&v)[4]) const {
+            _mm256_storeu_si256(reinterpret_cast<Int*>(p), of(v[0], v[1], v[2], v[3]));
+        }
+    };
+    QF_INLINE void load_bytes(const std::uint8_t* p, std::int64_t n, Int& a, Int& b) {
+        std::uint8_t bytes[16] = {};
+        std::memcpy(bytes, p, static_cast<std::size_t>(n));
+        a = load_bytes(bytes);
+        b = load_bytes(bytes + 8);
     }
 
     QF_INLINE Int quad(const std::uint8_t* p) { return set(load_as<std::int32_t>(p)); }
@@ -348,6 +415,40 @@ struct Avx512Vector {
     QF_INLINE Int round(Float v) { return _mm512_cvtps_epi32(v); }
     QF_INLINE Float power_of_two(Int n) {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, set(127)), 23));
+    }
+
+    struct Codes {
+        Int zero, low, high, order;
+        Codes(std::int32_t z, std::uint8_t l, std::uint8_t h)
+            : zero(_mm512_set1_epi16(static_cast<short>(z))),
+              low(_mm512_set1_epi8(static_cast<char>(l))),
+              high(_mm512_set1_epi8(static_cast<char>(h))),
+              order(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)) {}
+        // Of four vectors, as packing leaves them: within 128 bits a, b, c, d.
+        QF_INLINE_MEMBER Int of(Int a, Int b, Int c, Int d) const {
+            const Int ab = _mm512_adds_epi16(_mm512_packs_epi32(a, b), zero);
+            const Int cd = _mm512_adds_epi16(_mm512_packs_epi32(c, d), zero);
+            return _mm512_max_epu8(_mm512_min_epu8(_mm512_packus_epi16(ab, cd), high), low);
+        }
+        QF_INLINE_MEMBER void store(std::uint8_t* p, std::uint8_t* q, Int a, Int b, Int c, Int d) const {
+            const Int v = _mm512_permutexvar_epi32(order, of(a, b, c, d));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(v));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), _mm512_extracti64x4_epi64(v, 1));
+        }
+        QF_INLINE_MEMBER void store(std::uint8_t* p, Int a, Int b, std::int64_t n) const {
+            const __mmask32 first = static_cast<__mmask32>((std::uint64_t{1} << n) - 1);
+            const Int v = _mm512_permutexvar_epi32(order, of(a, b, a, b));
+            _mm256_mask_storeu_epi8(p, first, _mm512_castsi512_si256(v));
+        }
+        QF_INLINE_MEMBER void store_block(std::uint8_t* p, const Int (&v)[4]) const {
+            _mm512_storeu_si512(p, of(v[0], v[1], v[2], v[3]));
+        }
+    };
+    QF_INLINE void load_bytes(const std::uint8_t* p, std::int64_t n, Int& a, Int& b) {
+        const __mmask32 first = static_cast<__mmask32>((std::uint64_t{1} << n) - 1);
+        const __m256i bytes = _mm256_maskz_loadu_epi8(first, p);
+        a = _mm512_cvtepu8_epi32(_mm256_castsi256_si128(bytes));
+        b = _mm512_cvtepu8_epi32(_mm256_extracti128_si256(bytes, 1));
     }
 
     QF_INLINE Int quad(const std::uint8_t* p) { return set(load_as<std::int32_t>(p)); }
