@@ -401,7 +401,7 @@ struct Shape3 {
     i64 pixels() const { return out[0] * out[1] * out[2]; }
     bool is_pointwise() const {
         bool all = true;
-        for (int i = 0; i < 3; ++i) all = all && kernel[i] == 1 && stride[i] == 1 && padding[i] == 0;
+        for (int i = 0; i < 3; ++i) all = all && kernel[i] == 1 && stride[i] == 1 && padding[i] == 0 && out[i] == in[i];
         return all;
     }
     // One entry per tap, or per kernel row.
@@ -471,8 +471,10 @@ public:
         }
         const Runs run(kernels_, gemm_.runs, gemm_.run_length);
         gemm_.is_windowed = suits_windows(grouping, shape, run);
-        gemm_.reads_in_place = gemm_.is_windowed && 4 * run.quads == run.length && shape.padding[1] == 0 &&
-                               shape.padding[2] == 0;
+        gemm_.reads_in_place = gemm_.is_windowed && 4 * run.quads == run.length;
+        for (int i = 1; i < 3; ++i)
+            gemm_.reads_in_place = gemm_.reads_in_place && shape.padding[i] == 0 &&
+                                   (shape.out[i] - 1) * shape.stride[i] + gemm_.reach[i] < shape.in[i];
         for (i64 i = 0; i < gemm_.runs; ++i) {
             const std::size_t r = static_cast<std::size_t>(i);
             run_offset_.push_back(((taps_.z[r] * shape.in[1] + taps_.y[r]) * shape.in[2] + taps_.x[r]) * gemm_.pixel);

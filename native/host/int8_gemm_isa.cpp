@@ -169,13 +169,14 @@ void finish_tile(const Int8Output& o, const std::int32_t* sums, i64 stride, i64 
                  i64 channel, i64 count) {
     const OutputConstants k = constants_of(o);
     const i64 first = row * o.row + channel;
-    if (count == kColumns && !o.is_float) {
+    if (count == kColumns) {
         const Float scale0 = Vector::load(o.scale + padded), scale1 = Vector::load(o.scale + padded + kLanes);
         const Float bias0 = Vector::load(o.bias + padded), bias1 = Vector::load(o.bias + padded + kLanes);
-        u8* y = static_cast<u8*>(o.y) + first;
+        u8* codes = static_cast<u8*>(o.y) + first;
+        float* reals = static_cast<float*>(o.y) + first;
         const u8* residual = o.residual;
         if (residual != nullptr) residual += first;
-        for (i64 m = 0; m < rows; ++m, sums += stride, y += o.row) {
+        for (i64 m = 0; m < rows; ++m, sums += stride, codes += o.row, reals += o.row) {
             Float r0 = real_of(Vector::load(sums), scale0, bias0);
             Float r1 = real_of(Vector::load(sums + kLanes), scale1, bias1);
             if (residual != nullptr) {
@@ -185,7 +186,12 @@ void finish_tile(const Int8Output& o, const std::int32_t* sums, i64 stride, i64 
             }
             r0 = activate<kActivation>(r0, k.a, k.b);
             r1 = activate<kActivation>(r1, k.a, k.b);
-            Vector::store_bytes(y, code_of(r0, k), code_of(r1, k));
+            if (o.is_float) {
+                Vector::store(reals, r0);
+                Vector::store(reals + kLanes, r1);
+            } else {
+                Vector::store_bytes(codes, code_of(r0, k), code_of(r1, k));
+            }
         }
         return;
     }

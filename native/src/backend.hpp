@@ -102,7 +102,8 @@ public:
     virtual std::unique_ptr<Step> linear(const Weights&, const Tensor& x, const Tensor* residual, const Epilogue&,
                                          const Tensor& y) = 0;
     // The same for convolutions: x codes (batch, channels, *spatial), y and residual channels_last, 1 to 3 spatial
-    // dimensions. Padding stands for the real number 0.
+    // dimensions. Padding stands for the real number 0; `padding` is what lies before x, what lies behind follows from
+    // y's dimensions.
     virtual std::unique_ptr<Step> conv(const Weights&, const ConvGeometry&, const Tensor& x, const Tensor* residual,
                                        const Epilogue&, const Tensor& y) = 0;
 

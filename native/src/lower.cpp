@@ -148,6 +148,11 @@ private:
     std::vector<Buffer> buffers_;
     std::unordered_map<std::string, int> constant_buffers_;
     std::unordered_map<int, View> dequantized_;  // value → its float32 copy
+    // Value → zeros around it, which the convolution that reads it pads: it is defined without them.
+    struct Border {
+        Dims before, after;  // per spatial dimension
+    };
+    std::unordered_map<int, Border> borders_;
     int node_ = -1;
 
     std::string label() const { return "layer " + program_.nodes[static_cast<std::size_t>(node_)].label(); }
@@ -536,16 +541,22 @@ private:
         return false;
     }
 
+    // The one node that reads a value; -1: there are more, or some outside.
+    int only_user(int index) const {
+        const Value& v = program_.values[static_cast<std::size_t>(index)];
+        return v.users.size() == 1 && !is_output(index) && is_inside(v.users[0]) ? v.users[0] : -1;
+    }
+
     // An activation that alone reads this node's float result, fused; returns the value that is then defined.
     int fuse_activation(int index, Epilogue& epilogue) {
-        const Value& v = program_.values[static_cast<std::size_t>(index)];
-        if (v.q || v.users.size() != 1 || is_output(index) || !is_inside(v.users[0])) return index;
-        const Node& n = program_.nodes[static_cast<std::size_t>(v.users[0])];
+        const int user = only_user(index);
+        if (program_.values[static_cast<std::size_t>(index)].q || user < 0) return index;
+        const Node& n = program_.nodes[static_cast<std::size_t>(user)];
         if (n.op != Op::aten || n.args.empty() || n.args[0].as<Ref>() == nullptr) return index;
         const auto found = activation_of(n);
         if (!found) return index;
         epilogue = *found;
-        done_[static_cast<std::size_t>(v.users[0])] = true;
+        done_[static_cast<std::size_t>(user)] = true;
         return n.output;
     }
 
@@ -634,6 +645,7 @@ private:
     void linear(const Node& n) {
         const bool is_conv = n.op == Op::conv;
         View x = operand(0, "input");
+        ConvGeometry geometry = n.geometry;
         const std::int64_t out = n.weights.dims[0];
         Dims dims = x.dims;
         Dims strides;
@@ -645,11 +657,16 @@ private:
                 throw Error("takes " + std::to_string(n.weights.dims[1] * n.geometry.groups) + " channels, has " +
                             std::to_string(x.dims[1]));
             dims[1] = out;
+            const auto border = borders_.find(n.args[0].as<Ref>()->value);
             for (std::size_t i = 0; i < spatial; ++i) {
-                const std::int64_t span = n.geometry.dilation[i] * (n.weights.dims[i + 2] - 1) + 1;
-                const std::int64_t room = x.dims[i + 2] + 2 * n.geometry.padding[i] - span;
+                const std::int64_t span = geometry.dilation[i] * (n.weights.dims[i + 2] - 1) + 1;
+                std::int64_t room = x.dims[i + 2] + 2 * geometry.padding[i] - span;
+                if (border != borders_.end()) {
+                    room += border->second.before[i] + border->second.after[i];
+                    geometry.padding[i] += border->second.before[i];
+                }
                 if (room < 0) throw Error("its input is smaller than its kernel");
-                dims[i + 2] = room / n.geometry.stride[i] + 1;
+                dims[i + 2] = room / geometry.stride[i] + 1;
             }
             x = in_channels_last(x);
             strides = channels_last(dims);
@@ -685,7 +702,7 @@ private:
             emit(backend_.fill(0, plain_view(y)), {&y});
             return;
         }
-        auto step = is_conv ? backend_.conv(n.weights, n.geometry, tx, pr, n.epilogue, ty)
+        auto step = is_conv ? backend_.conv(n.weights, geometry, tx, pr, n.epilogue, ty)
                             : backend_.linear(n.weights, tx, pr, n.epilogue, ty);
         emit(std::move(step), {&x, &y, residual ? &*residual : nullptr});
         define(n.output, y);
@@ -923,6 +940,7 @@ private:
             {"le", &Lowering::arithmetic}, {"gt", &Lowering::arithmetic}, {"ge", &Lowering::arithmetic},
             {"rsub", &Lowering::arithmetic}, {"logical_and", &Lowering::arithmetic},
             {"logical_or", &Lowering::arithmetic}, {"bitwise_and", &Lowering::arithmetic},
+            {"__and__", &Lowering::arithmetic}, {"__or__", &Lowering::arithmetic},
             {"bitwise_or", &Lowering::arithmetic},
             {"where", &Lowering::where}, {"masked_fill", &Lowering::masked_fill},
             {"to", &Lowering::convert}, {"_to_copy", &Lowering::convert}, {"type_as", &Lowering::convert},
@@ -1211,23 +1229,55 @@ private:
             before[at] = std::max<std::int64_t>(0, left);
             dims[at] = before[at] + x.dims[at] + std::max<std::int64_t>(0, right);
         }
-        View y = like(x, dims, [&] {
-            View shape = x;
-            shape.dims = dims;
-            return x.count() == 0 ? row_major(dims) : dense_like(shape);
-        }());
         if (x.q && !x.is_real) {  // the program's fill is a code
             value += stored_as(program_.values[static_cast<std::size_t>(n.output)]).shift;
         } else if (x.q) {
             const double code = std::nearbyint(value / x.q->scale) + x.q->zero_point;
             value = std::clamp<double>(code, x.q->qmin, x.q->qmax);
         }
+        if (value == (x.q ? x.q->zero_point : 0) && leave_to_conv(n.output, x.dims, before, dims))
+            return define(n.output, x);
+        View y = like(x, dims, [&] {
+            View shape = x;
+            shape.dims = dims;
+            return x.count() == 0 ? row_major(dims) : dense_like(shape);
+        }());
         emit(backend_.fill(value, plain_view(y)), {&y});
         View inside = y;
         for (std::size_t i = 0; i < dims.size(); ++i)
             inside = sliced(inside, static_cast<int>(i), before[i], before[i] + x.dims[i], 1);
         put(x, inside);
         define(n.output, y);
+    }
+
+    // Whether the one reader of a padded value, as it is or quantized, is a convolution, which then pads it itself.
+    bool leave_to_conv(int index, const Dims& inside, const Dims& before, const Dims& padded) {
+        int read = index, user = only_user(index);
+        if (user >= 0 && program_.nodes[static_cast<std::size_t>(user)].op == Op::quantize) {
+            read = program_.nodes[static_cast<std::size_t>(user)].output;
+            user = only_user(read);
+        }
+        if (user < 0) return false;
+        const Node& n = program_.nodes[static_cast<std::size_t>(user)];
+        if (n.op != Op::conv || inside.size() != n.geometry.padding.size() + 2) return false;
+        const auto is_read = [&](std::size_t i) {
+            const Ref* ref = n.args[i].as<Ref>();
+            return ref != nullptr && ref->value == read;
+        };
+        if (!is_read(0) || is_read(1)) return false;
+        if (padded[0] != inside[0] || padded[1] != inside[1]) return false;
+        Border border;
+        for (std::size_t i = 2; i < inside.size(); ++i) {
+            border.before.push_back(before[i]);
+            border.after.push_back(padded[i] - inside[i] - before[i]);
+            // More zeros than the kernel reaches over are no usual padding.
+            const std::int64_t reach = n.geometry.dilation[i - 2] * (n.weights.dims[i] - 1);
+            if (inside[i] == 0 || before[i] + n.geometry.padding[i - 2] > reach ||
+                border.after.back() + n.geometry.padding[i - 2] > reach)
+                return false;
+        }
+        borders_[read] = border;
+        return true;
     }
 
     void pixel_shuffle(const Node& n) {
@@ -1507,6 +1557,7 @@ private:
             {"eq", Binary::eq}, {"ne", Binary::ne}, {"lt", Binary::lt}, {"le", Binary::le}, {"gt", Binary::gt},
             {"ge", Binary::ge}, {"logical_and", Binary::logical_and}, {"logical_or", Binary::logical_or},
             {"bitwise_and", Binary::logical_and}, {"bitwise_or", Binary::logical_or},
+            {"__and__", Binary::logical_and}, {"__or__", Binary::logical_or},
         };
         const std::string base = base_name(n.target);
         const Binary op = kinds.at(base);
@@ -1518,7 +1569,7 @@ private:
         if (alpha != 1.0) throw Unsupported("alpha other than 1");
         const View* a = first.as<View>();
         const View* b = second.as<View>();
-        const bool is_bitwise = base.compare(0, 7, "bitwise") == 0;
+        const bool is_bitwise = base.find("bitwise") == 0 || base.find("__") == 0;
         for (const View* v : {a, b})
             if (is_bitwise && v != nullptr && v->dtype != DType::b8) throw Unsupported("bitwise logic of integers");
         if (a != nullptr && b != nullptr) return binary_node(op, *a, *b, n.output, {});
@@ -1608,7 +1659,67 @@ private:
 
     // --- float math
 
-    void matmul(const Node& n) { multiply(as_f32(operand(0, "self")), as_f32(operand(1, "other")), n.output); }
+    void matmul(const Node& n) {
+        if (!written_out_attention(n)) multiply(as_f32(operand(0, "self")), as_f32(operand(1, "other")), n.output);
+    }
+
+    // softmax(q @ k * scale + mask) @ v as separate nodes, whose results nothing else reads, by the attention kernel.
+    bool written_out_attention(const Node& n) {
+        double scale = 1;
+        std::optional<View> mask;
+        std::vector<int> links;
+        bool is_softmax = false;
+        for (int index = n.output;;) {
+            const int user = only_user(index);
+            if (user < 0) return false;
+            const Node& link = program_.nodes[static_cast<std::size_t>(user)];
+            if (link.op != Op::aten || link.args.size() < 2) return false;
+            const auto reads = [&](std::size_t i) {
+                const Ref* ref = link.args[i].as<Ref>();
+                return ref != nullptr && ref->value == index;
+            };
+            const std::string base = base_name(link.target);
+            links.push_back(user);
+            if (is_softmax) {
+                const View* v = base == "matmul" && reads(0) && !reads(1) ? known(link.args[1]) : nullptr;
+                const View q = operand(0, "self"), k = operand(1, "other");
+                if (v == nullptr || q.rank() < 2 || k.rank() != q.rank() || v->rank() != q.rank()) return false;
+                Dims swapped(k.dims.size());
+                std::iota(swapped.begin(), swapped.end(), 0);
+                std::swap(swapped[swapped.size() - 1], swapped[swapped.size() - 2]);
+                const View values = *v;
+                for (int done : links) done_[static_cast<std::size_t>(done)] = true;
+                attend(q, permuted(k, swapped), values, mask, false, scale, link.output);
+                return true;
+            }
+            const double number = number_of(link.args[1]);
+            if ((base == "mul" || base == "div") && !mask && reads(0) && !std::isnan(number) &&
+                link.kwargs.count("rounding_mode") == 0) {
+                scale = base == "mul" ? scale * number : scale / number;
+            } else if (base == "add" && !mask && reads(0) != reads(1) && link.args.size() == 2 && link.kwargs.empty()) {
+                const View* other = known(link.args[reads(0) ? 1 : 0]);
+                if (other == nullptr || other->q || other->dtype != DType::f32) return false;
+                mask = *other;
+            } else if (base == "softmax" && reads(0) && (number == -1 || number == operand(0, "self").rank() - 1) &&
+                       link.args.size() == 2 && link.kwargs.empty()) {
+                is_softmax = true;
+            } else {
+                return false;
+            }
+            index = link.output;
+        }
+    }
+
+    // A tensor that an argument names, if it is computed by now.
+    const View* known(const Arg& a) {
+        const auto* ref = a.as<Ref>();
+        return ref == nullptr ? nullptr : value(ref->value).as<View>();
+    }
+    static double number_of(const Arg& a) {
+        if (const auto* i = a.as<std::int64_t>()) return static_cast<double>(*i);
+        const auto* d = a.as<double>();
+        return d == nullptr ? std::nan("") : *d;
+    }
 
     void float_linear(const Node& n) {
         const View x = in_row_major(as_f32(operand(0, "input"))), w = operand(1, "weight");
@@ -1629,13 +1740,23 @@ private:
     }
 
     void attention(const Node& n) {
-        View q = as_real_operand(operand(0, "query")), k = as_real_operand(operand(1, "key")),
-             v = as_real_operand(operand(2, "value"));
-        if (q.rank() < 2 || k.rank() != q.rank() || v.rank() != q.rank()) throw Unsupported("attention of these ranks");
         if (real(4, "dropout_p", 0.0) != 0.0) throw Unsupported("attention with dropout");
         if (flag(6, "enable_gqa", false) || flag(99, "enable_gqa", false)) throw Unsupported("grouped-query attention");
-        const bool causal = flag(5, "is_causal", false);
+        const View q = operand(0, "query");
+        std::optional<View> mask;
+        if (has(3, "attn_mask")) mask = operand(3, "attn_mask");
         const double scale = real(6, "scale", std::nan(""));
+        const double width = q.dims.empty() ? 1.0 : static_cast<double>(q.dims.back());
+        attend(q, operand(1, "key"), operand(2, "value"), mask, flag(5, "is_causal", false),
+               std::isnan(scale) ? 1.0 / std::sqrt(width) : scale, n.output);
+    }
+
+    // softmax(scale * q @ k.T + mask) @ v into the value `output`.
+    void attend(View q, View k, View v, std::optional<View> mask, bool causal, double scale, int output) {
+        q = as_real_operand(q);
+        k = as_real_operand(k);
+        v = as_real_operand(v);
+        if (q.rank() < 2 || k.rank() != q.rank() || v.rank() != q.rank()) throw Unsupported("attention of these ranks");
         const auto rank = q.dims.size();
         const Dims batch = broadcast_dims(broadcast_dims(Dims(q.dims.begin(), q.dims.end() - 2), Dims(k.dims.begin(), k.dims.end() - 2)),
                                           Dims(v.dims.begin(), v.dims.end() - 2));
@@ -1648,9 +1769,7 @@ private:
         k = shaped(k);
         v = shaped(v);
         if (q.dims[rank - 1] != k.dims[rank - 1] || k.dims[rank - 2] != v.dims[rank - 2]) throw Error("attention of shapes that do not fit");
-        std::optional<View> mask;
-        if (has(3, "attn_mask")) {
-            mask = operand(3, "attn_mask");
+        if (mask) {
             if (mask->dtype != DType::b8) mask = as_f32(*mask);
             Dims dims = batch;
             dims.insert(dims.end(), {q.dims[rank - 2], k.dims[rank - 2]});
@@ -1664,13 +1783,12 @@ private:
             const std::int64_t heads = dims[1], width = dims[3];
             strides = {dims[2] * heads * width, width, heads * width, 1};
         }
-        View y = result(dims, strides, n.output);
+        View y = result(dims, strides, output);
         std::optional<Tensor> tm;
         if (mask) tm = tensor(*mask);
-        const double factor = std::isnan(scale) ? 1.0 / std::sqrt(static_cast<double>(q.dims[rank - 1])) : scale;
-        emit(backend_.attention(tensor(q), tensor(k), tensor(v), tm ? &*tm : nullptr, causal, static_cast<float>(factor), tensor(y)),
+        emit(backend_.attention(tensor(q), tensor(k), tensor(v), tm ? &*tm : nullptr, causal, static_cast<float>(scale), tensor(y)),
              {&q, &k, &v, mask ? &*mask : nullptr, &y});
-        define(n.output, y);
+        define(output, y);
     }
 
     void softmax(const Node& n) {

@@ -311,13 +311,24 @@ Tensor dense_copy(Device& device, Device::Reservation& scratch, const Tensor& t,
 
 // ------------------------------------------------------------------------------------------------ convolutions
 
+// Zeros behind x's end in each dimension, as far as the last window reaches.
+Dims padding_after(const Weights& w, const ConvGeometry& g, const Tensor& x, const Tensor& y) {
+    Dims after;
+    for (std::size_t d = 0; d < g.stride.size(); ++d) {
+        const std::int64_t extent = g.dilation[d] * (w.dims[2 + d] - 1) + 1;
+        after.push_back(std::max<std::int64_t>(
+            0, (y.dims[2 + d] - 1) * g.stride[d] + extent - x.dims[2 + d] - g.padding[d]));
+    }
+    return after;
+}
+
 // Where oneDNN's AVX512 code was seen to crash or to sum wrongly (3.12). Its AVX2 and SSE4.1 code of 3.13.2 passed 500
 // random geometries each; a step that is needed this rarely is not worth telling them apart.
 bool is_unsafe_on_cpu(const Weights& w, const ConvGeometry& g, const Tensor& x, const Tensor& y) {
     const std::size_t n = g.stride.size();
     for (std::size_t d = 0; d < n; ++d) {
         const std::int64_t extent = g.dilation[d] * (w.dims[2 + d] - 1) + 1;
-        if (g.padding[d] >= extent) return true;
+        if (g.padding[d] >= extent || padding_after(w, g, x, y)[d] >= extent) return true;
     }
     if (y.dims.back() == 1 && (g.stride.back() > 1 || g.dilation.back() > 1)) return true;
     return n == 3 && x.dims[2] == 1 && g.padding[0] > 0;
@@ -362,7 +373,7 @@ StepPtr make_conv(Device& device, const Weights& w, const ConvGeometry& g, const
         const auto desc = fast([&] {
             return dnnl::convolution_forward::primitive_desc(
                 device.engine, dnnl::prop_kind::forward_inference, algorithm::convolution_direct, describe(x), any,
-                bias, describe(out), g.stride, dilation, g.padding, g.padding,
+                bias, describe(out), g.stride, dilation, g.padding, padding_after(w, g, x, y),
                 integer_attributes(x, mask, extra, how, e, out));
         });
         if (!desc) continue;

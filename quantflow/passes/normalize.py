@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from quantflow.graph import Graph, arguments, is_aten, name_layers, op_name
+from quantflow.passes.index_grids import indexes_to_views
 
 aten = torch.ops.aten
 
@@ -55,6 +56,7 @@ def simplify(graph: Graph) -> Graph:
     for step in (_remove_checks, _remove_identities, _normalize_batch_norm, _normalize_convolutions, _reshape_views):
         step(copied, constants)
     _fold_constants(copied, constants)
+    indexes_to_views(copied, constants)
     _normalize_linears(copied, constants)
     _remove_identities(copied, constants)
     copied.eliminate_dead_code()

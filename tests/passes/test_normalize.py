@@ -109,3 +109,26 @@ def test_random_numbers_are_not_constants() -> None:
     assert "rand" in ops(graph)
     x = torch.zeros(2, 6)
     assert not torch.equal(interpret(graph, [x]), interpret(graph, [x]))
+
+
+def test_indexing_by_all_coordinates_is_a_view() -> None:
+    """As attention masks are read: rows counted at run time, columns a constant."""
+
+    def mask(_m: Net, x: torch.Tensor) -> torch.Tensor:
+        rows = torch.arange(x.shape[0])[:, None, None, None]
+        return x[rows, torch.arange(x.shape[1])[None, None, None, :]] * 2
+
+    assert "index" not in ops(captured(mask, torch.randn(3, 6)))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda _m, x: x[torch.arange(x.shape[0])[:, None], torch.tensor([0, 2, 1, 3, 4, 5])],
+        lambda _m, x: x[torch.arange(x.shape[0])[:, None], torch.arange(5)],
+        lambda _m, x: x[torch.arange(x.shape[0])[None, :], torch.arange(6)[:, None]],
+    ],
+    ids=["another order", "a part", "transposed"],
+)
+def test_other_indexing_is_left_alone(forward: Callable[..., Any]) -> None:
+    assert "index" in ops(captured(forward, torch.randn(3, 6)))
