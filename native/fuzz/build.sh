@@ -28,5 +28,7 @@ for source in "$native"/host/*.cpp; do
         *) clang++ "${flags[@]}" -c "$source" -o "$out/$name.o"; host+=("$out/$name.o") ;;
     esac
 done
+clang++ "${flags[@]}" -DQF_ISA_NAMESPACE=isa_amx_int8 -c "$native/host/int8_gemm_isa.cpp" -o "$out/int8_gemm_isa.amx_int8.o"
+host+=("$out/int8_gemm_isa.amx_int8.o")
 clang++ "${flags[@]}" -fsanitize=fuzzer "$out/target.o" "${core[@]}" "${host[@]}" -lpthread -o "$out/fuzz_program"
 clang++ "${flags[@]}" -fsanitize=fuzzer "$out/target_lower.o" "${core[@]}" "${host[@]}" -lpthread -o "$out/fuzz_lower"

@@ -1681,15 +1681,15 @@ private:
             const std::string base = base_name(link.target);
             links.push_back(user);
             if (is_softmax) {
-                const View* v = base == "matmul" && reads(0) && !reads(1) ? known(link.args[1]) : nullptr;
+                if (base != "matmul" || !reads(0) || reads(1)) return false;
                 const View q = operand(0, "self"), k = operand(1, "other");
-                if (v == nullptr || q.rank() < 2 || k.rank() != q.rank() || v->rank() != q.rank()) return false;
+                const std::optional<View> v = known(link.args[1]);
+                if (!v || q.rank() < 2 || k.rank() != q.rank() || v->rank() != q.rank()) return false;
                 Dims swapped(k.dims.size());
                 std::iota(swapped.begin(), swapped.end(), 0);
                 std::swap(swapped[swapped.size() - 1], swapped[swapped.size() - 2]);
-                const View values = *v;
                 for (int done : links) done_[static_cast<std::size_t>(done)] = true;
-                attend(q, permuted(k, swapped), values, mask, false, scale, link.output);
+                attend(q, permuted(k, swapped), *v, mask, false, scale, link.output);
                 return true;
             }
             const double number = number_of(link.args[1]);
@@ -1697,9 +1697,8 @@ private:
                 link.kwargs.count("rounding_mode") == 0) {
                 scale = base == "mul" ? scale * number : scale / number;
             } else if (base == "add" && !mask && reads(0) != reads(1) && link.args.size() == 2 && link.kwargs.empty()) {
-                const View* other = known(link.args[reads(0) ? 1 : 0]);
-                if (other == nullptr || other->q || other->dtype != DType::f32) return false;
-                mask = *other;
+                mask = known(link.args[reads(0) ? 1 : 0]);
+                if (!mask || mask->q || mask->dtype != DType::f32) return false;
             } else if (base == "softmax" && reads(0) && (number == -1 || number == operand(0, "self").rank() - 1) &&
                        link.args.size() == 2 && link.kwargs.empty()) {
                 is_softmax = true;
@@ -1711,9 +1710,11 @@ private:
     }
 
     // A tensor that an argument names, if it is computed by now.
-    const View* known(const Arg& a) {
+    std::optional<View> known(const Arg& a) {
+        if (const auto* t = a.as<TensorRef>()) return constant(t->name);
         const auto* ref = a.as<Ref>();
-        return ref == nullptr ? nullptr : value(ref->value).as<View>();
+        const View* view = ref == nullptr ? nullptr : value(ref->value).as<View>();
+        return view == nullptr ? std::nullopt : std::optional<View>(*view);
     }
     static double number_of(const Arg& a) {
         if (const auto* i = a.as<std::int64_t>()) return static_cast<double>(*i);

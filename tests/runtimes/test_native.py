@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +26,7 @@ from quantflow.numerics.agreement import disagreement, tie_tolerance
 from quantflow.numerics.measures import sqnr_db
 from quantflow.passes.units import Epilogue
 from quantflow.program import EPILOGUES, Node, Program, Ref, Value
-from quantflow.runtimes import RUNTIMES, choose_runtime, native_devices
+from quantflow.runtimes import RUNTIMES, choose_runtime, native, native_devices
 from quantflow.runtimes import native_library as lib
 from quantflow.runtimes.native import PLANS_PER_SECTION, NativeRunner
 from quantflow.runtimes.reference import ReferenceRunner, run_node, unrounded
@@ -216,6 +219,82 @@ def test_what_has_no_kernel_runs_in_torch_between_sections() -> None:
     rows = runner.profile([x])
     assert [row["kernel"].startswith("torch ") for row in rows].count(True) == 1
     assert all(row["ms"] > 0 for row in rows)
+
+
+class SamePadding(nn.Module):
+    """Padded as TensorFlow does it, more on one side: around reals, around codes, in front of every kind of kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, stride=2)
+        self.depthwise = nn.Conv2d(16, 16, 3, stride=2, groups=16)
+        self.pointwise = nn.Conv2d(16, 8, 1, stride=2)
+        self.dense = nn.Conv2d(8, 8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(F.pad(x, (0, 1, 0, 1))))
+        x = torch.relu(self.depthwise(F.pad(x, (1, 0, 0, 1))))
+        x = torch.relu(self.pointwise(F.pad(x, (0, 1, 1, 0))))
+        return self.dense(F.pad(x, (2, 3, 1, 2)))
+
+
+def test_convolutions_do_the_padding_in_front_of_them() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 31, 30)
+    program = quantized_program(SamePadding(), x)
+    runner = NativeRunner(program)
+    assert sqnr_db(ReferenceRunner(program)([x]), runner([x])) > 60
+    kernels = [row["kernel"] for row in runner.profile([x])]
+    # A kernel of one tap reaches over no padding; that one is written out.
+    assert kernels.count("host.fill") == 1
+    assert len(kernels) == 8
+
+
+class WrittenOutAttention(nn.Module):
+    """softmax(q k / 4 + mask) v, operation by operation."""
+
+    def __init__(self, shares_scores: bool = False) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+        self.out = nn.Linear(32, 32)
+        self.register_buffer("mask", torch.where(torch.rand(9, 9) < 0.2, -torch.inf, torch.randn(9, 9)))
+        self._shares_scores = shares_scores
+
+    def forward(self, x: torch.Tensor) -> Any:
+        q, k, v = (f(x).view(-1, 9, 2, 16).transpose(1, 2) for f in (self.q, self.k, self.v))
+        scores = q @ k.transpose(2, 3) / 4 + self.mask
+        y = self.out((torch.softmax(scores, -1) @ v).transpose(1, 2).reshape(-1, 9, 32))
+        return (y, scores) if self._shares_scores else y
+
+
+@pytest.mark.parametrize("shares_scores", [False, True])
+def test_written_out_attention_is_one_kernel_unless_its_parts_are_asked_for(shares_scores: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 9, 32)
+    program = quantized_program(WrittenOutAttention(shares_scores), x)
+    runner, reference = NativeRunner(program), ReferenceRunner(program)
+    actuals, expecteds = (r([x]) if shares_scores else (r([x]),) for r in (runner, reference))
+    for actual, expected in zip(actuals, expecteds, strict=True):
+        finite = expected.isfinite()
+        assert torch.equal(actual[~finite], expected[~finite])
+        assert sqnr_db(expected[finite], actual[finite]) > 45
+    kernels = [row["kernel"].partition(".")[2].partition(".")[0] for row in runner.profile([x])]
+    assert ("attention" in kernels) is not shares_scores
+    assert ("softmax" in kernels) is shares_scores
+
+
+def test_a_busy_machine_does_not_choose_the_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds in which the system took a core away are repeated, until patience ends."""
+    preempted = itertools.chain([0, 1, 1, 2], itertools.repeat(2))
+    monkeypatch.setattr("resource.getrusage", lambda _who: SimpleNamespace(ru_nivcsw=next(preempted)))
+    calls: list[str] = []
+    native._interleaved_ms([lambda: calls.append("a"), lambda: calls.append("b")], 3)
+    assert calls == ["a", "b"] * 5
+    monkeypatch.setattr("resource.getrusage", lambda _who, n=itertools.count(): SimpleNamespace(ru_nivcsw=next(n)))
+    monkeypatch.setattr(native, "_PATIENCE_S", 0.0)
+    calls.clear()
+    native._interleaved_ms([lambda: calls.append("a")], 2)
+    assert calls == ["a", "a"]
 
 
 def test_threads_share_a_model(convolutions: Program) -> None:
