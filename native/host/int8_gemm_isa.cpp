@@ -624,8 +624,10 @@ void gemm_packed(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64
                 constexpr Product kWide = Vector::kIsExact ? Product::bytes : Product::widened;
                 const Tile run = is_wide ? tile_for<kWide>(height, count) : tile_for<Product::bytes>(height, count);
                 const i64 low = tiling.low_rows(t);
+                const i64 next = g.quads * 4 * kColumns, chunk = quads * 4 * kColumns;
                 run({x + m * x_row, x + (m + low) * x_row, x_row, kNoOffset, 1, quads, w,
-                     starts ? g.start + padded : sums, starts ? 0 : sums_row, sums, sums_row, low});
+                     starts ? g.start + padded : sums, starts ? 0 : sums_row, sums, sums_row, low,
+                     w + next + chunk * t / tiling.count, (4 * kColumns + tiling.count - 1) / tiling.count});
                 if (is_last)
                     finish(g.output, sums + skip * sums_row, sums_row, row + m + skip, height - skip, padded,
                            group * g.channels + (panel + p) * kColumns, count);
