@@ -290,7 +290,8 @@ def test_a_busy_machine_does_not_choose_the_variant(monkeypatch: pytest.MonkeyPa
     calls: list[str] = []
     native._interleaved_ms([lambda: calls.append("a"), lambda: calls.append("b")], 3)
     assert calls == ["a", "b"] * 5
-    monkeypatch.setattr("resource.getrusage", lambda _who, n=itertools.count(): SimpleNamespace(ru_nivcsw=next(n)))
+    always = itertools.count()
+    monkeypatch.setattr("resource.getrusage", lambda _who: SimpleNamespace(ru_nivcsw=next(always)))
     monkeypatch.setattr(native, "_PATIENCE_S", 0.0)
     calls.clear()
     native._interleaved_ms([lambda: calls.append("a")], 2)
