@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +17,7 @@ from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 #: Scripts in templates/ that every page has: theme, sorting and filtering of tables.
 SCRIPTS = ("page.js",)
@@ -121,6 +122,11 @@ def shortened(text: str, longest: int = LONGEST_TEXT) -> str:
     return f"{text[:half]}…{text[-half:]}"
 
 
+def breakable(text: str) -> Markup:
+    """The text, escaped, with a place for a line break after every dot, underscore and slash."""
+    return Markup(re.sub(r"([._/])(?=[^\s._/])", r"\1<wbr>", str(escape(text))))
+
+
 def render(template: str, *, scripts: Sequence[str] = (), **context: Any) -> str:
     """A page from a template that extends base.html.
 
@@ -145,7 +151,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["shortened"] = shortened
+    environment.filters["breakable"] = breakable
     return environment
 
 
