@@ -27,9 +27,10 @@ class Bars:
 
 @dataclass(frozen=True)
 class Line:
-    """An SVG path, with gaps where there is no value, and a mark for each value that has no neighbour."""
+    """SVG paths: a line with gaps where there is no value, and a dot for each value."""
 
     path: str
+    dots: str
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,17 @@ class Histogram:
 
 
 def line_through(values: Sequence[Any], low: float, high: float) -> Line:
-    """values over their index; what is not finite leaves a gap."""
-    step, parts, pen = WIDTH / max(1, len(values) - 1), [], "M"
+    """values over their index, held between low and high; what is not finite leaves a gap."""
+    step, parts, dots, pen = WIDTH / max(1, len(values) - 1), [], [], "M"
     for index, value in enumerate(values):
         if not is_number(value) or not math.isfinite(value):
             pen = "M"
             continue
-        x, y = index * step, HEIGHT - (value - low) / (high - low) * HEIGHT
-        parts.append(f"{pen}{x:.1f} {y:.1f}" + ("h.01" if pen == "M" else ""))
+        x, y = index * step, HEIGHT - (min(max(value, low), high) - low) / (high - low) * HEIGHT
+        parts.append(f"{pen}{x:.1f} {y:.1f}")
+        dots.append(f"M{x:.1f} {y:.1f}h.01")
         pen = "L"
-    return Line("".join(parts))
+    return Line("".join(parts), "".join(dots))
 
 
 def histogram_of(data: Mapping[str, Any], title: str) -> Histogram | None:

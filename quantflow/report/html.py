@@ -22,6 +22,9 @@ LISTED = 10
 #: As many names as a group of float layers shows before it is folded.
 NAMED = 200
 
+#: Where the chart of errors ends: a layer that far from its noise costs nothing.
+BEYOND_DB = 80
+
 _OUTCOMES = {"passed": "Passed", "failed": "Failed"}
 
 
@@ -216,8 +219,8 @@ def _proof(results: Mapping[str, Any]) -> list[str]:
             said.append(f"The int8 output {differs} float's.")
     if is_number(warm.get("layers_checked")):
         said.append(
-            f"{warm['layers_checked']} int8 operations were compared with the exact integer reference, code by code; "
-            f"{text(warm.get('one_code_differences'))} codes were one apart at a rounding tie, none by more."
+            f"{warm['layers_checked']} int8 operations were compared with the exact integer reference, code by code. "
+            f"One code apart, next to a rounding tie: {text(warm.get('one_code_differences'))}; further apart: none."
         )
     return said
 
@@ -311,12 +314,13 @@ def _error_chart(layers: Sequence[Layer]) -> ErrorChart | None:
     finite = [v for layer in rows for v in (layer.sqnr_db, layer.own_sqnr_db) if _is_finite(v)]
     if len(rows) < 2 or not finite:
         return None
-    low, high = math.floor(min(finite) / 10) * 10, max(math.ceil(max(finite) / 10) * 10, math.floor(min(finite)) + 10)
+    low = math.floor(max(-BEYOND_DB, min(finite)) / 10) * 10
+    high = max(math.ceil(min(BEYOND_DB, max(finite)) / 10) * 10, low + 10)
     return ErrorChart(
         line_through([layer.own_sqnr_db for layer in rows], low, high),
         line_through([layer.sqnr_db for layer in rows], low, high),
         f"{number(low)} dB",
-        f"{number(high)} dB",
+        f"{number(high)} dB" + (" or more" if max(finite) > high else ""),
         len(rows),
     )
 
@@ -382,23 +386,20 @@ def _time_note(results: Mapping[str, Any]) -> str:
 
 def _layer_table(layers: Sequence[Layer]) -> DataTable:
     columns = (
-        Column("#", is_number=True),
+        Column("#", is_number=True, is_extra=True),
         Column("Layer"),
         Column("Runs in", is_whole=True),
         Column("Op", is_extra=True),
-        Column("SQNR alone", is_number=True),
-        Column("SQNR", is_number=True),
+        Column("SQNR alone, dB", is_number=True),
+        Column("SQNR, dB", is_number=True),
         Column("Max error", is_number=True, is_extra=True),
-        Column("Time", is_number=True, first="descending"),
-        Column("Share", is_number=True, is_extra=True, first="descending"),
+        Column("Time, ms", is_number=True, first="descending"),
         Column("Kernel", is_extra=True),
         Column("Reason", is_extra=True),
     )
-    whole = sum(layer.ms for layer in layers if layer.ms is not None) or 1.0
     rows = []
     for index, layer in enumerate(layers[:MOST_ROWS]):
         tone = layer.precision if layer.precision in ("int8", "float") else "other"
-        share = layer.ms / whole if layer.ms is not None else None
         rows.append(
             Row(
                 (
@@ -406,11 +407,10 @@ def _layer_table(layers: Sequence[Layer]) -> DataTable:
                     Cell(shortened(layer.name)),
                     Cell(shortened(layer.precision, 20), tone=tone),
                     Cell(shortened(layer.op, 60)),
-                    number_cell(layer.own_sqnr_db, tables.db(layer.own_sqnr_db)),
-                    number_cell(layer.sqnr_db, tables.db(layer.sqnr_db)),
+                    number_cell(layer.own_sqnr_db, _bare_db(layer.own_sqnr_db)),
+                    number_cell(layer.sqnr_db, _bare_db(layer.sqnr_db)),
                     number_cell(layer.max_error, number(layer.max_error)),
-                    number_cell(layer.ms, MISSING if layer.ms is None else f"{layer.ms:.4f} ms"),
-                    number_cell(share, MISSING if share is None else f"{share:.1%}"),
+                    number_cell(layer.ms, MISSING if layer.ms is None else f"{layer.ms:.4f}"),
                     Cell(shortened(layer.kernel, 80)),
                     Cell(shortened(layer.reason)),
                 ),
@@ -479,6 +479,11 @@ def _bars(rows: Sequence[tuple[str, float, str, str]]) -> list[Bars]:
         )
         for label, value, said, tint in rows
     ]
+
+
+def _bare_db(value: Any) -> str:
+    """Under a heading that names the unit."""
+    return tables.db(value).removesuffix(" dB")
 
 
 def _texts(value: Any) -> list[Any]:

@@ -123,8 +123,8 @@ def shortened(text: str, longest: int = LONGEST_TEXT) -> str:
 
 
 def breakable(text: str) -> Markup:
-    """The text, escaped, with a place for a line break after every dot, underscore and slash."""
-    return Markup(re.sub(r"([._/])(?=[^\s._/])", r"\1<wbr>", str(escape(text))))
+    """The text, escaped, with a place for a line break after every dot, underscore and slash before a letter."""
+    return Markup(re.sub(r"([._/])(?=[A-Za-z])", r"\1<wbr>", str(escape(text))))
 
 
 def render(template: str, *, scripts: Sequence[str] = (), **context: Any) -> str:

@@ -42,7 +42,7 @@
       button.addEventListener("click", () => fit[button.dataset.fit]());
     });
     const colours = graph.querySelector("[data-colours]");
-    if (colours) colours.addEventListener("change", () => { graph.dataset.colour = colours.value; });
+    if (colours) colours.addEventListener("change", () => { graph.dataset.colour = svg.querySelector(".picture").dataset.colour = colours.value; });
 
     canvas.addEventListener("scroll", look, { passive: true });
     new ResizeObserver(look).observe(canvas);
@@ -102,6 +102,9 @@
     };
     overview.addEventListener("pointerdown", jump);
     overview.addEventListener("pointermove", jump);
-    fit.width();
+    // At first: large enough to read, with the first input in the middle.
+    scale(Math.max(0.7, Math.min(1, canvas.clientWidth / width)), 0, 0);
+    const first = svg.querySelector("[data-first]");
+    canvas.scrollTo({ left: Number(first.dataset.first) * zoom - canvas.clientWidth / 2, top: 0, behavior: "instant" });
   });
 })();
