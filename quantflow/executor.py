@@ -17,7 +17,7 @@ from torch import nn
 
 from quantflow import benchmark as timing
 from quantflow import report
-from quantflow.artifact import add_files, check_destination
+from quantflow.artifact import RESULTS, add_files, check_destination
 from quantflow.baseline import beside, read_baseline
 from quantflow.calibrate import CalibrationTable, calibrate
 from quantflow.capture import Model, capture, plain
@@ -298,35 +298,36 @@ def run(recipe: Recipe, overrides: Sequence[str] = ()) -> Quantized:
     Raises:
         QuantflowError: with the exit code of its class.
     """
-    console = report.make_console()
+    console = report.make_console(plain=recipe.report.plain)
     destination = Path(recipe.output or f"outputs/{recipe.name}")
     check_destination(destination)
     choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind)
     baseline = _baseline(recipe)
     checkpoint = destination.with_name(f".{destination.name}.calibration.safetensors")
     with (
-        Progress(console, quiet=recipe.report.quiet) as progress,
+        Progress(console, quiet=recipe.report.quiet, expected=_earlier_times(destination)) as progress,
         _seeded(recipe.seed),
         _nothing_left_on_error(checkpoint),
     ):
-        with progress.stage("load"):
-            source = load_source(recipe)
+        with progress.stage("load") as stage:
+            source = load_source(recipe, stage.update)
         report.print_notices(console, source.notices)
         model = execute(recipe, source, progress, checkpoint, overrides, baseline)
-    saved = model.record.save(destination)
+    with Progress(console, quiet=recipe.report.quiet) as progress, progress.stage("save"):
+        saved = model.record.save(destination)
     checkpoint.unlink(missing_ok=True)
     report.print_summary(console, model.results, artifact=_shown(saved), quiet=recipe.report.quiet)
     return model
 
 
-def load_source(recipe: Recipe) -> Source:
+def load_source(recipe: Recipe, update: Update | None = None) -> Source:
     """Model and data of a recipe; random weights get BatchNorm statistics from the calibration data."""
     if recipe.model is None:
         raise UsageError("model: is required; choose one (model=torchvision model.name=resnet50) or a recipe that does")
     model = load_model(recipe.model, recipe.seed)
     data = load_data(recipe.data, model.preprocess, recipe.seed)
     if model.batchnorm_to_estimate and isinstance(model.module, nn.Module):
-        estimate_batchnorm(model.module, data.calibration)
+        estimate_batchnorm(model.module, data.calibration, update)
     return Source(model, data)
 
 
@@ -337,7 +338,7 @@ def _run(recipe: Recipe, overrides: Sequence[str]) -> int:
 
 def _plan(recipe: Recipe, _overrides: Sequence[str]) -> int:
     assert recipe.model is not None, "the schema asks for it"
-    console = report.make_console()
+    console = report.make_console(plain=recipe.report.plain)
     choice = choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind)
     with _seeded(recipe.seed):
         model = load_model(recipe.model, recipe.seed)
@@ -353,7 +354,7 @@ def _plan(recipe: Recipe, _overrides: Sequence[str]) -> int:
 def _again(recipe: Recipe, overrides: Sequence[str]) -> int:
     """Evaluate or benchmark an artifact once more, and judge it by its gates."""
     assert recipe.artifact is not None, "the schema asks for it"
-    console = report.make_console()
+    console = report.make_console(plain=recipe.report.plain)
     record = Record.load(recipe.artifact)
     stored = Recipe.from_dict({**overlay(record.recipe, overrides), "task": "run", "artifact": None})
     _require_own_code_named(stored, record, overrides)
@@ -389,7 +390,7 @@ def _again(recipe: Recipe, overrides: Sequence[str]) -> int:
 
 def _inspect(recipe: Recipe, _overrides: Sequence[str]) -> int:
     assert recipe.artifact is not None, "the schema asks for it"
-    console = report.make_console()
+    console = report.make_console(plain=recipe.report.plain)
     record = Record.load(recipe.artifact)
     report.print_plan(console, record.plan["rows"])
     console.print(Text(f"{len(record.program.nodes)} nodes, {len(record.program.int8_nodes())} int8 layers"))
@@ -400,7 +401,7 @@ def _inspect(recipe: Recipe, _overrides: Sequence[str]) -> int:
 def _report(recipe: Recipe, _overrides: Sequence[str]) -> int:
     """Write an artifact's report again from its results, beside a baseline where one is named, and print it."""
     assert recipe.artifact is not None, "the schema asks for it"
-    console = report.make_console()
+    console = report.make_console(plain=recipe.report.plain)
     record = Record.load(recipe.artifact)
     if (baseline := _baseline(recipe)) is not None:
         record = replace(record, results={**record.results, "baseline": beside(baseline, record.results)})
@@ -409,8 +410,8 @@ def _report(recipe: Recipe, _overrides: Sequence[str]) -> int:
     return EXIT_PASSED
 
 
-def _doctor(_recipe: Recipe, _overrides: Sequence[str]) -> int:
-    report.print_findings(report.make_console(), diagnose())
+def _doctor(recipe: Recipe, _overrides: Sequence[str]) -> int:
+    report.print_findings(report.make_console(plain=recipe.report.plain), diagnose())
     return EXIT_PASSED
 
 
@@ -420,7 +421,7 @@ def _selftest(recipe: Recipe, _overrides: Sequence[str]) -> int:
     Raises:
         UnavailableError: the device is not here, with the devices found.
     """
-    console = report.make_console()
+    console = report.make_console(plain=recipe.report.plain)
     choice = choose_runtime("native", recipe.device.kind)
     backends = native_devices.backends_of(choice.device)
     passed = True
@@ -654,6 +655,14 @@ def _seeded(seed: int) -> Iterator[None]:
 def _baseline(recipe: Recipe) -> dict[str, Any] | None:
     """Read before anything is written: the baseline may be what the output folder held so far."""
     return None if recipe.report.baseline is None else read_baseline(recipe.report.baseline)
+
+
+def _earlier_times(directory: Path) -> dict[str, float]:
+    """Stage → seconds, of the run whose artifact is in the output folder; nothing where it can't be read."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        earlier = report.from_json((directory / RESULTS).read_bytes())
+        return report.stage_times(earlier)
+    return {}
 
 
 def _shown(path: Path) -> str:

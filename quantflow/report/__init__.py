@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from quantflow.report.html import html
 from quantflow.report.markdown import markdown
-from quantflow.report.progress import Progress
+from quantflow.report.progress import Progress, stage_times
 from quantflow.report.results import from_json, to_json
 from quantflow.report.terminal import (
     make_console,
@@ -28,5 +28,6 @@ __all__ = [
     "print_plan",
     "print_selftest",
     "print_summary",
+    "stage_times",
     "to_json",
 ]

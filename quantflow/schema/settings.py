@@ -90,9 +90,11 @@ class ReportSettings(Settings):
     """What the report holds and the terminal shows.
 
     `baseline`: an artifact folder whose figures stand beside this run's; `graph_dump` writes the fused graph to a file;
-    `quiet` keeps the terminal to warnings and the verdict.
+    `quiet` keeps the terminal to warnings and the verdict; `plain` gives a terminal what a pipe gets: a line per stage,
+    no bars, no colours.
     """
 
     baseline: PathText | None = None
     graph_dump: bool = False
     quiet: bool = False
+    plain: bool = False
