@@ -78,7 +78,7 @@ def html(results: Mapping[str, Any]) -> str:
         name=shortened(text(recipe.get("name"))) if recipe else "results",
         description=shortened(text(recipe["description"]), 400) if recipe.get("description") else "",
         headline=shortened(tables.headline(results), 300),
-        outcome=results.get("verdict") if results.get("verdict") in _OUTCOMES else "none",
+        outcome=str(results.get("verdict")) if str(results.get("verdict")) in _OUTCOMES else "none",
         verdict_title=_OUTCOMES.get(str(results.get("verdict")), "Not judged"),
         verdict_text=_verdict_text(results),
         gates=_gates(results),

@@ -19,6 +19,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from quantflow.report.fields import is_number
+
 #: Scripts in templates/ that every page has: theme, sorting and filtering of tables.
 SCRIPTS = ("page.js",)
 #: A longer text is shortened in its middle; the JSON holds all of it.
@@ -109,7 +111,7 @@ def plain_table(
 
 def number_cell(value: Any, text: str) -> Cell:
     """A cell that sorts by `value` where that is a number; infinities sort beyond all others, NaN as missing."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+    if not is_number(value) or math.isnan(value):
         return Cell(text)
     return Cell(text, sort=max(-1e300, min(1e300, value)))
 
@@ -150,6 +152,7 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters["breakable"] = breakable
     return environment

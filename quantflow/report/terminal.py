@@ -19,7 +19,7 @@ from quantflow.report.tables import Table
 DISPENSABLE = ("qparams", "group", "kernel", "op")
 #: What the summary shows of layers and notices, so that it fits one screen; all of it is in the report.
 NAMED_LAYERS = 3
-MOST_NOTICES = 4
+MOST_NOTICES = 3
 LONGEST_NOTICE = 300
 
 #: Blanks between columns.
