@@ -19,8 +19,10 @@ from quantflow.report.picture import Picture, picture_of
 
 #: As many layers as the lists of the slowest and the worst show.
 LISTED = 10
-#: As many names as a group of float layers shows before it is folded.
-NAMED = 200
+#: As many entries as other lists show: groups of float layers, names in each, notices, gates.
+NAMED = 60
+#: The page is cut until it is no larger; the JSON holds everything.
+LARGEST_BYTES = 1_900_000
 
 #: Where the chart of errors ends: a layer that far from its noise costs nothing.
 BEYOND_DB = 80
@@ -65,12 +67,19 @@ class Layer:
 
 
 def html(results: Mapping[str, Any]) -> str:
-    """The page. Sections that did not run are left out; whatever `results` holds, it stays small and inert.
+    """The page. Sections that did not run are left out; whatever `results` holds, it stays below `LARGEST_BYTES`.
 
     Args:
         results: the results, as read by `from_json` or as measured.
     """
-    layers = _layers(results)
+    layers, most = _layers(results), MOST_ROWS
+    while len((page := _page(results, layers, most)).encode()) > LARGEST_BYTES and most:
+        most //= 2
+    return page
+
+
+def _page(results: Mapping[str, Any], layers: Sequence[Layer], most: int) -> str:
+    """The page with at most that many rows, nodes and names."""
     recipe = section(results, "recipe")
     return render(
         "report.html",
@@ -82,24 +91,24 @@ def html(results: Mapping[str, Any]) -> str:
         verdict_title=_OUTCOMES.get(str(results.get("verdict")), "Not judged"),
         verdict_text=_verdict_text(results),
         gates=_gates(results),
-        notices=[shortened(notice, 600) for notice in tables.notices(results)],
+        notices=[shortened(notice, 600) for notice in tables.notices(results)[:NAMED]],
         tiles=list(_tiles(results)),
         latencies=_latencies(results),
         figures=_plain("figures", tables.figures(results)),
         baseline=_plain("baseline", tables.baseline(results)),
         baseline_name=shortened(text(section(results, "baseline").get("artifact"))),
-        differences=[shortened(text(d)) for d in _texts(section(results, "baseline").get("differences"))],
+        differences=[shortened(text(d)) for d in _texts(section(results, "baseline").get("differences"))[:NAMED]],
         proof=_proof(results),
         coverage=_coverage(results),
-        float_groups=_float_groups(results),
-        picture=_picture(results, layers),
+        float_groups=_float_groups(results, min(most, NAMED)),
+        picture=_picture(results, layers, most),
         error_chart=_error_chart(layers),
         worst=_worst(layers),
         histograms=_histograms(results),
         time_by_op=_time_by_op(results),
         slowest=_slowest(layers),
         time_note=_time_note(results),
-        layer_table=_layer_table(layers),
+        layer_table=_layer_table(layers, most),
         settings=_plain("settings", _settings(results)),
         stages=_stages(results),
         recipe_text=_recipe_text(recipe.get("settings")),
@@ -122,7 +131,7 @@ def _verdict_text(results: Mapping[str, Any]) -> str:
 def _gates(results: Mapping[str, Any]) -> DataTable:
     rows = tuple(
         Row((Cell(shortened(name)), Cell(outcome, tone="good" if outcome == "passed" else "bad"), Cell(shortened(why))))
-        for name, outcome, why in tables.gates(results).rows
+        for name, outcome, why in tables.gates(results).rows[:NAMED]
     )
     columns = (Column("Gate"), Column("Outcome", is_whole=True), Column("Figure and limit"))
     return DataTable("gates", "Gates", columns, rows)
@@ -189,7 +198,7 @@ def _latencies(results: Mapping[str, Any]) -> list[tuple[str, list[Bars]]]:
         if isinstance(c.get("batch_size"), int)
     }
     groups = []
-    for config in items(section(results, "benchmark"), "configs"):
+    for config in items(section(results, "benchmark"), "configs")[:NAMED]:
         size = config.get("batch_size")
         timings = [("float", section(config, "float"), "float")]
         if isinstance(size, int) and size in before:
@@ -238,7 +247,7 @@ def _coverage(results: Mapping[str, Any]) -> list[Bars]:
     ]
 
 
-def _float_groups(results: Mapping[str, Any]) -> list[FloatGroup]:
+def _float_groups(results: Mapping[str, Any], most: int) -> list[FloatGroup]:
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in items(results, "plan"):
         if row.get("precision") != "int8":
@@ -249,16 +258,16 @@ def _float_groups(results: Mapping[str, Any]) -> list[FloatGroup]:
         for row in rows:
             counts[text(row.get("op"))] = counts.get(text(row.get("op")), 0) + 1
         ops = ", ".join(f"{count} {op}" for op, count in sorted(counts.items(), key=lambda pair: -pair[1]))
-        names = tuple(shortened(text(row.get("name"))) for row in rows[:NAMED])
+        names = tuple(shortened(text(row.get("name"))) for row in rows[:most])
         found.append(FloatGroup(shortened(reason, 400), shortened(ops, 300), names, len(rows) - len(names)))
-    return found[:NAMED]
+    return found[:most]
 
 
-def _picture(results: Mapping[str, Any], layers: Sequence[Layer]) -> Picture | None:
+def _picture(results: Mapping[str, Any], layers: Sequence[Layer], most: int) -> Picture | None:
     known = {layer.name: layer for layer in layers}
     own = {name: layer.own_sqnr_db for name, layer in known.items()}
     taken = {name: layer.ms for name, layer in known.items()}
-    return picture_of(section(results, "graph"), own, taken)
+    return picture_of(section(results, "graph"), own, taken, most)
 
 
 # --- which layers cost accuracy
@@ -384,7 +393,7 @@ def _time_note(results: Mapping[str, Any]) -> str:
 # --- all layers
 
 
-def _layer_table(layers: Sequence[Layer]) -> DataTable:
+def _layer_table(layers: Sequence[Layer], most: int) -> DataTable:
     columns = (
         Column("#", is_number=True, is_extra=True),
         Column("Layer"),
@@ -398,7 +407,7 @@ def _layer_table(layers: Sequence[Layer]) -> DataTable:
         Column("Reason", is_extra=True),
     )
     rows = []
-    for index, layer in enumerate(layers[:MOST_ROWS]):
+    for index, layer in enumerate(layers[:most]):
         tone = layer.precision if layer.precision in ("int8", "float") else "other"
         rows.append(
             Row(
@@ -461,7 +470,7 @@ def _plain(id: str, table: tables.Table) -> DataTable:
         id,
         table.title,
         [title or "Figure" for title in table.headers],
-        table.rows,
+        table.rows[: 5 * NAMED],
         numbers=table.right,
         note=shortened(table.caption, 400),
     )

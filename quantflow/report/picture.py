@@ -12,8 +12,6 @@ from quantflow.report.fields import is_number, items, text
 from quantflow.report.layout import layered
 from quantflow.report.page import shortened
 
-#: A larger graph is drawn up to this node; the JSON holds all of it.
-MOST_NODES = 1500
 #: Steps of the scales that boxes are coloured by: 0 is harmless, the last one is worst.
 STEPS = 5
 #: Own SQNR in dB from which a layer counts as harmless, and width of a step.
@@ -51,19 +49,20 @@ class Picture:
     has_times: bool
 
 
-def picture_of(graph: Mapping[str, Any], own_db: Mapping[str, Any], ms: Mapping[str, Any]) -> Picture | None:
+def picture_of(graph: Mapping[str, Any], own_db: Mapping[str, Any], ms: Mapping[str, Any], most: int) -> Picture | None:
     """The drawing of the results' `graph` section; None where there is nothing to draw.
 
     Args:
         own_db: layer → the SQNR of its own error.
         ms: layer → its time.
+        most: a larger graph is drawn up to this node.
     """
     nodes = items(graph, "nodes")
     names = graph.get("inputs")
     inputs = [text(name) for name in names] if isinstance(names, (list, tuple)) else []
     if not nodes:
         return None
-    labels = [*inputs, *(text(node.get("name")) for node in nodes)][:MOST_NODES]
+    labels = [*inputs, *(text(node.get("name")) for node in nodes)][:most]
     ops = ["input"] * len(inputs) + [text(node.get("op")) for node in nodes]
     reads = [[] for _ in inputs] + [_reads(node.get("reads"), len(inputs) + i) for i, node in enumerate(nodes)]
     outputs = graph.get("outputs")
