@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import own_models
 import torch
 
 from quantflow.fused_graph import fused_graph
-from tests import own_models
-from tests.conftest import Quantize
 
 
-def test_it_says_which_kernel_reads_what(stages: Quantize) -> None:
+def test_it_says_which_kernel_reads_what(stages: Callable[..., Any]) -> None:
     torch.manual_seed(0)
     program = stages(own_models.net(), torch.randn(4, 3, 8, 8)).program
     graph = fused_graph(program)
@@ -24,7 +26,7 @@ def test_it_says_which_kernel_reads_what(stages: Quantize) -> None:
         assert all(read < index + len(graph["inputs"]) for read in node["reads"])
 
 
-def test_what_stays_float_is_marked(stages: Quantize) -> None:
+def test_what_stays_float_is_marked(stages: Callable[..., Any]) -> None:
     program = stages(own_models.net(), torch.randn(4, 3, 8, 8), layers={"head": "float"}).program
     nodes = {node["name"]: node for node in fused_graph(program)["nodes"]}
     assert (nodes["head"]["op"], nodes["head"]["precision"]) == ("linear", "float")

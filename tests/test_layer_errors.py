@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
+import own_models
 import pytest
 import torch
 from torch import nn
@@ -11,15 +14,13 @@ from quantflow.data.batch import Batch
 from quantflow.layer_errors import BINS, WORST_LAYERS, histogram, own_errors
 from quantflow.numerics.measures import sqnr_db
 from quantflow.runtimes import choose_runtime
-from tests import own_models
-from tests.conftest import Quantize, Stages
 
 
-def compiled(made: Stages) -> Compiled:
+def compiled(made: Any) -> Compiled:
     return compile_program(made.program, choose_runtime("reference", "cpu", "export"))
 
 
-def test_a_single_layers_own_error_is_the_models(stages: Quantize) -> None:
+def test_a_single_layers_own_error_is_the_models(stages: Callable[..., Any]) -> None:
     torch.manual_seed(0)
     module, x = nn.Sequential(nn.Linear(16, 8)).eval(), torch.randn(32, 16)
     made = stages(module, x)
@@ -33,7 +34,7 @@ def test_a_single_layers_own_error_is_the_models(stages: Quantize) -> None:
     assert set(shown[0]) == {"name", "input", "weight"}
 
 
-def test_errors_of_earlier_layers_are_not_a_layers_own(stages: Quantize) -> None:
+def test_errors_of_earlier_layers_are_not_a_layers_own(stages: Callable[..., Any]) -> None:
     """One value far out ruins the first layer's input codes; the second layer reads float's values and is as good as
     it was."""
     torch.manual_seed(0)
@@ -48,7 +49,7 @@ def test_errors_of_earlier_layers_are_not_a_layers_own(stages: Quantize) -> None
     assert [row["name"] for row in shown] == ["0", "2"]
 
 
-def test_every_kind_of_layer_and_its_progress(stages: Quantize) -> None:
+def test_every_kind_of_layer_and_its_progress(stages: Callable[..., Any]) -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 3, 8, 8)
     made = stages(own_models.net(), x)

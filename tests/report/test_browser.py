@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import own_models
 import pytest
 import torch
 from PIL import Image
 
 import quantflow as qf
 from quantflow.report import html
-from tests import own_models
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra `test`)")
 
