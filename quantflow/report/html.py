@@ -215,22 +215,23 @@ def _latencies(results: Mapping[str, Any]) -> list[tuple[str, list[Bars]]]:
 # --- did int8 run
 
 
-def _proof(results: Mapping[str, Any]) -> list[str]:
+def _proof(results: Mapping[str, Any]) -> list[tuple[bool, str]]:
+    """What was checked, each with whether it speaks for int8."""
     proof, warm = section(results, "int8_proof"), section(results, "warmup")
     said = []
     if proof:
-        run, planned = text(proof.get("int8_layers_run")), text(proof.get("int8_layers"))
-        said.append(
-            f"{run} convolutions and linears were counted running in int8 in the compiled model; {planned} planned."
-        )
+        run, planned = proof.get("int8_layers_run"), proof.get("int8_layers")
+        counted = f"{text(run)} convolutions and linears were counted running in int8 in the compiled model"
+        said.append((bool(run) and run == planned, f"{counted}; {text(planned)} planned."))
         if proof.get("output_differs") is not None:
-            differs = "differs from" if proof["output_differs"] else "IS IDENTICAL to"
-            said.append(f"The int8 output {differs} float's.")
+            differs = bool(proof["output_differs"])
+            said.append((differs, f"The int8 output {'differs from' if differs else 'IS IDENTICAL to'} float's."))
     if is_number(warm.get("layers_checked")):
-        said.append(
-            f"{warm['layers_checked']} int8 operations were compared with the exact integer reference, code by code. "
-            f"One code apart, next to a rounding tie: {text(warm.get('one_code_differences'))}; further apart: none."
+        apart = text(warm.get("one_code_differences"))
+        compared = (
+            f"{warm['layers_checked']} int8 operations were compared with the exact integer reference, code by code"
         )
+        said.append((True, f"{compared}. One code apart, next to a rounding tie: {apart}; further apart: none."))
     return said
 
 

@@ -46,6 +46,15 @@ def test_the_page_answers_with_the_figures(results: dict[str, Any]) -> None:
         assert part in text, part
 
 
+def test_what_speaks_against_int8_has_no_tick(results: dict[str, Any]) -> None:
+    assert '<li class="not">' not in html(results)
+    results["int8_proof"]["int8_layers_run"] = 20
+    results["int8_proof"]["output_differs"] = False
+    page = html(results)
+    assert page.count('<li class="not">') == 2
+    assert "IS IDENTICAL to float's" in said(page)
+
+
 def test_the_baselines_figures_stand_beside_this_runs(results: dict[str, Any]) -> None:
     text = said(html(results))
     assert "SQNR of the output 29.00 dB 28.41 dB -0.5877 dB" in text
