@@ -27,6 +27,16 @@ EXIT_CRASH = 1
 EXIT_USAGE = 2
 EXIT_GATE = 3
 EXIT_UNAVAILABLE = 4
+EXIT_INTERRUPTED = 130
+
+#: Exit code → what it means, from best to worst: a sweep ends with its worst job's.
+VERDICTS = {
+    EXIT_PASSED: "passed",
+    EXIT_GATE: "a gate failed",
+    EXIT_UNAVAILABLE: "not possible on this machine",
+    EXIT_USAGE: "can't run as written",
+    EXIT_CRASH: "crashed",
+}
 
 
 class QuantflowError(Exception):
@@ -95,6 +105,12 @@ class UnavailableError(QuantflowError):
 
 class VerificationError(QuantflowError):
     """A runtime's output disagrees with the reference beyond the stated tolerance."""
+
+
+def worst(exit_codes: Iterable[int]) -> int:
+    """The worst of several jobs' exit codes; one that is not in `VERDICTS` is worse than all that are."""
+    ranks = list(VERDICTS)
+    return max(exit_codes, key=lambda code: ranks.index(code) if code in ranks else len(ranks), default=EXIT_PASSED)
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

@@ -180,6 +180,7 @@ def build(recipe: Recipe, source: Source, progress: Progress, checkpoint: Path |
             min_sqnr_db=recipe.warmup.min_sqnr_db,
             call=swapped,
             tuned_for=_tuned_for(recipe, graph, example),
+            alone=progress.alone,
             progress=stage.update,
         )
     return Built(graph, plan, table, program, compiled, warm, swapped)
@@ -234,7 +235,7 @@ def measure(
             with progress.stage("layers"):
                 sections["accuracy"]["per_layer"] = _layer_errors(graph, compiled, source)
     if recipe.benchmark.enabled:
-        with progress.stage("benchmark") as stage:
+        with progress.stage("benchmark", alone=True) as stage:
             sections["benchmark"] = _benchmark(recipe, source, program, compiled, float_model, call, stage.update)
     return sections
 

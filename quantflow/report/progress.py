@@ -13,6 +13,8 @@ from rich import progress as bars
 from rich.console import Console
 from rich.text import Text
 
+from quantflow.machine import CORES
+
 #: In a pipe, a stage that takes longer says so this often.
 HEARTBEAT_S = 10.0
 
@@ -57,6 +59,7 @@ class Progress:
             calibrate(..., progress=stage.update)
     progress.stages  # [{"name": "calibrate", "seconds": 1.9}]
 
+A stage shares the machine's cores with other runs, or has them alone where it measures time (see quantflow.machine).
     When quiet it shows nothing; the times are kept all the same.
     """
 
@@ -75,9 +78,22 @@ class Progress:
         if self._view is not None:
             self._view.stop()
 
+    def alone(self) -> AbstractContextManager[None]:
+        """The part of a stage that measures time: no other run computes meanwhile."""
+        return CORES.alone(self._announce)
+
     @contextmanager
-    def stage(self, name: str) -> Iterator[Stage]:
-        """Runs one stage; an exception passes through and marks it as failed."""
+    def stage(self, name: str, *, alone: bool = False) -> Iterator[Stage]:
+        """Runs one stage; an exception passes through and marks it as failed. Waiting for the cores does not count."""
+        with self.alone() if alone else CORES.shared(self._announce), self._shown(name) as stage:
+            yield stage
+
+    def _announce(self, text: str) -> None:
+        if not self._quiet:
+            self._console.print(Text(text))
+
+    @contextmanager
+    def _shown(self, name: str) -> Iterator[Stage]:
         stage = Stage(name)
         if self._view is not None:
             stage._bar = (self._view, self._view.add_task(name, total=None))
