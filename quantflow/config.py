@@ -145,7 +145,7 @@ def run_app(arguments: Sequence[str], job: Callable[[Job], Any], sweep: Path | N
         sweep: where a multirun writes: `sweep_folder(arguments)`.
 
     Raises:
-        RecipeError: the command line can't be composed. Nothing has been written then.
+        RecipeError: the command line can't be composed.
     """
     prepared = _prepare(arguments)
     name = _requested_recipe(prepared)
@@ -153,12 +153,9 @@ def run_app(arguments: Sequence[str], job: Callable[[Job], Any], sweep: Path | N
     def run_one(cfg: DictConfig) -> Any:
         return job(_job(cfg, sweep))
 
-    if sweep is None:
-        with _explained(name, prepared), _program(prepared):
-            hydra.main(str(shipped("conf")), "config", VERSION_BASE)(run_one)()
-        return
-    prepared += _sweeper_arguments(prepared, sweep)
-    with _removed_unless_used(sweep), _explained(name, prepared), _program(prepared):
+    if sweep is not None:
+        prepared += _sweeper_arguments(prepared, sweep)
+    with _explained(name, prepared), _program(prepared):
         hydra.main(str(shipped("conf")), "config", VERSION_BASE)(run_one)()
 
 
@@ -255,20 +252,6 @@ def _program(arguments: Sequence[str]) -> Iterator[None]:
         else:
             os.environ["HYDRA_FULL_ERROR"] = full_error
         GlobalHydra.instance().clear()
-
-
-@contextmanager
-def _removed_unless_used(folder: Path) -> Iterator[None]:
-    """Takes away the folders Hydra made for a sweep that could not be composed."""
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        yield
-    finally:
-        if created and {path.name for path in folder.glob("*")} <= {"multirun.yaml"}:
-            (folder / "multirun.yaml").unlink(missing_ok=True)
-            for path in created:
-                with suppress(OSError):
-                    path.rmdir()
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:

@@ -134,6 +134,7 @@ def summarize(arguments: Sequence[str], outcomes: Sequence[Outcome], trouble: st
         "trouble": trouble,
         "exit_code": worst([EXIT_CRASH] * bool(trouble) + [outcome.exit_code for outcome in outcomes]),
         "jobs": [{key: value for key, value in job.items() if key != "run"} for job in jobs],
+        "accuracy_axis": accuracy_axis([outcome.figures for outcome in outcomes]),
         "pareto": pareto(outcomes),
     }
 
@@ -384,6 +385,8 @@ def _running(sweep: Sweep, *, is_forced: bool) -> Iterator[None]:
         os.close(lock)
         if not read_outcomes(sweep.path):
             shutil.rmtree(sweep.work, ignore_errors=True)
+            if sweep.path in created:
+                (sweep.path / "multirun.yaml").unlink(missing_ok=True)
             for path in created:
                 with suppress(OSError):
                     path.rmdir()

@@ -84,7 +84,7 @@ def test_every_setting_can_be_overridden_without_a_plus() -> None:
         "name=other", "output=out", "seed=3", "model.weights=random", "data.calibration=5", "layers={fc:float}",
         "qconfig.activation.percentile=99", "qconfig.weight.observer=mse", "qconfig.reduce_range=true",
         "mode.kind=torchscript", "mode.method=script", "runtime.kind=torch", "device.kind=cpu",
-        "calibrate.resume=false", "warmup.iterations=2", "evaluate.per_layer=false", "benchmark.batch_sizes=[1,4]",
+        "resume=false", "sweep.objectives=[speedup]", "calibrate.resume=false", "warmup.iterations=2", "evaluate.per_layer=false", "benchmark.batch_sizes=[1,4]",
         "benchmark.threads=2", "gates.max_latency_ms=9", "report.quiet=true",
     ]  # fmt: skip
     changed, base = load_recipe(RECIPE, overrides).to_dict(), load_recipe(RECIPE).to_dict()
@@ -171,12 +171,7 @@ def test_a_recipe_of_ones_own_may_build_on_another_and_take_a_shipped_name(tmp_p
     write(tmp_path, "recipe/base.yaml", "model: mnist_cnn\nseed: 5\n")
     write(tmp_path, f"recipe/{RECIPE}.yaml", "defaults: [base]\ndata: mnist\n")
     jobs: list[Job] = []
-
-    def remember(job: Job) -> int:
-        jobs.append(job)
-        return 0
-
-    run_app(["--config-dir", str(tmp_path), f"recipe={RECIPE}"], remember)
+    run_app(["--config-dir", str(tmp_path), f"recipe={RECIPE}"], jobs.append)
     recipe = Recipe.from_dict(jobs[0].settings)
     assert (jobs[0].name, recipe.name, recipe.seed) == (RECIPE, RECIPE, 5)
     assert recipe.model is not None
@@ -226,8 +221,9 @@ def test_a_bad_file_names_place_and_cure(tmp_path: Path, text: str, place: str, 
 def test_a_broken_neighbour_does_not_matter(tmp_path: Path) -> None:
     write(tmp_path, "recipe/broken.yaml", "a: [1")
     write(tmp_path, "recipe/fine.yaml", PLAIN)
-    (outcome,) = run_app(["--config-dir", str(tmp_path), "recipe=fine"], lambda job: len(job.settings["layers"]))
-    assert (outcome.exit_code, outcome.overrides) == (2, ("recipe=fine",))
+    jobs: list[Job] = []
+    run_app(["--config-dir", str(tmp_path), "recipe=fine"], jobs.append)
+    assert [(len(job.settings["layers"]), job.overrides) for job in jobs] == [(2, ("recipe=fine",))]
     with pytest.raises(RecipeError, match="is not YAML"):
         run_app(["--config-dir", str(tmp_path), "recipe=broken"], lambda _: 0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from quantflow.report.markdown import markdown
 from quantflow.report.progress import Progress
 from quantflow.report.results import from_json, to_json
+from quantflow.report.sweep import sweep_files
 from quantflow.report.terminal import (
     make_console,
     print_findings,
@@ -13,6 +14,7 @@ from quantflow.report.terminal import (
     print_plan,
     print_selftest,
     print_summary,
+    print_sweep,
 )
 
 __all__ = [
@@ -26,5 +28,7 @@ __all__ = [
     "print_plan",
     "print_selftest",
     "print_summary",
+    "print_sweep",
+    "sweep_files",
     "to_json",
 ]
