@@ -193,17 +193,20 @@ def _job(cfg: DictConfig, sweep: Path | None) -> Job:
 def _sweeper_arguments(prepared: Sequence[str], sweep: Path) -> list[str]:
     """What Hydra is told beside the user's own words: where to write and, for Optuna, what is better.
 
-    A failed trial must not end the others, whatever their share.
+    A failed trial must not end the others, whatever their share. The Ray launcher always sets the size of the object
+    store, which Ray refuses for a cluster that is there already, unless it is told none.
     """
-    given = {_key(argument) for argument in prepared}
+    given = {_key(argument): argument.partition("=")[2] for argument in prepared}
     told = {"hydra.sweep.dir": str(sweep)}
-    if any(_key(argument) == "hydra/sweeper" and argument.endswith("=optuna") for argument in prepared):
+    if given.get("hydra/launcher") == "ray" and ("hydra.launcher.ray.init.address" in given or "RAY_ADDRESS" in os.environ):
+        told["++hydra.launcher.ray.init.object_store_memory"] = "null"
+    if given.get("hydra/sweeper") == "optuna":
         fixed = [argument for argument in prepared if not _is_swept(argument)]
         settings = _compose([argument for argument in fixed if not argument.startswith("-")], "sweep")
         better = [OBJECTIVES[name] for name in SweepSettings(**settings["sweep"]).objectives]
         told["hydra.sweeper.direction"] = better[0] if len(better) == 1 else f"[{','.join(better)}]"
         told["hydra.sweeper.max_failure_rate"] = "1.0"
-    return [f"{key}={value}" for key, value in told.items() if key not in given]
+    return [f"{key}={value}" for key, value in told.items() if key.lstrip("+") not in given]
 
 
 def _is_swept(argument: str) -> bool:
