@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -19,7 +20,7 @@ from typing import NoReturn, get_args
 from rich.console import Console
 
 from quantflow import config, sweep
-from quantflow.errors import EXIT_CRASH, EXIT_GATE, EXIT_INTERRUPTED, EXIT_PASSED, QuantflowError
+from quantflow.errors import EXIT_CRASH, EXIT_GATE, EXIT_INTERRUPTED, EXIT_PASSED, QuantflowError, UsageError
 from quantflow.schema import Recipe, Task
 
 #: What --force stands for: Hydra knows no options of ours.
@@ -101,6 +102,10 @@ def run(arguments: Sequence[str]) -> int:
     try:
         with _interruptible():
             if config.is_multirun(arguments):
+                if "WORLD_SIZE" in os.environ:
+                    raise UsageError(
+                        "command line: a sweep can't run under torchrun; its launchers start its processes"
+                    )
                 return sweep.run_sweep(arguments)
             config.run_app(arguments, lambda job: endings.append(run_job(job)))
     except QuantflowError as error:
@@ -173,8 +178,9 @@ def _columns(rows: dict[str, str]) -> str:
 
 
 def _complain(error: QuantflowError) -> int:
-    """The message in red on stderr, no traceback."""
-    Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+    """The message in red on stderr, no traceback; where several workers share the work, only the first one's."""
+    if os.environ.get("RANK", "0") == "0":
+        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
     return error.exit_code
 
 

@@ -198,7 +198,9 @@ def _sweeper_arguments(prepared: Sequence[str], sweep: Path) -> list[str]:
     """
     given = {_key(argument): argument.partition("=")[2] for argument in prepared}
     told = {"hydra.sweep.dir": str(sweep)}
-    if given.get("hydra/launcher") == "ray" and ("hydra.launcher.ray.init.address" in given or "RAY_ADDRESS" in os.environ):
+    if given.get("hydra/launcher") == "ray" and (
+        "hydra.launcher.ray.init.address" in given or "RAY_ADDRESS" in os.environ
+    ):
         told["++hydra.launcher.ray.init.object_store_memory"] = "null"
     if given.get("hydra/sweeper") == "optuna":
         fixed = [argument for argument in prepared if not _is_swept(argument)]

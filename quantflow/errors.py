@@ -10,7 +10,8 @@
     │   ├── NothingQuantizedError  2  the plan or the program holds no int8 layer
     │   └── ArtifactError          2  missing, truncated, tampered with, or from a newer format
     ├── UnavailableError           4  asked for what this machine does not have
-    └── VerificationError          1  a runtime disagrees with the reference
+    ├── VerificationError          1  a runtime disagrees with the reference
+    └── WorkerError                1  a process that shared the work crashed or was killed
 
 A failed gate is a verdict, not an exception: the run finishes, saves everything and exits with 3.
 Messages are small letters: where, what was found, what is legal, what to do.
@@ -105,6 +106,10 @@ class UnavailableError(QuantflowError):
 
 class VerificationError(QuantflowError):
     """A runtime's output disagrees with the reference beyond the stated tolerance."""
+
+
+class WorkerError(QuantflowError):
+    """A process that shared the work crashed or was killed."""
 
 
 def worst(exit_codes: Iterable[int]) -> int:

@@ -94,7 +94,7 @@ class Cores:
     @contextmanager
     def _during(self, use: Use, announce: Announce) -> Iterator[None]:
         before = self._use
-        if before == "none" or before != use and use == "alone" or self._depth == 0:
+        if before == "none" or (before != use and use == "alone") or self._depth == 0:
             self._take(use, announce)
         self._depth += 1
         try:

@@ -356,7 +356,8 @@ def _launch(arguments: Sequence[str], sweep: Sweep) -> str:
 def _progress(sweep: Sweep) -> tuple[int, int]:
     """Grows with each outcome and each attempt; both are bounded by the number of jobs."""
     ended = sum(outcome.run == sweep.run for outcome in read_outcomes(sweep.path))
-    return ended, sum(int(text) for file in sweep.work.glob("*.attempts") if (text := file.read_text().strip()).isdigit())
+    attempts = (file.read_text().strip() for file in sweep.work.glob("*.attempts"))
+    return ended, sum(int(text) for text in attempts if text.isdigit())
 
 
 @contextmanager

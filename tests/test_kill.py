@@ -23,7 +23,8 @@ ARGUMENTS = [
     "data.evaluation=4", "data.batch_size=8", "mode=torchscript", "observer=histogram", "benchmark=disabled",
     "calibrate.checkpoint_every_s=0.05", "output=art",
 ]  # fmt: skip
-CHECKPOINT = ".art.calibration.safetensors"
+WORK = ".art.work"
+CHECKPOINT = f"{WORK}/calibration.safetensors"
 KILLS = 20
 
 #: Imports everything once, then forks a child for each line of arguments: a start costs milliseconds, not seconds.
@@ -196,8 +197,9 @@ def test_killed_while_the_artifact_is_replaced(nursery: Nursery, expected: dict[
 def test_a_checkpoint_of_another_recipe_is_not_used(nursery: Nursery, expected: dict[str, bytes]) -> None:
     folder = nursery.folder
     clean(folder)
+    (folder / WORK).mkdir()
     (folder / CHECKPOINT).write_bytes(b"of another time")
-    (folder / f".{CHECKPOINT}.99999999.partial").write_bytes(b"of a run that was killed while it wrote")
+    (folder / WORK / ".calibration.safetensors.99999999.partial").write_bytes(b"of a run killed while it wrote")
     assert nursery.run()[0] == 0
     assert "calibration started clean" in nursery.log()
     assert files(folder) == expected
@@ -240,7 +242,7 @@ def test_interrupted_by_the_user(nursery: Nursery, expected: dict[str, bytes]) -
         message = process.communicate()[1]
     assert (process.returncode, message) == (130, "interrupted\n")
     assert not (folder / "art").exists()
-    assert strays(folder) == [CHECKPOINT]
+    assert strays(folder) == [WORK]
     assert nursery.run()[0] == 0
     assert "calibration resumed" in nursery.log()
     assert files(folder) == expected

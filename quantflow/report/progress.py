@@ -54,12 +54,12 @@ class Stage:
 class Progress:
     """Shows stages one after the other and keeps their times.
 
-    with Progress(console) as progress:
-        with progress.stage("calibrate") as stage:
-            calibrate(..., progress=stage.update)
-    progress.stages  # [{"name": "calibrate", "seconds": 1.9}]
+        with Progress(console) as progress:
+            with progress.stage("calibrate") as stage:
+                calibrate(..., progress=stage.update)
+        progress.stages  # [{"name": "calibrate", "seconds": 1.9}]
 
-A stage shares the machine's cores with other runs, or has them alone where it measures time (see quantflow.machine).
+    A stage shares the machine's cores with other runs, or has them alone where it measures time (quantflow.machine).
     When quiet it shows nothing; the times are kept all the same.
     """
 

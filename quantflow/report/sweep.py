@@ -157,7 +157,7 @@ def plot(sweep: Mapping[str, Any]) -> Plot | None:
         for job, x, y in found
     )  # fmt: skip
     corners = sorted((point for point in points if point.is_best), key=lambda point: point.x)
-    title, write = FIGURES[axis]
+    title = FIGURES[axis][0]
     names = {job["figures"].get("metric_name") for job, _, _ in found}
     y_title = str(tables.METRIC_NAMES.get(names.pop(), title)) if axis == "metric" and len(names) == 1 else title
     return Plot(
