@@ -46,6 +46,8 @@ _STORED = "_stored"
 #: Ends the names under which the user's own recipes are composed: Hydra would take a file of the same name in a
 #: --config-dir for the recipe, as it is, and the stored one for its schema.
 _OWN = ".own"
+#: What asks for a sweep.
+_MULTIRUN = frozenset(("-m", "--multirun", "hydra.mode=MULTIRUN"))
 #: Settings that say how a sweep is run, and not what is swept.
 _LAUNCHING = re.compile(r"hydra/launcher|hydra\.launcher\..*|resume")
 
@@ -154,13 +156,16 @@ def run_app(arguments: Sequence[str], job: Callable[[Job], Any], sweep: Path | N
         return job(_job(cfg, sweep))
 
     if sweep is not None:
-        prepared += _sweeper_arguments(prepared, sweep)
+        # Among the user's: argparse takes no values on both sides of an option.
+        place = next((index for index, argument in enumerate(prepared) if _key(argument)), len(prepared))
+        prepared[place:place] = _sweeper_arguments(prepared, sweep)
     with _explained(name, prepared), _program(prepared):
         hydra.main(str(shipped("conf")), "config", VERSION_BASE)(run_one)()
 
 
 def is_multirun(arguments: Sequence[str]) -> bool:
-    return any(argument in ("-m", "--multirun", "hydra.mode=MULTIRUN") for argument in arguments)
+    """Whether the command line asks for a sweep."""
+    return not _MULTIRUN.isdisjoint(arguments)
 
 
 def sweep_folder(arguments: Sequence[str]) -> Path:
@@ -171,7 +176,7 @@ def sweep_folder(arguments: Sequence[str]) -> Path:
     given = next((argument.partition("=")[2] for argument in arguments if _key(argument) == "hydra.sweep.dir"), None)
     if given is not None:
         return Path(given)
-    told = [argument for argument in arguments if not _LAUNCHING.fullmatch(_key(argument))]
+    told = [each for each in arguments if each not in _MULTIRUN and not _LAUNCHING.fullmatch(_key(each))]
     digest = hashlib.sha256("\0".join(told).encode()).hexdigest()[:10]
     name = re.sub(r"[^\w.-]+", "_", _requested_recipe([Path(word).stem for word in told])).strip("_")
     return Path("outputs", "multirun", f"{name[:60]}-{digest}")

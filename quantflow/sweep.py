@@ -104,12 +104,13 @@ def run_sweep(arguments: Sequence[str]) -> int:
     environment = {name: os.environ.get(name) for name in THREADS}
     sweep = Sweep(str(folder), str(Path.cwd()), uuid.uuid4().hex, environment)
     with _running(sweep, is_forced=_is_forced(arguments)):
-        trouble = _launch(arguments, sweep)
-        outcomes = [outcome for outcome in read_outcomes(folder) if outcome.run == sweep.run]
-        if not outcomes and not trouble:  # --cfg and its like
+        try:
+            results = _report(arguments, sweep, _launch(arguments, sweep))
+        except KeyboardInterrupt:
+            _report(arguments, sweep, "interrupted before all jobs were run; the same command goes on with the others")
+            raise
+        if not results["jobs"] and not results["trouble"]:  # --cfg and its like
             return EXIT_PASSED
-        results = summarize(arguments, outcomes, trouble)
-        _write_report(folder, results)
         if results["exit_code"] == EXIT_PASSED:
             shutil.rmtree(sweep.work, ignore_errors=True)
     report.print_sweep(report.make_console(), results, folder=str(folder))
@@ -346,7 +347,7 @@ def _launch(arguments: Sequence[str], sweep: Sweep) -> str:
             return ""
         except Exception as error:  # the launcher's, not a job's: those don't raise
             if _progress(sweep) == before:
-                if isinstance(error, QuantflowError):
+                if not before[0]:
                     raise
                 traceback.print_exc()
                 return f"the launcher failed: {_first_line(error)}"
@@ -365,41 +366,54 @@ def _running(sweep: Sweep, *, is_forced: bool) -> Iterator[None]:
     """Nobody else runs this sweep; attempts start at 0; nothing is left where nothing was done."""
     created = [path for path in (sweep.work, *sweep.work.parents) if not path.exists()]
     sweep.work.mkdir(parents=True, exist_ok=True)
-    lock = os.open(sweep.work / "sweep.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"sweep: '{sweep.folder}' is being written by the same sweep, started elsewhere; wait for it, "
-                "or choose another folder with hydra.sweep.dir=…"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+    with _locked(sweep):
         for file in sweep.work.glob("*.attempts"):
             file.write_text("")
         if is_forced:
             for file in sweep.path.glob("[0-9]*.json"):
                 file.unlink()
+        try:
+            yield
+        finally:
+            if not read_outcomes(sweep.path):
+                shutil.rmtree(sweep.work, ignore_errors=True)
+                if sweep.path in created:
+                    (sweep.path / "multirun.yaml").unlink(missing_ok=True)
+                for path in created:
+                    with suppress(OSError):
+                        path.rmdir()
+
+
+@contextmanager
+def _locked(sweep: Sweep) -> Iterator[None]:
+    lock = os.open(sweep.work / "sweep.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise UsageError(
+            f"sweep: '{sweep.folder}' is being written by the same sweep, started elsewhere; wait for it, "
+            "or choose another folder with hydra.sweep.dir=…"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    try:
         yield
     finally:
         os.close(lock)
-        if not read_outcomes(sweep.path):
-            shutil.rmtree(sweep.work, ignore_errors=True)
-            if sweep.path in created:
-                (sweep.path / "multirun.yaml").unlink(missing_ok=True)
-            for path in created:
-                with suppress(OSError):
-                    path.rmdir()
 
 
 def _is_forced(arguments: Sequence[str]) -> bool:
     return any(argument.lower() == "resume=false" for argument in arguments)
 
 
-def _write_report(folder: Path, results: Mapping[str, Any]) -> None:
-    for name, content in report.sweep_files(results).items():
-        _write_bytes(folder / name, content)
+def _report(arguments: Sequence[str], sweep: Sweep, trouble: str) -> dict[str, Any]:
+    """The results of what has been run so far, written down if there are any."""
+    results = summarize(arguments, [each for each in read_outcomes(sweep.path) if each.run == sweep.run], trouble)
+    if results["jobs"]:
+        for name, content in report.sweep_files(results).items():
+            _write_bytes(sweep.path / name, content)
+    return results
 
 
 # --- files
