@@ -24,8 +24,8 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -208,11 +208,14 @@ def run_one(job: Job, sweep: Sweep) -> float | list[float] | None:
     sweep.work.mkdir(parents=True, exist_ok=True)
     with _attempt(sweep.work / f"{job.number}.attempts") as attempt:
         outcome = _known(job, sweep, recipe.work_key())
-        if outcome is None and attempt() > ATTEMPTS:
+        if outcome is None and attempt.made >= ATTEMPTS:
             reason = f"gave up: the process that ran it was killed {ATTEMPTS} times"
             outcome = _outcome(job, sweep, recipe.work_key(), EXIT_CRASH, reason)
         elif outcome is None:
-            outcome = _run(job, sweep, recipe)
+            # Of those that were running when a launcher died, one may be to blame: they don't run together again.
+            with _attempt(sweep.work / "suspects") if attempt.made else nullcontext():
+                attempt.count()
+                outcome = _run(job, sweep, recipe)
         _write_outcome(sweep, outcome)
     found = [outcome.figures.get(name) for name in recipe.sweep.objectives]
     values = [float(value) for value in found if _is_number(value)]
@@ -316,21 +319,27 @@ def _how_it_ended(code: int) -> str:
     return f"its process was killed by {name}{hint}"
 
 
+class _Attempt:
+    """How often a job has been started by launchers that did not live to see it end."""
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+        text = os.pread(file, 20, 0).decode(errors="replace").strip()
+        self.made = int(text) if text.isdigit() else 0
+
+    def count(self) -> None:
+        self.made += 1
+        os.pwrite(self._file, f"{self.made}\n".encode(), 0)
+
+
 @contextmanager
-def _attempt(path: Path) -> Iterator[Callable[[], int]]:
-    """The job's lock, and a count of its attempts: a launcher may start a job again while it still runs elsewhere."""
+def _attempt(path: Path) -> Iterator[_Attempt]:
+    """A job's lock, and its attempts: a launcher may start a job again while it still runs elsewhere."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
     try:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX)
-
-        def count() -> int:
-            text = os.pread(file, 20, 0).decode(errors="replace").strip()
-            number = int(text) + 1 if text.isdigit() else 1
-            os.pwrite(file, f"{number}\n".encode(), 0)
-            return number
-
-        yield count
+        yield _Attempt(file)
     finally:
         os.close(file)
 
