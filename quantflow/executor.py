@@ -382,7 +382,7 @@ def run(recipe: Recipe, overrides: Sequence[str] = (), workers: Workers = ONLY) 
         _nothing_left_on_error(work),
     ):
         with progress.stage("load"):
-            source = workers.each(lambda: load_source(recipe))
+            source = load_source(recipe)
         report.print_notices(console, source.notices)
         model = execute(recipe, source, progress, work, overrides, workers)
     saved = model.record.save(destination)
@@ -416,7 +416,7 @@ def _assist(recipe: Recipe, workers: Workers) -> None:
     work = Work(Path(recipe.output or f"outputs/{recipe.name}"), recipe.work_key())
     with Progress(report.make_console(), quiet=True) as progress, _seeded(recipe.seed):
         with progress.stage("load"):
-            source = workers.each(lambda: load_source(recipe))
+            source = load_source(recipe)
         built = build(recipe, source, progress, work, workers)
         if recipe.evaluate.enabled:
             _evaluated(source, built.program, built.call, progress, work, workers)

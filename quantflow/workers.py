@@ -12,8 +12,8 @@ import os
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar, overload
 
@@ -30,10 +30,14 @@ PATIENCE = timedelta(days=1)
 
 @dataclass(frozen=True)
 class Workers:
-    """This process among those that share the work; by default it is the only one."""
+    """This process among those that share the work; by default it is the only one.
+
+    `known` are the errors that all of them have raised.
+    """
 
     rank: int = 0
     count: int = 1
+    known: list[QuantflowError] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def is_first(self) -> bool:
@@ -64,14 +68,9 @@ class Workers:
             self._wait(lambda: torch.distributed.all_gather_object(everyone, mine))
         for kind, message in everyone:
             if kind is not None:
-                raise kind(message)
+                self.known.append(kind(message))
+                raise self.known[-1]
         return [value for _, value in everyone]
-
-    def each(self, compute: Callable[[], T]) -> T:
-        """This worker's own `compute()`; raises on all of them what it raised on one."""
-        own: list[T] = []
-        self.gather(lambda: own.append(compute()))
-        return own[0]
 
     def from_first(self, compute: Callable[[], T]) -> T:
         """The first worker's `compute()`, on every worker; only the first one calls it."""
@@ -81,10 +80,21 @@ class Workers:
         try:
             collective()
         except RuntimeError as error:
-            raise WorkerError(
-                f"worker {self.rank} of {self.count}: another one ended in the middle of the run; its message, if it "
-                "left one, is above"
-            ) from error
+            ended = (
+                f"worker {self.rank} of {self.count}: another one ended in the middle of the run; torchrun says which"
+            )
+            self.known.append(WorkerError(ended))
+            raise self.known[-1] from error
+
+    def tell(self, error: QuantflowError) -> None:
+        """Makes the others, who are in the same or a later `gather`, raise this process's error."""
+
+        def fail() -> None:
+            raise error
+
+        if self.count > 1 and error not in self.known:
+            with suppress(QuantflowError):
+                self.gather(fail)
 
 
 class Part(Sequence[T]):
@@ -126,12 +136,16 @@ def joined() -> Iterator[Workers]:
         return
 
     def stop(*_: object) -> None:
-        raise WorkerError(f"worker {rank} of {count}: stopped, because another one ended; torchrun says below which")
+        raise WorkerError(f"worker {rank} of {count}: stopped, because another one ended; torchrun says which")
 
     torch.distributed.init_process_group("gloo", timeout=PATIENCE)
     before = signal.signal(signal.SIGTERM, stop) if rank == 0 else None
+    workers = Workers(rank, count)
     try:
-        yield Workers(rank, count)
+        yield workers
+    except QuantflowError as error:
+        workers.tell(error)
+        raise
     finally:
         if rank == 0:
             signal.signal(signal.SIGTERM, before)

@@ -9,6 +9,7 @@ from typing import Any
 
 from quantflow.errors import EXIT_GATE, EXIT_PASSED, VERDICTS
 from quantflow.report import tables
+from quantflow.report.markdown import _escape as escape
 from quantflow.report.markdown import markdown_table
 from quantflow.report.page import Cell, Column, DataTable, Row, number_cell, render, shortened
 from quantflow.report.results import to_json
@@ -71,9 +72,9 @@ def sweep_markdown(sweep: Mapping[str, Any]) -> str:
     """The jobs as a Markdown page."""
     blocks = ["# quantflow: sweep", sweep_headline(sweep)]
     if sweep["trouble"]:
-        blocks.append(f"> **Notice:** {sweep['trouble']}")
+        blocks.append(f"> **Notice:** {escape(sweep['trouble'])}")
     table = sweep_table(sweep)
-    blocks += [markdown_table(table), table.caption] if table.rows else []
+    blocks += [markdown_table(table), escape(table.caption)] if table.rows else []
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
