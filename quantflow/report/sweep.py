@@ -11,7 +11,7 @@ from quantflow.errors import EXIT_GATE, EXIT_PASSED, VERDICTS
 from quantflow.report import tables
 from quantflow.report.markdown import _escape as escape
 from quantflow.report.markdown import markdown_table
-from quantflow.report.page import Cell, Column, DataTable, Row, number_cell, render, shortened
+from quantflow.report.page import Cell, Column, DataTable, Row, number_cell, plain_table, render, shortened
 from quantflow.report.results import to_json
 from quantflow.report.tables import Table
 
@@ -26,6 +26,8 @@ FIGURES = {
     "size_ratio": ("size ratio", lambda value: tables.number(value, 3)),
     "int8_coverage": ("coverage", tables.percent),
 }
+#: Figures whose columns are hidden on a phone.
+EXTRA = ("metric_drop", "agreement", "size_ratio", "int8_coverage")
 #: The plot's extent and margins, in its own units.
 WIDTH, HEIGHT, LEFT, BOTTOM, EDGE = 720, 360, 64, 48, 20
 #: Labels per axis, about.
@@ -90,6 +92,7 @@ def sweep_html(sweep: Mapping[str, Any]) -> str:
         fixed=fixed,
         command=" ".join(sweep["arguments"]),
         notices=[sweep["trouble"]] if sweep["trouble"] else [],
+        failures=_failures(sweep),
         table=_data_table(sweep),
         plot=plot(sweep),
     )
@@ -177,10 +180,12 @@ def _data_table(sweep: Mapping[str, Any]) -> DataTable:
         Column("job", is_number=True),
         Column("overrides"),
         Column("ended"),
-        *(Column(FIGURES[name][0], is_number=True, is_whole=True, first="descending") for name in used),
+        *(
+            Column(FIGURES[name][0], is_number=True, is_whole=True, is_extra=name in EXTRA, first="descending")
+            for name in used
+        ),
         Column("seconds", is_number=True, is_extra=True),
         Column("Pareto"),
-        Column("reason", is_extra=True),
     )
     rows = []
     for job in sweep["jobs"]:
@@ -192,7 +197,6 @@ def _data_table(sweep: Mapping[str, Any]) -> DataTable:
             *(number_cell(job["figures"].get(name), FIGURES[name][1](job["figures"].get(name))) for name in used),
             number_cell(job["seconds"], _seconds(job)),
             Cell("yes", tone="int8") if job["number"] in sweep["pareto"] else Cell(""),
-            Cell(shortened(_reason(job))),
         )
         rows.append(Row(cells, id=f"job-{job['number']}", kind=_verdict(job)))
     kinds = tuple(dict.fromkeys(row.kind for row in rows))
@@ -200,6 +204,15 @@ def _data_table(sweep: Mapping[str, Any]) -> DataTable:
         "jobs", "Every job of the sweep", columns, tuple(rows), header_column=1, is_sortable=True, is_filterable=True,
         kinds=kinds, kinds_title="Ended", note=_caption(sweep),
     )  # fmt: skip
+
+
+def _failures(sweep: Mapping[str, Any]) -> DataTable:
+    rows = [
+        (str(job["number"]), _asked(job, sweep), _verdict(job), job["reason"])
+        for job in sweep["jobs"]
+        if job["exit_code"] != EXIT_PASSED
+    ]
+    return plain_table("failures", "Jobs that did not pass", ("job", "overrides", "ended", "reason"), rows)
 
 
 def _used_figures(sweep: Mapping[str, Any]) -> list[str]:
