@@ -232,7 +232,8 @@ def _run(job: Job, sweep: Sweep, recipe: Recipe) -> Outcome:
     _write(request, {"name": job.name, "settings": job.settings, "overrides": list(job.overrides)})
     if job.is_alone:
         print(f"job {job.number}: {' '.join(job.overrides)}", flush=True)
-    start = time.monotonic()
+    results = Path(sweep.cwd, recipe.artifact or job.settings["output"], RESULTS)
+    before, start = _identity(results), time.monotonic()
     code = start_process(request, sweep, None if job.is_alone else sweep.path / f"{job.number}.log")
     seconds = time.monotonic() - start
     if code == EXIT_INTERRUPTED:
@@ -240,9 +241,9 @@ def _run(job: Job, sweep: Sweep, recipe: Recipe) -> Outcome:
     told = _read(ending) or {}
     exit_code = told.get("exit_code", EXIT_CRASH)
     reason = str(told.get("reason", "")) or ("" if exit_code == EXIT_PASSED else _how_it_ended(code))
-    results = _results(Path(sweep.cwd, recipe.artifact or job.settings["output"])) if told else {}
+    measured = figures(_results(results)) if told and _identity(results) != before else {}
     print(f"job {job.number} ended after {seconds:.1f} s: {reason.splitlines()[0] if reason else 'passed'}", flush=True)
-    return _outcome(job, sweep, recipe.work_key(), exit_code, reason, seconds, figures(results))
+    return _outcome(job, sweep, recipe.work_key(), exit_code, reason, seconds, measured)
 
 
 def start_process(request: Path, sweep: Sweep, log: Path | None) -> int:
@@ -428,10 +429,18 @@ def _report(arguments: Sequence[str], sweep: Sweep, trouble: str) -> dict[str, A
 # --- files
 
 
-def _results(folder: Path) -> dict[str, Any]:
+def _results(path: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError):
-        return report.from_json((folder / RESULTS).read_bytes())
+        return report.from_json(path.read_bytes())
     return {}
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Changes when the file is written again: a job that wrote none must not get an older one's figures."""
+    with suppress(OSError):
+        status = path.stat()
+        return status.st_ino, status.st_mtime_ns
+    return None
 
 
 def _write_outcome(sweep: Sweep, outcome: Outcome) -> None:

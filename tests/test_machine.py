@@ -7,12 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from quantflow import machine
+from quantflow import executor, machine, quantize, warmup
+from quantflow.compile import Compiled
 from quantflow.machine import Cores
 
 ROOT = Path(machine.__file__).parent.parent
@@ -158,3 +162,28 @@ def test_without_a_place_for_locks_everything_goes_on(tmp_path: Path) -> None:
         assert descriptor is None
     assert cores.holders() == []
     assert time.monotonic() - start < 60
+
+
+def test_a_run_times_alone_and_computes_beside_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warm-up, its search for variants and the benchmark time; calibration, verification and evaluation compute."""
+    uses: dict[str, set[str]] = {}
+
+    def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            uses.setdefault(name, set()).add(machine.CORES._use)
+            return function(*args, **kwargs)
+
+        return call
+
+    for owner, name in (
+        (executor, "calibrate"), (executor, "tally"), (executor.timing, "interleaved"), (Compiled, "tune"),
+        (warmup, "_verify"),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, watched(name, getattr(owner, name)))
+    module = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    quantize(module, [torch.randn(4, 8)], mode="torchscript", benchmark=True)
+    computing, timing = {"shared"}, {"alone"}
+    assert uses == {
+        "calibrate": computing, "tally": computing, "_verify": computing, "interleaved": timing, "tune": timing,
+    }  # fmt: skip
+    assert machine.CORES._use == "none"

@@ -204,6 +204,15 @@ def test_a_job_returns_the_objectives_asked_for(
     assert set(objectives) <= OBJECTIVES.keys()
 
 
+def test_figures_of_an_older_run_are_not_taken_for_a_jobs_own(endings: list[int], tmp_path: Path) -> None:
+    assert endings == []
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text(json.dumps(RESULTS))
+    job = Job("mine", settings("out", ["sqnr_db"]), (), 0)
+    assert run_one(job, Sweep("sw", str(tmp_path), "run", {})) is None
+    assert read_outcomes(tmp_path / "sw")[0].figures == {}
+
+
 def test_a_job_without_its_objective_is_a_failed_trial(endings: list[int], tmp_path: Path) -> None:
     endings += [EXIT_CRASH, EXIT_PASSED]
     mine = Sweep("sw", str(tmp_path), "run", {})
