@@ -140,9 +140,12 @@ class Cores:
 
 
 def _cores() -> Cores:
-    inherited = os.environ.pop(INHERITED, "")
     folder = Path(tempfile.gettempdir(), f"quantflow-{os.getuid()}")
-    return Cores(folder, int(inherited) if inherited.isdigit() else None)
+    with suppress(ValueError, OSError):
+        inherited = int(os.environ.pop(INHERITED, ""))
+        os.set_inheritable(inherited, False)
+        return Cores(folder, inherited)
+    return Cores(folder)
 
 
 #: This process's.

@@ -11,6 +11,8 @@ from hydra.core.global_hydra import GlobalHydra
 
 from quantflow.config import (
     Job,
+    _prepare,
+    _sweeper_arguments,
     group_choices,
     load_recipe,
     overlay,
@@ -18,6 +20,7 @@ from quantflow.config import (
     recipe_files,
     run_app,
     shipped,
+    sweep_folder,
 )
 from quantflow.errors import RecipeError
 from quantflow.schema import PRESETS, Recipe
@@ -235,3 +238,47 @@ def test_hydra_is_left_as_it_was() -> None:
     with pytest.raises(RecipeError):
         load_recipe(RECIPE, ["nonsense"])
     assert not GlobalHydra.instance().is_initialized()
+
+
+def test_the_same_sweep_has_the_same_folder_whatever_launches_it() -> None:
+    folder = sweep_folder(["-m", "recipe=a", "seed=1,2"])
+    assert folder.parent == Path("outputs", "multirun")
+    assert folder.name.startswith("a-")
+    same = (["recipe=a", "seed=1,2", "--multirun", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+            ["-m", "recipe=a", "resume=false", "seed=1,2"])  # fmt: skip
+    assert {sweep_folder(arguments) for arguments in same} == {folder}
+    assert sweep_folder(["-m", "recipe=a", "seed=1,3"]) != folder
+    assert sweep_folder(["-m", "recipe=a", "hydra.sweep.dir=here"]) == Path("here")
+    assert re.fullmatch(r"glob_resnet-\w{10}", sweep_folder(["-m", "recipe=glob(resnet*)"]).name)
+
+
+RAY = ["hydra/launcher=ray", "hydra.launcher.ray.init.address=a:1"]
+OPTUNA = ["hydra/sweeper=optuna", f"recipe={RECIPE}"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["seed=1,2"], []),
+        (["hydra.sweep.dir=there"], None),
+        (["hydra/launcher=ray"], []),
+        (RAY, ["++hydra.launcher.ray.init.object_store_memory=null"]),
+        ([*RAY, "hydra.launcher.ray.init.object_store_memory=1"], []),
+        (OPTUNA, ["hydra.sweeper.direction=maximize", "hydra.sweeper.max_failure_rate=1.0"]),
+        (
+            [*OPTUNA, "sweep.objectives=[speedup,size_ratio]", "seed=choice(1,2)"],
+            ["hydra.sweeper.direction=[maximize,minimize]", "hydra.sweeper.max_failure_rate=1.0"],
+        ),
+        (
+            [*OPTUNA, "hydra.sweeper.direction=minimize", "hydra.sweeper.max_failure_rate=0"],
+            [],
+        ),
+    ],
+)
+def test_what_hydra_is_told_beside_the_users_words(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], told: list[str] | None
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    _prepare(arguments)
+    expected = [] if told is None else ["hydra.sweep.dir=sw", *told]
+    assert _sweeper_arguments(arguments, Path("sw")) == expected
