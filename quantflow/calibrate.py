@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,6 +25,7 @@ from safetensors.torch import save as save_tensors
 from quantflow.errors import ArtifactError, CalibrationError, DataError
 from quantflow.observers import AbstractObserver, extremes, flat, make_observer
 from quantflow.schema import ActivationSpec
+from quantflow.work import write_whole
 
 if TYPE_CHECKING:
     from quantflow.data.batch import Batch
@@ -112,7 +110,7 @@ class CalibrationTable:
 
     def save(self, path: Path) -> None:
         """Write one .safetensors file; at any moment the path holds the old file or the new one."""
-        _write(path, self.to_bytes())
+        write_whole(path, self.to_bytes())
 
     @staticmethod
     def load(path: Path) -> CalibrationTable:
@@ -132,6 +130,7 @@ def calibrate(
     checkpoint: Path | None = None,
     checkpoint_every_s: float = 5.0,
     resume: bool = True,
+    first: int | None = None,
     progress: Progress | None = None,
 ) -> CalibrationTable:
     """Observe every value of `prepared.observed` over all batches, in inference mode.
@@ -142,6 +141,8 @@ def calibrate(
             Removing it is the caller's business.
         resume: go on from `checkpoint` when its key, values and data are these; otherwise start clean and say
             so in `notices`.
+        first: given, the batches are a part of the data that begins with this one: errors count from it, and the part
+            may be empty or leave values unobserved. `require_complete` the merged table.
         progress: called with (batches done, batches in all or None) after each batch.
 
     Raises:
@@ -156,18 +157,20 @@ def calibrate(
         progress(table.batches, total)
     last_save = time.monotonic()
     for batch in remaining:
-        _require_finite(batch, table.batches)
-        _observe(prepared, batch, table, first_shapes)
+        index = (first or 0) + table.batches
+        _require_finite(batch, index)
+        _observe(prepared, batch, index, table, first_shapes)
         first_shapes = first_shapes or _shapes(batch)
         table = _counted(table, batch)
         if progress is not None:
             progress(table.batches, total)
         if checkpoint is not None and time.monotonic() - last_save >= checkpoint_every_s:
-            _write(checkpoint, _encode(table, key))
+            write_whole(checkpoint, _encode(table, key))
             last_save = time.monotonic()
-    _require_complete(table, prepared.layers)
+    if first is None:
+        require_complete(table, prepared.layers)
     if checkpoint is not None:
-        _write(checkpoint, _encode(table, key))
+        write_whole(checkpoint, _encode(table, key))
     return table
 
 
@@ -225,12 +228,12 @@ def _specs(table: CalibrationTable) -> dict[str, ActivationSpec]:
 # --- one batch ---
 
 
-def _observe(prepared: Prepared, batch: Batch, table: CalibrationTable, first_shapes: str) -> None:
+def _observe(prepared: Prepared, batch: Batch, index: int, table: CalibrationTable, first_shapes: str) -> None:
     def on_value(name: str, x: torch.Tensor) -> None:
         try:
             table.observers[name].observe(x)
         except ValueError as error:
-            layer, place = prepared.layers.get(name, name), _place(batch, table.batches, x)
+            layer, place = prepared.layers.get(name, name), _place(batch, index, x)
             raise CalibrationError(
                 f"calibration: {layer} gives {error} in {place}, though the data are finite; "
                 "check the model's weights and that its preprocessing belongs to them, or leave those samples out"
@@ -242,7 +245,7 @@ def _observe(prepared: Prepared, batch: Batch, table: CalibrationTable, first_sh
     except CalibrationError:
         raise
     except Exception as error:
-        place, found = _place(batch, table.batches), _shapes(batch)
+        place, found = _place(batch, index), _shapes(batch)
         if found == first_shapes:
             raise CalibrationError(
                 f"calibration: the model failed on {place}, though batches of these shapes passed: {_reason(error)}"
@@ -266,7 +269,8 @@ def _require_finite(batch: Batch, index: int) -> None:
             ) from error
 
 
-def _require_complete(table: CalibrationTable, layers: Mapping[str, str]) -> None:
+def require_complete(table: CalibrationTable, layers: Mapping[str, str]) -> None:
+    """Raises CalibrationError if there was no sample, or a value that never held a number."""
     if table.samples == 0:
         raise CalibrationError(
             "calibration data: there are no samples; calibrate on some that look like the real input, 64 or more"
@@ -385,37 +389,3 @@ def _read(path: Path) -> tuple[CalibrationTable, str]:
             f"{path}: the calibration table can't be read ({error.strerror}); calibrate again"
         ) from error
     return _decode(data, str(path))
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write beside the path, sync, then rename over it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _tidy(path)
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise ArtifactError(
-            f"'{path}' can't be written ({error.strerror or error}); free some space, or choose another output="
-        ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-def _tidy(path: Path) -> None:
-    """Removes what runs that were killed while they wrote have left beside the path."""
-    for other in path.parent.iterdir():
-        match = re.fullmatch(rf"\.{re.escape(path.name)}\.(\d+)\.partial", other.name)
-        if match is None:
-            continue
-        try:
-            os.kill(int(match[1]), 0)
-        except ProcessLookupError:
-            other.unlink(missing_ok=True)
-        except (PermissionError, OverflowError):  # alive and another user's, or no process number
-            continue

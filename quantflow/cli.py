@@ -5,40 +5,35 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import metadata
 from types import FrameType
 from typing import NoReturn, get_args
 
 from rich.console import Console
-from rich.table import Table
 
-from quantflow import config
-from quantflow.errors import (
-    EXIT_CRASH,
-    EXIT_GATE,
-    EXIT_PASSED,
-    EXIT_UNAVAILABLE,
-    EXIT_USAGE,
-    QuantflowError,
-)
+from quantflow import config, sweep
+from quantflow.errors import EXIT_CRASH, EXIT_GATE, EXIT_INTERRUPTED, EXIT_PASSED, QuantflowError, UsageError
 from quantflow.schema import Recipe, Task
 
-EXIT_INTERRUPTED = 130
+#: What --force stands for: Hydra knows no options of ours.
+_FORCED = "resume=false"
 
-#: Exit code → what it means, from best to worst: a multirun ends with its worst job's.
-VERDICTS = {
-    EXIT_PASSED: "passed",
-    EXIT_GATE: "a gate failed",
-    EXIT_UNAVAILABLE: "not possible on this machine",
-    EXIT_USAGE: "can't run as written",
-    EXIT_CRASH: "crashed",
-}
+
+@dataclass(frozen=True)
+class Ending:
+    """How a job ended: its exit code, and why where it did not pass."""
+
+    exit_code: int
+    reason: str = ""
+
 
 TASKS: dict[Task, str] = {
     "run": "the main job: quantize, verify, evaluate, benchmark, judge, save (the default)",
@@ -74,7 +69,10 @@ Groups (GROUP=NAME; replaces what the recipe says)
 Any single setting: section.key=value, as in seed=1 or gates.min_sqnr_db=20; --cfg job shows them all.
 
 Options
-  -m, --multirun       every combination of comma-separated values
+  -m, --multirun       every combination of comma-separated values, 'recipe=glob(*)', hydra/sweeper=optuna; in several
+                       processes or on several machines with hydra/launcher=joblib, submitit_slurm, ray
+  --force              start afresh: without it a run goes on from what an interrupted one has finished, and a sweep
+                       skips the jobs that are done
   --cfg job            print the settings and stop
   --config-dir DIR     your own recipes in DIR/recipe/, and groups in DIR/GROUP/
   -sc install=bash     tab completion: eval "$(quantflow -sc install=bash)"; also zsh and fish
@@ -99,9 +97,17 @@ def run(arguments: Sequence[str]) -> int:
     if "--version" in arguments:
         print(f"quantflow {_version()}")
         return EXIT_PASSED
+    arguments = [_FORCED if argument == "--force" else argument for argument in arguments]
+    endings: list[Ending] = []
     try:
         with _interruptible():
-            outcomes = config.run_app(arguments, run_job)
+            if config.is_multirun(arguments):
+                if "WORLD_SIZE" in os.environ:
+                    raise UsageError(
+                        "command line: a sweep can't run under torchrun; its launchers start its processes"
+                    )
+                return sweep.run_sweep(arguments)
+            config.run_app(arguments, lambda job: endings.append(run_job(job)))
     except QuantflowError as error:
         return _complain(error)
     except KeyboardInterrupt:
@@ -110,24 +116,23 @@ def run(arguments: Sequence[str]) -> int:
     except Exception:  # noqa: BLE001 the last resort: a traceback and the exit code of a crash
         traceback.print_exc()
         return EXIT_CRASH
-    if len(outcomes) > 1:
-        Console().print(_table(outcomes))
-    return max((outcome.exit_code for outcome in outcomes), key=_severity, default=EXIT_PASSED)
+    return endings[0].exit_code if endings else EXIT_PASSED
 
 
-def run_job(job: config.Job) -> int:
-    """Validates and runs one job. Never raises, save KeyboardInterrupt, so that a sweep goes on after a failure."""
+def run_job(job: config.Job) -> Ending:
+    """Validates and runs one job. Never raises, save KeyboardInterrupt."""
     try:
         with _interruptible():
             recipe = Recipe.from_dict(job.settings, job.name)
             from quantflow.executor import run_task
 
-            return run_task(recipe, list(job.overrides))
+            exit_code = run_task(recipe, list(job.overrides))
+            return Ending(exit_code, "a gate failed" if exit_code == EXIT_GATE else "")
     except QuantflowError as error:
-        return _complain(error)
-    except Exception:  # noqa: BLE001 a crash in one job of a sweep must not stop the others
+        return Ending(_complain(error), str(error))
+    except Exception as error:  # noqa: BLE001 the last resort: a traceback and the exit code of a crash
         traceback.print_exc()
-        return EXIT_CRASH
+        return Ending(EXIT_CRASH, f"crashed with {type(error).__name__}: {error}")
 
 
 def help_text(arguments: Sequence[str] = ()) -> str:
@@ -173,23 +178,10 @@ def _columns(rows: dict[str, str]) -> str:
 
 
 def _complain(error: QuantflowError) -> int:
-    """The message in red on stderr, no traceback."""
-    Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+    """The message in red on stderr, no traceback; where several workers share the work, only the first one's."""
+    if os.environ.get("RANK", "0") == "0":
+        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
     return error.exit_code
-
-
-def _severity(exit_code: int) -> int:
-    ranks = list(VERDICTS)
-    return ranks.index(exit_code) if exit_code in ranks else len(ranks)
-
-
-def _table(outcomes: Sequence[config.Outcome]) -> Table:
-    table = Table("job", "overrides", "output", "verdict", title=f"{len(outcomes)} jobs")
-    for outcome in outcomes:
-        verdict = VERDICTS.get(outcome.exit_code, f"exit code {outcome.exit_code}")
-        style = "green" if outcome.exit_code == EXIT_PASSED else "red"
-        table.add_row(str(outcome.number), " ".join(outcome.overrides), outcome.output or "", verdict, style=style)
-    return table
 
 
 def _version() -> str:

@@ -8,14 +8,13 @@ single values on the command line win over everything.
 from __future__ import annotations
 
 import copy
-import json
+import hashlib
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
@@ -25,13 +24,14 @@ import yaml  # type: ignore[import-untyped]
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel
 
 from quantflow.errors import Problem, RecipeError
-from quantflow.schema import DataSpec, ModelSpec, Recipe
+from quantflow.schema import OBJECTIVES, DataSpec, ModelSpec, Recipe, SweepSettings
 from quantflow.schema.problems import choices, legal_keys
 
 VERSION_BASE = "1.3"
@@ -46,6 +46,10 @@ _STORED = "_stored"
 #: Ends the names under which the user's own recipes are composed: Hydra would take a file of the same name in a
 #: --config-dir for the recipe, as it is, and the stored one for its schema.
 _OWN = ".own"
+#: What asks for a sweep.
+_MULTIRUN = frozenset(("-m", "--multirun", "hydra.mode=MULTIRUN"))
+#: Settings that say how a sweep is run, and not what is swept.
+_LAUNCHING = re.compile(r"hydra/launcher|hydra\.launcher\..*|resume")
 
 
 @dataclass(frozen=True)
@@ -56,21 +60,15 @@ class Job:
         name: what errors call the recipe.
         settings: plain data, for Recipe.from_dict.
         overrides: the command line's overrides, as `overlay` takes them.
+        number: counts from 0 within a multirun.
+        is_alone: no other job of the multirun runs at the same time.
     """
 
     name: str
     settings: dict[str, Any]
     overrides: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How one job ended. `number` counts from 0 within a multirun."""
-
-    number: int
-    overrides: tuple[str, ...]
-    output: str | None
-    exit_code: int
+    number: int = 0
+    is_alone: bool = True
 
 
 def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -139,50 +137,53 @@ def shipped(name: str) -> Path:
     return installed if installed.is_dir() else package.parent / name
 
 
-def run_app(arguments: Sequence[str], job: Callable[[Job], int]) -> list[Outcome]:
+def run_app(arguments: Sequence[str], job: Callable[[Job], Any], sweep: Path | None = None) -> None:
     """Runs the command line under Hydra: one job, or with -m every point of the sweep.
 
     Args:
         arguments: the command line without the program's name.
-        job: gets each composition and returns its exit code; must not raise, so that one job can't stop the others.
-
-    Returns:
-        An outcome per job; none for --cfg, --info and shell completion.
+        job: gets each composition; must not raise, so that one job can't stop the others. What it returns is what an
+            optimizing sweeper sees. A launcher may pickle it and call it in another process.
+        sweep: where a multirun writes: `sweep_folder(arguments)`.
 
     Raises:
-        RecipeError: the command line can't be composed. Nothing has been written then.
+        RecipeError: the command line can't be composed.
     """
     prepared = _prepare(arguments)
     name = _requested_recipe(prepared)
-    is_multirun = any(argument in ("-m", "--multirun", "hydra.mode=MULTIRUN") for argument in arguments)
-    outcomes: list[Outcome] = []
 
-    def run_one(cfg: DictConfig) -> int:
-        outcomes.append(_run_job(cfg, job, None))
-        return outcomes[-1].exit_code
+    def run_one(cfg: DictConfig) -> Any:
+        return job(_job(cfg, sweep))
 
-    if not is_multirun:
-        with _explained(name, prepared), _program(prepared):
-            hydra.main(str(shipped("conf")), "config", VERSION_BASE)(run_one)()
-        return outcomes
-
-    folder, prepared = _sweep_folder(prepared)
-
-    def run_one_of_many(cfg: DictConfig) -> int:
-        # Kept in a file because a launcher may run jobs in other processes.
-        outcome = _run_job(cfg, job, folder)
-        (folder / f"{outcome.number}.json").write_text(json.dumps(asdict(outcome)))
-        return outcome.exit_code
-
-    with _removed_unless_used(folder), _explained(name, prepared), _program(prepared):
-        hydra.main(str(shipped("conf")), "config", VERSION_BASE)(run_one_of_many)()
-    records = [json.loads(file.read_text()) for file in folder.glob("*.json")]
-    found = [Outcome(**{**record, "overrides": tuple(record["overrides"])}) for record in records]
-    return sorted(found, key=lambda outcome: outcome.number)
+    if sweep is not None:
+        # Among the user's: argparse takes no values on both sides of an option.
+        place = next((index for index, argument in enumerate(prepared) if _key(argument)), len(prepared))
+        prepared[place:place] = _sweeper_arguments(prepared, sweep)
+    with _explained(name, prepared), _program(prepared):
+        hydra.main(str(shipped("conf")), "config", VERSION_BASE)(run_one)()
 
 
-def _run_job(cfg: DictConfig, job: Callable[[Job], int], sweep: Path | None) -> Outcome:
-    """Runs one job; inside a sweep its output goes to a folder of its own."""
+def is_multirun(arguments: Sequence[str]) -> bool:
+    """Whether the command line asks for a sweep."""
+    return not _MULTIRUN.isdisjoint(arguments)
+
+
+def sweep_folder(arguments: Sequence[str]) -> Path:
+    """Where a multirun writes: `hydra.sweep.dir`, else a folder named after what is swept.
+
+    The same command line leads to the same folder, whatever launcher runs it, so that it can go on there.
+    """
+    given = next((argument.partition("=")[2] for argument in arguments if _key(argument) == "hydra.sweep.dir"), None)
+    if given is not None:
+        return Path(given)
+    told = [each for each in arguments if each not in _MULTIRUN and not _LAUNCHING.fullmatch(_key(each))]
+    digest = hashlib.sha256("\0".join(told).encode()).hexdigest()[:10]
+    name = re.sub(r"[^\w.-]+", "_", _requested_recipe([Path(word).stem for word in told])).strip("_")
+    return Path("outputs", "multirun", f"{name[:60]}-{digest}")
+
+
+def _job(cfg: DictConfig, sweep: Path | None) -> Job:
+    """The job that Hydra runs; inside a sweep its output goes to a folder of its own."""
     running = HydraConfig.get()
     overrides = tuple(override.removesuffix(_OWN) for override in running.overrides.task)
     name = _requested_recipe(overrides)
@@ -191,7 +192,38 @@ def _run_job(cfg: DictConfig, job: Callable[[Job], int], sweep: Path | None) -> 
         settings = _plain(cfg)
     if sweep is not None:
         settings["output"] = str(Path(settings.get("output") or sweep) / str(number))
-    return Outcome(number, overrides, settings.get("output"), job(Job(name, settings, overrides)))
+    return Job(name, settings, overrides, number, running.runtime.choices["hydra/launcher"] == "basic")
+
+
+def _sweeper_arguments(prepared: Sequence[str], sweep: Path) -> list[str]:
+    """What Hydra is told beside the user's own words: where to write and, for Optuna, what is better.
+
+    A failed trial must not end the others, whatever their share. The Ray launcher always sets the size of the object
+    store, which Ray refuses for a cluster that is there already, unless it is told none.
+    """
+    given = {_key(argument): argument.partition("=")[2] for argument in prepared}
+    told = {"hydra.sweep.dir": str(sweep)}
+    if given.get("hydra/launcher") == "ray" and (
+        "hydra.launcher.ray.init.address" in given or "RAY_ADDRESS" in os.environ
+    ):
+        told["++hydra.launcher.ray.init.object_store_memory"] = "null"
+    if given.get("hydra/sweeper") == "optuna":
+        fixed = [argument for argument in prepared if not _is_swept(argument)]
+        settings = _compose([argument for argument in fixed if not argument.startswith("-")], "sweep")
+        better = [OBJECTIVES[name] for name in SweepSettings(**settings["sweep"]).objectives]
+        told["hydra.sweeper.direction"] = better[0] if len(better) == 1 else f"[{','.join(better)}]"
+        told["hydra.sweeper.max_failure_rate"] = "1.0"
+    return [f"{key}={value}" for key, value in told.items() if key.lstrip("+") not in given]
+
+
+def _is_swept(argument: str) -> bool:
+    """Whether the argument stands for several values; what can't be read is Hydra's to complain about."""
+    if not _key(argument):
+        return False
+    try:
+        return bool(OverridesParser.create().parse_override(argument).is_sweep_override())
+    except HydraException:
+        return True
 
 
 def _compose(arguments: Sequence[str], name: str) -> dict[str, Any]:
@@ -230,29 +262,6 @@ def _program(arguments: Sequence[str]) -> Iterator[None]:
         else:
             os.environ["HYDRA_FULL_ERROR"] = full_error
         GlobalHydra.instance().clear()
-
-
-def _sweep_folder(arguments: list[str]) -> tuple[Path, list[str]]:
-    """Where a multirun writes, and the arguments that tell Hydra so."""
-    given = next((argument.partition("=")[2] for argument in arguments if _key(argument) == "hydra.sweep.dir"), None)
-    if given is not None:
-        return Path(given), arguments
-    folder = Path("outputs", "multirun", datetime.now().astimezone().strftime("%Y-%m-%d_%H-%M-%S-%f"))
-    return folder, [*arguments, f"hydra.sweep.dir={folder.as_posix()}"]
-
-
-@contextmanager
-def _removed_unless_used(folder: Path) -> Iterator[None]:
-    """Takes away the folders Hydra made for a sweep that could not be composed."""
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        yield
-    finally:
-        if created and {path.name for path in folder.glob("*")} <= {"multirun.yaml"}:
-            (folder / "multirun.yaml").unlink(missing_ok=True)
-            for path in created:
-                with suppress(OSError):
-                    path.rmdir()
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:

@@ -10,7 +10,8 @@
     │   ├── NothingQuantizedError  2  the plan or the program holds no int8 layer
     │   └── ArtifactError          2  missing, truncated, tampered with, or from a newer format
     ├── UnavailableError           4  asked for what this machine does not have
-    └── VerificationError          1  a runtime disagrees with the reference
+    ├── VerificationError          1  a runtime disagrees with the reference
+    └── WorkerError                1  a process that shared the work crashed or was killed
 
 A failed gate is a verdict, not an exception: the run finishes, saves everything and exits with 3.
 Messages are small letters: where, what was found, what is legal, what to do.
@@ -27,6 +28,16 @@ EXIT_CRASH = 1
 EXIT_USAGE = 2
 EXIT_GATE = 3
 EXIT_UNAVAILABLE = 4
+EXIT_INTERRUPTED = 130
+
+#: Exit code → what it means, from best to worst: a sweep ends with its worst job's.
+VERDICTS = {
+    EXIT_PASSED: "passed",
+    EXIT_GATE: "a gate failed",
+    EXIT_UNAVAILABLE: "not possible on this machine",
+    EXIT_USAGE: "can't run as written",
+    EXIT_CRASH: "crashed",
+}
 
 
 class QuantflowError(Exception):
@@ -95,6 +106,16 @@ class UnavailableError(QuantflowError):
 
 class VerificationError(QuantflowError):
     """A runtime's output disagrees with the reference beyond the stated tolerance."""
+
+
+class WorkerError(QuantflowError):
+    """A process that shared the work crashed or was killed."""
+
+
+def worst(exit_codes: Iterable[int]) -> int:
+    """The worst of several jobs' exit codes; one that is not in `VERDICTS` is worse than all that are."""
+    ranks = list(VERDICTS)
+    return max(exit_codes, key=lambda code: ranks.index(code) if code in ranks else len(ranks), default=EXIT_PASSED)
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

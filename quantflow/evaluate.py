@@ -57,14 +57,39 @@ def evaluate(
         ModelError: an output without a tensor.
         VerificationError: int8 outputs of other shapes than float's.
     """
-    tally = _Tally(metric, outputs)
-    count = _length(batches)
+    return judge(tally(float_fn, int8_fn, batches, metric=metric, outputs=outputs, progress=progress))
+
+
+def tally(
+    float_fn: Callable[..., Any],
+    int8_fn: Callable[..., Any],
+    batches: Iterable[Batch],
+    *,
+    metric: str | None = None,
+    outputs: str = "other",
+    first: int = 0,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> list[Tally]:
+    """Each batch's comparison by itself, as `evaluate`; the batches may be a part that begins with number `first`."""
+    count, tallies = _length(batches), []
     with torch.inference_mode():
-        for done, batch in enumerate(batches, start=1):
-            tally.add(batch, _float_output(float_fn, batch, done - 1), int8_fn(*batch.args, **batch.kwargs))
+        for done, batch in enumerate(batches):
+            tallies.append(Tally(metric, outputs))
+            float_output = _float_output(float_fn, batch, first + done)
+            tallies[-1].add(batch, float_output, int8_fn(*batch.args, **batch.kwargs), first + done)
             if progress is not None:
-                progress(done, count)
-    return tally.result()
+                progress(done + 1, count)
+    return tallies
+
+
+def judge(tallies: Iterable[Tally]) -> dict[str, Any]:
+    """What `evaluate` returns, from every batch's tally in the batches' order: sums of floats depend on it."""
+    whole = None
+    for each in tallies:
+        whole = each if whole is None else whole.merge(each)
+    if whole is None:
+        raise DataError("evaluation got no batches; set data.evaluation to at least 1, or evaluate.enabled=false")
+    return whole.result()
 
 
 def compare_layers(float_run: LayerRun, int8_run: LayerRun, batches: Iterable[Batch]) -> list[dict[str, Any]]:
@@ -129,6 +154,17 @@ class ErrorSum:
         self.largest = max(self.largest, reference.abs().max().item())
         self.largest_error = max(self.largest_error, error.abs().max().item())
 
+    def merge(self, other: ErrorSum) -> None:
+        """Adds what the other saw after this."""
+        self.elements += other.elements
+        self.signal += other.signal
+        self.noise += other.noise
+        self.largest = max(self.largest, other.largest)
+        self.largest_error = max(self.largest_error, other.largest_error)
+        self.nonfinite_float += other.nonfinite_float
+        self.nonfinite_int8 += other.nonfinite_int8
+        self.is_broken |= other.is_broken
+
     @property
     def sqnr_db(self) -> float:
         if self.is_broken or self.elements == 0:
@@ -170,7 +206,7 @@ def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(torch.corrcoef(ranks)[0, 1])
 
 
-class _Tally:
+class Tally:
     """Adds up batches for `evaluate`."""
 
     def __init__(self, metric: str | None, outputs: str) -> None:
@@ -181,9 +217,24 @@ class _Tally:
         self.batches = self.samples = 0
         self.agreeing = self.classified = 0
         self.cosines: list[torch.Tensor] = []
-        self.ids: list[str] = []
+        self.ids: list[str | None] = []
 
-    def add(self, batch: Batch, float_output: Any, int8_output: Any) -> None:
+    def merge(self, other: Tally) -> Tally:
+        """Adds the batches that the other saw after these, and returns itself."""
+        for path, error in other.errors.items():
+            self.errors.setdefault(path, ErrorSum()).merge(error)
+        self.headline = self.headline or other.headline
+        self.batches += other.batches
+        self.samples += other.samples
+        self.agreeing += other.agreeing
+        self.classified += other.classified
+        self.cosines += other.cosines
+        self.ids += other.ids
+        if self.metric is not None and other.metric is not None:
+            self.metric.merge(other.metric)  # type: ignore[arg-type]
+        return self
+
+    def add(self, batch: Batch, float_output: Any, int8_output: Any, index: int = 0) -> None:
         expected, found = dict(tensors(float_output)), dict(tensors(int8_output))
         self.headline = self.headline or _headline(expected)
         for path, reference in expected.items():
@@ -191,7 +242,7 @@ class _Tally:
             if actual is None or actual.shape != reference.shape:
                 if path == self.headline:
                     raise VerificationError(
-                        f"batch {self.batches}: float's {path} has shape {tuple(reference.shape)}, int8's "
+                        f"batch {index}: float's {path} has shape {tuple(reference.shape)}, int8's "
                         f"{'is missing' if actual is None else f'has shape {tuple(actual.shape)}'}"
                     )
                 continue
@@ -199,7 +250,7 @@ class _Tally:
         self._add_headline(batch, expected[self.headline], found[self.headline])
         self.batches += 1
         self.samples += batch.size
-        self.ids += batch.ids or (str(self.samples - batch.size + i) for i in range(batch.size))
+        self.ids += batch.ids or (None,) * batch.size
 
     def _add_headline(self, batch: Batch, reference: torch.Tensor, actual: torch.Tensor) -> None:
         if reference.numel() == 0:
@@ -214,8 +265,7 @@ class _Tally:
             self.metric.add(batch, reference, actual)
 
     def result(self) -> dict[str, Any]:
-        if self.headline is None:
-            raise DataError("evaluation got no batches; set data.evaluation to at least 1, or evaluate.enabled=false")
+        assert self.headline is not None, "every batch has one"
         error = self.errors[self.headline]
         cosines = torch.cat(self.cosines).tolist() if self.cosines else []
         result: dict[str, Any] = {
@@ -233,7 +283,8 @@ class _Tally:
         }
         if self.is_embedding:
             result["cosine_per_sample"] = [
-                {"id": name, "cosine": value} for name, value in zip(self.ids, cosines, strict=False)
+                {"id": name or str(position), "cosine": value}
+                for position, (name, value) in enumerate(zip(self.ids, cosines, strict=False))
             ]
         others = {path: each for path, each in self.errors.items() if path != self.headline}
         if others:
@@ -272,6 +323,12 @@ class _Top1:
         self.differing += int((in_float != in_int8).sum())
         self.samples += labels.numel()
 
+    def merge(self, other: _Top1) -> None:
+        self.float_correct += other.float_correct
+        self.int8_correct += other.int8_correct
+        self.differing += other.differing
+        self.samples += other.samples
+
     def result(self) -> dict[str, Any] | None:
         """Standard error of the drop: of the mean of n paired differences, each -1, 0 or 1."""
         n = self.samples
@@ -307,6 +364,11 @@ class _Spearman:
         self.float_rows.append(reference)
         self.int8_rows.append(actual)
         self.ratings.append(batch.labels)
+
+    def merge(self, other: _Spearman) -> None:
+        self.float_rows += other.float_rows
+        self.int8_rows += other.int8_rows
+        self.ratings += other.ratings
 
     def result(self) -> dict[str, Any] | None:
         count = sum(map(len, self.ratings))

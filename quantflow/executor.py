@@ -6,6 +6,9 @@ load → capture → plan → prepare → calibrate → convert → compile → 
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +22,7 @@ from quantflow import benchmark as timing
 from quantflow import report
 from quantflow.artifact import RESULTS, add_files, check_destination
 from quantflow.baseline import beside, read_baseline
-from quantflow.calibrate import CalibrationTable, calibrate
+from quantflow.calibrate import CalibrationTable, calibrate, require_complete
 from quantflow.capture import Model, capture, plain
 from quantflow.compile import Compiled, compile_program
 from quantflow.config import overlay
@@ -36,7 +39,8 @@ from quantflow.errors import (
     UsageError,
     VerificationError,
 )
-from quantflow.evaluate import compare_layers, evaluate
+from quantflow.evaluate import compare_layers, evaluate, tally
+from quantflow.evaluate import judge as judge_tallies
 from quantflow.fused_graph import fused_graph
 from quantflow.gates import FAILED, evaluate_gates, verdict
 from quantflow.graph import Graph, interpret
@@ -52,6 +56,8 @@ from quantflow.runtimes import Choice, choose_runtime, native_devices
 from quantflow.schema import Recipe
 from quantflow.selftest import selftest
 from quantflow.warmup import Warmup, warmup
+from quantflow.work import Work
+from quantflow.workers import Workers, joined, rank_and_count
 
 #: Warm-up compares with the reference on this many samples: exact integer sums are slow.
 VERIFIED_SAMPLES = 2
@@ -66,6 +72,8 @@ MOST_REPEATS = 10
 PER_LAYER_MS = 2000.0
 
 Update = Callable[[int, int | None], None]
+#: This process computes everything by itself.
+ONLY = Workers()
 
 
 @dataclass(frozen=True)
@@ -88,14 +96,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Built:
-    """The int8 side: every product of the stages up to warm-up."""
+    """The int8 side: every product of the stages up to warm-up, which only the first worker goes through."""
 
     graph: Graph
     plan: Plan
     table: CalibrationTable
     program: Program
     compiled: Compiled
-    warmup: Warmup
+    warmup: Warmup | None
     module: nn.Module | None
 
     def call(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
@@ -118,8 +126,9 @@ def execute(
     recipe: Recipe,
     source: Source,
     progress: Progress,
-    checkpoint: Path | None,
+    work: Work | None,
     overrides: Sequence[str],
+    workers: Workers = ONLY,
     baseline: Mapping[str, Any] | None = None,
 ) -> Quantized:
     """Every stage on a loaded source; the result carries its record and results.
@@ -130,7 +139,8 @@ def execute(
     Raises:
         QuantflowError: any stage's own error.
     """
-    built = build(recipe, source, progress, checkpoint)
+    built = build(recipe, source, progress, work, workers)
+    assert built.warmup is not None, "the first worker warms up"
     results: dict[str, Any] = {
         "format": 1,
         "recipe": {
@@ -153,12 +163,15 @@ def execute(
             "samples": built.table.samples,
             "seconds": next((s["seconds"] for s in progress.stages if s["name"] == "calibrate"), None),
             "resumed": built.table.resumed_batches > 0,
+            "workers": workers.count,
         },
         "warmup": built.warmup.to_json(),
     }
     results["int8_proof"] = _int8_proof(built, source)
-    results |= measure(recipe, source, built.program, built.compiled, built.graph, built.call, progress)
-    results["notices"] = [*source.notices, *built.plan.notes, *built.table.notices, *built.warmup.notices]
+    results |= measure(recipe, source, built.program, built.compiled, built.graph, built.call, progress, work, workers)
+    kept = [] if work is None else work.notices
+    results["notices"] = [*source.notices, *built.plan.notes, *built.table.notices, *built.warmup.notices, *kept]
+    results["resumed"] = [] if work is None else work.resumed
     results |= judge(recipe, results)
     if baseline is not None:
         results["baseline"] = beside(baseline, results)
@@ -168,8 +181,17 @@ def execute(
     return built.model(record)
 
 
-def build(recipe: Recipe, source: Source, progress: Progress, checkpoint: Path | None = None) -> Built:
-    """capture → plan → prepare → calibrate → convert → compile → warm up."""
+def build(
+    recipe: Recipe,
+    source: Source,
+    progress: Progress,
+    work: Work | None = None,
+    workers: Workers = ONLY,
+) -> Built:
+    """capture → plan → prepare → calibrate → convert → compile → warm up.
+
+    Workers calibrate together and convert the merged table each for itself; the first one verifies and tunes.
+    """
     choice = choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind)
     example = next(iter(source.data.calibration), None)
     if example is None:
@@ -183,20 +205,14 @@ def build(recipe: Recipe, source: Source, progress: Progress, checkpoint: Path |
         imperative = module if recipe.mode.kind == "imperative" and isinstance(module, nn.Module) else None
         prepared: Prepared = prepare(graph, plan, imperative)
     with progress.stage("calibrate") as stage:
-        table = calibrate(
-            prepared,
-            source.data.calibration,
-            key=recipe.calibration_key(),
-            checkpoint=checkpoint,
-            checkpoint_every_s=recipe.calibrate.checkpoint_every_s,
-            resume=recipe.calibrate.resume,
-            progress=stage.update,
-        )
+        table = _calibrated(recipe, source, prepared, work, stage.update, workers)
     with progress.stage("convert"):
         program = convert(prepared, table)
     with progress.stage("compile"):
         compiled = compile_program(program, choice)
         swapped = swap_modules(imperative, plan, program, choice.runtime.name) if imperative is not None else None
+    if not workers.is_first:
+        return Built(graph, plan, table, program, compiled, None, swapped)
     with progress.stage("warm up") as stage:
         warm = warmup(
             compiled,
@@ -205,9 +221,37 @@ def build(recipe: Recipe, source: Source, progress: Progress, checkpoint: Path |
             min_sqnr_db=recipe.warmup.min_sqnr_db,
             call=swapped,
             tuned_for=_tuned_for(recipe, graph, example),
+            alone=progress.alone,
             progress=stage.update,
         )
     return Built(graph, plan, table, program, compiled, warm, swapped)
+
+
+def _calibrated(
+    recipe: Recipe, source: Source, prepared: Prepared, work: Work | None, update: Update, workers: Workers
+) -> CalibrationTable:
+    """The table of all batches: each worker's part, merged in order, which is what one worker gets of the whole."""
+    part = workers.part(source.data.calibration)
+
+    def own() -> CalibrationTable:
+        return calibrate(
+            prepared,
+            part,
+            key=recipe.calibration_key(),
+            checkpoint=None if work is None else work.checkpoint(workers.rank, workers.count),
+            checkpoint_every_s=recipe.calibrate.checkpoint_every_s,
+            resume=recipe.calibrate.resume,
+            first=None if workers.count == 1 else part.first,
+            progress=update,
+        )
+
+    if workers.count == 1:
+        return own()
+    states = workers.gather(lambda: own().to_bytes())
+    tables = [CalibrationTable.from_bytes(state, f"worker {rank}'s table") for rank, state in enumerate(states)]
+    table = functools.reduce(CalibrationTable.merge, tables)
+    require_complete(table, prepared.layers)
+    return table
 
 
 def _tuned_for(recipe: Recipe, graph: Graph, example: Batch) -> list[Batch]:
@@ -241,27 +285,73 @@ def measure(
     graph: Graph | None,
     call: Callable[..., Any],
     progress: Progress,
+    work: Work | None = None,
+    workers: Workers = ONLY,
 ) -> dict[str, Any]:
     """The `accuracy` and `benchmark` sections, as far as the recipe enables them."""
     sections: dict[str, Any] = {}
+    inputs = "" if work is None else _inputs(program, source)
     float_model = source.float_model()
     if recipe.evaluate.enabled:
-        with progress.stage("evaluate") as stage:
-            sections["accuracy"] = evaluate(
-                float_model,
-                call,
-                source.data.evaluation,
-                metric=source.data.metric,
-                outputs=source.model.outputs,
-                progress=stage.update,
-            )
+        sections["accuracy"] = _evaluated(source, program, call, progress, work, workers)
         if recipe.evaluate.per_layer and graph is not None:
             with progress.stage("layers") as stage:
-                sections["accuracy"] |= _layer_errors(graph, compiled, source, stage.update)
+                layers = _kept(work, "layers", inputs, lambda: _layer_errors(graph, compiled, source, stage.update))
+            sections["accuracy"] = {**sections["accuracy"], **layers}
     if recipe.benchmark.enabled:
-        with progress.stage("benchmark") as stage:
-            sections["benchmark"] = _benchmark(recipe, source, program, compiled, float_model, call, stage.update)
+        with progress.stage("benchmark", alone=True) as stage:
+            sections["benchmark"] = _kept(
+                work,
+                "benchmark",
+                inputs + json.dumps(environment()),
+                lambda: _benchmark(recipe, source, program, compiled, float_model, call, stage.update),
+            )
     return sections
+
+
+def _evaluated(
+    source: Source, program: Program, call: Callable[..., Any], progress: Progress, work: Work | None, workers: Workers
+) -> dict[str, Any]:
+    """The comparison with float over all batches, each worker taking its part."""
+    part = workers.part(source.data.evaluation)
+    inputs = "" if work is None else _inputs(program, source)
+    with progress.stage("evaluate") as stage:
+        known = None if work is None else workers.from_first(lambda: work.get("accuracy", inputs))
+        if known is not None:
+            return known
+        tallies = workers.gather(
+            lambda: tally(
+                source.float_model(),
+                call,
+                part,
+                metric=source.data.metric,
+                outputs=source.model.outputs,
+                first=part.first,
+                progress=stage.update,
+            )
+        )
+    accuracy = judge_tallies(each for own in tallies for each in own)
+    if work is not None and workers.is_first:
+        work.put("accuracy", inputs, accuracy)
+    return accuracy
+
+
+def _kept(work: Work | None, name: str, inputs: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """`compute()`, or what an interrupted run has kept of it; kept for the next one if this is interrupted."""
+    if work is None:
+        return compute()
+    product = work.get(name, inputs)
+    if product is None:
+        product = compute()
+        work.put(name, inputs, product)
+    return product
+
+
+def _inputs(program: Program, source: Source) -> str:
+    """What figures depend on besides the recipe: the int8 model and the data."""
+    digest = hashlib.sha256(weights_bytes(program))
+    digest.update(json.dumps([program.to_json(), source.data.identity], sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def judge(recipe: Recipe, results: Mapping[str, Any]) -> dict[str, Any]:
@@ -289,11 +379,15 @@ def run_task(recipe: Recipe, overrides: Sequence[str]) -> int:
         "doctor": _doctor,
         "selftest": _selftest,
     }
+    if rank_and_count()[0] > 0 and recipe.task != "run":
+        return EXIT_PASSED  # the first worker's business
     return tasks[recipe.task](recipe, overrides)
 
 
-def run(recipe: Recipe, overrides: Sequence[str] = ()) -> Quantized:
+def run(recipe: Recipe, overrides: Sequence[str] = (), workers: Workers = ONLY) -> Quantized:
     """The main job of a recipe, saved to its output folder: what `python -m quantflow recipe=…` does.
+
+    What an interrupted run of the same recipe has finished is used, unless `recipe.resume` is false.
 
     Raises:
         QuantflowError: with the exit code of its class.
@@ -303,19 +397,19 @@ def run(recipe: Recipe, overrides: Sequence[str] = ()) -> Quantized:
     check_destination(destination)
     choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind)
     baseline = _baseline(recipe)
-    checkpoint = destination.with_name(f".{destination.name}.calibration.safetensors")
+    work = Work(destination, recipe.work_key(), resume=recipe.resume)
     with (
         Progress(console, quiet=recipe.report.quiet, expected=_earlier_times(destination)) as progress,
         _seeded(recipe.seed),
-        _nothing_left_on_error(checkpoint),
+        _nothing_left_on_error(work),
     ):
         with progress.stage("load") as stage:
             source = load_source(recipe, stage.update)
         report.print_notices(console, source.notices)
-        model = execute(recipe, source, progress, checkpoint, overrides, baseline)
+        model = execute(recipe, source, progress, work, overrides, workers, baseline)
     with Progress(console, quiet=recipe.report.quiet) as progress, progress.stage("save"):
         saved = model.record.save(destination)
-    checkpoint.unlink(missing_ok=True)
+    work.remove()
     report.print_summary(console, model.results, artifact=_shown(saved), quiet=recipe.report.quiet)
     return model
 
@@ -332,8 +426,23 @@ def load_source(recipe: Recipe, update: Update | None = None) -> Source:
 
 
 def _run(recipe: Recipe, overrides: Sequence[str]) -> int:
-    model = run(recipe, overrides)
+    with joined() as workers:
+        if not workers.is_first:
+            _assist(recipe, workers)
+            return EXIT_PASSED
+        model = run(recipe, overrides, workers)
     return EXIT_GATE if model.results["verdict"] == FAILED else EXIT_PASSED
+
+
+def _assist(recipe: Recipe, workers: Workers) -> None:
+    """What every worker but the first does of a run, silently: its parts of the calibration and of the evaluation."""
+    work = Work(Path(recipe.output or f"outputs/{recipe.name}"), recipe.work_key())
+    with Progress(report.make_console(), quiet=True) as progress, _seeded(recipe.seed):
+        with progress.stage("load"):
+            source = load_source(recipe)
+        built = build(recipe, source, progress, work, workers)
+        if recipe.evaluate.enabled:
+            _evaluated(source, built.program, built.call, progress, work, workers)
 
 
 def _plan(recipe: Recipe, _overrides: Sequence[str]) -> int:
@@ -629,15 +738,17 @@ def _example(model: LoadedModel) -> Batch | None:
 
 
 @contextlib.contextmanager
-def _nothing_left_on_error(checkpoint: Path) -> Iterator[None]:
-    """A run that can't be carried out takes its own checkpoint away; one that is interrupted or killed leaves it."""
-    created = [path for path in (checkpoint, *checkpoint.parents) if not path.exists()]
+def _nothing_left_on_error(work: Work) -> Iterator[None]:
+    """A run that can't be carried out takes its own work folder away; one that is interrupted or killed leaves it."""
+    created = [path for path in (work.folder, *work.folder.parents) if not path.exists()]
     try:
         yield
     except QuantflowError:
+        if work.folder in created:
+            work.remove()
         with contextlib.suppress(OSError):
             for path in created:
-                path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+                path.rmdir()
         raise
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,6 +63,7 @@ def warmup(
     min_sqnr_db: float = 40.0,
     call: Callable[..., Any] | None = None,
     tuned_for: Sequence[Batch] = (),
+    alone: Callable[[], AbstractContextManager[None]] = nullcontext,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> Warmup:
     """Run the model, time it, and verify it layer by layer.
@@ -73,13 +75,14 @@ def warmup(
     Args:
         call: what to time instead of `compiled` (imperative mode: the swapped module).
         tuned_for: batches for which the runtime looks for its fastest variant, once it is verified.
+        alone: entered where times are measured.
 
     Raises:
         VerificationError: a layer differs from the reference in a way that rounding can't explain.
     """
     run = call or compiled
-    start = time.perf_counter()
-    with torch.inference_mode():
+    with alone(), torch.inference_mode():
+        start = time.perf_counter()
         run(*batch.args, **batch.kwargs)
         first = time.perf_counter() - start + compiled.seconds
         taken = []
@@ -106,9 +109,10 @@ def warmup(
         notices += (
             f"{len(left)} nodes run in torch, between native sections ({named}{'; …' if len(left) > 5 else ''})",
         )
-    variants = [
-        row for tuned in tuned_for for row in compiled.tune(bind(compiled.program.inputs, tuned.args, tuned.kwargs))
-    ]
+    with alone():
+        variants = [
+            row for tuned in tuned_for for row in compiled.tune(bind(compiled.program.inputs, tuned.args, tuned.kwargs))
+        ]
     return Warmup(
         first, statistics.median(taken), iterations, batch.size, quality, differences, checked, notices, tuple(variants)
     )

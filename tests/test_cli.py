@@ -10,9 +10,10 @@ from typing import get_args
 import pytest
 import yaml
 
-from quantflow import cli
+from quantflow import cli, sweep
 from quantflow.config import group_choices, load_recipe, overlay, recipe_description, recipe_files
 from quantflow.errors import DataError, UnavailableError
+from quantflow.job import run_request
 from quantflow.schema import Recipe, Task
 
 RECIPE = "recipe=resnet18_sym_int8"
@@ -37,6 +38,7 @@ class Executor:
 def executor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Executor:
     fake = Executor()
     monkeypatch.setitem(sys.modules, "quantflow.executor", SimpleNamespace(run_task=fake.run_task))  # type: ignore[arg-type]
+    monkeypatch.setattr(sweep, "start_process", lambda request, *_: run_request(request))
     monkeypatch.chdir(tmp_path)
     return fake
 
@@ -173,7 +175,8 @@ def test_a_sweep_over_recipes_and_files_keeps_to_the_output_given(executor: Exec
         ("mnist_cnn_sym_int8", "here/0"),
         ("mine", "here/1"),
     ]
-    assert {"jobs", "jobs/0.json", "jobs/1.json"} <= set(written(tmp_path))
+    names = ("0.json", "1.json", "multirun.yaml", "sweep.html", "sweep.json", "sweep.md")
+    assert set(written(tmp_path)) == {"mine.yaml", "jobs", *(f"jobs/{name}" for name in names)}
 
 
 def test_an_interrupted_sweep_stops(executor: Executor) -> None:
@@ -206,6 +209,7 @@ def test_an_artifacts_recipe_is_overlaid_inside_a_job(monkeypatch: pytest.Monkey
         return 0
 
     monkeypatch.setitem(sys.modules, "quantflow.executor", SimpleNamespace(run_task=run_task))  # type: ignore[arg-type]
+    monkeypatch.setattr(sweep, "start_process", lambda request, *_: run_request(request))
     assert cli.run(["-m", "task=evaluate", "artifact=DIR", "data=mnist", "data.evaluation=5,6"]) == 0
     assert [(recipe.task, recipe.data.kind, recipe.data.evaluation) for recipe in merged] == [
         ("evaluate", "mnist", 5),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,8 @@ ARGUMENTS = [
     "data.evaluation=4", "data.batch_size=8", "mode=torchscript", "observer=histogram", "benchmark=disabled",
     "calibrate.checkpoint_every_s=0.05", "output=art",
 ]  # fmt: skip
-CHECKPOINT = ".art.calibration.safetensors"
+WORK = ".art.work"
+CHECKPOINT = f"{WORK}/calibration.safetensors"
 KILLS = 20
 
 #: Imports everything once, then forks a child for each line of arguments: a start costs milliseconds, not seconds.
@@ -71,10 +73,13 @@ class Nursery:
         assert self._answer() == "ready"
 
     def run(
-        self, kill_when: Callable[[float], bool] = lambda _: False, how: signal.Signals = signal.SIGKILL
+        self,
+        kill_when: Callable[[float], bool] = lambda _: False,
+        how: signal.Signals = signal.SIGKILL,
+        more: Sequence[str] = (),
     ) -> tuple[int, float]:
         """(exit code, seconds) of one run; it gets the signal as soon as `kill_when(seconds so far)`."""
-        self._ask(" ".join(ARGUMENTS))
+        self._ask(" ".join([*ARGUMENTS, *more]))
         child, start = int(self._answer()), time.perf_counter()
         while not _has_ended(child):
             if kill_when(time.perf_counter() - start):
@@ -196,8 +201,9 @@ def test_killed_while_the_artifact_is_replaced(nursery: Nursery, expected: dict[
 def test_a_checkpoint_of_another_recipe_is_not_used(nursery: Nursery, expected: dict[str, bytes]) -> None:
     folder = nursery.folder
     clean(folder)
+    (folder / WORK).mkdir()
     (folder / CHECKPOINT).write_bytes(b"of another time")
-    (folder / f".{CHECKPOINT}.99999999.partial").write_bytes(b"of a run that was killed while it wrote")
+    (folder / WORK / ".calibration.safetensors.99999999.partial").write_bytes(b"of a run killed while it wrote")
     assert nursery.run()[0] == 0
     assert "calibration started clean" in nursery.log()
     assert files(folder) == expected
@@ -240,7 +246,49 @@ def test_interrupted_by_the_user(nursery: Nursery, expected: dict[str, bytes]) -
         message = process.communicate()[1]
     assert (process.returncode, message) == (130, "interrupted\n")
     assert not (folder / "art").exists()
-    assert strays(folder) == [CHECKPOINT]
+    assert strays(folder) == [WORK]
     assert nursery.run()[0] == 0
     assert "calibration resumed" in nursery.log()
     assert files(folder) == expected
+
+
+#: Long enough to be killed in.
+TIMED = ["benchmark=default", "benchmark.rounds=20", "benchmark.min_round_ms=40"]
+
+
+@pytest.mark.slow
+def test_killed_while_it_times_goes_on_with_what_is_finished(nursery: Nursery, expected: dict[str, bytes]) -> None:
+    """Calibration, evaluation and layers are not computed again, unless --force says so; the figures are the same."""
+    folder = nursery.folder
+    clean(folder)
+    for force in ([], ["--force"]):
+        exit_code, _ = nursery.run(lambda _: (folder / WORK / "layers.json").exists(), more=TIMED)
+        assert exit_code == -signal.SIGKILL
+        assert strays(folder) == [WORK]
+        assert not (folder / "art").exists()
+        measured = json.loads((folder / WORK / "accuracy.json").read_text())["content"]
+        exit_code, _ = nursery.run(more=[*TIMED, *force])
+        assert exit_code == 0, nursery.log()
+        results = Record.load(folder / "art").results
+        assert results["resumed"] == ([] if force else ["accuracy", "layers"])
+        assert results["calibration"]["resumed"] is not bool(force)
+        assert ("accuracy resumed: taken from an earlier run" in nursery.log()) is not bool(force)
+        assert {name: results["accuracy"][name] for name in ("sqnr_db", "agreement")} == {
+            name: measured[name] for name in ("sqnr_db", "agreement")
+        }
+        assert files(folder) == expected
+        assert strays(folder) == []
+        clean(folder)
+
+
+def test_leftovers_of_another_recipe_are_computed_again(nursery: Nursery, expected: dict[str, bytes]) -> None:
+    folder = nursery.folder
+    clean(folder)
+    nursery.run(lambda _: (folder / WORK / "layers.json").exists(), more=TIMED)
+    (folder / WORK / "layers.json").write_bytes(b"of another time")
+    assert nursery.run(more=["evaluate.per_layer=true", "warmup.iterations=2"])[0] == 0
+    assert "accuracy is computed again" in nursery.log()
+    assert "layers is computed again" in nursery.log()
+    assert "calibration resumed" in nursery.log(), "it depends on none of what differs"
+    assert files(folder) == expected
+    assert strays(folder) == []

@@ -6,6 +6,7 @@ from quantflow.report.html import html
 from quantflow.report.markdown import markdown
 from quantflow.report.progress import Progress, stage_times
 from quantflow.report.results import from_json, to_json
+from quantflow.report.sweep import sweep_files
 from quantflow.report.terminal import (
     make_console,
     print_findings,
@@ -14,6 +15,7 @@ from quantflow.report.terminal import (
     print_plan,
     print_selftest,
     print_summary,
+    print_sweep,
 )
 
 __all__ = [
@@ -28,6 +30,8 @@ __all__ = [
     "print_plan",
     "print_selftest",
     "print_summary",
+    "print_sweep",
     "stage_times",
+    "sweep_files",
     "to_json",
 ]

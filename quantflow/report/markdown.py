@@ -33,7 +33,7 @@ def _blocks(results: Mapping[str, Any]) -> Iterator[str]:
     if isinstance(plan, (list, tuple)) and plan:
         yield "## Plan"
         yield _escape(tables.plan_summary(plan)) + "."
-        yield _table(tables.plan(plan))
+        yield markdown_table(tables.plan(plan))
     for table in (
         tables.layer_errors(results),
         tables.layer_times(results),
@@ -46,12 +46,13 @@ def _blocks(results: Mapping[str, Any]) -> Iterator[str]:
 def _section(table: Table) -> Iterator[str]:
     if table.rows:
         yield f"## {table.title}"
-        yield _table(table)
+        yield markdown_table(table)
         if table.caption:
             yield _escape(table.caption)
 
 
-def _table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
+    """Header, rule and rows, every cell escaped."""
     rules = ("--:" if column in table.right else "---" for column in range(len(table.headers)))
     rows = [table.headers, *table.rows]
     lines = [_line(_escape(cell) for cell in row) for row in rows]

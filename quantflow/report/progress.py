@@ -14,6 +14,7 @@ from rich import progress as bars
 from rich.console import Console
 from rich.text import Text
 
+from quantflow.machine import CORES
 from quantflow.report.fields import is_number, items, text
 
 #: In a pipe, a stage that takes longer says so this often.
@@ -61,11 +62,12 @@ class Stage:
 class Progress:
     """Shows stages one after the other and keeps their times.
 
-    with Progress(console) as progress:
-        with progress.stage("calibrate") as stage:
-            calibrate(..., progress=stage.update)
-    progress.stages  # [{"name": "calibrate", "seconds": 1.9}]
+        with Progress(console) as progress:
+            with progress.stage("calibrate") as stage:
+                calibrate(..., progress=stage.update)
+        progress.stages  # [{"name": "calibrate", "seconds": 1.9}]
 
+    A stage shares the machine's cores with other runs, or has them alone where it measures time (quantflow.machine).
     When quiet it shows nothing; the times are kept all the same.
 
     Args:
@@ -88,9 +90,22 @@ class Progress:
         if self._view is not None:
             self._view.stop()
 
+    def alone(self) -> AbstractContextManager[None]:
+        """The part of a stage that measures time: no other run computes meanwhile."""
+        return CORES.alone(self._announce)
+
     @contextmanager
-    def stage(self, name: str) -> Iterator[Stage]:
-        """Runs one stage; an exception passes through and marks it as failed."""
+    def stage(self, name: str, *, alone: bool = False) -> Iterator[Stage]:
+        """Runs one stage; an exception passes through and marks it as failed. Waiting for the cores does not count."""
+        with self.alone() if alone else CORES.shared(self._announce), self._shown(name) as stage:
+            yield stage
+
+    def _announce(self, text: str) -> None:
+        if not self._quiet:
+            self._console.print(Text(text))
+
+    @contextmanager
+    def _shown(self, name: str) -> Iterator[Stage]:
         stage = Stage(name, self._expected.get(name))
         if self._view is not None:
             stage._bar = (self._view, self._view.add_task(name, total=None, stage=stage))

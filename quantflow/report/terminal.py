@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from quantflow.errors import EXIT_PASSED
 from quantflow.report import tables
+from quantflow.report.sweep import sweep_headline, sweep_table
 from quantflow.report.tables import Table
 
 #: Columns of the plan that go first where a screen is narrow. In a pipe and in the report all of them stay.
@@ -115,6 +117,18 @@ def _print_layers(console: Console, which: str, rows: Sequence[Sequence[str]]) -
 
 def _cut(text: str, longest: int = LONGEST_NOTICE) -> str:
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def print_sweep(console: Console, sweep: Mapping[str, Any], *, folder: str) -> None:
+    """A line per job of a sweep, how many ended in which way, and where the report is."""
+    table = sweep_table(sweep)
+    if console.is_terminal:
+        for header in ("coverage", "size ratio", "same class", "drop", "seconds"):
+            table = table.without(header)
+    _print_table(console, table)
+    print_notices(console, [sweep["trouble"]] if sweep["trouble"] else [])
+    console.print(Text(sweep_headline(sweep), style="bold green" if sweep["exit_code"] == EXIT_PASSED else "bold red"))
+    console.print(Text(f"report in {folder}/sweep.html, sweep.md and sweep.json"))
 
 
 def print_gates(console: Console, results: Mapping[str, Any]) -> None:

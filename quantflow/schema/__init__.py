@@ -33,6 +33,7 @@ from quantflow.schema.qconfig import (
 )
 from quantflow.schema.recipe import ARTIFACT_TASKS, BUILDING_TASKS, Recipe, Task
 from quantflow.schema.settings import (
+    OBJECTIVES,
     BenchmarkSettings,
     CalibrateSettings,
     DeviceSettings,
@@ -41,12 +42,14 @@ from quantflow.schema.settings import (
     ModeSettings,
     ReportSettings,
     RuntimeSettings,
+    SweepSettings,
     WarmupSettings,
 )
 
 __all__ = [
     "ARTIFACT_TASKS",
     "BUILDING_TASKS",
+    "OBJECTIVES",
     "PRESETS",
     "ActivationOverride",
     "ActivationSpec",
@@ -75,6 +78,7 @@ __all__ = [
     "ReportSettings",
     "RuntimeSettings",
     "ScriptModuleModel",
+    "SweepSettings",
     "Task",
     "TensorsData",
     "TextData",

@@ -25,6 +25,7 @@ from quantflow.schema.settings import (
     ModeSettings,
     ReportSettings,
     RuntimeSettings,
+    SweepSettings,
     WarmupSettings,
 )
 
@@ -43,9 +44,15 @@ Pattern = Annotated[str, Field(min_length=1)]
 #: What the calibration's result depends on, and nothing else.
 _CALIBRATION_FIELDS = ("model", "data", "seed", "qconfig", "layers", "mode")
 
+#: What a run's result does not depend on.
+_WORK_LEAVES_OUT = ("output", "resume", "sweep")
+
 
 class Recipe(Settings):
-    """Everything the user may ask for. Frozen; unknown keys are refused; every default is here and nowhere else."""
+    """Everything the user may ask for. Frozen; unknown keys are refused; every default is here and nowhere else.
+
+    `resume`: go on from what an interrupted run has finished; false (--force) starts afresh.
+    """
 
     name: Annotated[
         str, shaped(r"[A-Za-z0-9][\w.-]{0,99}", "a file name of letters, digits, '_', '-' and '.' (100 at most)")
@@ -54,6 +61,7 @@ class Recipe(Settings):
     task: Task = "run"
     artifact: PathText | None = None
     output: PathText | None = None
+    resume: bool = True
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     model: ModelSpec | None = None
     data: DataSpec = PhotosData()
@@ -67,6 +75,7 @@ class Recipe(Settings):
     evaluate: EvaluateSettings = EvaluateSettings()
     benchmark: BenchmarkSettings = BenchmarkSettings()
     gates: GatesSettings = GatesSettings()
+    sweep: SweepSettings = SweepSettings()
     report: ReportSettings = ReportSettings()
 
     @model_validator(mode="after")
@@ -100,6 +109,11 @@ class Recipe(Settings):
     def hash(self) -> str:
         """sha256 of the recipe as JSON."""
         return _sha256(self.to_dict())
+
+    def work_key(self) -> str:
+        """sha256 of everything but where the result goes and how it got there: equal keys, equal results."""
+        settings = self.to_dict()
+        return _sha256({field: value for field, value in settings.items() if field not in _WORK_LEAVES_OUT})
 
     def calibration_key(self) -> str:
         """sha256 of the settings that calibration depends on: two recipes with the same key share their table."""

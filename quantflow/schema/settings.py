@@ -86,6 +86,28 @@ class GatesSettings(Settings):
     max_size_ratio: Positive | None = None
 
 
+Objective = Literal[
+    "sqnr_db", "metric", "metric_drop", "agreement", "latency_ms", "speedup", "size_ratio", "int8_coverage"
+]
+#: What a job of a sweep may return → whether more or less of it is better.
+OBJECTIVES: dict[Objective, Literal["maximize", "minimize"]] = {
+    "sqnr_db": "maximize",
+    "metric": "maximize",
+    "metric_drop": "minimize",
+    "agreement": "maximize",
+    "latency_ms": "minimize",
+    "speedup": "maximize",
+    "size_ratio": "minimize",
+    "int8_coverage": "maximize",
+}
+
+
+class SweepSettings(Settings):
+    """What a job returns to a sweeper that optimizes, as Optuna's. Latency and speedup: the first batch size's."""
+
+    objectives: Annotated[tuple[Objective, ...], Field(strict=False, min_length=1, max_length=4)] = ("sqnr_db",)
+
+
 class ReportSettings(Settings):
     """What the report holds and the terminal shows.
 

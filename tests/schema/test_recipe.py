@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from quantflow.errors import EXIT_USAGE, RecipeError
-from quantflow.schema import Recipe
+from quantflow.schema import OBJECTIVES, Recipe
 
 MODEL = {"kind": "torchvision", "name": "resnet18"}
 
@@ -81,6 +81,7 @@ RECIPES = st.fixed_dictionaries(
         "description": st.text(max_size=20),
         "task": st.sampled_from(["run", "plan"]),
         "output": PATHS,
+        "resume": st.booleans(),
         "seed": st.integers(0, 2**31 - 1),
         "data": DATA,
         "qconfig": some(
@@ -95,6 +96,7 @@ RECIPES = st.fixed_dictionaries(
         "evaluate": some(enabled=st.booleans(), per_layer=st.booleans()),
         "benchmark": some(batch_sizes=st.lists(COUNTS, min_size=1, max_size=4, unique=True), rounds=COUNTS),
         "gates": some(min_sqnr_db=st.floats(-100, 100), max_accuracy_drop=FRACTIONS, min_int8_coverage=FRACTIONS),
+        "sweep": some(objectives=st.lists(st.sampled_from(list(OBJECTIVES)), min_size=1, max_size=4)),
         "report": some(graph_dump=st.booleans(), quiet=st.booleans()),
     },
 )
@@ -250,3 +252,26 @@ def test_the_schema_needs_neither_torch_nor_hydra() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "is_other_work"),
+    [
+        ({"output": "elsewhere"}, False),
+        ({"resume": False}, False),
+        ({"sweep": {"objectives": ["speedup"]}}, False),
+        ({"seed": 1}, True),
+        ({"benchmark": {"rounds": 3}}, True),
+        ({"gates": {"min_sqnr_db": 9.0}}, True),
+        ({"name": "other"}, True),
+    ],
+)
+def test_what_makes_it_other_work(change: dict[str, Any], is_other_work: bool) -> None:
+    base, changed = Recipe.from_dict({"model": MODEL}), Recipe.from_dict({"model": MODEL, **change})
+    assert changed.hash() != base.hash()
+    assert (changed.work_key() != base.work_key()) is is_other_work
+
+
+def test_an_unknown_objective_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"sweep\.objectives.*'speed' is not possible here; nearest: speedup"):
+        Recipe.from_dict({"model": MODEL, "sweep": {"objectives": ["speed"]}})
