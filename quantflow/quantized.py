@@ -26,7 +26,7 @@ from quantflow.environment import environment
 from quantflow.errors import ArtifactError
 from quantflow.prepare import bind
 from quantflow.program import Program
-from quantflow.report import from_json, markdown, to_json
+from quantflow.report import from_json, junit, markdown, summary, to_json
 from quantflow.runtimes import choose_runtime
 from quantflow.runtimes.native import NativeRunner
 from quantflow.runtimes.native_op import adopt
@@ -36,6 +36,8 @@ from quantflow.schema import Recipe
 #: File name endings that mean torch.jit.save rather than an artifact folder.
 _SCRIPT_FILES = (".pt", ".pth", ".ts", ".jit")
 REPORT = "report.md"
+SUMMARY = "summary.md"
+JUNIT = "junit.xml"
 GRAPH = "graph.txt"
 
 
@@ -75,7 +77,12 @@ class Record:
 
     def result_files(self) -> dict[str, bytes]:
         """The files that evaluate, benchmark and report write again."""
-        return {artifact.RESULTS: to_json(self.results), REPORT: markdown(self.results).encode()}
+        return {
+            artifact.RESULTS: to_json(self.results),
+            REPORT: markdown(self.results).encode(),
+            SUMMARY: summary(self.results).encode(),
+            JUNIT: junit(self.results),
+        }
 
     def save(self, directory: str | Path) -> Path:
         """Write the artifact, atomically.

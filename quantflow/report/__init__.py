@@ -1,8 +1,9 @@
-"""Views of the results. The JSON is the truth; Markdown and terminal tables say the same in fewer words."""
+"""Views of the results. The JSON is the truth; Markdown, JUnit and terminal tables say the same in fewer words."""
 
 from __future__ import annotations
 
-from quantflow.report.markdown import markdown
+from quantflow.report.junit import junit
+from quantflow.report.markdown import markdown, summary
 from quantflow.report.progress import Progress
 from quantflow.report.results import from_json, to_json
 from quantflow.report.terminal import (
@@ -18,6 +19,7 @@ from quantflow.report.terminal import (
 __all__ = [
     "Progress",
     "from_json",
+    "junit",
     "make_console",
     "markdown",
     "print_findings",
@@ -26,5 +28,6 @@ __all__ = [
     "print_plan",
     "print_selftest",
     "print_summary",
+    "summary",
     "to_json",
 ]

@@ -19,7 +19,12 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n\n".join(_blocks(results)) + "\n"
 
 
-def _blocks(results: Mapping[str, Any]) -> Iterator[str]:
+def summary(results: Mapping[str, Any]) -> str:
+    """The first screen of `markdown`: verdict, notices, gates and figures. Fits a CI job's summary page."""
+    return "\n\n".join(_first_blocks(results)) + "\n"
+
+
+def _first_blocks(results: Mapping[str, Any]) -> Iterator[str]:
     recipe = results.get("recipe")
     yield f"# quantflow: {_escape(str(recipe.get('name')) if isinstance(recipe, Mapping) else 'results')}"
     yield _escape(tables.headline(results)) or "No settings recorded."
@@ -29,6 +34,10 @@ def _blocks(results: Mapping[str, Any]) -> Iterator[str]:
         yield f"> **Notice:** {_escape(notice)}"
     for table in (tables.gates(results), tables.figures(results)):
         yield from _section(table)
+
+
+def _blocks(results: Mapping[str, Any]) -> Iterator[str]:
+    yield from _first_blocks(results)
     plan = results.get("plan")
     if isinstance(plan, (list, tuple)) and plan:
         yield "## Plan"
