@@ -17,9 +17,10 @@ from torch import nn
 
 from quantflow import benchmark as timing
 from quantflow import report
-from quantflow.artifact import add_files, check_destination
+from quantflow.artifact import add_files, check_destination, write_artifact
 from quantflow.calibrate import CalibrationTable, calibrate
 from quantflow.capture import Model, capture, plain
+from quantflow.compare import compare
 from quantflow.compile import Compiled, compile_program
 from quantflow.config import overlay
 from quantflow.convert import convert
@@ -43,7 +44,17 @@ from quantflow.models import LoadedModel, estimate_batchnorm, load_model
 from quantflow.plan import Plan, make_plan
 from quantflow.prepare import Prepared, bind, prepare
 from quantflow.program import Program
-from quantflow.quantized import Quantized, QuantizedModel, QuantizedModule, QuantizedScript, Record, load, weights_bytes
+from quantflow.quantized import (
+    JUNIT,
+    SUMMARY,
+    Quantized,
+    QuantizedModel,
+    QuantizedModule,
+    QuantizedScript,
+    Record,
+    load,
+    weights_bytes,
+)
 from quantflow.report import Progress
 from quantflow.runtimes import Choice, choose_runtime, native_devices
 from quantflow.schema import Recipe
@@ -259,6 +270,7 @@ def run_task(recipe: Recipe, overrides: Sequence[str]) -> int:
         "plan": _plan,
         "inspect": _inspect,
         "report": _report,
+        "compare": _compare,
         "evaluate": _again,
         "benchmark": _again,
         "doctor": _doctor,
@@ -377,6 +389,29 @@ def _report(recipe: Recipe, _overrides: Sequence[str]) -> int:
     add_files(Path(recipe.artifact), record.result_files())
     report.print_summary(console, record.results, artifact=recipe.artifact)
     return EXIT_PASSED
+
+
+def _compare(recipe: Recipe, _overrides: Sequence[str]) -> int:
+    """Hold a candidate's artifact against a baseline's, and write what changed to a folder of its own."""
+    assert recipe.baseline is not None, "the schema asks for it"
+    assert recipe.candidate is not None, "the schema asks for it"
+    console = report.make_console()
+    destination = Path(recipe.output or "outputs/compare")
+    for place in (recipe.baseline, recipe.candidate):
+        if destination.exists() and Path(place).exists() and destination.samefile(place):
+            raise UsageError(f"output: '{destination}' is one of the artifacts compared; choose another output=")
+    check_destination(destination)
+    records = (Record.load(recipe.baseline), Record.load(recipe.candidate))
+    results = compare(*records, recipe.compare, (recipe.baseline, recipe.candidate))
+    files = {
+        "compare.json": report.to_json(results),
+        "compare.md": report.comparison(results).encode(),
+        SUMMARY: report.comparison(results, every_layer=False).encode(),
+        JUNIT: report.junit(results),
+    }
+    saved = write_artifact(destination, files, notices=results["notices"])
+    report.print_comparison(console, results, saved=_shown(saved), quiet=recipe.report.quiet)
+    return EXIT_GATE if results["verdict"] == FAILED else EXIT_PASSED
 
 
 def _doctor(_recipe: Recipe, _overrides: Sequence[str]) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from quantflow.report.junit import junit
-from quantflow.report.markdown import markdown, summary
+from quantflow.report.markdown import comparison, markdown, summary
 from quantflow.report.progress import Progress
 from quantflow.report.results import from_json, to_json
 from quantflow.report.terminal import (
     make_console,
+    print_comparison,
     print_findings,
     print_gates,
     print_notices,
@@ -18,10 +19,12 @@ from quantflow.report.terminal import (
 
 __all__ = [
     "Progress",
+    "comparison",
     "from_json",
     "junit",
     "make_console",
     "markdown",
+    "print_comparison",
     "print_findings",
     "print_gates",
     "print_notices",

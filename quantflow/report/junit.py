@@ -18,8 +18,8 @@ _PROPERTIES = ("recipe", "overrides", "model", "weights", "mode", "runtime", "de
 def junit(results: Mapping[str, Any]) -> bytes:
     """One test case per gate, its class the recipe's name; figure and limit are the failure's message.
 
-    A recipe without gates gives one skipped test case, because some readers refuse a file that holds none. The form is
-    the one that Jenkins, GitLab and the usual GitHub actions read: testsuites > testsuite > testcase > failure | skipped.
+    A recipe without gates gives one skipped test case, because some readers refuse a file without any. The form is the
+    one that Jenkins, GitLab and GitHub actions read: testsuites > testsuite > testcase > failure | skipped.
     """
     recipe, found = results.get("recipe"), results.get("gates")
     name = _legal(recipe.get("name") if isinstance(recipe, Mapping) else None) or "quantflow"

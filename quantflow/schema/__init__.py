@@ -35,6 +35,7 @@ from quantflow.schema.recipe import ARTIFACT_TASKS, BUILDING_TASKS, Recipe, Task
 from quantflow.schema.settings import (
     BenchmarkSettings,
     CalibrateSettings,
+    CompareSettings,
     DeviceSettings,
     EvaluateSettings,
     GatesSettings,
@@ -52,6 +53,7 @@ __all__ = [
     "ActivationSpec",
     "BenchmarkSettings",
     "CalibrateSettings",
+    "CompareSettings",
     "DataSettings",
     "DataSpec",
     "DeviceSettings",
