@@ -6,6 +6,7 @@ load → capture → plan → prepare → calibrate → convert → compile → 
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from quantflow.calibrate import CalibrationTable, calibrate
 from quantflow.capture import Model, capture, plain
 from quantflow.compare import compare
 from quantflow.compile import Compiled, compile_program
-from quantflow.config import overlay
+from quantflow.config import group_choices, overlay
 from quantflow.convert import convert
 from quantflow.data import Batch, Data, ImagePreprocess, TextPreprocess, load_data
 from quantflow.doctor import diagnose
@@ -58,6 +59,7 @@ from quantflow.quantized import (
 from quantflow.report import Progress
 from quantflow.runtimes import Choice, choose_runtime, native_devices
 from quantflow.schema import Recipe
+from quantflow.schema.json_schema import recipe_json_schema
 from quantflow.selftest import selftest
 from quantflow.warmup import Warmup, warmup
 
@@ -271,6 +273,7 @@ def run_task(recipe: Recipe, overrides: Sequence[str]) -> int:
         "inspect": _inspect,
         "report": _report,
         "compare": _compare,
+        "schema": _schema,
         "evaluate": _again,
         "benchmark": _again,
         "doctor": _doctor,
@@ -412,6 +415,11 @@ def _compare(recipe: Recipe, _overrides: Sequence[str]) -> int:
     saved = write_artifact(destination, files, notices=results["notices"])
     report.print_comparison(console, results, saved=_shown(saved), quiet=recipe.report.quiet)
     return EXIT_GATE if results["verdict"] == FAILED else EXIT_PASSED
+
+
+def _schema(_recipe: Recipe, _overrides: Sequence[str]) -> int:
+    print(json.dumps(recipe_json_schema(group_choices()), indent=1))
+    return EXIT_PASSED
 
 
 def _doctor(_recipe: Recipe, _overrides: Sequence[str]) -> int:

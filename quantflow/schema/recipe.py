@@ -29,7 +29,7 @@ from quantflow.schema.settings import (
     WarmupSettings,
 )
 
-Task = Literal["run", "plan", "evaluate", "benchmark", "inspect", "report", "compare", "doctor", "selftest"]
+Task = Literal["run", "plan", "evaluate", "benchmark", "inspect", "report", "compare", "schema", "doctor", "selftest"]
 #: Tasks that start from a model, and tasks that look at an artifact; the others look at this machine.
 BUILDING_TASKS = ("run", "plan")
 ARTIFACT_TASKS = ("evaluate", "benchmark", "inspect", "report")
