@@ -20,7 +20,7 @@ SCHEMA = recipe_json_schema(group_choices())
 CHECK = jsonschema.Draft7Validator(SCHEMA)
 COMMITTED = shipped("recipes") / "recipe.schema.json"
 
-#: What shows only when a recipe is put together: fields that belong together, and required ones, which other files give.
+#: What shows only when a recipe is put together: fields that belong together, and required ones, given elsewhere.
 TOGETHER = [
     ({}, "model"),
     ({"model": {"name": "resnet18"}}, "model.kind"),
