@@ -31,6 +31,7 @@ from quantflow.environment import environment
 from quantflow.errors import (
     EXIT_GATE,
     EXIT_PASSED,
+    ArtifactError,
     DataError,
     NothingQuantizedError,
     QuantflowError,
@@ -362,7 +363,7 @@ def _again(recipe: Recipe, overrides: Sequence[str]) -> int:
             with progress.stage("capture"):
                 graph = capture(source.model.module, example, stored.mode)
         try:
-            fresh = measure(stored, source, record.program, compiled, graph, compiled, progress)
+            fresh = measure(stored, source, record.program, compiled, graph, _computing(compiled), progress)
         except VerificationError as error:
             raise UsageError(
                 f"model: not the float model that '{recipe.artifact}' was made from ({error}); name that one"
@@ -372,6 +373,19 @@ def _again(recipe: Recipe, overrides: Sequence[str]) -> int:
     add_files(Path(recipe.artifact), replace(record, results=results).result_files())
     report.print_summary(console, results, artifact=recipe.artifact, quiet=stored.report.quiet)
     return EXIT_GATE if results["verdict"] == FAILED else EXIT_PASSED
+
+
+def _computing(compiled: Compiled) -> Callable[..., Any]:
+    """The int8 model of an artifact; what its program does on input is the artifact's fault, not ours."""
+
+    def call(*args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
+        try:
+            return compiled(*args, **kwargs)
+        except (RuntimeError, MemoryError) as error:
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise ArtifactError(f"program.json: it can't be computed on this input ({reason})") from error
+
+    return call
 
 
 def _inspect(recipe: Recipe, _overrides: Sequence[str]) -> int:

@@ -126,8 +126,15 @@ class Record:
             table=CalibrationTable.from_bytes(files[artifact.CALIBRATION], artifact.CALIBRATION),
             program=Program.from_json(artifact.parse_json(files[artifact.PROGRAM], artifact.PROGRAM), tensors),
             results=from_json(files[artifact.RESULTS]),
-            graph=files[GRAPH].decode() if GRAPH in files else None,
+            graph=_graph(files),
         )
+
+
+def _graph(files: Mapping[str, bytes]) -> str | None:
+    try:
+        return files[GRAPH].decode() if GRAPH in files else None
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{GRAPH} is not UTF-8 text ({error.reason}); run the recipe again") from error
 
 
 def weights_bytes(program: Program) -> bytes:

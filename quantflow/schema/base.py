@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 from pydantic_core.core_schema import no_info_after_validator_function
@@ -42,8 +42,16 @@ def shaped(pattern: str, hint: str) -> _Shape:
     return _Shape(pattern, hint)
 
 
+def _possible_path(value: str) -> str:
+    """Text that every system call takes: limits of Linux's limits.h."""
+    parts = [part.encode(errors="replace") for part in value.split("/")]
+    if "\0" in value or sum(map(len, parts)) + len(parts) > 4096 or any(len(part) > 255 for part in parts):
+        raise PydanticCustomError("path", "must be a path without NUL, of at most 4095 bytes and 255 per name")
+    return value
+
+
 #: A file or folder, as the user wrote it. Not resolved: a recipe must mean the same on another machine.
-PathText = Annotated[str, Field(min_length=1)]
+PathText = Annotated[str, Field(min_length=1), AfterValidator(_possible_path)]
 #: The only place where a recipe may name Python code, and always the user's own.
 EntryPoint = Annotated[
     str, shaped(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", "written as package.module:callable")
