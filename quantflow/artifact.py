@@ -42,6 +42,7 @@ NAMES = (RECIPE, PLAN, PROGRAM, WEIGHTS, CALIBRATION, RESULTS, MANIFEST)
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_JSON_BYTES = 64 << 20
 MAX_FILES = 64
+MAX_DEPTH = 100
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -177,7 +178,18 @@ def parse_json(content: bytes, where: str) -> dict[str, Any]:
         raise ArtifactError(f"{where} is not valid JSON ({reason}); restore it or run the recipe again") from None
     if not isinstance(value, dict):
         raise ArtifactError(f"{where} holds a JSON {type(value).__name__} where an object is expected")
+    if _is_deeper(value, MAX_DEPTH):
+        raise ArtifactError(f"{where} is nested deeper than {MAX_DEPTH} levels; restore it or run the recipe again")
     return value
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects lie inside each other more than `levels` deep."""
+    layer = [value]
+    for _ in range(levels):
+        containers = (each for each in layer if isinstance(each, (dict, list)))
+        layer = [item for each in containers for item in (each.values() if isinstance(each, dict) else each)]
+    return any(isinstance(each, (dict, list)) for each in layer)
 
 
 # Writing

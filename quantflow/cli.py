@@ -42,6 +42,8 @@ TASKS: dict[Task, str] = {
     "benchmark": "float and int8 interleaved again, from an artifact: artifact=DIR",
     "inspect": "what an artifact holds: artifact=DIR",
     "report": "an artifact's report again: artifact=DIR",
+    "compare": "what became worse, and in which layer: baseline=DIR candidate=DIR",
+    "schema": "the JSON schema of recipe files, for editors",
     "doctor": "what this machine can run, what is missing, and the command that installs it",
     "selftest": "every native kernel and three small models against the reference: device=cpu or device=xpu",
 }

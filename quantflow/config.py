@@ -27,7 +27,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from omegaconf.resolvers import oc
 from pydantic import BaseModel
 
 from quantflow.errors import Problem, RecipeError
@@ -50,6 +51,12 @@ _OWN = ".own"
 _MULTIRUN = frozenset(("-m", "--multirun", "hydra.mode=MULTIRUN"))
 #: Settings that say how a sweep is run, and not what is swept.
 _LAUNCHING = re.compile(r"hydra/launcher|hydra\.launcher\..*|resume")
+
+#: Bounds of a recipe file: far above what a person writes, far below what could hurt.
+_MAX_BYTES = 1 << 20
+_MAX_VALUES = 100_000
+_MAX_DEPTH = 50
+_MAX_PLAIN = 1000
 
 
 @dataclass(frozen=True)
@@ -266,8 +273,25 @@ def _program(arguments: Sequence[str]) -> Iterator[None]:
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:
     """Plain data without the ??? that stand for required values nobody gave."""
-    settings = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+    with _environment_unread():
+        settings = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
     return _without_missing(settings)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _environment_unread() -> Iterator[None]:
+    """Recipes get passed on, and what they resolve to is kept in artifacts: secrets of the environment must not be."""
+
+    def refuse(*_: Any) -> None:
+        raise ValueError(
+            "recipes can't read environment variables; give the value itself, or set it on the command line"
+        )
+
+    OmegaConf.register_new_resolver("oc.env", refuse, replace=True)
+    try:
+        yield
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
 
 
 def _without_missing(value: Any) -> Any:
@@ -356,15 +380,56 @@ def _recipe_name(word: str, own: dict[str, Path], known: Mapping[str, Path]) -> 
     return name
 
 
+def _check_size(text: str) -> None:
+    """Refuses, before anything is built, what grows out of a small file: nesting, aliases of aliases, long numbers.
+
+    Raises:
+        ValueError: says which of them.
+        yaml.YAMLError: it is not YAML.
+    """
+    sizes: dict[str, int] = {}
+    open_nodes: list[tuple[str | None, int]] = []  # anchor, and how many values came before
+    values = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:
+                raise ValueError(f"the alias *{event.anchor} stands inside what it repeats, or before it")
+            values += sizes[event.anchor]
+        elif isinstance(event, yaml.ScalarEvent):
+            values += 1
+            if event.anchor is not None:
+                sizes[event.anchor] = 1
+            if event.implicit[0] and len(event.value) > _MAX_PLAIN:
+                raise ValueError(f"a value without quotes has {len(event.value)} characters, {_MAX_PLAIN} at most")
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, values))
+            values += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            if anchor is not None:
+                sizes[anchor] = values - before
+        if values > _MAX_VALUES:
+            raise ValueError(f"it holds more than {_MAX_VALUES} values, aliases counted as often as they are used")
+        if len(open_nodes) > _MAX_DEPTH:
+            raise ValueError(f"it is nested deeper than {_MAX_DEPTH} levels")
+
+
 def _read_recipe(file: Path) -> dict[str, Any]:
     """A recipe file as plain data, with name and description filled in from the file's name and first comment."""
     try:
-        text = file.read_text(encoding="utf-8")
+        with file.open("rb") as stream:
+            content = stream.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise ValueError(f"it is longer than {_MAX_BYTES} bytes")
+        text = content.decode("utf-8")
+        _check_size(text)
         settings = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(file.stem, [Problem(str(file), f"can't be read: {error}")]) from None
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise RecipeError(file.stem, [Problem(str(file), f"is not YAML: {' '.join(str(error).split())}")]) from None
+    except ValueError as error:
+        raise RecipeError(file.stem, [Problem(str(file), f"is no recipe: {error}")]) from None
     if not isinstance(settings, dict):
         raise RecipeError(file.stem, [Problem(str(file), "must be a mapping, as in 'model: {kind: torchvision, …}'")])
     comments = (line.lstrip("# ").strip() for line in text.splitlines() if line.startswith("#"))
@@ -382,6 +447,8 @@ def _as_node(settings: Mapping[str, Any], name: str, chosen: set[str]) -> dict[s
     defaults = body.pop("defaults", None) or []
     if not isinstance(defaults, list):
         raise RecipeError(name, [Problem("defaults", "must be a list, as in '- override /model: torchvision'")])
+    if any("${" in str(entry) for entry in defaults):
+        raise RecipeError(name, [Problem("defaults", "names are written out here; '${…}' is not replaced")])
     if "hydra" in body or any("hydra/" in str(entry) for entry in defaults):
         raise RecipeError(name, [Problem("hydra", "Hydra's own settings belong on the command line")])
     for group in group_choices():
@@ -487,6 +554,8 @@ def _problem(error: Exception, arguments: Sequence[str]) -> Problem:
         )
     if "hydra." in text.split("\n")[0]:
         return Problem("command line", f"{text.splitlines()[0]} (--hydra-help lists Hydra's own settings)")
+    if isinstance(error, InterpolationResolutionError):
+        return Problem(str(error.full_key or "recipe"), text.splitlines()[0])
     if match := re.search(r"(?:Could not override|Key) '(?:[+~]*)([^'@]+)'", text):
         return _unknown_key(match[1], arguments)
     return Problem("command line", " ".join(text.split()))

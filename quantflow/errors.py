@@ -22,6 +22,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 EXIT_PASSED = 0
 EXIT_CRASH = 1
@@ -124,3 +125,12 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     close = difflib.get_close_matches(name, candidates, n=count, cutoff=0.4)
     chosen = close or sorted(candidates)[:count]
     return ", ".join(chosen) if chosen else "none"
+
+
+def found_at(path: Path) -> str:
+    """What is at `path` where a file or directory of another kind is expected, as text for an error message."""
+    if path.is_dir():
+        return "a directory"
+    if path.is_file():
+        return "a file"
+    return "neither a file nor a directory" if path.exists() else "missing"

@@ -20,12 +20,13 @@ from torch import nn
 
 from quantflow import benchmark as timing
 from quantflow import report
-from quantflow.artifact import RESULTS, add_files, check_destination
+from quantflow.artifact import RESULTS, add_files, check_destination, write_artifact
 from quantflow.baseline import beside, read_baseline
 from quantflow.calibrate import CalibrationTable, calibrate, require_complete
 from quantflow.capture import Model, capture, plain
+from quantflow.compare import compare
 from quantflow.compile import Compiled, compile_program
-from quantflow.config import overlay
+from quantflow.config import group_choices, overlay
 from quantflow.convert import convert
 from quantflow.data import Batch, Data, ImagePreprocess, TextPreprocess, load_data
 from quantflow.doctor import diagnose
@@ -33,6 +34,7 @@ from quantflow.environment import environment
 from quantflow.errors import (
     EXIT_GATE,
     EXIT_PASSED,
+    ArtifactError,
     DataError,
     NothingQuantizedError,
     QuantflowError,
@@ -50,10 +52,21 @@ from quantflow.models import LoadedModel, estimate_batchnorm, load_model
 from quantflow.plan import Plan, make_plan
 from quantflow.prepare import Prepared, bind, prepare
 from quantflow.program import Program
-from quantflow.quantized import Quantized, QuantizedModel, QuantizedModule, QuantizedScript, Record, load, weights_bytes
+from quantflow.quantized import (
+    JUNIT,
+    SUMMARY,
+    Quantized,
+    QuantizedModel,
+    QuantizedModule,
+    QuantizedScript,
+    Record,
+    load,
+    weights_bytes,
+)
 from quantflow.report import Progress
 from quantflow.runtimes import Choice, choose_runtime, native_devices
 from quantflow.schema import Recipe
+from quantflow.schema.json_schema import recipe_json_schema
 from quantflow.selftest import selftest
 from quantflow.warmup import Warmup, warmup
 from quantflow.work import Work
@@ -374,6 +387,8 @@ def run_task(recipe: Recipe, overrides: Sequence[str]) -> int:
         "plan": _plan,
         "inspect": _inspect,
         "report": _report,
+        "compare": _compare,
+        "schema": _schema,
         "evaluate": _again,
         "benchmark": _again,
         "doctor": _doctor,
@@ -483,7 +498,7 @@ def _again(recipe: Recipe, overrides: Sequence[str]) -> int:
             with progress.stage("capture"):
                 graph = capture(source.model.module, example, stored.mode)
         try:
-            fresh = measure(stored, source, record.program, compiled, graph, compiled, progress)
+            fresh = measure(stored, source, record.program, compiled, graph, _computing(compiled), progress)
         except VerificationError as error:
             raise UsageError(
                 f"model: not the float model that '{recipe.artifact}' was made from ({error}); name that one"
@@ -495,6 +510,19 @@ def _again(recipe: Recipe, overrides: Sequence[str]) -> int:
     add_files(Path(recipe.artifact), replace(record, results=results).result_files())
     report.print_summary(console, results, artifact=recipe.artifact, quiet=stored.report.quiet)
     return EXIT_GATE if results["verdict"] == FAILED else EXIT_PASSED
+
+
+def _computing(compiled: Compiled) -> Callable[..., Any]:
+    """The int8 model of an artifact; what its program does on input is the artifact's fault, not ours."""
+
+    def call(*args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
+        try:
+            return compiled(*args, **kwargs)
+        except (RuntimeError, MemoryError) as error:
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise ArtifactError(f"program.json: it can't be computed on this input ({reason})") from error
+
+    return call
 
 
 def _inspect(recipe: Recipe, _overrides: Sequence[str]) -> int:
@@ -516,6 +544,34 @@ def _report(recipe: Recipe, _overrides: Sequence[str]) -> int:
         record = replace(record, results={**record.results, "baseline": beside(baseline, record.results)})
     add_files(Path(recipe.artifact), record.result_files())
     report.print_summary(console, record.results, artifact=recipe.artifact)
+    return EXIT_PASSED
+
+
+def _compare(recipe: Recipe, _overrides: Sequence[str]) -> int:
+    """Hold a candidate's artifact against a baseline's, and write what changed to a folder of its own."""
+    assert recipe.baseline is not None, "the schema asks for it"
+    assert recipe.candidate is not None, "the schema asks for it"
+    console = report.make_console(plain=recipe.report.plain)
+    destination = Path(recipe.output or "outputs/compare")
+    for place in (recipe.baseline, recipe.candidate):
+        if destination.exists() and Path(place).exists() and destination.samefile(place):
+            raise UsageError(f"output: '{destination}' is one of the artifacts compared; choose another output=")
+    check_destination(destination)
+    records = (Record.load(recipe.baseline), Record.load(recipe.candidate))
+    results = compare(*records, recipe.compare, (recipe.baseline, recipe.candidate))
+    files = {
+        "compare.json": report.to_json(results),
+        "compare.md": report.comparison(results).encode(),
+        SUMMARY: report.comparison(results, every_layer=False).encode(),
+        JUNIT: report.junit(results),
+    }
+    saved = write_artifact(destination, files, notices=results["notices"])
+    report.print_comparison(console, results, saved=_shown(saved), quiet=recipe.report.quiet)
+    return EXIT_GATE if results["verdict"] == FAILED else EXIT_PASSED
+
+
+def _schema(_recipe: Recipe, _overrides: Sequence[str]) -> int:
+    print(json.dumps(recipe_json_schema(group_choices()), indent=1))
     return EXIT_PASSED
 
 

@@ -64,11 +64,17 @@ def _evaluate(name: str, limit: float, results: Mapping[str, Any]) -> GateResult
         value = float(gate.figure(results))
     except _Missing as missing:
         return GateResult(name, limit, None, False, f"not measured: {missing}")
-    passed = not math.isnan(value) and (value >= limit if gate.is_minimum else value <= limit)
-    relation = ">=" if gate.is_minimum else "<="
+    return hold(name, limit, value, is_minimum=gate.is_minimum, unit=gate.unit)
+
+
+def hold(name: str, limit: float, value: float, *, is_minimum: bool, unit: str, where: str = "") -> GateResult:
+    """A figure against its limit. NaN fails. `where`: what the figure belongs to, for the text."""
+    passed = not math.isnan(value) and (value >= limit if is_minimum else value <= limit)
+    relation = ">=" if is_minimum else "<="
     if not passed:
         relation = {">=": "is not >=", "<=": "is not <="}[relation]
-    return GateResult(name, limit, value, passed, f"{value:.4g}{gate.unit} {relation} {limit:.4g}{gate.unit}")
+    text = f"{value:.4g}{unit} {relation} {limit:.4g}{unit}" + (f": {where}" if where else "")
+    return GateResult(name, limit, value, passed, text)
 
 
 def _accuracy(key: str, missing: str) -> Callable[[Mapping[str, Any]], Any]:

@@ -168,8 +168,10 @@ class Program:
             ArtifactError: names the node and the field that is not legal.
         """
         try:
-            if data["format"] > FORMAT:
-                found = data["format"]
+            found = data["format"]
+            if type(found) is not int or found < 1:
+                raise ArtifactError(f"program.json: format {found!r} is not known")
+            if found > FORMAT:
                 raise ArtifactError(f"program.json: format {found} is newer than this quantflow reads ({FORMAT})")
             program = cls(
                 inputs=tuple(_input_from_json(i) for i in data["inputs"]),

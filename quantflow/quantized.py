@@ -26,7 +26,7 @@ from quantflow.environment import environment
 from quantflow.errors import ArtifactError
 from quantflow.prepare import bind
 from quantflow.program import Program
-from quantflow.report import from_json, html, markdown, to_json
+from quantflow.report import from_json, html, junit, markdown, summary, to_json
 from quantflow.runtimes import choose_runtime
 from quantflow.runtimes.native import NativeRunner
 from quantflow.runtimes.native_op import adopt
@@ -37,6 +37,8 @@ from quantflow.schema import Recipe
 _SCRIPT_FILES = (".pt", ".pth", ".ts", ".jit")
 REPORT = "report.md"
 PAGE = "report.html"
+SUMMARY = "summary.md"
+JUNIT = "junit.xml"
 GRAPH = "graph.txt"
 
 
@@ -80,6 +82,8 @@ class Record:
             artifact.RESULTS: to_json(self.results),
             REPORT: markdown(self.results).encode(),
             PAGE: html(self.results).encode(),
+            SUMMARY: summary(self.results).encode(),
+            JUNIT: junit(self.results),
         }
 
     def save(self, directory: str | Path) -> Path:
@@ -124,8 +128,15 @@ class Record:
             table=CalibrationTable.from_bytes(files[artifact.CALIBRATION], artifact.CALIBRATION),
             program=Program.from_json(artifact.parse_json(files[artifact.PROGRAM], artifact.PROGRAM), tensors),
             results=from_json(files[artifact.RESULTS]),
-            graph=files[GRAPH].decode() if GRAPH in files else None,
+            graph=_graph(files),
         )
+
+
+def _graph(files: Mapping[str, bytes]) -> str | None:
+    try:
+        return files[GRAPH].decode() if GRAPH in files else None
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{GRAPH} is not UTF-8 text ({error.reason}); run the recipe again") from error
 
 
 def weights_bytes(program: Program) -> bytes:

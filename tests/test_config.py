@@ -91,9 +91,10 @@ def test_every_setting_can_be_overridden_without_a_plus() -> None:
         "calibrate.resume=false", "warmup.iterations=2", "evaluate.per_layer=false", "benchmark.batch_sizes=[1,4]",
         "benchmark.threads=2", "gates.max_latency_ms=9", "report.quiet=true",
         "report.plain=true", "report.baseline=before", "benchmark.per_layer=false",
+        "compare.max_slowdown=2",
     ]  # fmt: skip
     changed, base = load_recipe(RECIPE, overrides).to_dict(), load_recipe(RECIPE).to_dict()
-    same = {"description", "task", "artifact"}
+    same = {"description", "task", "artifact", "baseline", "candidate"}
     assert {key for key in base if base[key] == changed[key]} == same
     assert changed["benchmark"]["batch_sizes"] == [1, 4]
     assert changed["qconfig"]["activation"]["percentile"] == 99.0

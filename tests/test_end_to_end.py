@@ -572,6 +572,8 @@ def test_a_failed_gate_ends_with_3_and_saves_everything(place: Path, capsys: pyt
     for text in (shown, (place / "outputs/custom/report.md").read_text(), page):
         assert "dB is not >= 200 dB" in text
         assert "failed" in text
+    assert "min_sqnr_db | FAILED" in (place / "outputs/custom/summary.md").read_text()
+    assert (place / "outputs/custom/junit.xml").read_text().count("<failure") == 1
     assert cli.run([*arguments, "gates.min_sqnr_db=1"]) == 0
     assert Record.load(place / "outputs/custom").results["verdict"] == "passed"
 

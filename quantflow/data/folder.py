@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,12 @@ from PIL import Image
 from quantflow.data.batch import Batch
 from quantflow.data.preprocess import ImagePreprocess
 from quantflow.data.samples import Data, Samples, assemble, split
-from quantflow.errors import DataError
+from quantflow.errors import DataError, found_at
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+
+#: A small file that becomes a huge picture, from 89 million pixels on.
+_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 def load_folder(
@@ -32,10 +37,8 @@ def load_folder(
             made) an image that can't be decoded; names the file.
     """
     if not path.is_dir():
-        raise DataError(
-            f"data.path: {path} is {'a file' if path.exists() else 'missing'}, expected a directory of images"
-        )
-    files = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix.lower() in _SUFFIXES)
+        raise DataError(f"data.path: {path} is {found_at(path)}, expected a directory of images")
+    files = sorted(_images(path))
     if not files:
         raise DataError(f"data.path: {path} holds no image; files ending in {', '.join(_SUFFIXES)} are read")
     classes = _classes(path, files)
@@ -62,6 +65,21 @@ def load_folder(
     )
 
 
+def _images(path: Path) -> Iterator[Path]:
+    """The image files below a directory. Data must not depend on what lies outside of it, so no link may lead there."""
+    root = path.resolve()
+    for file in path.rglob("*"):
+        if file.is_symlink() and not file.resolve().is_relative_to(root):
+            raise DataError(
+                f"data.path: {file} is a link that leads out of {path}; put the file itself there, or point data.path "
+                "at the directory that holds it"
+            )
+        if file.suffix.lower() in _SUFFIXES and not file.is_dir():
+            if not file.is_file():
+                raise DataError(f"data.path: {file} is {found_at(file)}, expected an image file; remove it")
+            yield file
+
+
 def _classes(path: Path, files: list[Path]) -> list[int] | None:
     tops = [f.relative_to(path).parts for f in files]
     loose = [f for f, parts in zip(files, tops, strict=True) if len(parts) == 1]
@@ -80,9 +98,11 @@ def _classes(path: Path, files: list[Path]) -> list[int] | None:
 
 def _read(file: Path, preprocess: ImagePreprocess) -> NDArray[np.uint8]:
     try:
-        with Image.open(file) as image:
-            return np.asarray(preprocess.crop(preprocess.convert(image)))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                return np.asarray(preprocess.crop(preprocess.convert(image)))
+    except (OSError, SyntaxError, ValueError, *_BOMBS) as problem:
         raise DataError(f"{file}: can't be decoded as an image ({problem}); repair or remove the file") from problem
 
 

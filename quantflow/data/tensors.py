@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +15,7 @@ from safetensors.torch import load_file
 
 from quantflow.data.batch import Batch
 from quantflow.data.samples import Data, Samples, assemble, check_finite, hash_of, split, take
-from quantflow.errors import DataError, nearest
+from quantflow.errors import DataError, found_at, nearest
 
 
 def load_tensors(
@@ -57,6 +59,11 @@ def load_random(
     Sample number i is the same whatever the counts and the batch size.
     """
 
+    values = sum(math.prod(shape) for shape in shapes) * (calibration + evaluation)
+    _require_memory(
+        values * getattr(torch, dtype).itemsize, "data.shape: these samples", "ask for smaller or fewer ones"
+    )
+
     def samples(name: str, offset: int, count: int) -> Samples:
         drawn = [_draw(shapes, getattr(torch, dtype), [seed, offset, i]) for i in range(count)]
         args = tuple(torch.stack(column) for column in zip(*drawn, strict=True))
@@ -73,6 +80,15 @@ def load_random(
         batch_size,
         notices=("data=random: calibrated and evaluated on random numbers; the figures say nothing about real inputs",),
     )
+
+
+def _require_memory(size_bytes: int, what: str, cure: str) -> None:
+    """Refuses what would fill the machine's memory: reading it copies it once or twice."""
+    limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    if size_bytes > limit:
+        raise DataError(
+            f"{what} take {size_bytes / 1e9:.4g} GB, half of this machine's memory is {limit / 1e9:.4g} GB; {cure}"
+        )
 
 
 def _draw(shapes: Sequence[Sequence[int]], dtype: torch.dtype, seed: list[int]) -> list[torch.Tensor]:
@@ -144,9 +160,7 @@ def _class_indices(labels: torch.Tensor, where: str) -> torch.Tensor:
 
 def _read(path: Path, field: str) -> dict[str, torch.Tensor]:
     if not path.is_file():
-        raise DataError(
-            f"{field}: {path} is {'a directory' if path.exists() else 'missing'}, expected a file of tensors"
-        )
+        raise DataError(f"{field}: {path} is {found_at(path)}, expected a file of tensors")
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -161,6 +175,10 @@ def _read_npz(path: Path, field: str) -> dict[str, torch.Tensor]:
     arrays = {}
     try:
         with path.open("rb") as stream:
+            if zipfile.is_zipfile(stream):
+                unpacked = sum(member.file_size for member in zipfile.ZipFile(stream).infolist())
+                _require_memory(unpacked, f"{field}: {path}: its arrays", "store fewer samples")
+            stream.seek(0)
             stored = np.load(stream, allow_pickle=False)
             if not isinstance(stored, np.lib.npyio.NpzFile):
                 raise DataError(f"{field}: {path} is not an .npz archive; write it with numpy.savez")
@@ -175,8 +193,8 @@ def _as_tensor(stored: np.lib.npyio.NpzFile, key: str, path: Path, field: str) -
     try:
         array = stored[key]
         return torch.from_numpy(array)
-    except (ValueError, TypeError) as problem:
+    except (ValueError, TypeError, MemoryError, RecursionError) as problem:
         raise DataError(
-            f"{field}: {path}: array '{key}' can't be used ({problem}); arrays of Python objects and strings are never "
-            "loaded, store numbers"
+            f"{field}: {path}: array '{key}' can't be used ({str(problem)[:200]}); arrays of Python objects and "
+            "strings are never loaded, store numbers"
         ) from problem

@@ -12,7 +12,7 @@ from quantflow.data.batch import Batch
 from quantflow.data.packages import file_in_package
 from quantflow.data.preprocess import TextPreprocess
 from quantflow.data.samples import Data, Samples, assemble, hash_of, split
-from quantflow.errors import DataError
+from quantflow.errors import DataError, found_at
 
 
 def load_lee(
@@ -61,7 +61,7 @@ def load_lines(
         DataError: no such file, not UTF-8 text, or no line in it.
     """
     if not path.is_file():
-        raise DataError(f"data.path: {path} is {'a directory' if path.exists() else 'missing'}, expected a text file")
+        raise DataError(f"data.path: {path} is {found_at(path)}, expected a text file")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as problem:

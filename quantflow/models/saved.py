@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from quantflow.errors import ModelError
+from quantflow.errors import ModelError, found_at
 from quantflow.models.loaded import LoadedModel, eval_mode
 
 #: What torch.export.save names the constants that only an unrestricted unpickler can read.
@@ -80,8 +80,7 @@ def _weights_only() -> Iterator[None]:
 
 def _check_exists(path: Path, writer: str) -> None:
     if not path.is_file():
-        found = "a directory" if path.exists() else "missing"
-        raise ModelError(f"model.path: {path} is {found}, expected a file written by {writer}")
+        raise ModelError(f"model.path: {path} is {found_at(path)}, expected a file written by {writer}")
 
 
 def _unreadable(path: Path, writer: str, problem: Exception) -> ModelError:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from quantflow.errors import ModelError, UnavailableError
+from quantflow.errors import ModelError, UnavailableError, found_at
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def load_state(path: Path) -> dict[str, torch.Tensor]:
         ModelError: missing or unreadable file, Python objects other than tensors in it, or no tensors.
     """
     if not path.is_file():
-        raise ModelError(f"model.weights: {path} is {'a directory' if path.exists() else 'missing'}, expected a file")
+        raise ModelError(f"model.weights: {path} is {found_at(path)}, expected a file")
     try:
         loaded = load_file(path) if path.suffix == ".safetensors" else _load_pickled(path)
     except pickle.UnpicklingError as problem:

@@ -1,14 +1,16 @@
-"""Views of the results. The JSON is the truth; the page, Markdown and terminal tables say the same in fewer words."""
+"""Views of the results. The JSON is the truth; all others say the same in fewer words."""
 
 from __future__ import annotations
 
 from quantflow.report.html import html
-from quantflow.report.markdown import markdown
+from quantflow.report.junit import junit
+from quantflow.report.markdown import comparison, markdown, summary
 from quantflow.report.progress import Progress, stage_times
 from quantflow.report.results import from_json, to_json
 from quantflow.report.sweep import sweep_files
 from quantflow.report.terminal import (
     make_console,
+    print_comparison,
     print_findings,
     print_gates,
     print_notices,
@@ -20,10 +22,13 @@ from quantflow.report.terminal import (
 
 __all__ = [
     "Progress",
+    "comparison",
     "from_json",
     "html",
+    "junit",
     "make_console",
     "markdown",
+    "print_comparison",
     "print_findings",
     "print_gates",
     "print_notices",
@@ -32,6 +37,7 @@ __all__ = [
     "print_summary",
     "print_sweep",
     "stage_times",
+    "summary",
     "sweep_files",
     "to_json",
 ]

@@ -19,16 +19,47 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n\n".join(_blocks(results)) + "\n"
 
 
-def _blocks(results: Mapping[str, Any]) -> Iterator[str]:
-    recipe = results.get("recipe")
-    yield f"# quantflow: {_escape(str(recipe.get('name')) if isinstance(recipe, Mapping) else 'results')}"
-    yield _escape(tables.headline(results)) or "No settings recorded."
+def summary(results: Mapping[str, Any]) -> str:
+    """The first screen of `markdown`: verdict, notices, gates and figures. Fits a CI job's summary page."""
+    return "\n\n".join(_first_blocks(results)) + "\n"
+
+
+def comparison(results: Mapping[str, Any], *, every_layer: bool = True) -> str:
+    """What `compare` found, as a page: verdict, notices, gates, figures, layers.
+
+    Args:
+        every_layer: also those that exceed no limit.
+    """
+    return "\n\n".join(_comparison_blocks(results, every_layer)) + "\n"
+
+
+def _comparison_blocks(results: Mapping[str, Any], every_layer: bool) -> Iterator[str]:
+    yield "# quantflow: comparison"
+    yield _escape(tables.comparison_headline(results))
+    yield from _verdict(results)
+    parts = [tables.comparison_layers(results, only_exceeding=True), tables.comparison_figures(results)]
+    for table in (tables.gates(results), *parts, *([tables.comparison_layers(results)] if every_layer else [])):
+        yield from _section(table)
+
+
+def _verdict(results: Mapping[str, Any]) -> Iterator[str]:
     if results.get("verdict"):
         yield f"**Verdict: {_escape(tables.verdict(results))}**"
     for notice in tables.notices(results):
         yield f"> **Notice:** {_escape(notice)}"
+
+
+def _first_blocks(results: Mapping[str, Any]) -> Iterator[str]:
+    recipe = results.get("recipe")
+    yield f"# quantflow: {_escape(str(recipe.get('name')) if isinstance(recipe, Mapping) else 'results')}"
+    yield _escape(tables.headline(results)) or "No settings recorded."
+    yield from _verdict(results)
     for table in (tables.gates(results), tables.figures(results), tables.baseline(results)):
         yield from _section(table)
+
+
+def _blocks(results: Mapping[str, Any]) -> Iterator[str]:
+    yield from _first_blocks(results)
     plan = results.get("plan")
     if isinstance(plan, (list, tuple)) and plan:
         yield "## Plan"

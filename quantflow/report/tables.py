@@ -130,6 +130,58 @@ def verdict(results: Mapping[str, Any]) -> str:
     return f"{outcome} ({sum(row[1] == 'passed' for row in rows)} of {len(rows)} gates passed)"
 
 
+# Two artifacts beside each other, as `compare` returns them
+
+
+def comparison_headline(comparison: Mapping[str, Any]) -> str:
+    """One line: which candidate, against which baseline."""
+    sides = [_section(comparison, side) for side in ("candidate", "baseline")]
+    return " against ".join(f"{_text(side.get('place'))} ({_text(side.get('recipe'))})" for side in sides)
+
+
+def comparison_figures(comparison: Mapping[str, Any]) -> Table:
+    """Accuracy, speed, size and coverage; rows that neither side has are left out."""
+    rows = tuple(
+        (_text(row.get("name")), _figure(row, "baseline"), _figure(row, "candidate"))
+        for row in _list(comparison, "figures")
+        if _is_number(row.get("baseline")) or _is_number(row.get("candidate"))
+    )
+    return Table("Figures", ("", "baseline", "candidate"), rows, frozenset({1, 2}))
+
+
+def comparison_layers(comparison: Mapping[str, Any], *, only_exceeding: bool = False) -> Table:
+    """What changed in each layer, in the order of execution; the last column names the limits it exceeds."""
+    rows = tuple(
+        (_text(row.get("name")), _change(row, "op"), _change(row, "precision"), _change(row, "sqnr_db", db),
+         _change(row, "scale", number), _change(row, "zero_point"), db(row.get("weight_sqnr_db")),
+         number(row.get("weight_scale_ratio")), _change(row, "ms", number), _text(row.get("exceeds")))
+        for row in _list(comparison, "layers")
+        if row.get("exceeds") or not only_exceeding
+    )  # fmt: skip
+    headers = (
+        *("layer", "op", "runs in", "SQNR", "scale", "zero_point", "weight SQNR", "weight scale ratio", "ms"),
+        "exceeds",
+    )
+    title = "Layers beyond a limit" if only_exceeding else "Layers"
+    caption = "weight SQNR: the candidate's weights and bias against the baseline's" if rows else ""
+    used = [i for i in range(len(headers)) if i == 0 or any(row[i] != MISSING for row in rows)]
+    shown = tuple(tuple(row[i] for i in used) for row in rows)
+    return Table(title, tuple(headers[i] for i in used), shown, frozenset(range(3, len(used) - 1)), caption)
+
+
+def _figure(row: Mapping[str, Any], side: str) -> str:
+    value, unit = row.get(side), row.get("unit")
+    if unit == "bytes":
+        return size(value)
+    return f"{number(value)} {unit}".rstrip() if _is_number(value) else MISSING
+
+
+def _change(row: Mapping[str, Any], key: str, form: Callable[[Any], str] | None = None) -> str:
+    """Before and after, or one text where nothing changed."""
+    before, after = ((form or _text)(_section(row, side).get(key)) for side in ("baseline", "candidate"))
+    return after if before == after else f"{before} -> {after}"
+
+
 # Figures as text, with their units
 
 

@@ -101,12 +101,33 @@ def print_summary(
         _print_table(console, tables.figures(results))
         _print_layers(console, "worst", [row[:2] for row in tables.layer_errors(results).rows])
         _print_layers(console, "slowest", [(row[0], f"{row[3]} ms") for row in tables.layer_times(results).rows])
+    _print_end(console, results, artifact)
+
+
+def _print_end(console: Console, results: Mapping[str, Any], saved: str | None) -> None:
     print_gates(console, results)
     if results.get("verdict"):
         style = _COLOURS.get(str(results["verdict"]), "bold")
         console.print(Text.assemble("verdict: ", (tables.verdict(results), style)))
-    if artifact:
-        console.print(Text(f"saved in {artifact}"))
+    if saved:
+        console.print(Text(f"saved in {saved}"))
+
+
+def print_comparison(
+    console: Console, results: Mapping[str, Any], *, saved: str | None = None, quiet: bool = False
+) -> None:
+    """What `compare` found: notices, figures, the layers beyond a limit, gates, verdict.
+
+    Args:
+        saved: where everything was written, named at the end.
+        quiet: notices, gates and verdict only.
+    """
+    console.print(Text(tables.comparison_headline(results), style="bold"))
+    print_notices(console, tables.notices(results))
+    if not quiet:
+        _print_table(console, tables.comparison_figures(results))
+        _print_table(console, tables.comparison_layers(results, only_exceeding=True))
+    _print_end(console, results, saved)
 
 
 def _print_layers(console: Console, which: str, rows: Sequence[Sequence[str]]) -> None:

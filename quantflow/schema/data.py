@@ -11,7 +11,7 @@ from quantflow.schema.base import BatchSize, EntryPoint, PathText, Settings, sha
 SampleCount = Annotated[int, Field(ge=1, le=10_000_000)]
 ImageSize = Annotated[int, Field(ge=1, le=8192)]
 Dimension = Annotated[int, Field(ge=1, le=2**31 - 1)]
-TensorFile = Annotated[str, shaped(r".+\.(npz|safetensors)", "a .npz or .safetensors file")]
+TensorFile = Annotated[PathText, shaped(r".+\.(npz|safetensors)", "a .npz or .safetensors file")]
 #: One input's shape without its batch dimension.
 InputShape = Annotated[tuple[Dimension, ...], Field(strict=False, max_length=8)]
 

@@ -11,7 +11,7 @@ from quantflow.schema.base import EntryPoint, PathText, Settings, shaped
 
 #: pretrained (or fail), random (seeded), auto (pretrained, else random and say so loudly), or a file.
 Weights = Annotated[
-    str,
+    PathText,
     shaped(
         r"pretrained|random|auto|.+\.(safetensors|pt|pth|bin)",
         "pretrained, random, auto, or a .safetensors, .pt, .pth or .bin file",

@@ -19,6 +19,7 @@ from quantflow.schema.qconfig import LayerOverride, QConfig
 from quantflow.schema.settings import (
     BenchmarkSettings,
     CalibrateSettings,
+    CompareSettings,
     DeviceSettings,
     EvaluateSettings,
     GatesSettings,
@@ -29,7 +30,7 @@ from quantflow.schema.settings import (
     WarmupSettings,
 )
 
-Task = Literal["run", "plan", "evaluate", "benchmark", "inspect", "report", "doctor", "selftest"]
+Task = Literal["run", "plan", "evaluate", "benchmark", "inspect", "report", "compare", "schema", "doctor", "selftest"]
 #: Tasks that start from a model, and tasks that look at an artifact; the others look at this machine.
 BUILDING_TASKS = ("run", "plan")
 ARTIFACT_TASKS = ("evaluate", "benchmark", "inspect", "report")
@@ -60,6 +61,8 @@ class Recipe(Settings):
     description: str = ""
     task: Task = "run"
     artifact: PathText | None = None
+    baseline: PathText | None = None
+    candidate: PathText | None = None
     output: PathText | None = None
     resume: bool = True
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
@@ -76,11 +79,12 @@ class Recipe(Settings):
     benchmark: BenchmarkSettings = BenchmarkSettings()
     gates: GatesSettings = GatesSettings()
     sweep: SweepSettings = SweepSettings()
+    compare: CompareSettings = CompareSettings()
     report: ReportSettings = ReportSettings()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        problems = _conflicts(self.model_dump(include={"task", "artifact", "model", "mode"}))
+        problems = _conflicts(self.model_dump(include={"task", "artifact", "baseline", "candidate", "model", "mode"}))
         if problems:
             raise PydanticCustomError("conflict", "{text}", {"text": "; ".join(str(problem) for problem in problems)})
         return self
@@ -138,6 +142,10 @@ def _conflicts(settings: Mapping[str, Any]) -> list[Problem]:
             )
     elif task in ARTIFACT_TASKS and artifact is None:
         problems.append(Problem("artifact", f"task={task} needs the folder that a run wrote: artifact=DIR"))
+    for side in ("baseline", "candidate"):
+        if (settings.get(side) is None) == (task == "compare"):
+            must = "needs the folder that a run wrote" if task == "compare" else "does not read it; use task=compare"
+            problems.append(Problem(side, f"task={task} {must}: {side}=DIR"))
     if isinstance(mode, Mapping) and mode.get("method") == "script" and mode.get("kind", "export") != "torchscript":
         problems.append(Problem("mode.method", "script is possible in mode=torchscript only; use trace"))
     return problems

@@ -11,6 +11,7 @@ from quantflow.schema.base import BatchSize, PathText, Settings
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 
 
 class ModeSettings(Settings):
@@ -100,6 +101,27 @@ OBJECTIVES: dict[Objective, Literal["maximize", "minimize"]] = {
     "size_ratio": "minimize",
     "int8_coverage": "maximize",
 }
+
+
+class CompareSettings(Settings):
+    """Limits on how a candidate may differ from its baseline; null: not judged. Each has a meaning in `compare.GATES`.
+
+    `max_range_change` and `min_weight_sqnr_db` hold only where both recipes ask for the same numbers: there a range or
+    a weight that moves has no reason to. `allow_different` compares artifacts of different models or data.
+    """
+
+    allow_different: bool = False
+    max_sqnr_drop_db: NotNegative | None = 1.0
+    max_accuracy_drop: Fraction | None = 0.005
+    max_agreement_drop: Fraction | None = 0.02
+    max_coverage_drop: Fraction | None = 0.0
+    max_lost_layers: Annotated[int, Field(ge=0)] | None = 0
+    max_layer_sqnr_drop_db: NotNegative | None = 3.0
+    max_range_change: NotNegative | None = 0.1
+    min_weight_sqnr_db: Annotated[float, Field(ge=-300, le=300)] | None = 20.0
+    max_size_growth: Positive | None = 1.05
+    max_slowdown: Positive | None = 1.25
+    max_layer_slowdown: Positive | None = None
 
 
 class SweepSettings(Settings):

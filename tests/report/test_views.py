@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from quantflow.report import html, make_console, markdown, print_gates, print_notices, print_plan, print_summary, tables
+from quantflow.report import (
+    html,
+    make_console,
+    markdown,
+    print_gates,
+    print_notices,
+    print_plan,
+    print_summary,
+    summary,
+    tables,
+)
 from quantflow.report.tables import Table
 
 SECTIONS = [
@@ -255,3 +265,13 @@ def test_without_moves_the_alignment_along() -> None:
 def test_identical_outputs_are_shouted(results: dict[str, Any]) -> None:
     results["int8_proof"]["output_differs"] = False
     assert "IDENTICAL" in markdown(results)
+
+
+def test_the_summary_page_is_the_reports_first_screen(results: dict[str, Any]) -> None:
+    page = summary(results)
+    assert markdown(results).startswith(page.rstrip())
+    assert page.startswith("# quantflow: resnet18_sym_int8\n")
+    assert "**Verdict: failed (1 of 2 gates passed)**" in page
+    assert "| min_speedup | FAILED | 5.015x is not >= 6x |" in page
+    assert "## Figures" in page
+    assert "## Plan" not in page
