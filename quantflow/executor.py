@@ -1,6 +1,7 @@
 """The only file that knows the order of the stages.
 
-load → capture → plan → prepare → calibrate → convert → compile → warm up → evaluate → benchmark → judge → save
+load → capture → plan → rewrite → prepare → calibrate → refine → convert → compile → warm up → evaluate → benchmark →
+judge → save
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import nn
 
 from quantflow import benchmark as timing
 from quantflow import report
+from quantflow.algorithms import Applied, Material, refine, rewrite
 from quantflow.artifact import add_files, check_destination
 from quantflow.calibrate import CalibrationTable, calibrate
 from quantflow.capture import Model, capture, plain
@@ -38,7 +40,7 @@ from quantflow.errors import (
 from quantflow.evaluate import compare_layers, evaluate
 from quantflow.gates import FAILED, evaluate_gates, verdict
 from quantflow.graph import Graph, interpret
-from quantflow.imperative import called_modules, swap_modules
+from quantflow.imperative import called_modules, carry_over, fixed_constants, swap_modules
 from quantflow.models import LoadedModel, estimate_batchnorm, load_model
 from quantflow.plan import Plan, make_plan
 from quantflow.prepare import Prepared, bind, prepare
@@ -89,6 +91,7 @@ class Built:
     compiled: Compiled
     warmup: Warmup
     module: nn.Module | None
+    algorithms: tuple[Applied, ...] = ()
 
     def call(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
         """What the user will run: the swapped module in imperative mode, else the compiled program."""
@@ -131,11 +134,18 @@ def execute(
             "seconds": next((s["seconds"] for s in progress.stages if s["name"] == "calibrate"), None),
             "resumed": built.table.resumed_batches > 0,
         },
+        "algorithms": [applied.to_json() for applied in built.algorithms],
         "warmup": built.warmup.to_json(),
     }
     results["int8_proof"] = _int8_proof(built, source)
     results |= measure(recipe, source, built.program, built.compiled, built.graph, built.call, progress)
-    results["notices"] = [*source.notices, *built.plan.notes, *built.table.notices, *built.warmup.notices]
+    results["notices"] = [
+        *source.notices,
+        *built.plan.notes,
+        *built.table.notices,
+        *(notice for applied in built.algorithms for notice in applied.outcome.notices),
+        *built.warmup.notices,
+    ]
     results |= judge(recipe, results)
     results["stages"] = progress.stages
     graph_text = _graph_text(built, source) if recipe.report.graph_dump else None
@@ -144,18 +154,16 @@ def execute(
 
 
 def build(recipe: Recipe, source: Source, progress: Progress, checkpoint: Path | None = None) -> Built:
-    """capture → plan → prepare → calibrate → convert → compile → warm up."""
+    """capture → plan → rewrite → prepare → calibrate → refine → convert → compile → warm up."""
     choice = choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind)
     example = next(iter(source.data.calibration), None)
     if example is None:
         raise DataError("calibration data: there are no samples; calibrate on some that look like the real input")
     module = source.model.module
-    with progress.stage("capture"):
-        graph = capture(module, example, recipe.mode)
+    graph, rewritten, imperative = captured(recipe, source, choice, example, progress)
     with progress.stage("plan"):
         plan = plan_for(recipe, graph, choice, module, example)
     with progress.stage("prepare"):
-        imperative = module if recipe.mode.kind == "imperative" and isinstance(module, nn.Module) else None
         prepared: Prepared = prepare(graph, plan, imperative)
     with progress.stage("calibrate") as stage:
         table = calibrate(
@@ -167,8 +175,9 @@ def build(recipe: Recipe, source: Source, progress: Progress, checkpoint: Path |
             resume=recipe.calibrate.resume,
             progress=stage.update,
         )
+    refined, improved = refine(recipe.algorithms, prepared, table, _material(recipe, source, graph), progress.stage)
     with progress.stage("convert"):
-        program = convert(prepared, table)
+        program = convert(prepared, table, refined)
     with progress.stage("compile"):
         compiled = compile_program(program, choice)
         swapped = swap_modules(imperative, plan, program, choice.runtime.name) if imperative is not None else None
@@ -182,7 +191,30 @@ def build(recipe: Recipe, source: Source, progress: Progress, checkpoint: Path |
             tuned_for=_tuned_for(recipe, graph, example),
             progress=stage.update,
         )
-    return Built(graph, plan, table, program, compiled, warm, swapped)
+    return Built(graph, plan, table, program, compiled, warm, swapped, (*rewritten, *improved))
+
+
+def captured(
+    recipe: Recipe, source: Source, choice: Choice, example: Batch, progress: Progress
+) -> tuple[Graph, tuple[Applied, ...], nn.Module | None]:
+    """capture → rewrite: the graph that is quantized, and in imperative mode the module that computes the same."""
+    module = source.model.module
+    with progress.stage("capture"):
+        original = capture(module, example, recipe.mode)
+    imperative = module if recipe.mode.kind == "imperative" and isinstance(module, nn.Module) else None
+    fixed = frozenset() if imperative is None else fixed_constants(imperative, original)
+    graph, applied = rewrite(
+        recipe.algorithms,
+        original,
+        lambda graph: plan_for(recipe, graph, choice, module, example),
+        replace(_material(recipe, source, original), fixed=fixed),
+        progress.stage,
+    )
+    return graph, applied, None if imperative is None else carry_over(imperative, original, graph)
+
+
+def _material(recipe: Recipe, source: Source, graph: Graph) -> Material:
+    return Material(source.data.calibration, graph.batch_is_dynamic, recipe.seed)
 
 
 def _tuned_for(recipe: Recipe, graph: Graph, example: Batch) -> list[Batch]:
@@ -344,8 +376,7 @@ def _again(recipe: Recipe, overrides: Sequence[str]) -> int:
             graph = None
         if recipe.task == "evaluate" and stored.evaluate.per_layer:
             example = next(iter(source.data.calibration))
-            with progress.stage("capture"):
-                graph = capture(source.model.module, example, stored.mode)
+            graph, _, _ = captured(stored, source, compiled.choice, example, progress)
         try:
             fresh = measure(stored, source, record.program, compiled, graph, compiled, progress)
         except VerificationError as error:

@@ -1,5 +1,6 @@
 """What the user may write. pydantic only: importing this needs neither torch nor Hydra."""
 
+from quantflow.schema.algorithms import ALGORITHM_PRESETS, Algorithm, BiasCorrectionAlgorithm, EqualizeAlgorithm
 from quantflow.schema.data import (
     DataSettings,
     DataSpec,
@@ -45,12 +46,15 @@ from quantflow.schema.settings import (
 )
 
 __all__ = [
+    "ALGORITHM_PRESETS",
     "ARTIFACT_TASKS",
     "BUILDING_TASKS",
     "PRESETS",
     "ActivationOverride",
     "ActivationSpec",
+    "Algorithm",
     "BenchmarkSettings",
+    "BiasCorrectionAlgorithm",
     "CalibrateSettings",
     "DataSettings",
     "DataSpec",
@@ -58,6 +62,7 @@ __all__ = [
     "EfficientNetLite0Model",
     "EntryData",
     "EntryModel",
+    "EqualizeAlgorithm",
     "EvaluateSettings",
     "ExportedModel",
     "FolderData",
