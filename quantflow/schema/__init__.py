@@ -1,6 +1,16 @@
 """What the user may write. pydantic only: importing this needs neither torch nor Hydra."""
 
-from quantflow.schema.algorithms import ALGORITHM_PRESETS, Algorithm, BiasCorrectionAlgorithm, EqualizeAlgorithm
+from quantflow.schema.algorithms import (
+    ALGORITHM_PRESETS,
+    ActivationScaleAlgorithm,
+    AdaroundAlgorithm,
+    Algorithm,
+    BatchNormAlgorithm,
+    BiasCorrectionAlgorithm,
+    ClipWeightsAlgorithm,
+    EqualizeAlgorithm,
+    GptqAlgorithm,
+)
 from quantflow.schema.data import (
     DataSettings,
     DataSpec,
@@ -51,11 +61,15 @@ __all__ = [
     "BUILDING_TASKS",
     "PRESETS",
     "ActivationOverride",
+    "ActivationScaleAlgorithm",
     "ActivationSpec",
+    "AdaroundAlgorithm",
     "Algorithm",
+    "BatchNormAlgorithm",
     "BenchmarkSettings",
     "BiasCorrectionAlgorithm",
     "CalibrateSettings",
+    "ClipWeightsAlgorithm",
     "DataSettings",
     "DataSpec",
     "DeviceSettings",
@@ -67,6 +81,7 @@ __all__ = [
     "ExportedModel",
     "FolderData",
     "GatesSettings",
+    "GptqAlgorithm",
     "LayerOverride",
     "MiniLMModel",
     "MnistCnnModel",
