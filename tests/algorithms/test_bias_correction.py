@@ -62,6 +62,16 @@ def test_fast_is_the_mean_of_what_rounding_the_weight_does(ready: Prepare, image
         torch.testing.assert_close(refined.layers[name].bias, bias + shift)
 
 
+def test_correcting_twice_is_correcting_once(ready: Prepare, depthwise: nn.Module, images: list[Batch]) -> None:
+    start = ready(depthwise, images)
+    for method in ("fast", "full"):
+        settings = BiasCorrectionAlgorithm(method=method)  # type: ignore[arg-type]
+        once, _ = bias_correction(settings, start.prepared, start.refined, start.material)
+        twice, _ = bias_correction(settings, start.prepared, once, start.material)
+        for name, numbers in once.layers.items():
+            torch.testing.assert_close(twice.layers[name].bias, numbers.bias, rtol=0, atol=1e-5)
+
+
 def test_layers_without_a_bias_get_one_and_closed_ones_stay(ready: Prepare, images: list[Batch]) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.ReLU(), nn.Conv2d(4, 6, 3)).eval()
