@@ -1,6 +1,7 @@
 """The only file that knows the order of the stages.
 
-load → capture → plan → prepare → calibrate → convert → compile → warm up → evaluate → benchmark → judge → save
+load → capture → plan → rewrite → prepare → calibrate → refine → convert → compile → warm up → evaluate → benchmark →
+judge → save
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import nn
 
 from quantflow import benchmark as timing
 from quantflow import report
+from quantflow.algorithms import Applied, Material, refine, rewrite
 from quantflow.artifact import RESULTS, add_files, check_destination, write_artifact
 from quantflow.baseline import beside, read_baseline
 from quantflow.calibrate import CalibrationTable, calibrate, require_complete
@@ -46,7 +48,7 @@ from quantflow.evaluate import judge as judge_tallies
 from quantflow.fused_graph import fused_graph
 from quantflow.gates import FAILED, evaluate_gates, verdict
 from quantflow.graph import Graph, interpret
-from quantflow.imperative import called_modules, swap_modules
+from quantflow.imperative import called_modules, carry_over, fixed_constants, swap_modules
 from quantflow.layer_errors import own_errors
 from quantflow.models import LoadedModel, estimate_batchnorm, load_model
 from quantflow.plan import Plan, make_plan
@@ -118,6 +120,7 @@ class Built:
     compiled: Compiled
     warmup: Warmup | None
     module: nn.Module | None
+    algorithms: tuple[Applied, ...] = ()
 
     def call(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
         """What the user will run: the swapped module in imperative mode, else the compiled program."""
@@ -178,12 +181,19 @@ def execute(
             "resumed": built.table.resumed_batches > 0,
             "workers": workers.count,
         },
+        "algorithms": [applied.to_json() for applied in built.algorithms],
         "warmup": built.warmup.to_json(),
     }
     results["int8_proof"] = _int8_proof(built, source)
     results |= measure(recipe, source, built.program, built.compiled, built.graph, built.call, progress, work, workers)
-    kept = [] if work is None else work.notices
-    results["notices"] = [*source.notices, *built.plan.notes, *built.table.notices, *built.warmup.notices, *kept]
+    results["notices"] = [
+        *source.notices,
+        *built.plan.notes,
+        *built.table.notices,
+        *(notice for applied in built.algorithms for notice in applied.outcome.notices),
+        *built.warmup.notices,
+        *([] if work is None else work.notices),
+    ]
     results["resumed"] = [] if work is None else work.resumed
     results |= judge(recipe, results)
     if baseline is not None:
@@ -201,7 +211,7 @@ def build(
     work: Work | None = None,
     workers: Workers = ONLY,
 ) -> Built:
-    """capture → plan → prepare → calibrate → convert → compile → warm up.
+    """capture → plan → rewrite → prepare → calibrate → refine → convert → compile → warm up.
 
     Workers calibrate together and convert the merged table each for itself; the first one verifies and tunes.
     """
@@ -210,17 +220,16 @@ def build(
     if example is None:
         raise DataError("calibration data: there are no samples; calibrate on some that look like the real input")
     module = source.model.module
-    with progress.stage("capture"):
-        graph = capture(module, example, recipe.mode)
+    graph, rewritten, imperative = captured(recipe, source, choice, example, progress)
     with progress.stage("plan"):
         plan = plan_for(recipe, graph, choice, module, example)
     with progress.stage("prepare"):
-        imperative = module if recipe.mode.kind == "imperative" and isinstance(module, nn.Module) else None
         prepared: Prepared = prepare(graph, plan, imperative)
     with progress.stage("calibrate") as stage:
         table = _calibrated(recipe, source, prepared, work, stage.update, workers)
+    refined, improved = refine(recipe.algorithms, prepared, table, _material(recipe, source, graph), progress.stage)
     with progress.stage("convert"):
-        program = convert(prepared, table)
+        program = convert(prepared, table, refined)
     with progress.stage("compile"):
         compiled = compile_program(program, choice)
         swapped = swap_modules(imperative, plan, program, choice.runtime.name) if imperative is not None else None
@@ -237,7 +246,30 @@ def build(
             alone=progress.alone,
             progress=stage.update,
         )
-    return Built(graph, plan, table, program, compiled, warm, swapped)
+    return Built(graph, plan, table, program, compiled, warm, swapped, (*rewritten, *improved))
+
+
+def captured(
+    recipe: Recipe, source: Source, choice: Choice, example: Batch, progress: Progress
+) -> tuple[Graph, tuple[Applied, ...], nn.Module | None]:
+    """capture → rewrite: the graph that is quantized, and in imperative mode the module that computes the same."""
+    module = source.model.module
+    with progress.stage("capture"):
+        original = capture(module, example, recipe.mode)
+    imperative = module if recipe.mode.kind == "imperative" and isinstance(module, nn.Module) else None
+    fixed = frozenset() if imperative is None else fixed_constants(imperative, original)
+    graph, applied = rewrite(
+        recipe.algorithms,
+        original,
+        lambda graph: plan_for(recipe, graph, choice, module, example),
+        replace(_material(recipe, source, original), fixed=fixed),
+        progress.stage,
+    )
+    return graph, applied, None if imperative is None else carry_over(imperative, original, graph)
+
+
+def _material(recipe: Recipe, source: Source, graph: Graph) -> Material:
+    return Material(source.data.calibration, graph.batch_is_dynamic, recipe.seed)
 
 
 def _calibrated(
@@ -495,8 +527,7 @@ def _again(recipe: Recipe, overrides: Sequence[str]) -> int:
             graph = None
         if recipe.task == "evaluate" and stored.evaluate.per_layer:
             example = next(iter(source.data.calibration))
-            with progress.stage("capture"):
-                graph = capture(source.model.module, example, stored.mode)
+            graph, _, _ = captured(stored, source, compiled.choice, example, progress)
         try:
             fresh = measure(stored, source, record.program, compiled, graph, _computing(compiled), progress)
         except VerificationError as error:

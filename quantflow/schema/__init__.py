@@ -1,5 +1,16 @@
 """What the user may write. pydantic only: importing this needs neither torch nor Hydra."""
 
+from quantflow.schema.algorithms import (
+    ALGORITHM_PRESETS,
+    ActivationScaleAlgorithm,
+    AdaroundAlgorithm,
+    Algorithm,
+    BatchNormAlgorithm,
+    BiasCorrectionAlgorithm,
+    ClipWeightsAlgorithm,
+    EqualizeAlgorithm,
+    GptqAlgorithm,
+)
 from quantflow.schema.data import (
     DataSettings,
     DataSpec,
@@ -48,14 +59,21 @@ from quantflow.schema.settings import (
 )
 
 __all__ = [
+    "ALGORITHM_PRESETS",
     "ARTIFACT_TASKS",
     "BUILDING_TASKS",
     "OBJECTIVES",
     "PRESETS",
     "ActivationOverride",
+    "ActivationScaleAlgorithm",
     "ActivationSpec",
+    "AdaroundAlgorithm",
+    "Algorithm",
+    "BatchNormAlgorithm",
     "BenchmarkSettings",
+    "BiasCorrectionAlgorithm",
     "CalibrateSettings",
+    "ClipWeightsAlgorithm",
     "CompareSettings",
     "DataSettings",
     "DataSpec",
@@ -63,10 +81,12 @@ __all__ = [
     "EfficientNetLite0Model",
     "EntryData",
     "EntryModel",
+    "EqualizeAlgorithm",
     "EvaluateSettings",
     "ExportedModel",
     "FolderData",
     "GatesSettings",
+    "GptqAlgorithm",
     "LayerOverride",
     "MiniLMModel",
     "MnistCnnModel",
