@@ -207,7 +207,7 @@ def captured(
         recipe.algorithms,
         original,
         lambda graph: plan_for(recipe, graph, choice, module, example),
-        replace(_material(recipe, source, original), fixed=fixed),
+        replace(_material(recipe, source, original), fixed=fixed, may_insert=imperative is None),
         progress.stage,
     )
     return graph, applied, None if imperative is None else carry_over(imperative, original, graph)

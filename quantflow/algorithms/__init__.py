@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from quantflow.algorithms.bias_correction import bias_correction
 from quantflow.algorithms.equalize import equalize
 from quantflow.algorithms.outcome import Change, Material, Outcome
+from quantflow.algorithms.smooth import smooth
 from quantflow.calibrate import CalibrationTable
 from quantflow.graph import Graph
 from quantflow.plan import Plan
@@ -30,6 +31,7 @@ from quantflow.schema import Algorithm
 #: Before calibration: (settings, graph, plan, material) → (graph, outcome).
 GRAPH_ALGORITHMS: dict[str, Callable[[Any, Graph, Plan, Material], tuple[Graph, Outcome]]] = {
     "equalize": equalize,
+    "smooth": smooth,
 }
 #: After calibration: (settings, prepared, refined, material) → (refined, outcome).
 NUMBER_ALGORITHMS: dict[str, Callable[[Any, Prepared, Refined, Material], tuple[Refined, Outcome]]] = {

@@ -1,6 +1,12 @@
 """What the user may write. pydantic only: importing this needs neither torch nor Hydra."""
 
-from quantflow.schema.algorithms import ALGORITHM_PRESETS, Algorithm, BiasCorrectionAlgorithm, EqualizeAlgorithm
+from quantflow.schema.algorithms import (
+    ALGORITHM_PRESETS,
+    Algorithm,
+    BiasCorrectionAlgorithm,
+    EqualizeAlgorithm,
+    SmoothAlgorithm,
+)
 from quantflow.schema.data import (
     DataSettings,
     DataSpec,
@@ -80,6 +86,7 @@ __all__ = [
     "ReportSettings",
     "RuntimeSettings",
     "ScriptModuleModel",
+    "SmoothAlgorithm",
     "Task",
     "TensorsData",
     "TextData",
