@@ -1,7 +1,7 @@
 """The only file that knows the order of the stages.
 
-load → capture → plan → rewrite → prepare → calibrate → refine → convert → compile → warm up → evaluate → benchmark →
-judge → save
+load → capture → plan → rewrite → outliers → prepare → calibrate → refine → convert → compile → warm up → evaluate →
+benchmark → judge → save
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 
 from quantflow import benchmark as timing
 from quantflow import report
-from quantflow.algorithms import Applied, Material, refine, rewrite
+from quantflow.algorithms import NO_OUTLIERS, Applied, Material, Outliers, find_outliers, refine, rewrite
 from quantflow.artifact import add_files, check_destination
 from quantflow.calibrate import CalibrationTable, calibrate
 from quantflow.capture import Model, capture, plain
@@ -92,6 +92,7 @@ class Built:
     warmup: Warmup
     module: nn.Module | None
     algorithms: tuple[Applied, ...] = ()
+    outliers: Outliers = NO_OUTLIERS
 
     def call(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
         """What the user will run: the swapped module in imperative mode, else the compiled program."""
@@ -135,6 +136,7 @@ def execute(
             "resumed": built.table.resumed_batches > 0,
         },
         "algorithms": [applied.to_json() for applied in built.algorithms],
+        "outliers": [each.to_json() for each in built.outliers.found],
         "warmup": built.warmup.to_json(),
     }
     results["int8_proof"] = _int8_proof(built, source)
@@ -142,6 +144,7 @@ def execute(
     results["notices"] = [
         *source.notices,
         *built.plan.notes,
+        *built.outliers.notices,
         *built.table.notices,
         *(notice for applied in built.algorithms for notice in applied.outcome.notices),
         *built.warmup.notices,
@@ -163,6 +166,11 @@ def build(recipe: Recipe, source: Source, progress: Progress, checkpoint: Path |
     graph, rewritten, imperative = captured(recipe, source, choice, example, progress)
     with progress.stage("plan"):
         plan = plan_for(recipe, graph, choice, module, example)
+    with progress.stage("outliers") as stage:
+        material = replace(_material(recipe, source, graph), update=stage.update)
+        outliers = find_outliers(recipe.outliers, graph, plan, material)
+        if outliers.left_float:
+            plan = plan_for(recipe, graph, choice, module, example, outliers)
     with progress.stage("prepare"):
         prepared: Prepared = prepare(graph, plan, imperative)
     with progress.stage("calibrate") as stage:
@@ -191,7 +199,7 @@ def build(recipe: Recipe, source: Source, progress: Progress, checkpoint: Path |
             tuned_for=_tuned_for(recipe, graph, example),
             progress=stage.update,
         )
-    return Built(graph, plan, table, program, compiled, warm, swapped, (*rewritten, *improved))
+    return Built(graph, plan, table, program, compiled, warm, swapped, (*rewritten, *improved), outliers)
 
 
 def captured(
@@ -224,7 +232,9 @@ def _tuned_for(recipe: Recipe, graph: Graph, example: Batch) -> list[Batch]:
     return [timing.resized(example, size) for size in recipe.benchmark.batch_sizes if size <= MOST_TUNED_SAMPLES]
 
 
-def plan_for(recipe: Recipe, graph: Graph, choice: Choice, module: Model, example: Batch) -> Plan:
+def plan_for(
+    recipe: Recipe, graph: Graph, choice: Choice, module: Model, example: Batch, outliers: Outliers = NO_OUTLIERS
+) -> Plan:
     """The plan for a captured graph, with what this machine decides filled in."""
     imperative = recipe.mode.kind == "imperative" and isinstance(module, nn.Module)
     plan = make_plan(
@@ -236,6 +246,7 @@ def plan_for(recipe: Recipe, graph: Graph, choice: Choice, module: Model, exampl
         reduce_range=recipe.qconfig.reduce_range is True,
         swappable=called_modules(module, example) if imperative else None,
         recipe_name=recipe.name,
+        left_float=outliers.left_float,
     )
     return replace(plan, notes=(*plan.notes, *choice.runtime.notes()))
 

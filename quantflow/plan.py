@@ -123,6 +123,7 @@ def make_plan(
     reduce_range: bool = False,
     swappable: Mapping[str, int] | None = None,
     recipe_name: str = "custom",
+    left_float: Mapping[str, str] | None = None,
 ) -> Plan:
     """Decide precision, fusion and shared qparams for every unit of the graph.
 
@@ -131,6 +132,7 @@ def make_plan(
         mode: "imperative" keeps float32 between int8 modules, because modules exchange ordinary tensors.
         kernel_of: the runtime's name for the kernel that will run a unit.
         swappable: imperative mode: the modules that are called as modules, with how often.
+        left_float: layers that measurements say must stay float, with the reason; `layers` has precedence.
 
     Raises:
         RecipeError: an override matches nothing, or asks for int8 where there is no int8 form.
@@ -138,7 +140,7 @@ def make_plan(
     """
     units = find_units(graph)
     overrides = _Overrides(layers or {}, units, qconfig, recipe_name)
-    core = {unit: _why_float(unit, graph, overrides) for unit in units if unit.kind in (CORE, MATMUL)}
+    core = {unit: _why_float(unit, graph, overrides, left_float or {}) for unit in units if unit.kind in (CORE, MATMUL)}
     if mode == IMPERATIVE:
         units, core = _module_by_module(units, core, swappable or {})
         int8 = {unit for unit in units if core.get(unit) == ""}
@@ -233,13 +235,15 @@ class _Overrides:
         ]
 
 
-def _why_float(unit: Unit, graph: Graph, overrides: _Overrides) -> str:
+def _why_float(unit: Unit, graph: Graph, overrides: _Overrides, left_float: Mapping[str, str]) -> str:
     """Why a linear op or matmul stays float; empty if it becomes int8."""
     asked, pattern = overrides.precision(unit)
     if unit.float_reason:
         return unit.float_reason
     if asked == FLOAT32:
         return f"the recipe says so: layers.{pattern}"
+    if asked is None and unit.name in left_float:
+        return left_float[unit.name]
     if unit.kind == MATMUL:
         return "" if asked == INT8 else 'matmul of two activations is float unless asked for (layers: {"matmul": int8})'
     weight = graph.constants[str(unit.anchor.args[1].target)]  # type: ignore[union-attr]

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from quantflow.algorithms.bias_correction import bias_correction
 from quantflow.algorithms.equalize import equalize
 from quantflow.algorithms.outcome import Change, Material, Outcome
+from quantflow.algorithms.outliers import NO_OUTLIERS, Outliers, find_outliers
 from quantflow.algorithms.smooth import smooth
 from quantflow.calibrate import CalibrationTable
 from quantflow.graph import Graph
@@ -100,4 +101,16 @@ def refine(
     return refined, tuple(applied)
 
 
-__all__ = ["GRAPH_ALGORITHMS", "NUMBER_ALGORITHMS", "Applied", "Change", "Material", "Outcome", "refine", "rewrite"]
+__all__ = [
+    "GRAPH_ALGORITHMS",
+    "NO_OUTLIERS",
+    "NUMBER_ALGORITHMS",
+    "Applied",
+    "Change",
+    "Material",
+    "Outcome",
+    "Outliers",
+    "find_outliers",
+    "refine",
+    "rewrite",
+]

@@ -24,6 +24,7 @@ from quantflow.schema.settings import (
     EvaluateSettings,
     GatesSettings,
     ModeSettings,
+    OutlierSettings,
     ReportSettings,
     RuntimeSettings,
     WarmupSettings,
@@ -42,7 +43,7 @@ LayerChoice = Annotated[
 Pattern = Annotated[str, Field(min_length=1)]
 
 #: What the calibration's result depends on, and nothing else.
-_CALIBRATION_FIELDS = ("model", "data", "seed", "qconfig", "layers", "mode")
+_CALIBRATION_FIELDS = ("model", "data", "seed", "qconfig", "layers", "mode", "outliers")
 
 
 class Recipe(Settings):
@@ -64,6 +65,7 @@ class Recipe(Settings):
     mode: ModeSettings = ModeSettings()
     runtime: RuntimeSettings = RuntimeSettings()
     device: DeviceSettings = DeviceSettings()
+    outliers: OutlierSettings = OutlierSettings()
     calibrate: CalibrateSettings = CalibrateSettings()
     warmup: WarmupSettings = WarmupSettings()
     evaluate: EvaluateSettings = EvaluateSettings()

@@ -39,6 +39,19 @@ class CalibrateSettings(Settings):
     checkpoint_every_s: Annotated[float, Field(ge=0, le=86400)] = 5.0
 
 
+class OutlierSettings(Settings):
+    """Massive outliers in the inputs of linears: a channel or token of at least `ratio` times the median.
+
+    They are looked for on the first `samples` calibration samples (0: not at all). With `fall_back` a layer stays float
+    where int8 would leave less than `min_sqnr_db` of a typical token; a layer that `layers` names stays as asked.
+    """
+
+    ratio: Annotated[float, Field(ge=2, le=1e9)] = 100.0
+    samples: Annotated[int, Field(ge=0, le=1_000_000)] = 16
+    fall_back: bool = True
+    min_sqnr_db: Annotated[float, Field(ge=-300, le=300)] = 10.0
+
+
 class WarmupSettings(Settings):
     """Runs before anything is timed, and the SQNR against the reference below which the run stops."""
 
