@@ -17,8 +17,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from quantflow.algorithms.activation_scale import activation_scale
+from quantflow.algorithms.adaround import adaround
+from quantflow.algorithms.batchnorm import batchnorm
 from quantflow.algorithms.bias_correction import bias_correction
+from quantflow.algorithms.clip_weights import clip_weights
 from quantflow.algorithms.equalize import equalize
+from quantflow.algorithms.gptq import gptq
 from quantflow.algorithms.outcome import Change, Material, Outcome
 from quantflow.algorithms.outliers import NO_OUTLIERS, Outliers, find_outliers
 from quantflow.algorithms.smooth import smooth
@@ -36,7 +41,12 @@ GRAPH_ALGORITHMS: dict[str, Callable[[Any, Graph, Plan, Material], tuple[Graph, 
 }
 #: After calibration: (settings, prepared, refined, material) → (refined, outcome).
 NUMBER_ALGORITHMS: dict[str, Callable[[Any, Prepared, Refined, Material], tuple[Refined, Outcome]]] = {
+    "activation_scale": activation_scale,
+    "clip_weights": clip_weights,
     "bias_correction": bias_correction,
+    "gptq": gptq,
+    "adaround": adaround,
+    "batchnorm": batchnorm,
 }
 
 

@@ -17,7 +17,7 @@ from quantflow.passes.units import AVERAGES, LINEAR_OPS, POOLS
 from quantflow.plan import Plan
 
 _HOMOGENEOUS = (
-    "relu", "leaky_relu", "constant_pad_nd", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
+    "relu", "leaky_relu", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
     "upsample_bilinear2d", *POOLS, *(name for name in AVERAGES if name != "mean"),
 )  # fmt: skip
 _CLAMPS = ("relu6", "hardtanh", "clamp", "clamp_max", "minimum")
@@ -156,8 +156,10 @@ class _Finder:
                 v in self.axes and self.axes[v] == axis and len(v.meta["shape"]) == len(shape) for v in values
             )
             return axis if alike and values[1].meta["shape"][axis] == shape[axis] else None
-        if is_aten(node, "constant_pad_nd"):
-            return axis if float(arguments(node).get("value") or 0) == 0 and len(node.args[1]) <= 4 else None  # type: ignore[arg-type]
+        if is_aten(node, "constant_pad_nd", "pad"):
+            a = arguments(node)
+            zeros = a.get("mode", "constant") == "constant" and not a.get("value")
+            return axis if zeros and axis == 1 and len(a["pad"]) <= 2 * (len(shape) - 2) else None
         if is_aten(node, *_HOMOGENEOUS):
             return axis if axis == 1 or is_aten(node, "relu", "leaky_relu") else None
         if is_aten(node, "mean"):

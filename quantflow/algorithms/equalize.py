@@ -15,8 +15,8 @@ This is Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization a
 measured ranges in r1 (which makes their absorption of high biases unnecessary), and with a residual stream as one set
 of channels that all its writers and readers share.
 
-A clamp to [0, m] is not homogeneous. A tensor m per channel is divided by s, too. A number m stays: only channels that
-stay `clip_margin` times below it on the calibration data are rescaled, and no further up than that.
+A clamp to [0, m] is not homogeneous. A tensor m per channel is divided by s, too. A number m (ReLU6) would have to
+become one, so its channels stay as they are; `clip_margin` rescales those that keep so far below it on the samples.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class _Factors:
         columns = torch.as_tensor(self.columns(op, groups * inputs), dtype=torch.float64).expand(groups * inputs)
         return matrix.size / rows.reshape(groups, outputs, 1) * columns.reshape(groups, 1, inputs)
 
-    def improve(self, s: ChannelSet, measured: _Measured, clip_margin: float) -> float:
+    def improve(self, s: ChannelSet, measured: _Measured, clip_margin: float | None) -> float:
         """Set new factors for one set; returns the largest change, as a logarithm."""
         factors = self.of[id(s)]
         ranges = measured.ranges[id(s)]
@@ -253,7 +253,7 @@ class _Factors:
 
 
 def _bounded(
-    s: ChannelSet, wanted: torch.Tensor, alive: torch.Tensor, measured: _Measured, clip_margin: float
+    s: ChannelSet, wanted: torch.Tensor, alive: torch.Tensor, measured: _Measured, clip_margin: float | None
 ) -> torch.Tensor:
     """The factors, relative to those of channels that may not change: behind a clamp to a number.
 
@@ -264,6 +264,9 @@ def _bounded(
         epilogue = as_epilogue(clip)
         assert epilogue is not None
         bound, seen = epilogue.values[1], measured.clipped[clip]
+        if clip_margin is None:
+            pinned[:] = True
+            continue
         pinned |= seen * clip_margin > bound
         least = torch.maximum(least, seen * clip_margin / bound)
     deciding = pinned if bool((pinned & alive).any()) else alive

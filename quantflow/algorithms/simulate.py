@@ -172,6 +172,11 @@ def linear_op(node: fx.Node, x: torch.Tensor, weight: torch.Tensor, bias: torch.
     return y
 
 
+def weight_shape(planned: PlannedUnit) -> tuple[int, ...]:
+    shape: tuple[int, ...] = planned.unit.anchor.args[1].meta["shape"]  # type: ignore[union-attr]
+    return shape
+
+
 def shared_weight(planned: PlannedUnit) -> bool:
     """Whether another op reads the layer's weight: then it can't be changed for this one alone."""
     weight = planned.unit.anchor.args[1]

@@ -2,9 +2,14 @@
 
 from quantflow.schema.algorithms import (
     ALGORITHM_PRESETS,
+    ActivationScaleAlgorithm,
+    AdaroundAlgorithm,
     Algorithm,
+    BatchNormAlgorithm,
     BiasCorrectionAlgorithm,
+    ClipWeightsAlgorithm,
     EqualizeAlgorithm,
+    GptqAlgorithm,
     SmoothAlgorithm,
 )
 from quantflow.schema.data import (
@@ -58,11 +63,15 @@ __all__ = [
     "BUILDING_TASKS",
     "PRESETS",
     "ActivationOverride",
+    "ActivationScaleAlgorithm",
     "ActivationSpec",
+    "AdaroundAlgorithm",
     "Algorithm",
+    "BatchNormAlgorithm",
     "BenchmarkSettings",
     "BiasCorrectionAlgorithm",
     "CalibrateSettings",
+    "ClipWeightsAlgorithm",
     "DataSettings",
     "DataSpec",
     "DeviceSettings",
@@ -74,6 +83,7 @@ __all__ = [
     "ExportedModel",
     "FolderData",
     "GatesSettings",
+    "GptqAlgorithm",
     "LayerOverride",
     "MiniLMModel",
     "MnistCnnModel",

@@ -20,21 +20,23 @@ Iterations = Annotated[int, Field(ge=1, le=1_000_000)]
 #: An algorithm stops there, keeps what it has and says so.
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 ActsOn = Literal["graph", "numbers"]
-AlgorithmName = Literal["equalize", "smooth", "bias_correction"]
+AlgorithmName = Literal[
+    "equalize", "smooth", "activation_scale", "clip_weights", "bias_correction", "gptq", "adaround", "batchnorm"
+]
 
 
 class EqualizeAlgorithm(Settings):
     """Cross-layer equalization: channels are rescaled between linear ops, so that all of them use the codes.
 
-    `clip_margin`: behind a ReLU6, only channels whose largest value on the calibration data is this many times below
-    the bound are rescaled, because a rescaled bound would be another function.
+    Channels behind a ReLU6 stay as they are, because a rescaled bound is another function. `clip_margin` rescales those
+    whose largest value on the samples is this many times below the bound, and trusts that they never reach it.
     """
 
     acts_on: ClassVar[ActsOn] = "graph"
     name: Literal["equalize"] = "equalize"
     samples: Samples = 32
     iterations: Annotated[int, Field(ge=1, le=1000)] = 20
-    clip_margin: Annotated[float, Field(ge=1, le=1000)] = 1.5
+    clip_margin: Annotated[float, Field(ge=1, le=1000)] | None = None
 
 
 class SmoothAlgorithm(Settings):
@@ -66,8 +68,74 @@ class BiasCorrectionAlgorithm(Settings):
     samples: Samples = 32
 
 
+class GptqAlgorithm(Settings):
+    """Weights rounded to codes that give the layer's output back, rather than each weight.
+
+    `damping`: what is added to the diagonal, as a share of its mean; more trusts the samples less. `sweeps`: passes
+    over all codes that set each to its best one, the others given.
+    """
+
+    acts_on: ClassVar[ActsOn] = "numbers"
+    name: Literal["gptq"] = "gptq"
+    samples: Samples = 64
+    damping: Annotated[float, Field(gt=0, le=10)] = 0.01
+    sweeps: Annotated[int, Field(ge=0, le=1000)] = 3
+    max_seconds: Seconds = 300.0
+
+
+class AdaroundAlgorithm(Settings):
+    """Whether each weight is rounded up or down is learned, for what the layer computes. Settings of the optimizer."""
+
+    acts_on: ClassVar[ActsOn] = "numbers"
+    name: Literal["adaround"] = "adaround"
+    samples: Samples = 64
+    iterations: Iterations = 300
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 0.02
+    regularization: Annotated[float, Field(ge=0, le=1000)] = 0.02
+    damping: Annotated[float, Field(gt=0, le=10)] = 0.01
+    max_seconds: Seconds = 300.0
+
+
+class ActivationScaleAlgorithm(Settings):
+    """Each activation's range is cut where the layers that read it then compute a smaller squared error.
+
+    `smallest`: the shortest range that is tried, as a share of the measured one; `steps`: how many on the way there.
+    """
+
+    acts_on: ClassVar[ActsOn] = "numbers"
+    name: Literal["activation_scale"] = "activation_scale"
+    samples: Samples = 32
+    smallest: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    steps: Annotated[int, Field(ge=1, le=100)] = 8
+
+
+class ClipWeightsAlgorithm(Settings):
+    """Weight scales that minimise the squared error of the weights, whatever `qconfig.weight.observer` says."""
+
+    acts_on: ClassVar[ActsOn] = "numbers"
+    name: Literal["clip_weights"] = "clip_weights"
+
+
+class BatchNormAlgorithm(Settings):
+    """BatchNorm statistics re-estimated behind the int8 layers they were folded into."""
+
+    acts_on: ClassVar[ActsOn] = "numbers"
+    name: Literal["batchnorm"] = "batchnorm"
+    samples: Samples = 64
+
+
 #: One class and one entry here per algorithm.
-Algorithm = Annotated[EqualizeAlgorithm | SmoothAlgorithm | BiasCorrectionAlgorithm, Field(discriminator="name")]
+Algorithm = Annotated[
+    EqualizeAlgorithm
+    | SmoothAlgorithm
+    | ActivationScaleAlgorithm
+    | ClipWeightsAlgorithm
+    | BiasCorrectionAlgorithm
+    | GptqAlgorithm
+    | AdaroundAlgorithm
+    | BatchNormAlgorithm,
+    Field(discriminator="name"),
+]
 
 #: The names that `algorithms: NAME` and `quantize(algorithms="NAME")` accept, each with what it stands for.
 ALGORITHM_PRESETS: dict[str, tuple[Mapping[str, Any], ...]] = {
