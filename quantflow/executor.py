@@ -41,6 +41,7 @@ from quantflow.evaluate import compare_layers, evaluate
 from quantflow.gates import FAILED, evaluate_gates, verdict
 from quantflow.graph import Graph, interpret
 from quantflow.imperative import called_modules, carry_over, fixed_constants, swap_modules
+from quantflow.joins import Join, join_costs, join_notices
 from quantflow.models import LoadedModel, estimate_batchnorm, load_model
 from quantflow.plan import Plan, make_plan
 from quantflow.prepare import Prepared, bind, prepare
@@ -93,6 +94,7 @@ class Built:
     module: nn.Module | None
     algorithms: tuple[Applied, ...] = ()
     outliers: Outliers = NO_OUTLIERS
+    joins: tuple[Join, ...] = ()
 
     def call(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
         """What the user will run: the swapped module in imperative mode, else the compiled program."""
@@ -136,6 +138,7 @@ def execute(
             "resumed": built.table.resumed_batches > 0,
         },
         "algorithms": [applied.to_json() for applied in built.algorithms],
+        "joins": [vars(join) for join in built.joins],
         "outliers": [each.to_json() for each in built.outliers.found],
         "warmup": built.warmup.to_json(),
     }
@@ -145,6 +148,7 @@ def execute(
         *source.notices,
         *built.plan.notes,
         *built.outliers.notices,
+        *join_notices(built.joins),
         *built.table.notices,
         *(notice for applied in built.algorithms for notice in applied.outcome.notices),
         *built.warmup.notices,
@@ -184,6 +188,9 @@ def build(recipe: Recipe, source: Source, progress: Progress, checkpoint: Path |
             progress=stage.update,
         )
     refined, improved = refine(recipe.algorithms, prepared, table, _material(recipe, source, graph), progress.stage)
+    joins = ()
+    if recipe.evaluate.enabled and recipe.evaluate.per_layer:
+        joins = join_costs(prepared, refined, _material(recipe, source, graph).first(LAYER_SAMPLES))
     with progress.stage("convert"):
         program = convert(prepared, table, refined)
     with progress.stage("compile"):
@@ -199,7 +206,7 @@ def build(recipe: Recipe, source: Source, progress: Progress, checkpoint: Path |
             tuned_for=_tuned_for(recipe, graph, example),
             progress=stage.update,
         )
-    return Built(graph, plan, table, program, compiled, warm, swapped, (*rewritten, *improved), outliers)
+    return Built(graph, plan, table, program, compiled, warm, swapped, (*rewritten, *improved), outliers, joins)
 
 
 def captured(
@@ -247,6 +254,7 @@ def plan_for(
         swappable=called_modules(module, example) if imperative else None,
         recipe_name=recipe.name,
         left_float=outliers.left_float,
+        policy=recipe.policy,
     )
     return replace(plan, notes=(*plan.notes, *choice.runtime.notes()))
 

@@ -87,7 +87,7 @@ def test_every_setting_can_be_overridden_without_a_plus() -> None:
         "algorithms=fast", "qconfig.activation.percentile=99", "qconfig.weight.observer=mse",
         "qconfig.reduce_range=true",
         "mode.kind=torchscript", "mode.method=script", "runtime.kind=torch", "device.kind=cpu",
-        "outliers.ratio=50",
+        "outliers.ratio=50", "policy.add=float",
         "calibrate.resume=false", "warmup.iterations=2", "evaluate.per_layer=false", "benchmark.batch_sizes=[1,4]",
         "benchmark.threads=2", "gates.max_latency_ms=9", "report.quiet=true",
     ]  # fmt: skip

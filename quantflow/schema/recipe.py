@@ -25,6 +25,7 @@ from quantflow.schema.settings import (
     GatesSettings,
     ModeSettings,
     OutlierSettings,
+    PolicySettings,
     ReportSettings,
     RuntimeSettings,
     WarmupSettings,
@@ -43,7 +44,7 @@ LayerChoice = Annotated[
 Pattern = Annotated[str, Field(min_length=1)]
 
 #: What the calibration's result depends on, and nothing else.
-_CALIBRATION_FIELDS = ("model", "data", "seed", "qconfig", "layers", "mode", "outliers")
+_CALIBRATION_FIELDS = ("model", "data", "seed", "qconfig", "layers", "mode", "policy", "outliers")
 
 
 class Recipe(Settings):
@@ -65,6 +66,7 @@ class Recipe(Settings):
     mode: ModeSettings = ModeSettings()
     runtime: RuntimeSettings = RuntimeSettings()
     device: DeviceSettings = DeviceSettings()
+    policy: PolicySettings = PolicySettings()
     outliers: OutlierSettings = OutlierSettings()
     calibrate: CalibrateSettings = CalibrateSettings()
     warmup: WarmupSettings = WarmupSettings()

@@ -32,6 +32,22 @@ class DeviceSettings(Settings):
     kind: Literal["auto", "cpu", "xpu"] = "auto"
 
 
+Precision = Literal["int8", "float"]
+
+
+class PolicySettings(Settings):
+    """Which ops beside convolutions and linears may run in int8 where codes are at hand; `layers` has precedence.
+
+    An int8 add, mul or cat spares conversions and costs accuracy (`joins` in the results shows both). An int8 matmul is
+    one of two activations, as in attention.
+    """
+
+    add: Precision = "int8"
+    mul: Precision = "int8"
+    cat: Precision = "int8"
+    matmul: Precision = "float"
+
+
 class CalibrateSettings(Settings):
     """Whether an interrupted calibration is taken up again, and how often its state is saved."""
 
