@@ -2,8 +2,8 @@
 
     minimize over r:  sum over readers  || W (Q_r(x) - x) ||^2 / || W x ||^2
 
-r is the measured range with its ends cut, each by a factor from a grid; x are the float model's values. Ends are cut
-one after the other. A quarter of the samples is held out: a range that does not help there, too, is left as it was.
+r is the measured range with its ends cut by factors from a grid; x are the float model's values. A quarter of the
+samples is held out: a range that does not help there, too, is left as it was.
 
 Source: Nagel et al. 2021, "A White Paper on Neural Network Quantization", section 3.1, with the layer's output in
 place of the tensor itself.
@@ -60,7 +60,7 @@ def activation_scale(
         old, spec = refined.qparams[root], plan.specs[root]
         fit, held_out = ([(seen[p.unit.name][part], _rows(prepared, p)) for p in units] for part in (0, 1))
         ranged = partial(activation_qparams, dtype=spec.dtype, qscheme=spec.qscheme, reduce_range=plan.reduce_range)
-        best = _searched(settings, old, ranged, fit)
+        best = _searched(settings, old, spec.qscheme == "symmetric", ranged, fit)
         was, now = (_error(held_out, qparams) for qparams in (old, best))
         if now < was:
             refined = refined.with_qparams(root, best)
@@ -72,27 +72,31 @@ Layers = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def _searched(
-    settings: ActivationScaleAlgorithm, old: QParams, ranged: Callable[[float, float], QParams], layers: Layers
+    settings: ActivationScaleAlgorithm,
+    old: QParams,
+    is_symmetric: bool,
+    ranged: Callable[[float, float], QParams],
+    layers: Layers,
 ) -> QParams:
-    """The best range: first the upper end is cut, then the lower one."""
+    """The best range: both ends cut alike where it is symmetric, else first the upper end, then the lower one."""
     qmin, qmax = old.range
     low, high = (qmin - old.zero_point) * old.scale, (qmax - old.zero_point) * old.scale
-    if qmax - old.zero_point == old.zero_point - qmin - 1:  # symmetric: the lowest code is one step further out
-        low = -high
     factors = [1 - (1 - settings.smallest) * step / settings.steps for step in range(settings.steps + 1)]
     judged = {old: _error(layers, old)}
-    cut_high = cut_low = 1.0
-    for end in ("high", "low"):
-        tried: dict[float, float] = {}
-        for factor in factors:
-            ends = (low * cut_low, high * factor) if end == "high" else (low * factor, high * cut_high)
+
+    def best(candidates: list[tuple[float, float]]) -> tuple[float, float]:
+        for ends in candidates:
             qparams = ranged(*ends)
             if qparams not in judged:
                 judged[qparams] = _error(layers, qparams)
-            tried[factor] = judged[qparams]
-        best = min(tried, key=lambda factor: tried[factor])
-        cut_high, cut_low = (best, cut_low) if end == "high" else (cut_high, best)
-    return min(judged, key=lambda qparams: judged[qparams])
+        return min(candidates, key=lambda ends: judged[ranged(*ends)])
+
+    if is_symmetric:
+        best([(-high * factor, high * factor) for factor in factors])
+    else:
+        _, high = best([(low, high * factor) for factor in factors])
+        best([(low * factor, high) for factor in factors])
+    return min(judged, key=judged.__getitem__)
 
 
 def _error(layers: Layers, qparams: QParams) -> float:

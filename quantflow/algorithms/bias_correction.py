@@ -100,11 +100,12 @@ def _fast(
     for planned in allowed:
         node, numbers = planned.unit.inputs[0], refined.layers[planned.unit.name]
         mean = sums[node] / max(counts[node], 1)
-        weight, _ = float_numbers(graph, planned)
+        weight, bias = float_numbers(graph, planned)
         lost = (weight.double() - numbers.weight().double()).reshape(*weight.shape[:2], -1).sum(2)
         groups = arguments(planned.unit.anchor).get("groups", 1)
         per_group = lost.reshape(groups, -1, lost.shape[1]) @ mean.reshape(groups, -1, 1)
-        corrected, change = _shifted(planned.unit.name, numbers, per_group.flatten())
+        # From the float bias on: what was corrected before is part of the shift.
+        corrected, change = _shifted(planned.unit.name, replace(numbers, bias=bias), per_group.flatten())
         refined = refined.with_layer(planned.unit.name, corrected)
         changes.append(change)
     return refined, changes

@@ -26,7 +26,7 @@ NAME = "clip_weights"
 def clip_weights(
     _settings: ClipWeightsAlgorithm, prepared: Prepared, refined: Refined, material: Material
 ) -> tuple[Refined, Outcome]:
-    """Scales and nearest codes anew; biases stay."""
+    """Scales, nearest codes and float biases anew: what a bias made good belonged to other codes."""
     changes, skipped = [], []
     layers = [p for p in prepared.plan.units if p.is_int8 and p.unit.kind == CORE]
     for done, planned in enumerate(layers, start=1):
@@ -37,7 +37,7 @@ def clip_weights(
         spec = planned.qconfig.weight.model_copy(update={"observer": "mse"})
         searching = replace(planned, qconfig=planned.qconfig.model_copy(update={"weight": spec}))
         before = refined.layers[name]
-        after = replace(nearest_codes(prepared.graph, searching), bias=before.bias)
+        after = nearest_codes(prepared.graph, searching)
         weight, _ = float_numbers(prepared.graph, planned)
         was, now = sqnr_db(weight, before.weight()), sqnr_db(weight, after.weight())
         if now > was:

@@ -5,11 +5,16 @@ Values that linear ops write and others read, with nothing but positively homoge
 
     W1' = W1 / s,  b1' = b1 / s  (rows of what writes them)        W2' = W2 s  (columns of what reads them)
 
-    s = (r1 / r2)^1/2    r1: largest |x| of the channel; with one scale per weight tensor also the row's largest |W1|,
-                             each relative to the largest of all channels
-                         r2: largest |W2| of the column
-    s = r1               where rescaling the reader costs nothing: a depthwise one with a scale per channel, a
-                         BatchNorm that is not folded, a product with a constant, a float layer
+    s = r1^alpha r2^(alpha - 1)   r1: largest |x| of the channel; with one scale per weight tensor also the row's
+                                      largest |W1|, each relative to the largest of all channels
+                                  r2: largest |W2| of the column
+    s = r1                        where rescaling the reader costs nothing: a depthwise one with a scale per channel, a
+                                  BatchNorm that is not folded, a product with a constant, a float layer
+
+alpha is the one of a few (1/2 is Nagel's) that promises the least noise in what the readers compute, averaged over
+their outputs j and relative to each one's signal; where none promises less than the factors at hand, these stay:
+
+    noise_j = (max|x| / 127)^2 / 12 sum_k W2_jk^2  +  (max_k|W2_jk| / 127)^2 / 12 sum_k E[x_k^2]
 
 This is Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", section 4.1, with
 measured ranges in r1 (which makes their absorption of high biases unnecessary), and with a residual stream as one set
@@ -46,6 +51,9 @@ MEASURE = "largest over median range of the channels"
 MIN_SQNR_DB = 60.0
 #: Sweeps stop when no factor changes by more than this.
 CONVERGED = 1e-3
+#: The exponents tried, and how much less noise one must promise.
+ALPHAS = (0.25, 0.5, 0.75, 1.0)
+WORTH = 0.98
 #: Factors stay within this range, far from float32's ends.
 SMALLEST, LARGEST = 1e-8, 1e8
 
@@ -53,9 +61,10 @@ SMALLEST, LARGEST = 1e-8, 1e8
 def equalize(settings: EqualizeAlgorithm, graph: Graph, plan: Plan, material: Material) -> tuple[Graph, Outcome]:
     """Rescale channels in the graph's constants; its nodes stay as they are."""
     sets, axes = find_sets(graph, plan, NAME, material.fixed)
-    between = [s for s in sets if s.writers and s.readers]
-    skipped = tuple((s.title, s.obstacle) for s in between if s.obstacle)
-    sets = [s for s in between if not s.obstacle and any(v.name in plan.codes for v in s.values)]
+    skipped = tuple((s.title, s.obstacle) for s in sets if s.writers and s.obstacle)
+    sets = [
+        s for s in sets if s.writers and s.readers and not s.obstacle and any(v.name in plan.codes for v in s.values)
+    ]
     batches = material.first(settings.samples)
     if not sets or not batches:
         return graph, Outcome(MEASURE, (), skipped)
@@ -80,6 +89,7 @@ class _Measured:
 
     Attributes:
         ranges: id of a set → over those of its values that are held as codes.
+        power: id of a set → E[x^2] per channel, the sum over those values.
         clipped: clamp → over what it clamps, positive side.
         outputs: the float model's on the first batch.
     """
@@ -94,6 +104,7 @@ class _Measured:
         material: Material,
     ) -> None:
         self.ranges = {id(s): torch.zeros(s.size, dtype=torch.float64) for s in sets}
+        self.power = {id(s): torch.zeros(s.size, dtype=torch.float64) for s in sets}
         self.clipped = {clip: torch.zeros(s.size, dtype=torch.float64) for s in sets for clip in s.clips}
         owner = {v: s for s in sets for v in s.values if v.name in plan.codes and v.meta["shape"][axes[v]] == s.size}
         clamped: dict[fx.Node, list[fx.Node]] = {}
@@ -107,6 +118,7 @@ class _Measured:
             if node in owner:
                 seen = self.ranges[id(owner[node])]
                 torch.maximum(seen, torch.maximum(rows.amax(1), -rows.amin(1)).double(), out=seen)
+                self.power[id(owner[node])] += rows.square().mean(1) / len(batches)
             for clip in clamped.get(node, ()):
                 torch.maximum(self.clipped[clip], rows.amax(1).double(), out=self.clipped[clip])
 
@@ -123,12 +135,13 @@ class _Matrix:
     """A linear op as |W|: the largest of each (output, input) pair's window, grouped.
 
     Attributes:
-        size: (groups, outputs per group, inputs per group).
+        size, square: (groups, outputs per group, inputs per group): largest |W|, sum of W^2.
         counts: whether rescaling its inputs changes how well its weight is coded.
         one_scale: whether its weight has one scale for all rows.
     """
 
     size: torch.Tensor
+    square: torch.Tensor
     counts: bool
     one_scale: bool
 
@@ -150,10 +163,12 @@ class _Factors:
     def _matrix(self, op: fx.Node, planned: PlannedUnit | None) -> _Matrix:
         weight = self.graph.constants[str(op.args[1].target)]  # type: ignore[union-attr]
         groups = arguments(op).get("groups", 1)
-        largest = weight.abs().double().flatten(2).amax(2) if weight.dim() > 2 else weight.abs().double()
+        windows = weight.double().reshape(*weight.shape[:2], -1)
+        largest, square = windows.abs().amax(2), windows.square().sum(2)
         one_scale = planned is not None and planned.qconfig.weight.granularity == "per_tensor"
         counts = planned is not None and (one_scale or largest.shape[1] > 1)
-        return _Matrix(largest.reshape(groups, -1, largest.shape[1]), counts, one_scale)
+        shape = (groups, -1, largest.shape[1])
+        return _Matrix(largest.reshape(shape), square.reshape(shape), counts, one_scale)
 
     def rows(self, op: fx.Node) -> torch.Tensor | float:
         """The factors of what the op writes."""
@@ -173,6 +188,25 @@ class _Factors:
         columns = torch.as_tensor(self.columns(op, groups * inputs), dtype=torch.float64).expand(groups * inputs)
         return matrix.size / rows.reshape(groups, outputs, 1) * columns.reshape(groups, 1, inputs)
 
+    def noise(self, s: ChannelSet, factors: torch.Tensor, measured: _Measured) -> float:
+        """What rounding would do to the readers' outputs, relative to these; see the top of the file."""
+        step = float((measured.ranges[id(s)] / factors).max()) / 127
+        total = 0.0
+        for op in s.readers:
+            matrix = self.matrices.get(op)
+            if matrix is None or not matrix.counts:
+                continue
+            groups, _, inputs = matrix.size.shape
+            columns = factors.repeat_interleave(groups * inputs // s.size).reshape(groups, 1, inputs)
+            power = measured.power[id(s)].repeat_interleave(groups * inputs // s.size).reshape(groups, 1, inputs)
+            signal = (matrix.square * power).sum(2)
+            coarse = (matrix.size * columns).amax(2) / 127
+            if matrix.one_scale:
+                coarse = coarse.max().expand_as(coarse)
+            found = step**2 * (matrix.square * columns**2).sum(2) + coarse**2 * (power / columns**2).sum(2)
+            total += float((found / signal)[signal > 0].sum()) / signal.numel()
+        return total
+
     def improve(self, s: ChannelSet, measured: _Measured, clip_margin: float | None) -> float:
         """Set new factors for one set; returns the largest change, as a logarithm."""
         factors = self.of[id(s)]
@@ -188,13 +222,22 @@ class _Factors:
             if matrix is not None and matrix.counts:
                 columns = self.scaled(op, matrix).amax(1).flatten()
                 r2 = torch.maximum(r2, columns.reshape(s.size, -1).amax(1))
-        free = not any(op in self.matrices and self.matrices[op].counts for op in s.readers)
-        change = r1 if free else (r1 / r2).sqrt()
-        alive = change.isfinite() & (change > 0) & (ranges > 0)
-        wanted = torch.where(alive, factors * change, torch.ones_like(factors))
-        wanted = _bounded(s, wanted, alive, measured, clip_margin).clamp(SMALLEST, LARGEST)
+        if not any(op in self.matrices and self.matrices[op].counts for op in s.readers):
+            wanted = _bounded(s, factors, r1, ranges, measured, clip_margin)
+        else:
+            tried = [
+                _bounded(s, factors, r1**alpha * r2 ** (alpha - 1), ranges, measured, clip_margin) for alpha in ALPHAS
+            ]
+            noise = [self.noise(s, each, measured) for each in tried]
+            best = min(range(len(tried)), key=noise.__getitem__)
+            # One scale for a whole weight: the writers' rows gain, too, which the noise at the readers does not show.
+            pays = noise[best] < WORTH * self.noise(s, factors, measured) or self._writers_share(s)
+            wanted = tried[best] if pays else factors
         self.of[id(s)] = wanted
         return float((wanted / factors).log().abs().max())
+
+    def _writers_share(self, s: ChannelSet) -> bool:
+        return any(op in self.matrices and self.matrices[op].one_scale for op in s.writers)
 
     def constants(self) -> dict[str, torch.Tensor]:
         """The graph's constants, those of the ops that write or read rescaled channels changed."""
@@ -253,12 +296,20 @@ class _Factors:
 
 
 def _bounded(
-    s: ChannelSet, wanted: torch.Tensor, alive: torch.Tensor, measured: _Measured, clip_margin: float | None
+    s: ChannelSet,
+    factors: torch.Tensor,
+    change: torch.Tensor,
+    ranges: torch.Tensor,
+    measured: _Measured,
+    clip_margin: float | None,
 ) -> torch.Tensor:
-    """The factors, relative to those of channels that may not change: behind a clamp to a number.
+    """The changed factors of channels that may change: those that hold anything, and no clamp to a number bounds.
 
-    A global factor is free: without such a clamp it is chosen so that the factors' geometric mean is 1.
+    A global factor is free: it is chosen so that the geometric mean of the factors is 1, over the bounded channels
+    where there are any.
     """
+    alive = change.isfinite() & (change > 0) & (ranges > 0)
+    wanted = torch.where(alive, factors * change, torch.ones_like(factors))
     pinned, least = torch.zeros_like(alive), torch.zeros_like(wanted)
     for clip in s.clips:
         epilogue = as_epilogue(clip)
@@ -273,7 +324,7 @@ def _bounded(
     if bool((deciding & alive).any()):
         wanted = wanted / wanted[deciding & alive].log().mean().exp()
     wanted = torch.maximum(torch.where(alive, wanted, torch.ones_like(wanted)), least)
-    return torch.where(pinned, torch.ones_like(wanted), wanted)
+    return torch.where(pinned, torch.ones_like(wanted), wanted).clamp(SMALLEST, LARGEST)
 
 
 def _relative(ranges: torch.Tensor) -> torch.Tensor:

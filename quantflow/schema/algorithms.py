@@ -90,8 +90,8 @@ class AdaroundAlgorithm(Settings):
     name: Literal["adaround"] = "adaround"
     samples: Samples = 64
     iterations: Iterations = 300
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 0.02
-    regularization: Annotated[float, Field(ge=0, le=1000)] = 0.02
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 0.05
+    regularization: Annotated[float, Field(ge=0, le=1000)] = 0.5
     damping: Annotated[float, Field(gt=0, le=10)] = 0.01
     max_seconds: Seconds = 300.0
 
@@ -141,8 +141,14 @@ Algorithm = Annotated[
 ALGORITHM_PRESETS: dict[str, tuple[Mapping[str, Any], ...]] = {
     "none": (),
     "fast": ({"name": "equalize"}, {"name": "smooth"}, {"name": "bias_correction"}),
-    "accurate": ({"name": "equalize"}, {"name": "smooth"}, {"name": "bias_correction", "method": "full"}),
-    "best": ({"name": "equalize"}, {"name": "smooth"}, {"name": "bias_correction", "method": "full"}),
+    "accurate": ({"name": "equalize"}, {"name": "smooth"}, {"name": "activation_scale"}, {"name": "gptq"}),
+    "best": (
+        {"name": "equalize"},
+        {"name": "smooth"},
+        {"name": "activation_scale", "samples": 64},
+        {"name": "gptq", "samples": 128},
+        {"name": "adaround", "samples": 128},
+    ),
 }
 
 

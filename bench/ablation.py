@@ -1,0 +1,108 @@
+"""What does each accuracy algorithm give, alone and together, on a convolutional net and on a transformer?
+
+EfficientNet-Lite0 (random crops of photos, affine uint8) and all-MiniLM-L6-v2 (Lee documents, symmetric int8), real
+weights, every convolution and linear int8: SQNR of the model's output against float's, top-1 agreement (Lite0) or the
+smallest cosine (MiniLM), and the seconds that the algorithms took. Then the same for the presets.
+
+    python -m bench.ablation --json ablation.json
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
+
+import torch
+
+import quantflow
+from bench.photo_models import float_module, photos
+from bench.reporting import arguments, console, show, show_machine, write
+from quantflow.data import Data, TextPreprocess
+from quantflow.data.text import load_lee
+from quantflow.evaluate import EMBEDDING, evaluate
+from quantflow.models.efficientnet_lite0 import load_efficientnet_lite0
+from quantflow.models.transformers_zoo import load_minilm
+from quantflow.schema import ALGORITHM_PRESETS, Algorithm
+
+COLUMNS = ("algorithms", "sqnr_db", "gain_db", "top1_agreement", "cosine_min", "algorithms_s", "layers changed")
+#: Combinations beside each algorithm alone: those that make up the presets, one more at a time.
+TOGETHER = (
+    ("equalize", "bias_correction"),
+    ("clip_weights", "bias_correction"),
+    ("gptq", "batchnorm"),
+    ("activation_scale", "gptq"),
+    ("activation_scale", "adaround"),
+)
+
+
+def main() -> int:
+    parser = arguments(__doc__)
+    parser.add_argument("--model", nargs="+", default=["lite0", "minilm"], choices=("lite0", "minilm"))
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these algorithms and presets alone")
+    options = parser.parse_args()
+    found = show_machine()
+    results: dict[str, list[dict[str, Any]]] = {}
+    for name in options.model:
+        module, data, qconfig, outputs = _MODELS[name](options.smoke)
+        rows = results[name] = []
+        for label, algorithms in _questions(options.smoke, options.only):
+            rows.append({"algorithms": label} | _row(module, data, qconfig, outputs, algorithms))
+            rows[-1]["gain_db"] = rows[-1]["sqnr_db"] - rows[0]["sqnr_db"]
+            console.print(f"{name} {label}: {rows[-1]['sqnr_db']:.2f} dB")
+        samples = [sum(batch.size for batch in part) for part in (data.calibration, data.evaluation)]
+        show(f"{name}, {qconfig}, {samples[0]} samples to calibrate, {samples[1]} to evaluate", rows, COLUMNS)
+    write(options.json, {"question": "ablation", "machine": found, "results": results})
+    return 0
+
+
+def _questions(smoke: bool, only: Sequence[str] | None) -> list[tuple[str, Any]]:
+    """(label, what `algorithms` is set to); nothing comes first, because gains are counted from it."""
+    alone = [settings.model_fields["name"].default for settings in get_args(get_args(Algorithm)[0])]
+    full = [{"name": "bias_correction", "method": "full"}]
+    questions: list[tuple[str, Any]] = [("none", "none")]
+    questions += [(name, [name]) for name in alone]
+    questions += [("bias_correction full", full)]
+    questions += [(" + ".join(names), list(names)) for names in TOGETHER]
+    questions += [(f"preset {name}", name) for name in ALGORITHM_PRESETS if name != "none"]
+    if smoke:
+        return [question for question in questions if question[0] in ("none", "clip_weights", "preset fast")]
+    wanted = {"none", *(only or ())}
+    return [q for q in questions if only is None or q[0] in wanted or q[0].removeprefix("preset ") in wanted]
+
+
+def _row(module: torch.nn.Module, data: Data, qconfig: str, outputs: str, algorithms: Any) -> dict[str, Any]:
+    model = quantflow.quantize(
+        module, data.calibration, evaluation=list(data.calibration)[:1], qconfig=qconfig, algorithms=algorithms
+    )
+    figures = evaluate(module, model, data.evaluation, outputs=outputs)
+    section = model.results["algorithms"]
+    row = {
+        "sqnr_db": figures["sqnr_db"],
+        "algorithms_s": sum(entry["seconds"] for entry in section),
+        "layers changed": sum(len(entry["layers"]) for entry in section),
+        "notices": model.results["notices"],
+    }
+    return row | {key: figures[key] for key in ("top1_agreement", "cosine_min") if key in figures}
+
+
+def _lite0(smoke: bool) -> tuple[torch.nn.Module, Data, str, str]:
+    loaded = load_efficientnet_lite0("pretrained", seed=0)
+    calibration, evaluation = (4, 8) if smoke else (96, 400)
+    data = photos(loaded, calibration=calibration, evaluation=evaluation)
+    return float_module(loaded), data, "affine_uint8", loaded.outputs
+
+
+def _minilm(smoke: bool) -> tuple[torch.nn.Module, Data, str, str]:
+    length = 16 if smoke else 128
+    loaded = load_minilm("pretrained", length, seed=0)
+    assert isinstance(loaded.preprocess, TextPreprocess)
+    data = load_lee(loaded.preprocess, length, *((4, 6) if smoke else (64, 50)), 16, 0)
+    return float_module(loaded), data, "sym_int8", EMBEDDING
+
+
+_MODELS: dict[str, Callable[[bool], tuple[torch.nn.Module, Data, str, str]]] = {"lite0": _lite0, "minilm": _minilm}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

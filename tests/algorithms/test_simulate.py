@@ -1,0 +1,77 @@
+"""The simulated stream is the integer program up to float32's rounding, whatever an algorithm puts into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from quantflow.algorithms.simulate import Layer, on_grid, walk
+from quantflow.convert import convert
+from quantflow.data.batch import Batch
+from quantflow.graph import interpret
+from quantflow.numerics.affine import dequantize, quantize
+from quantflow.refined import LayerNumbers
+from quantflow.runtimes.reference import ReferenceRunner
+
+Prepare = Callable[..., Any]
+
+
+@pytest.mark.parametrize("qconfig", ["sym_int8", "affine_uint8"])
+def test_every_layer_sees_what_the_integer_program_computes(
+    ready: Prepare, depthwise: nn.Module, images: list[Batch], qconfig: str
+) -> None:
+    start = ready(depthwise, images, qconfig)
+    program = convert(start.prepared, start.table, start.refined)
+    inputs: dict[str, torch.Tensor] = {}
+
+    def on_value(node: Any, values: Any) -> None:
+        if node.op in ("conv", "linear"):
+            name = node.args[0].name
+            inputs[node.name] = dequantize(values[name], program.values[name].qparams)
+
+    ReferenceRunner(program)(images[0].args, on_value)
+    floats: dict[str, torch.Tensor] = {}
+    interpret(start.graph, images[0].args, lambda node, x: floats.update({node.name: x}))
+    seen: list[str] = []
+
+    def on_layer(layer: Layer) -> None:
+        seen.append(layer.name)
+        name = layer.planned.unit.inputs[0].name
+        scale = program.values[name if name in program.values else f"{name}.codes"].qparams.scale
+        off = (layer.inputs[0] - inputs[layer.name]).abs() / scale
+        assert off.max() <= 1.001, "one code at most"
+        assert (off > 0.01).float().mean() < 0.01, "and that near ties only"
+        assert torch.equal(layer.float_outputs[0], floats[layer.planned.unit.anchor.name])
+
+    assert walk(start.prepared, start.refined, images[:1], on_layer) == start.refined
+    assert seen == ["stem", "depthwise", "project", "expand", "back", "head"]
+
+
+def test_numbers_that_change_reach_the_layers_behind(ready: Prepare, depthwise: nn.Module, images: list[Batch]) -> None:
+    start = ready(depthwise, images)
+    behind: list[torch.Tensor] = []
+
+    def on_layer(layer: Layer) -> LayerNumbers | None:
+        if layer.name == "head":
+            behind.append(layer.inputs[0])
+        numbers = start.refined.layers[layer.name]
+        return replace(numbers, bias=torch.zeros_like(numbers.bias)) if layer.name == "project" and behind else None
+
+    walk(start.prepared, start.refined, images, on_layer)
+    refined = walk(start.prepared, start.refined, images, on_layer)
+    assert not torch.equal(behind[0], behind[1])
+    assert not refined.layers["project"].bias.any()
+
+
+@pytest.mark.parametrize("qconfig", ["sym_int8", "affine_uint8"])
+def test_on_grid_is_quantize_and_dequantize(
+    ready: Prepare, depthwise: nn.Module, images: list[Batch], qconfig: str
+) -> None:
+    x = torch.linspace(-9, 9, 999)
+    for qparams in ready(depthwise, images, qconfig).refined.qparams.values():
+        torch.testing.assert_close(on_grid(x, qparams), dequantize(quantize(x, qparams), qparams))
