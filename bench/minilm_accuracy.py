@@ -1,14 +1,17 @@
 """How much of all-MiniLM-L6-v2 (real weights) is left when every linear is int8?
 
 Spearman correlation with people's ratings of the 50 Lee documents, float and int8, and the cosine between float's and
-int8's embedding of each document. Calibration: 64 of Lee's background documents.
+int8's embedding of each document. Calibration: 64 of Lee's background documents. `seconds` is all of
+`quantize`, warm-up and verification included.
 
-    python -m bench.minilm_accuracy --json minilm_accuracy.json
+    python -m bench.minilm_accuracy --algorithms none fast best --json minilm_accuracy.json
 """
 
 from __future__ import annotations
 
 import sys
+import time
+from itertools import product
 from typing import Any
 
 import quantflow
@@ -25,6 +28,7 @@ MARGIN = 0.02
 WORST = 5
 COLUMNS = (
     "what", "int8/core", "spearman_float", "spearman_int8", "drop", "cosine_mean", "cosine_min", "sqnr_db", "max_error",
+    "seconds",
 )  # fmt: skip
 
 
@@ -32,6 +36,7 @@ def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("--qconfig", nargs="+", default=["sym_int8", "affine_uint8"], help="presets' names")
     parser.add_argument("--observer", nargs="+", default=["minmax"], help="activation observers, each with each preset")
+    parser.add_argument("--algorithms", nargs="+", default=["none"], help="presets' names, each with each of these")
     parser.add_argument("--mode", default="export", choices=("export", "torchscript", "imperative"))
     parser.add_argument("--max-length", type=int, default=128, help="tokens per text (default 128)")
     parser.add_argument("--calibration", type=int, default=64, help="texts")
@@ -44,28 +49,35 @@ def main() -> int:
     module = float_module(loaded)
     assert isinstance(loaded.preprocess, TextPreprocess)
     data = load_lee(loaded.preprocess, options.max_length, options.calibration, options.evaluation, 16, 0)
+    probe = data.evaluation[0].head(1)
     rows: list[dict[str, Any]] = []
-    for preset in options.qconfig:
-        for observer in options.observer:
-            qconfig = quantflow.PRESETS[preset].model_dump()
-            qconfig["activation"]["observer"] = observer
-            model = quantflow.quantize(module, data.calibration, qconfig=qconfig, mode=options.mode)
-            figures = evaluate(module, model, data.evaluation, metric=SPEARMAN, outputs=EMBEDDING)
-            proof, metric = model.results["int8_proof"], figures["metric"]
-            rows.append(
-                {
-                    "what": f"quantflow {preset} {observer}",
-                    "int8/core": f"{proof['int8_layers_run']}/{proof['core_layers']}",
-                    "spearman_float": metric["float"],
-                    "spearman_int8": metric["int8"],
-                    "drop": metric["drop"],
-                    "cosine_mean": figures["cosine_mean"],
-                    "cosine_min": figures["cosine_min"],
-                    "sqnr_db": figures["sqnr_db"],
-                    "max_error": figures["max_error"],
-                    "cosines": figures["cosine_per_sample"],
-                }
-            )
+    for preset, observer, algorithms in product(options.qconfig, options.observer, options.algorithms):
+        qconfig = quantflow.PRESETS[preset].model_dump()
+        qconfig["activation"]["observer"] = observer
+        started = time.perf_counter()
+        model = quantflow.quantize(
+            module, data.calibration, qconfig=qconfig, mode=options.mode, algorithms=algorithms, evaluation=[probe]
+        )
+        seconds = time.perf_counter() - started
+        figures = evaluate(module, model, data.evaluation, metric=SPEARMAN, outputs=EMBEDDING)
+        proof, metric = model.results["int8_proof"], figures["metric"]
+        rows.append(
+            {
+                "what": f"quantflow {preset} {observer} {algorithms}",
+                "int8/core": f"{proof['int8_layers_run']}/{proof['core_layers']}",
+                "spearman_float": metric["float"],
+                "spearman_int8": metric["int8"],
+                "drop": metric["drop"],
+                "cosine_mean": figures["cosine_mean"],
+                "cosine_min": figures["cosine_min"],
+                "sqnr_db": figures["sqnr_db"],
+                "max_error": figures["max_error"],
+                "seconds": seconds,
+                "stages": model.results["stages"],
+                "algorithms": model.results["algorithms"],
+                "cosines": figures["cosine_per_sample"],
+            }
+        )
     title = f"all-MiniLM-L6-v2, {options.calibration} + {options.evaluation} texts of {options.max_length} tokens"
     show(f"{title}, mode={options.mode}", rows, COLUMNS)
     for row in rows:

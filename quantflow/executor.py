@@ -1,7 +1,7 @@
 """The only file that knows the order of the stages.
 
-load → capture → plan → rewrite → prepare → calibrate → refine → convert → compile → warm up → evaluate → benchmark →
-judge → save
+load → capture → plan → rewrite → outliers → prepare → calibrate → refine → convert → compile → warm up → evaluate →
+benchmark → judge → save
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import nn
 
 from quantflow import benchmark as timing
 from quantflow import report
-from quantflow.algorithms import Applied, Material, refine, rewrite
+from quantflow.algorithms import NO_OUTLIERS, Applied, Material, Outliers, find_outliers, refine, rewrite
 from quantflow.artifact import RESULTS, add_files, check_destination, write_artifact
 from quantflow.baseline import beside, read_baseline
 from quantflow.calibrate import CalibrationTable, calibrate, require_complete
@@ -49,6 +49,7 @@ from quantflow.fused_graph import fused_graph
 from quantflow.gates import FAILED, evaluate_gates, verdict
 from quantflow.graph import Graph, interpret
 from quantflow.imperative import called_modules, carry_over, fixed_constants, swap_modules
+from quantflow.joins import Join, join_costs, join_notices
 from quantflow.layer_errors import own_errors
 from quantflow.models import LoadedModel, estimate_batchnorm, load_model
 from quantflow.plan import Plan, make_plan
@@ -121,6 +122,8 @@ class Built:
     warmup: Warmup | None
     module: nn.Module | None
     algorithms: tuple[Applied, ...] = ()
+    outliers: Outliers = NO_OUTLIERS
+    joins: tuple[Join, ...] = ()
 
     def call(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
         """What the user will run: the swapped module in imperative mode, else the compiled program."""
@@ -182,6 +185,8 @@ def execute(
             "workers": workers.count,
         },
         "algorithms": [applied.to_json() for applied in built.algorithms],
+        "joins": [vars(join) for join in built.joins],
+        "outliers": [each.to_json() for each in built.outliers.found],
         "warmup": built.warmup.to_json(),
     }
     results["int8_proof"] = _int8_proof(built, source)
@@ -189,6 +194,8 @@ def execute(
     results["notices"] = [
         *source.notices,
         *built.plan.notes,
+        *built.outliers.notices,
+        *join_notices(built.joins),
         *built.table.notices,
         *(notice for applied in built.algorithms for notice in applied.outcome.notices),
         *built.warmup.notices,
@@ -223,11 +230,19 @@ def build(
     graph, rewritten, imperative = captured(recipe, source, choice, example, progress)
     with progress.stage("plan"):
         plan = plan_for(recipe, graph, choice, module, example)
+    with progress.stage("outliers") as stage:
+        material = replace(_material(recipe, source, graph), update=stage.update)
+        outliers = find_outliers(recipe.outliers, graph, plan, material)
+        if outliers.left_float:
+            plan = plan_for(recipe, graph, choice, module, example, outliers)
     with progress.stage("prepare"):
         prepared: Prepared = prepare(graph, plan, imperative)
     with progress.stage("calibrate") as stage:
         table = _calibrated(recipe, source, prepared, work, stage.update, workers)
     refined, improved = refine(recipe.algorithms, prepared, table, _material(recipe, source, graph), progress.stage)
+    joins = ()
+    if recipe.evaluate.enabled and recipe.evaluate.per_layer:
+        joins = join_costs(prepared, refined, _material(recipe, source, graph).first(LAYER_SAMPLES))
     with progress.stage("convert"):
         program = convert(prepared, table, refined)
     with progress.stage("compile"):
@@ -246,7 +261,7 @@ def build(
             alone=progress.alone,
             progress=stage.update,
         )
-    return Built(graph, plan, table, program, compiled, warm, swapped, (*rewritten, *improved))
+    return Built(graph, plan, table, program, compiled, warm, swapped, (*rewritten, *improved), outliers, joins)
 
 
 def captured(
@@ -262,7 +277,7 @@ def captured(
         recipe.algorithms,
         original,
         lambda graph: plan_for(recipe, graph, choice, module, example),
-        replace(_material(recipe, source, original), fixed=fixed),
+        replace(_material(recipe, source, original), fixed=fixed, may_insert=imperative is None),
         progress.stage,
     )
     return graph, applied, None if imperative is None else carry_over(imperative, original, graph)
@@ -306,7 +321,9 @@ def _tuned_for(recipe: Recipe, graph: Graph, example: Batch) -> list[Batch]:
     return [timing.resized(example, size) for size in recipe.benchmark.batch_sizes if size <= MOST_TUNED_SAMPLES]
 
 
-def plan_for(recipe: Recipe, graph: Graph, choice: Choice, module: Model, example: Batch) -> Plan:
+def plan_for(
+    recipe: Recipe, graph: Graph, choice: Choice, module: Model, example: Batch, outliers: Outliers = NO_OUTLIERS
+) -> Plan:
     """The plan for a captured graph, with what this machine decides filled in."""
     imperative = recipe.mode.kind == "imperative" and isinstance(module, nn.Module)
     plan = make_plan(
@@ -318,6 +335,8 @@ def plan_for(recipe: Recipe, graph: Graph, choice: Choice, module: Model, exampl
         reduce_range=recipe.qconfig.reduce_range is True,
         swappable=called_modules(module, example) if imperative else None,
         recipe_name=recipe.name,
+        left_float=outliers.left_float,
+        policy=recipe.policy,
     )
     return replace(plan, notes=(*plan.notes, *choice.runtime.notes()))
 

@@ -79,6 +79,16 @@ def op_name(node: fx.Node) -> str:
     return node.op
 
 
+def copied(graph: fx.Graph) -> fx.Graph:
+    """A graph of its own with the same nodes, names and descriptions."""
+    copy = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    copy.output(copy.graph_copy(graph, values))
+    for old, new in values.items():
+        new.meta = dict(old.meta)
+    return copy
+
+
 def only_user(node: fx.Node) -> fx.Node | None:
     """The one op that reads the node's value; None if several do, or the model returns it."""
     users = list(node.users)

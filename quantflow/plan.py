@@ -32,10 +32,11 @@ from quantflow.passes.units import (
     fuse_residual,
     without_epilogue,
 )
-from quantflow.schema import ActivationOverride, ActivationSpec, LayerOverride, QConfig
+from quantflow.schema import ActivationOverride, ActivationSpec, LayerOverride, PolicySettings, QConfig
 
 INT8, FLOAT32 = "int8", "float"
 IMPERATIVE = "imperative"
+NO_POLICY = PolicySettings()
 #: Their output holds the same codes as their input, so both share one scale and zero point.
 _SHARING = (CAT, MAX_POOL, CLAMP, SHAPE)
 
@@ -123,6 +124,8 @@ def make_plan(
     reduce_range: bool = False,
     swappable: Mapping[str, int] | None = None,
     recipe_name: str = "custom",
+    left_float: Mapping[str, str] | None = None,
+    policy: PolicySettings = NO_POLICY,
 ) -> Plan:
     """Decide precision, fusion and shared qparams for every unit of the graph.
 
@@ -131,14 +134,16 @@ def make_plan(
         mode: "imperative" keeps float32 between int8 modules, because modules exchange ordinary tensors.
         kernel_of: the runtime's name for the kernel that will run a unit.
         swappable: imperative mode: the modules that are called as modules, with how often.
+        left_float: layers that measurements say must stay float, with the reason; `layers` has precedence.
+        policy: which additions, products, concatenations and matmuls may run in int8.
 
     Raises:
         RecipeError: an override matches nothing, or asks for int8 where there is no int8 form.
         NothingQuantizedError: no convolution or linear would run in int8.
     """
     units = find_units(graph)
-    overrides = _Overrides(layers or {}, units, qconfig, recipe_name)
-    core = {unit: _why_float(unit, graph, overrides) for unit in units if unit.kind in (CORE, MATMUL)}
+    overrides = _Overrides(layers or {}, units, qconfig, recipe_name, policy)
+    core = {unit: _why_float(unit, graph, overrides, left_float or {}) for unit in units if unit.kind in (CORE, MATMUL)}
     if mode == IMPERATIVE:
         units, core = _module_by_module(units, core, swappable or {})
         int8 = {unit for unit in units if core.get(unit) == ""}
@@ -170,9 +175,15 @@ class _Overrides:
     """`layers:` resolved against the units: op types first, then globs, then exact names, so the narrowest wins."""
 
     def __init__(
-        self, layers: Mapping[str, str | LayerOverride], units: Sequence[Unit], qconfig: QConfig, recipe_name: str
+        self,
+        layers: Mapping[str, str | LayerOverride],
+        units: Sequence[Unit],
+        qconfig: QConfig,
+        recipe_name: str,
+        policy: PolicySettings,
     ) -> None:
         self._base = qconfig
+        self._policy: dict[str, str] = policy.model_dump()
         self._chosen: dict[str, list[tuple[str, str | LayerOverride]]] = {}
         owner = {layer: unit for unit in units for layer in unit.layers if unit.kind != SIZE}
         types = {kind for unit in units for kind in (unit.op, unit.kind) if unit.kind not in (SIZE, FLOAT)}
@@ -200,10 +211,10 @@ class _Overrides:
                     self._chosen.setdefault(unit.name, []).append((pattern, value))
 
     def precision(self, unit: Unit) -> tuple[str | None, str]:
-        """("float" | "int8" | None, the pattern that says so)."""
+        """("float" | "int8" | None, the setting that says so)."""
         for pattern, value in reversed(self._chosen.get(unit.name, [])):
-            return (value, pattern) if isinstance(value, str) else (INT8, pattern)
-        return None, ""
+            return (value, f"layers.{pattern}") if isinstance(value, str) else (INT8, f"layers.{pattern}")
+        return self._policy.get(unit.kind), f"policy.{unit.kind}"
 
     def qconfig(self, unit: Unit) -> QConfig:
         """The unit's own QConfig: the recipe's, changed by every override that matches."""
@@ -233,15 +244,19 @@ class _Overrides:
         ]
 
 
-def _why_float(unit: Unit, graph: Graph, overrides: _Overrides) -> str:
+def _why_float(unit: Unit, graph: Graph, overrides: _Overrides, left_float: Mapping[str, str]) -> str:
     """Why a linear op or matmul stays float; empty if it becomes int8."""
     asked, pattern = overrides.precision(unit)
     if unit.float_reason:
         return unit.float_reason
+    if unit.kind == MATMUL and pattern == "policy.matmul" and asked == FLOAT32:
+        return 'matmul of two activations is float unless asked for (policy.matmul, or layers: {"matmul": int8})'
     if asked == FLOAT32:
-        return f"the recipe says so: layers.{pattern}"
+        return f"the recipe says so: {pattern}"
+    if asked is None and unit.name in left_float:
+        return left_float[unit.name]
     if unit.kind == MATMUL:
-        return "" if asked == INT8 else 'matmul of two activations is float unless asked for (layers: {"matmul": int8})'
+        return ""
     weight = graph.constants[str(unit.anchor.args[1].target)]  # type: ignore[union-attr]
     reduction = weight[0].numel()
     if reduction > MAX_REDUCTION:
@@ -378,7 +393,7 @@ def _reason(unit: Unit, is_int8: bool, core: Mapping[Unit, str], overrides: _Ove
         return core[unit]
     asked, pattern = overrides.precision(unit)
     if asked == FLOAT32:
-        return f"the recipe says so: layers.{pattern}"
+        return f"the recipe says so: {pattern}"
     if unit.float_reason:
         return unit.float_reason
     if mode == IMPERATIVE:

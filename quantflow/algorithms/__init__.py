@@ -25,6 +25,8 @@ from quantflow.algorithms.clip_weights import clip_weights
 from quantflow.algorithms.equalize import equalize
 from quantflow.algorithms.gptq import gptq
 from quantflow.algorithms.outcome import Change, Material, Outcome
+from quantflow.algorithms.outliers import NO_OUTLIERS, Outliers, find_outliers
+from quantflow.algorithms.smooth import smooth
 from quantflow.calibrate import CalibrationTable
 from quantflow.graph import Graph
 from quantflow.plan import Plan
@@ -35,6 +37,7 @@ from quantflow.schema import Algorithm
 #: Before calibration: (settings, graph, plan, material) → (graph, outcome).
 GRAPH_ALGORITHMS: dict[str, Callable[[Any, Graph, Plan, Material], tuple[Graph, Outcome]]] = {
     "equalize": equalize,
+    "smooth": smooth,
 }
 #: After calibration: (settings, prepared, refined, material) → (refined, outcome).
 NUMBER_ALGORITHMS: dict[str, Callable[[Any, Prepared, Refined, Material], tuple[Refined, Outcome]]] = {
@@ -108,4 +111,16 @@ def refine(
     return refined, tuple(applied)
 
 
-__all__ = ["GRAPH_ALGORITHMS", "NUMBER_ALGORITHMS", "Applied", "Change", "Material", "Outcome", "refine", "rewrite"]
+__all__ = [
+    "GRAPH_ALGORITHMS",
+    "NO_OUTLIERS",
+    "NUMBER_ALGORITHMS",
+    "Applied",
+    "Change",
+    "Material",
+    "Outcome",
+    "Outliers",
+    "find_outliers",
+    "refine",
+    "rewrite",
+]

@@ -55,6 +55,7 @@ class Material:
         seed: of everything drawn.
         update: called with (done, total).
         fixed: constants that may not change: imperative mode can't carry all of them over to the user's module.
+        may_insert: whether the graph may get new ops, which imperative mode has no place for.
     """
 
     batches: Sequence[Batch]
@@ -62,6 +63,7 @@ class Material:
     seed: int = 0
     update: Update = lambda done, total: None  # noqa: ARG005
     fixed: frozenset[str] = frozenset()
+    may_insert: bool = True
 
     def first(self, samples: int) -> list[Batch]:
         """The first `samples` samples, in whole batches where these can't be cut."""

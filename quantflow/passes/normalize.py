@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from quantflow.graph import Graph, arguments, is_aten, name_layers, op_name
+from quantflow.graph import Graph, arguments, copied, is_aten, name_layers, op_name
 from quantflow.passes.index_grids import indexes_to_views
 
 aten = torch.ops.aten
@@ -47,25 +47,20 @@ _FOLD_LIMIT = 1 << 22
 
 def simplify(graph: Graph) -> Graph:
     """Normalize ops, fold constants, drop dead code and unused constants."""
-    copied = fx.Graph()
-    values: dict[fx.Node, fx.Node] = {}
-    copied.output(copied.graph_copy(graph.fx, values))
-    for old, new in values.items():
-        new.meta = dict(old.meta)
-    constants = dict(graph.constants)
+    simple, constants = copied(graph.fx), dict(graph.constants)
     for step in (_remove_checks, _remove_identities, _normalize_batch_norm, _normalize_convolutions, _reshape_views):
-        step(copied, constants)
-    _fold_constants(copied, constants)
-    indexes_to_views(copied, constants)
-    _normalize_linears(copied, constants)
-    _remove_identities(copied, constants)
-    copied.eliminate_dead_code()
-    for node in reversed(copied.nodes):
+        step(simple, constants)
+    _fold_constants(simple, constants)
+    indexes_to_views(simple, constants)
+    _normalize_linears(simple, constants)
+    _remove_identities(simple, constants)
+    simple.eliminate_dead_code()
+    for node in reversed(simple.nodes):
         if node.op == "get_attr" and not node.users:
-            copied.erase_node(node)
-    used = {node.target for node in copied.nodes if node.op == "get_attr"}
-    name_layers(copied)
-    return replace(graph, fx=copied, constants={k: v for k, v in constants.items() if k in used})
+            simple.erase_node(node)
+    used = {node.target for node in simple.nodes if node.op == "get_attr"}
+    name_layers(simple)
+    return replace(graph, fx=simple, constants={k: v for k, v in constants.items() if k in used})
 
 
 def rewrite(node: fx.Node, target: Callable[..., Any], args: tuple[Any, ...]) -> None:

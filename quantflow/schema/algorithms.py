@@ -21,7 +21,7 @@ Iterations = Annotated[int, Field(ge=1, le=1_000_000)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 ActsOn = Literal["graph", "numbers"]
 AlgorithmName = Literal[
-    "equalize", "activation_scale", "clip_weights", "bias_correction", "gptq", "adaround", "batchnorm"
+    "equalize", "smooth", "activation_scale", "clip_weights", "bias_correction", "gptq", "adaround", "batchnorm"
 ]
 
 
@@ -37,6 +37,23 @@ class EqualizeAlgorithm(Settings):
     samples: Samples = 32
     iterations: Annotated[int, Field(ge=1, le=1000)] = 20
     clip_margin: Annotated[float, Field(ge=1, le=1000)] | None = None
+
+
+class SmoothAlgorithm(Settings):
+    """SmoothQuant: outlier channels of a linear's input move into its weight.
+
+    alpha is searched for each group of linears on a grid over 0..1 that is refined `refinements` times around the best;
+    a number takes that alpha wherever it helps. `insert`: whether an input may be multiplied at run time where nothing
+    in front of it can take up the factors, and `min_gain_db` what that must gain.
+    """
+
+    acts_on: ClassVar[ActsOn] = "graph"
+    name: Literal["smooth"] = "smooth"
+    samples: Samples = 64
+    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = "search"
+    refinements: Annotated[int, Field(ge=0, le=10)] = 2
+    insert: bool = True
+    min_gain_db: Annotated[float, Field(ge=0, le=100)] = 1.0
 
 
 class BiasCorrectionAlgorithm(Settings):
@@ -110,6 +127,7 @@ class BatchNormAlgorithm(Settings):
 #: One class and one entry here per algorithm.
 Algorithm = Annotated[
     EqualizeAlgorithm
+    | SmoothAlgorithm
     | ActivationScaleAlgorithm
     | ClipWeightsAlgorithm
     | BiasCorrectionAlgorithm
@@ -122,10 +140,11 @@ Algorithm = Annotated[
 #: The names that `algorithms: NAME` and `quantize(algorithms="NAME")` accept, each with what it stands for.
 ALGORITHM_PRESETS: dict[str, tuple[Mapping[str, Any], ...]] = {
     "none": (),
-    "fast": ({"name": "equalize"}, {"name": "bias_correction"}),
-    "accurate": ({"name": "equalize"}, {"name": "activation_scale"}, {"name": "gptq"}),
+    "fast": ({"name": "equalize"}, {"name": "smooth"}, {"name": "bias_correction"}),
+    "accurate": ({"name": "equalize"}, {"name": "smooth"}, {"name": "activation_scale"}, {"name": "gptq"}),
     "best": (
         {"name": "equalize"},
+        {"name": "smooth"},
         {"name": "activation_scale", "samples": 64},
         {"name": "gptq", "samples": 128},
         {"name": "adaround", "samples": 128},

@@ -25,6 +25,8 @@ from quantflow.schema.settings import (
     EvaluateSettings,
     GatesSettings,
     ModeSettings,
+    OutlierSettings,
+    PolicySettings,
     ReportSettings,
     RuntimeSettings,
     SweepSettings,
@@ -44,7 +46,7 @@ LayerChoice = Annotated[
 Pattern = Annotated[str, Field(min_length=1)]
 
 #: What the calibration's result depends on, and nothing else.
-_CALIBRATION_FIELDS = ("model", "data", "seed", "qconfig", "layers", "mode")
+_CALIBRATION_FIELDS = ("model", "data", "seed", "qconfig", "layers", "mode", "policy", "outliers")
 
 #: What a run's result does not depend on.
 _WORK_LEAVES_OUT = ("output", "resume", "sweep")
@@ -75,6 +77,8 @@ class Recipe(Settings):
     mode: ModeSettings = ModeSettings()
     runtime: RuntimeSettings = RuntimeSettings()
     device: DeviceSettings = DeviceSettings()
+    policy: PolicySettings = PolicySettings()
+    outliers: OutlierSettings = OutlierSettings()
     calibrate: CalibrateSettings = CalibrateSettings()
     warmup: WarmupSettings = WarmupSettings()
     evaluate: EvaluateSettings = EvaluateSettings()

@@ -33,11 +33,40 @@ class DeviceSettings(Settings):
     kind: Literal["auto", "cpu", "xpu"] = "auto"
 
 
+Precision = Literal["int8", "float"]
+
+
+class PolicySettings(Settings):
+    """Which ops beside convolutions and linears may run in int8 where codes are at hand; `layers` has precedence.
+
+    An int8 add, mul or cat spares conversions and costs accuracy (`joins` in the results shows both). An int8 matmul is
+    one of two activations, as in attention.
+    """
+
+    add: Precision = "int8"
+    mul: Precision = "int8"
+    cat: Precision = "int8"
+    matmul: Precision = "float"
+
+
 class CalibrateSettings(Settings):
     """Whether an interrupted calibration is taken up again, and how often its state is saved."""
 
     resume: bool = True
     checkpoint_every_s: Annotated[float, Field(ge=0, le=86400)] = 5.0
+
+
+class OutlierSettings(Settings):
+    """Massive outliers in the inputs of linears: a channel or token of at least `ratio` times the median.
+
+    They are looked for on the first `samples` calibration samples (0: not at all). With `fall_back` a layer stays float
+    where int8 would leave less than `min_sqnr_db` of a typical token; a layer that `layers` names stays as asked.
+    """
+
+    ratio: Annotated[float, Field(ge=2, le=1e9)] = 100.0
+    samples: Annotated[int, Field(ge=0, le=1_000_000)] = 16
+    fall_back: bool = True
+    min_sqnr_db: Annotated[float, Field(ge=-300, le=300)] = 10.0
 
 
 class WarmupSettings(Settings):
