@@ -48,6 +48,8 @@ TASKS: dict[Task, str] = {
     "inspect": "what an artifact holds: artifact=DIR",
     "report": "an artifact's report again: artifact=DIR",
     "doctor": "what this machine can run, what is missing, and the command that installs it",
+    "sensitivity": "what int8 in each layer alone costs, and what float in it alone gives back",
+    "tune": "the main job with a search: the fastest int8 model that keeps tune.subject_to (implied when that is set)",
     "selftest": "every native kernel and three small models against the reference: device=cpu or device=xpu",
 }
 

@@ -6,7 +6,11 @@ load → capture → plan → prepare → calibrate → convert → compile → 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +43,7 @@ from quantflow.evaluate import compare_layers, evaluate
 from quantflow.gates import FAILED, evaluate_gates, verdict
 from quantflow.graph import Graph, interpret
 from quantflow.imperative import called_modules, swap_modules
+from quantflow.journal import Journal
 from quantflow.models import LoadedModel, estimate_batchnorm, load_model
 from quantflow.plan import Plan, make_plan
 from quantflow.prepare import Prepared, bind, prepare
@@ -46,9 +51,13 @@ from quantflow.program import Program
 from quantflow.quantized import Quantized, QuantizedModel, QuantizedModule, QuantizedScript, Record, load, weights_bytes
 from quantflow.report import Progress
 from quantflow.runtimes import Choice, choose_runtime, native_devices
-from quantflow.schema import Recipe
+from quantflow.schema import ConstraintSettings, Recipe
 from quantflow.selftest import selftest
+from quantflow.sensitivity import measure_sensitivity, plot_ready
+from quantflow.tune import Outcome, Search, Trial
+from quantflow.variants import Variants
 from quantflow.warmup import Warmup, warmup
+from quantflow.workbench import Setting, Workbench, Yardstick
 
 #: Warm-up compares with the reference on this many samples: exact integer sums are slow.
 VERIFIED_SAMPLES = 2
@@ -56,6 +65,9 @@ VERIFIED_SAMPLES = 2
 MOST_TUNED_SAMPLES = 64
 #: SQNR per layer is measured on at most this many samples, for the same reason.
 LAYER_SAMPLES = 8
+#: A search keeps this many times the seconds that its end was measured to take.
+RESERVE = 1.25
+TUNE_JOURNAL = "tune.jsonl"
 
 Update = Callable[[int, int | None], None]
 
@@ -107,24 +119,41 @@ class Built:
 
 
 def execute(
-    recipe: Recipe, source: Source, progress: Progress, checkpoint: Path | None, overrides: Sequence[str]
+    recipe: Recipe,
+    source: Source,
+    progress: Progress,
+    checkpoint: Path | None,
+    overrides: Sequence[str],
+    destination: Path | None = None,
 ) -> Quantized:
     """Every stage on a loaded source; the result carries its record and results.
+
+    A recipe with limits in `tune.subject_to` is searched for first, and the result is that of the recipe found.
+
+    Args:
+        destination: where a search saves the best so far; None: nowhere.
 
     Raises:
         QuantflowError: any stage's own error.
     """
-    built = build(recipe, source, progress, checkpoint)
+    if recipe.tune.subject_to.is_set:
+        return _tuned(recipe, source, progress, checkpoint, overrides, destination)
+    return _finished(recipe, source, build(recipe, source, progress, checkpoint), progress, overrides)
+
+
+def _finished(
+    recipe: Recipe,
+    source: Source,
+    built: Built,
+    progress: Progress,
+    overrides: Sequence[str],
+    sections: Mapping[str, Any] | None = None,
+    notices: Sequence[str] = (),
+    attached: Mapping[str, bytes] | None = None,
+) -> Quantized:
+    """Measured, judged and with its record. A search adds its own sections, notices and files."""
     results: dict[str, Any] = {
-        "format": 1,
-        "recipe": {"name": recipe.name, "hash": recipe.hash(), "overrides": list(overrides)},
-        "environment": environment(),
-        "model": _model_section(source.model),
-        "data": source.data.identity,
-        "mode": recipe.mode.kind,
-        "device": built.compiled.choice.device,
-        "runtime": _runtime_section(built.compiled.choice),
-        "plan": built.plan.to_json()["rows"],
+        **_opening(recipe, source, built.plan, built.compiled.choice, overrides),
         "calibration": {
             "batches": built.table.batches,
             "samples": built.table.samples,
@@ -134,21 +163,37 @@ def execute(
         "warmup": built.warmup.to_json(),
     }
     results["int8_proof"] = _int8_proof(built, source)
+    results |= sections or {}
     results |= measure(recipe, source, built.program, built.compiled, built.graph, built.call, progress)
-    results["notices"] = [*source.notices, *built.plan.notes, *built.table.notices, *built.warmup.notices]
+    results["notices"] = [*source.notices, *built.plan.notes, *built.table.notices, *built.warmup.notices, *notices]
     results |= judge(recipe, results)
     results["stages"] = progress.stages
     graph_text = _graph_text(built, source) if recipe.report.graph_dump else None
-    record = Record(recipe.to_dict(), built.plan.to_json(), built.table, built.program, results, graph_text)
+    record = Record(
+        recipe.to_dict(), built.plan.to_json(), built.table, built.program, results, graph_text, attached or {}
+    )
     return built.model(record)
+
+
+def _opening(recipe: Recipe, source: Source, plan: Plan, choice: Choice, overrides: Sequence[str]) -> dict[str, Any]:
+    """What the results say before anything is measured."""
+    return {
+        "format": 1,
+        "recipe": {"name": recipe.name, "hash": recipe.hash(), "overrides": list(overrides)},
+        "environment": environment(),
+        "model": _model_section(source.model),
+        "data": source.data.identity,
+        "mode": recipe.mode.kind,
+        "device": choice.device,
+        "runtime": _runtime_section(choice),
+        "plan": plan.to_json()["rows"],
+    }
 
 
 def build(recipe: Recipe, source: Source, progress: Progress, checkpoint: Path | None = None) -> Built:
     """capture → plan → prepare → calibrate → convert → compile → warm up."""
     choice = choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind)
-    example = next(iter(source.data.calibration), None)
-    if example is None:
-        raise DataError("calibration data: there are no samples; calibrate on some that look like the real input")
+    example = _first_batch(source)
     module = source.model.module
     with progress.stage("capture"):
         graph = capture(module, example, recipe.mode)
@@ -169,6 +214,22 @@ def build(recipe: Recipe, source: Source, progress: Progress, checkpoint: Path |
         )
     with progress.stage("convert"):
         program = convert(prepared, table)
+    return _made_ready(recipe, source, graph, plan, table, program, choice, progress)
+
+
+def _made_ready(
+    recipe: Recipe,
+    source: Source,
+    graph: Graph,
+    plan: Plan,
+    table: CalibrationTable,
+    program: Program,
+    choice: Choice,
+    progress: Progress,
+) -> Built:
+    """compile → warm up."""
+    module, example = source.model.module, _first_batch(source)
+    imperative = module if recipe.mode.kind == "imperative" and isinstance(module, nn.Module) else None
     with progress.stage("compile"):
         compiled = compile_program(program, choice)
         swapped = swap_modules(imperative, plan, program, choice.runtime.name) if imperative is not None else None
@@ -183,6 +244,13 @@ def build(recipe: Recipe, source: Source, progress: Progress, checkpoint: Path |
             progress=stage.update,
         )
     return Built(graph, plan, table, program, compiled, warm, swapped)
+
+
+def _first_batch(source: Source) -> Batch:
+    example = next(iter(source.data.calibration), None)
+    if example is None:
+        raise DataError("calibration data: there are no samples; calibrate on some that look like the real input")
+    return example
 
 
 def _tuned_for(recipe: Recipe, graph: Graph, example: Batch) -> list[Batch]:
@@ -245,6 +313,194 @@ def judge(recipe: Recipe, results: Mapping[str, Any]) -> dict[str, Any]:
     return {"gates": [vars(gate) for gate in gates], "verdict": verdict(gates)}
 
 
+# --- sensitivity and search
+
+
+def analyse(recipe: Recipe, source: Source, progress: Progress, checkpoint: Path | None = None) -> dict[str, Any]:
+    """Each layer's sensitivity, from the cache as far as it was measured before: see `measure_sensitivity`."""
+    bench = _workbench(recipe, source, progress, checkpoint)
+    with (
+        timing.threads(recipe.benchmark.threads),
+        _sensitivity_cache(recipe, source, bench) as journal,
+        progress.stage("sensitivity") as stage,
+    ):
+        found = measure_sensitivity(bench, bench.start, journal, progress=stage.update)
+    return {"recipe": recipe.name, "samples": recipe.sensitivity.samples, "resumed": journal.resumed, **found}
+
+
+def _workbench(
+    recipe: Recipe, source: Source, progress: Progress, checkpoint: Path | None, *, judges: bool = False
+) -> Workbench:
+    """capture → calibrate, for any number of settings. `judges`: float also runs over the evaluation data."""
+    choice = choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind)
+    example, module = _first_batch(source), source.model.module
+    with progress.stage("capture"):
+        graph = capture(module, example, recipe.mode)
+    variants = Variants(
+        graph,
+        source.data.calibration,
+        lambda qconfig, layers: plan_for(
+            recipe.model_copy(update={"qconfig": qconfig, "layers": dict(layers)}), graph, choice, module, example
+        ),
+        key=recipe.calibration_key(),
+        checkpoint=checkpoint,
+        checkpoint_every_s=recipe.calibrate.checkpoint_every_s,
+        resume=recipe.calibrate.resume,
+    )
+    with progress.stage("calibrate") as stage:
+        variants.calibrate(recipe.qconfig, recipe.layers, stage.update)
+    measured = {"metric": source.data.metric, "outputs": source.model.outputs}
+    with progress.stage("float") as stage:
+        ranked = list(_head(source.data.calibration, recipe.sensitivity.samples))
+        ranking = Yardstick(source.float_model(), ranked, **measured)
+        judging = (
+            Yardstick(source.float_model(), source.data.evaluation, **measured, progress=stage.update)
+            if judges
+            else None
+        )
+    timed = timing.resized(example, recipe.benchmark.batch_sizes[0]) if graph.batch_is_dynamic else example
+    return Workbench(variants, choice, Setting(recipe.qconfig, recipe.layers), timed, ranking, judging)
+
+
+def _head(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
+    """The first batches with at most that many samples; a batch that can't be cut stays whole."""
+    for batch in batches:
+        if samples <= 0:
+            return
+        yield batch.head(samples)
+        samples -= batch.size
+
+
+def _sensitivity_cache(recipe: Recipe, source: Source, bench: Workbench) -> Journal:
+    """The journal of a model's sensitivities, in the user's cache: later runs on the same model and data read it."""
+    key = _measurement_key(recipe, source, bench, {"samples": recipe.sensitivity.samples})
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Journal(base / "quantflow" / "sensitivity" / f"{key[:32]}.jsonl", key)
+
+
+def _measurement_key(recipe: Recipe, source: Source, bench: Workbench, more: Mapping[str, Any]) -> str:
+    """sha256 of all that measurements depend on: recipe, model, data, machine."""
+    found, choice = environment(), bench.choice
+    depends_on = {
+        "calibration": recipe.calibration_key(),
+        "model": bench.variants.digest,
+        "data": source.data.identity,
+        "runtime": [choice.runtime.name, choice.device],
+        "timed": [recipe.benchmark.batch_sizes[0], recipe.benchmark.threads],
+        "machine": {name: found[name] for name in ("quantflow", "torch", "cpu", "isa", "cores")},
+        **more,
+    }
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+
+
+def _tuned(
+    recipe: Recipe,
+    source: Source,
+    progress: Progress,
+    checkpoint: Path | None,
+    overrides: Sequence[str],
+    destination: Path | None,
+) -> Quantized:
+    """The search of `quantflow.tune`, and the model of the recipe that it finds."""
+    began = time.perf_counter()
+    bench = _workbench(recipe, source, progress, checkpoint, judges=True)
+    limits = {"tune": recipe.tune.model_dump(mode="json", exclude={"time_budget_s"})}
+    key = _measurement_key(recipe, source, bench, {**limits, "samples": recipe.sensitivity.samples})
+    file = None if destination is None else _tune_journal(destination)
+
+    def ready(setting: Setting, progress: Progress) -> Built:
+        made = bench.variant(setting)
+        return _made_ready(recipe, source, bench.graph, made.plan, made.table, made.program, bench.choice, progress)
+
+    def save(trial: Trial) -> None:
+        if destination is not None:
+            _best_so_far(recipe, source, bench, trial, overrides).save(destination)
+
+    with (
+        timing.threads(recipe.benchmark.threads),
+        Journal(file, key) as journal,
+        _sensitivity_cache(recipe, source, bench) as cache,
+    ):
+        earlier_s = journal.spent_s
+        with progress.stage("verify"):
+            shown = Progress(report.make_console(), quiet=True)
+            verified = journal.measure("verify", lambda: ready(bench.start, shown).warmup.to_json())
+        with progress.stage("search") as stage:
+            outcome = Search(
+                bench,
+                lambda setting, before_each: measure_sensitivity(bench, setting, cache, before_each=before_each),
+                recipe.tune,
+                journal,
+                reserve_s=RESERVE * (verified["seconds"] + _measuring_s(recipe, progress)),
+                spent_s=lambda: earlier_s + time.perf_counter() - began,
+                on_best=save,
+                progress=stage.update,
+            ).run(bench.start)
+        found = _tuned_recipe(recipe, outcome.best.setting)
+        section = _tune_section(recipe, outcome, journal)
+        attached = {TUNE_JOURNAL: journal.content()}
+        notices = [journal.notice] if journal.notice else []
+        built = ready(outcome.best.setting, progress)
+        model = _finished(found, source, built, progress, overrides, {"tune": section}, notices, attached)
+    return model
+
+
+def _tune_journal(destination: Path) -> Path:
+    """Beside the artifact while the search goes on, then in it."""
+    return destination.with_name(f".{destination.name}.{TUNE_JOURNAL}")
+
+
+def _tuned_recipe(recipe: Recipe, setting: Setting) -> Recipe:
+    """The recipe that makes the setting's model without a search, and is judged by the search's limits."""
+    limits = {name: limit for name, limit in recipe.tune.subject_to.model_dump().items() if limit is not None}
+    return recipe.model_copy(
+        update={
+            "task": "run",
+            "qconfig": setting.qconfig,
+            "layers": dict(setting.layers),
+            "gates": recipe.gates.model_copy(update=limits),
+            "tune": recipe.tune.model_copy(update={"subject_to": ConstraintSettings()}),
+        }
+    )
+
+
+def _best_so_far(recipe: Recipe, source: Source, bench: Workbench, trial: Trial, overrides: Sequence[str]) -> Record:
+    """What a search has while it goes on: complete, measured against float, and not yet verified or benchmarked."""
+    found, made = _tuned_recipe(recipe, trial.setting), bench.variant(trial.setting)
+    results = {
+        **_opening(found, source, made.plan, bench.choice, overrides),
+        "accuracy": trial.accuracy,
+        "notices": [*source.notices, *made.plan.notes, "the search was not over when this was saved: the best so far"],
+    }
+    results |= judge(found, results)
+    return Record(found.to_dict(), made.plan.to_json(), made.table, made.program, results)
+
+
+def _measuring_s(recipe: Recipe, progress: Progress) -> float:
+    """Seconds that the final evaluation and benchmark will take, from the float pass and the recipe's rounds."""
+    settings = recipe.benchmark
+    float_s = sum(float(stage["seconds"]) for stage in progress.stages if stage["name"] == "float")
+    rounds = len(settings.batch_sizes) * settings.rounds * 2 * settings.min_round_ms / 1e3
+    return (2 * float_s if recipe.evaluate.enabled else 0.0) + (rounds if settings.enabled else 0.0)
+
+
+def _tune_section(recipe: Recipe, outcome: Outcome, journal: Journal) -> dict[str, Any]:
+    best = outcome.best
+    return {
+        "objective": recipe.tune.objective,
+        "subject_to": {k: v for k, v in recipe.tune.subject_to.model_dump().items() if v is not None},
+        "verdict": outcome.verdict,
+        "text": outcome.text,
+        "stopped_by_budget": outcome.stopped_early,
+        "trials": outcome.trials,
+        "measurements": len(journal.records),
+        "resumed_measurements": journal.resumed,
+        "seconds": journal.spent_s,
+        "latency": best.latency,
+        **best.setting.to_json(),
+    }
+
+
 # --- tasks of the command line
 
 
@@ -263,6 +519,8 @@ def run_task(recipe: Recipe, overrides: Sequence[str]) -> int:
         "benchmark": _again,
         "doctor": _doctor,
         "selftest": _selftest,
+        "sensitivity": _sensitivity,
+        "tune": _run,
     }
     return tasks[recipe.task](recipe, overrides)
 
@@ -286,9 +544,10 @@ def run(recipe: Recipe, overrides: Sequence[str] = ()) -> Quantized:
         with progress.stage("load"):
             source = load_source(recipe)
         report.print_notices(console, source.notices)
-        model = execute(recipe, source, progress, checkpoint, overrides)
+        model = execute(recipe, source, progress, checkpoint, overrides, destination)
     saved = model.record.save(destination)
-    checkpoint.unlink(missing_ok=True)
+    for leftover in (checkpoint, _tune_journal(destination)):
+        leftover.unlink(missing_ok=True)
     report.print_summary(console, model.results, artifact=_shown(saved), quiet=recipe.report.quiet)
     return model
 
@@ -376,6 +635,33 @@ def _report(recipe: Recipe, _overrides: Sequence[str]) -> int:
     record = Record.load(recipe.artifact)
     add_files(Path(recipe.artifact), record.result_files())
     report.print_summary(console, record.results, artifact=recipe.artifact)
+    return EXIT_PASSED
+
+
+def _sensitivity(recipe: Recipe, _overrides: Sequence[str]) -> int:
+    """Measure every layer, print the ranking and write it for plots."""
+    console = report.make_console()
+    destination = Path(recipe.output or f"outputs/{recipe.name}.sensitivity.json")
+    checkpoint = destination.with_name(f".{destination.name}.calibration.safetensors")
+    with (
+        Progress(console, quiet=recipe.report.quiet) as progress,
+        _seeded(recipe.seed),
+        _nothing_left_on_error(checkpoint),
+    ):
+        with progress.stage("load"):
+            source = load_source(recipe)
+        report.print_notices(console, source.notices)
+        found = analyse(recipe, source, progress, checkpoint)
+    partial = destination.with_name(f".{destination.name}.partial")
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(report.to_json(plot_ready(found)))
+        partial.replace(destination)
+    except OSError as error:
+        raise UsageError(f"output: '{destination}' can't be written ({error.strerror}); choose another") from error
+    checkpoint.unlink(missing_ok=True)
+    report.print_sensitivity(console, found)
+    console.print(Text(f"saved in {_shown(destination)}"))
     return EXIT_PASSED
 
 

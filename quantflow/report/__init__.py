@@ -12,6 +12,7 @@ from quantflow.report.terminal import (
     print_notices,
     print_plan,
     print_selftest,
+    print_sensitivity,
     print_summary,
 )
 
@@ -25,6 +26,7 @@ __all__ = [
     "print_notices",
     "print_plan",
     "print_selftest",
+    "print_sensitivity",
     "print_summary",
     "to_json",
 ]

@@ -27,6 +27,8 @@ def _blocks(results: Mapping[str, Any]) -> Iterator[str]:
         yield f"**Verdict: {_escape(tables.verdict(results))}**"
     for notice in tables.notices(results):
         yield f"> **Notice:** {_escape(notice)}"
+    if results.get("tune"):
+        yield _escape(tables.tune(results))
     for table in (tables.gates(results), tables.figures(results)):
         yield from _section(table)
     plan = results.get("plan")

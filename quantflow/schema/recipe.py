@@ -25,12 +25,14 @@ from quantflow.schema.settings import (
     ModeSettings,
     ReportSettings,
     RuntimeSettings,
+    SensitivitySettings,
+    TuneSettings,
     WarmupSettings,
 )
 
-Task = Literal["run", "plan", "evaluate", "benchmark", "inspect", "report", "doctor", "selftest"]
+Task = Literal["run", "plan", "evaluate", "benchmark", "inspect", "report", "doctor", "selftest", "sensitivity", "tune"]
 #: Tasks that start from a model, and tasks that look at an artifact; the others look at this machine.
-BUILDING_TASKS = ("run", "plan")
+BUILDING_TASKS = ("run", "plan", "sensitivity", "tune")
 ARTIFACT_TASKS = ("evaluate", "benchmark", "inspect", "report")
 
 #: A layer pattern's value: the word float or int8, or what differs from `qconfig`.
@@ -67,11 +69,13 @@ class Recipe(Settings):
     evaluate: EvaluateSettings = EvaluateSettings()
     benchmark: BenchmarkSettings = BenchmarkSettings()
     gates: GatesSettings = GatesSettings()
+    sensitivity: SensitivitySettings = SensitivitySettings()
+    tune: TuneSettings = TuneSettings()
     report: ReportSettings = ReportSettings()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        problems = _conflicts(self.model_dump(include={"task", "artifact", "model", "mode"}))
+        problems = _conflicts(self.model_dump(include={"task", "artifact", "model", "mode", "tune"}))
         if problems:
             raise PydanticCustomError("conflict", "{text}", {"text": "; ".join(str(problem) for problem in problems)})
         return self
@@ -124,9 +128,18 @@ def _conflicts(settings: Mapping[str, Any]) -> list[Problem]:
             )
     elif task in ARTIFACT_TASKS and artifact is None:
         problems.append(Problem("artifact", f"task={task} needs the folder that a run wrote: artifact=DIR"))
+    if task == "tune" and not _has_limit(settings.get("tune")):
+        problems.append(
+            Problem("tune.subject_to", "task=tune needs a limit to keep, as in tune.subject_to.min_agreement=0.97")
+        )
     if isinstance(mode, Mapping) and mode.get("method") == "script" and mode.get("kind", "export") != "torchscript":
         problems.append(Problem("mode.method", "script is possible in mode=torchscript only; use trace"))
     return problems
+
+
+def _has_limit(tune: Any) -> bool:
+    limits = tune.get("subject_to") if isinstance(tune, Mapping) else None
+    return isinstance(limits, Mapping) and any(limit is not None for limit in limits.values())
 
 
 def _sha256(settings: Mapping[str, Any]) -> str:

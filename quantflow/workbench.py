@@ -1,0 +1,198 @@
+"""Measures settings of one model: how far each is from float, and how long it takes.
+
+sensitivity and tune both work at it; neither captures, calibrates or runs the float model a second time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from quantflow import benchmark as timing
+from quantflow.compile import Compiled, compile_program
+from quantflow.data.batch import Batch
+from quantflow.evaluate import evaluate
+from quantflow.graph import Graph
+from quantflow.passes.units import CORE, MATMUL
+from quantflow.prepare import bind
+from quantflow.program import Node, Program
+from quantflow.runtimes import Choice
+from quantflow.schema import LayerOverride, QConfig
+from quantflow.variants import Layers, Variant, Variants
+
+FLOAT = "float"
+#: Two programs take turns this often and this long, and the median of the rounds' ratios counts.
+ROUNDS, ROUND_MS = 7, 40.0
+#: Runs that a kernel's least time is taken from.
+PROFILE_RUNS = 20
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What of a recipe a search may change."""
+
+    qconfig: QConfig
+    layers: Layers = field(default_factory=dict)
+
+    def with_layers(self, changed: Layers) -> Setting:
+        """These layers changed, by exact name; the other patterns stay in their order."""
+        return Setting(self.qconfig, {**self.layers, **changed})
+
+    def with_float(self, names: Sequence[str]) -> Setting:
+        """Those layers float."""
+        return self.with_layers(dict.fromkeys(names, FLOAT))
+
+    def to_json(self) -> dict[str, Any]:
+        layers = {
+            name: value.model_dump(mode="json") if isinstance(value, LayerOverride) else value
+            for name, value in self.layers.items()
+        }
+        return {"qconfig": self.qconfig.model_dump(mode="json"), "layers": layers}
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that name the setting."""
+        return hashlib.sha256(json.dumps(self.to_json()).encode()).hexdigest()[:16]
+
+
+class Yardstick:
+    """Compares models with the float model on fixed samples; the float model runs once."""
+
+    def __init__(
+        self,
+        float_model: Callable[..., Any],
+        batches: Sequence[Batch],
+        *,
+        metric: str | None = None,
+        outputs: str = "other",
+        progress: Callable[[int, int | None], None] | None = None,
+    ) -> None:
+        self.batches = list(batches)
+        self._metric, self._kind = metric, outputs
+        self._outputs = []
+        with torch.inference_mode():
+            for done, batch in enumerate(self.batches, start=1):
+                self._outputs.append(float_model(*batch.args, **batch.kwargs))
+                if progress is not None:
+                    progress(done, len(self.batches))
+
+    def errors(self, call: Callable[..., Any]) -> dict[str, Any]:
+        """The `accuracy` section of the results for a model, without what is listed per sample or output."""
+        outputs = iter(self._outputs)
+        found = evaluate(lambda *_, **__: next(outputs), call, self.batches, metric=self._metric, outputs=self._kind)
+        return {key: value for key, value in found.items() if key not in ("cosine_per_sample", "others")}
+
+
+class Workbench:
+    """Settings in, figures out."""
+
+    def __init__(
+        self,
+        variants: Variants,
+        choice: Choice,
+        start: Setting,
+        batch: Batch,
+        ranking: Yardstick,
+        evaluation: Yardstick | None = None,
+    ) -> None:
+        """
+        Args:
+            start: the recipe's own setting; the others are timed beside it.
+            batch: what is timed.
+            ranking: the samples that layers are ranked on; not those that a search is judged by.
+            evaluation: those.
+        """
+        self.start = start
+        self.variants = variants
+        self.choice = choice
+        self._batch = batch
+        self._ranking = ranking
+        self._evaluation = evaluation
+        self._built: tuple[Setting, Variant, Compiled] | None = None
+        self._first: Compiled | None = None
+        self._profiles: dict[str, list[dict[str, Any]]] = {}
+
+    @property
+    def graph(self) -> Graph:
+        return self.variants.graph
+
+    def variant(self, setting: Setting) -> Variant:
+        return self._build(setting)[0]
+
+    def candidates(self, setting: Setting) -> list[tuple[str, str]]:
+        """(name, op) of the convolutions, linears and matmuls that run in int8."""
+        units = [p.unit for p in self.variant(setting).plan.units if p.is_int8 and p.unit.kind in (CORE, MATMUL)]
+        return [(unit.name, unit.op) for unit in units]
+
+    def ranking_errors(self, setting: Setting) -> dict[str, Any]:
+        """Against float, on the ranking samples."""
+        return self._ranking.errors(self._build(setting)[1])
+
+    def accuracy(self, setting: Setting) -> dict[str, Any]:
+        """Against float, on the evaluation samples."""
+        assert self._evaluation is not None
+        return self._evaluation.errors(self._build(setting)[1])
+
+    def added_ms(self, setting: Setting, changed: Setting) -> float:
+        """What a change adds to the latency: the time of the kernels that differ, all others left out as noise."""
+        before = self._profile(setting)
+        program = self._build(setting)[1].program
+        after = self._profile(changed)
+        touched = differing(program, self._build(changed)[1].program)
+        return sum(r["ms"] for r in after if r["name"] in touched) - sum(
+            r["ms"] for r in before if r["name"] in touched
+        )
+
+    def latency(self, setting: Setting, rounds: int = ROUNDS) -> dict[str, Any]:
+        """Latency of the setting and of `start`, taking turns; `relative` is the median of the rounds' ratios."""
+        compiled = self._build(setting)[1]
+        self._first = self._first or self._compile(self.variants.build(self.start.qconfig, self.start.layers))
+        first, batch = self._first, self._batch
+        timings = timing.interleaved(
+            {
+                "start": lambda: first(*batch.args, **batch.kwargs),
+                "ms": lambda: compiled(*batch.args, **batch.kwargs),
+            },
+            rounds=rounds,
+            min_round_ms=ROUND_MS,
+        )
+        ratios = [b / a for a, b in zip(timings["start"].rounds, timings["ms"].rounds, strict=True)]
+        return {
+            "ms": timings["ms"].median_ms,
+            "start_ms": timings["start"].median_ms,
+            "relative": statistics.median(ratios),
+        }
+
+    def _build(self, setting: Setting) -> tuple[Variant, Compiled]:
+        """The last one built is kept: most questions about a setting follow each other."""
+        if self._built is None or self._built[0] != setting:
+            self._built = None
+            variant = self.variants.build(setting.qconfig, setting.layers)
+            self._built = (setting, variant, self._compile(variant))
+        return self._built[1:]
+
+    def _compile(self, variant: Variant) -> Compiled:
+        return compile_program(variant.program, self.choice)
+
+    def _profile(self, setting: Setting) -> list[dict[str, Any]]:
+        if setting.digest not in self._profiles:
+            compiled = self._build(setting)[1]
+            inputs = bind(compiled.program.inputs, self._batch.args, self._batch.kwargs)
+            self._profiles[setting.digest] = compiled.layer_times(inputs, PROFILE_RUNS)
+        return self._profiles[setting.digest]
+
+
+def differing(a: Program, b: Program) -> set[str]:
+    """Names of the nodes that are not the same work in both programs."""
+    first, second = ({_signature(node, program) for node in program.nodes} for program in (a, b))
+    return {signature[0] for signature in first ^ second}
+
+
+def _signature(node: Node, program: Program) -> tuple[str, str, str, tuple[str, ...], bool]:
+    return node.name, node.fused_name, node.target, tuple(node.refs()), node.output in program.values
