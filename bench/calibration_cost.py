@@ -22,10 +22,10 @@ from bench.reporting import arguments, console, show, show_machine, write
 from quantflow.benchmark import interleaved, threads
 from quantflow.calibrate import calibrate
 from quantflow.capture import capture
-from quantflow.convert import measured_qparams
 from quantflow.data import Batch
 from quantflow.executor import plan_for
 from quantflow.prepare import Prepared, prepare
+from quantflow.refined import measured_qparams
 from quantflow.runtimes import choose_runtime
 from quantflow.schema import Recipe
 

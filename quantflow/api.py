@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ def quantize(
     *,
     qconfig: str | Mapping[str, Any] = "sym_int8",
     layers: Mapping[str, Any] | None = None,
+    algorithms: str | Sequence[Any] = "none",
     mode: str | Mapping[str, Any] = "export",
     runtime: str = "auto",
     device: str = "auto",
@@ -45,6 +46,8 @@ def quantize(
         qconfig: a preset ("sym_int8", "affine_uint8", "sym_uint8", "affine_int8") or a dict as in a recipe, such as
             {"activation": {"qscheme": "affine", "dtype": "uint8"}, "weight": {"granularity": "per_channel"}}.
         layers: overrides by exact name, glob or op type: {"layer4.*": {"activation": {...}}, "fc": "float"}.
+        algorithms: a preset ("none", "fast", "accurate", "best"), or an ordered list as in a recipe, such as
+            ["equalize", {"name": "bias_correction", "method": "full"}].
         mode: "export", "torchscript" or "imperative"; {"kind": "torchscript", "method": "script"} to script.
         runtime: "auto", "torch" or "reference".
         device: "auto" or "cpu".
@@ -70,6 +73,7 @@ def quantize(
             "data": {"kind": "given"},
             "qconfig": _qconfig(qconfig),
             "layers": dict(layers or {}),
+            "algorithms": algorithms,
             "mode": {"kind": mode} if isinstance(mode, str) else dict(mode),
             "runtime": {"kind": runtime},
             "device": {"kind": device},

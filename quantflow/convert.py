@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import operator
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import fx
 
 from quantflow.calibrate import CalibrationTable
-from quantflow.errors import CalibrationError
 from quantflow.graph import arguments, op_name
-from quantflow.numerics.affine import QParams, activation_qparams, quantize, quantize_weight, weight_scale
-from quantflow.observers import weight_max_abs
+from quantflow.numerics.affine import quantize
 from quantflow.passes.units import (
     ADD,
     AVG_POOL,
@@ -31,44 +28,29 @@ from quantflow.passes.units import (
 from quantflow.plan import PlannedUnit
 from quantflow.prepare import Prepared
 from quantflow.program import Node, Program, Ref, TensorRef, Value
+from quantflow.refined import Refined, unrefined
 
 
-def convert(prepared: Prepared, table: CalibrationTable) -> Program:
+def convert(prepared: Prepared, table: CalibrationTable, refined: Refined | None = None) -> Program:
     """Write the integer program.
+
+    Args:
+        refined: what the algorithms made of the table's numbers; None takes these as they are.
 
     Raises:
         CalibrationError: the table lacks a value that the plan needs, or a weight holds NaN or Inf.
     """
-    return _Converter(prepared, measured_qparams(prepared, table)).run()
-
-
-def measured_qparams(prepared: Prepared, table: CalibrationTable) -> dict[str, QParams]:
-    """Root value → qparams, from the merged observers of all values that share them."""
-    plan = prepared.plan
-    members: dict[str, list[str]] = {}
-    for value in prepared.observed:
-        members.setdefault(plan.codes[value], []).append(value)
-    qparams = {}
-    for root, values in members.items():
-        missing = [value for value in values if value not in table.observers]
-        if missing:
-            raise CalibrationError(f"layer {prepared.layers[missing[0]]}: the calibration table has no entry for it")
-        merged = reduce(lambda a, b: a.merge(b), (table.observers[value] for value in values))
-        spec = plan.specs[root]
-        low, high = merged.range()
-        qparams[root] = activation_qparams(
-            low, high, dtype=spec.dtype, qscheme=spec.qscheme, reduce_range=plan.reduce_range
-        )
-    return qparams
+    return _Converter(prepared, refined or unrefined(prepared, table)).run()
 
 
 class _Converter:
     """Walks the planned units in execution order and emits program nodes."""
 
-    def __init__(self, prepared: Prepared, qparams: dict[str, QParams]) -> None:
+    def __init__(self, prepared: Prepared, refined: Refined) -> None:
         self._graph = prepared.graph
         self._plan = prepared.plan
-        self._qparams = qparams
+        self._qparams = refined.qparams
+        self._layers = refined.layers
         self._nodes: list[Node] = []
         self._values: dict[str, Value] = {}
         self._tensors: dict[str, torch.Tensor] = {}
@@ -122,9 +104,6 @@ class _Converter:
             self._nodes.append(Node(f"{node.meta['layer']}.dequantize", "dequantize", name, (Ref(node.name),)))
         return Ref(name)
 
-    def _constant(self, node: Any) -> torch.Tensor | None:
-        return self._graph.constants[str(node.target)] if isinstance(node, fx.Node) else None
-
     def _define(self, planned: PlannedUnit, nonnegative: bool) -> str:
         """Name the unit's output and, if it is written as codes, record how."""
         name = planned.unit.output.name
@@ -141,24 +120,14 @@ class _Converter:
     # -- int8 units
 
     def _linear(self, planned: PlannedUnit) -> None:
-        unit, spec = planned.unit, planned.qconfig.weight
-        ops = arguments(unit.anchor)
-        weight, bias = self._constant(ops["weight"]), self._constant(ops["bias"])
-        assert weight is not None
-        axis = 0 if spec.granularity == "per_channel" else None
-        try:
-            scale = weight_scale(weight_max_abs(weight, spec, axis)).reshape(-1)
-        except ValueError as error:
-            raise CalibrationError(f"layer {unit.name}: its weight holds {error}") from error
-        if bias is not None and not bool(bias.isfinite().all()):
-            raise CalibrationError(f"layer {unit.name}: its bias holds NaN or Inf")
+        unit, numbers = planned.unit, self._layers[planned.unit.name]
         attrs: dict[str, Any] = {
-            "weight": self._store(f"{unit.name}.weight_int8", quantize_weight(weight, scale, axis)),
-            "weight_scale": self._store(f"{unit.name}.weight_scale", scale),
-            "bias": None if bias is None else self._store(f"{unit.name}.bias_float", bias.contiguous()),
+            "weight": self._store(f"{unit.name}.weight_int8", numbers.codes),
+            "weight_scale": self._store(f"{unit.name}.weight_scale", numbers.scale),
+            "bias": None if numbers.bias is None else self._store(f"{unit.name}.bias_float", numbers.bias),
         }
         if unit.op != "linear":
-            dims = weight.dim() - 2
+            ops, dims = arguments(unit.anchor), numbers.codes.dim() - 2
             attrs |= {key: _spread(ops[key], dims) for key in ("stride", "padding", "dilation")}
             attrs["groups"] = ops["groups"]
         x = self._as_codes(unit.inputs[0])

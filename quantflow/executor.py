@@ -1,6 +1,7 @@
 """The only file that knows the order of the stages.
 
-load → capture → plan → prepare → calibrate → convert → compile → warm up → evaluate → benchmark → judge → save
+load → capture → plan → rewrite → prepare → calibrate → refine → convert → compile → warm up → evaluate → benchmark →
+judge → save
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import nn
 
 from quantflow import benchmark as timing
 from quantflow import report
+from quantflow.algorithms import Applied, Material, refine, rewrite
 from quantflow.artifact import add_files, check_destination
 from quantflow.calibrate import CalibrationTable, calibrate
 from quantflow.capture import Model, capture, plain
@@ -42,7 +44,7 @@ from quantflow.errors import (
 from quantflow.evaluate import compare_layers, evaluate
 from quantflow.gates import FAILED, evaluate_gates, verdict
 from quantflow.graph import Graph, interpret
-from quantflow.imperative import called_modules, swap_modules
+from quantflow.imperative import called_modules, carry_over, fixed_constants, swap_modules
 from quantflow.journal import Journal
 from quantflow.models import LoadedModel, estimate_batchnorm, load_model
 from quantflow.plan import Plan, make_plan
@@ -51,11 +53,11 @@ from quantflow.program import Program
 from quantflow.quantized import Quantized, QuantizedModel, QuantizedModule, QuantizedScript, Record, load, weights_bytes
 from quantflow.report import Progress
 from quantflow.runtimes import Choice, choose_runtime, native_devices
-from quantflow.schema import ConstraintSettings, Recipe
+from quantflow.schema import Algorithm, ConstraintSettings, Recipe
 from quantflow.selftest import selftest
 from quantflow.sensitivity import measure_sensitivity, plot_ready
-from quantflow.tune import Outcome, Search, Trial
-from quantflow.variants import Variants
+from quantflow.tune import Outcome, Search, Trial, judged
+from quantflow.variants import Variant, Variants
 from quantflow.warmup import Warmup, warmup
 from quantflow.workbench import Setting, Workbench, Yardstick
 
@@ -101,6 +103,7 @@ class Built:
     compiled: Compiled
     warmup: Warmup
     module: nn.Module | None
+    algorithms: tuple[Applied, ...] = ()
 
     def call(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
         """What the user will run: the swapped module in imperative mode, else the compiled program."""
@@ -160,12 +163,20 @@ def _finished(
             "seconds": next((s["seconds"] for s in progress.stages if s["name"] == "calibrate"), None),
             "resumed": built.table.resumed_batches > 0,
         },
+        "algorithms": [applied.to_json() for applied in built.algorithms],
         "warmup": built.warmup.to_json(),
     }
     results["int8_proof"] = _int8_proof(built, source)
     results |= sections or {}
     results |= measure(recipe, source, built.program, built.compiled, built.graph, built.call, progress)
-    results["notices"] = [*source.notices, *built.plan.notes, *built.table.notices, *built.warmup.notices, *notices]
+    results["notices"] = [
+        *source.notices,
+        *built.plan.notes,
+        *built.table.notices,
+        *(notice for applied in built.algorithms for notice in applied.outcome.notices),
+        *built.warmup.notices,
+        *notices,
+    ]
     results |= judge(recipe, results)
     results["stages"] = progress.stages
     graph_text = _graph_text(built, source) if recipe.report.graph_dump else None
@@ -191,16 +202,14 @@ def _opening(recipe: Recipe, source: Source, plan: Plan, choice: Choice, overrid
 
 
 def build(recipe: Recipe, source: Source, progress: Progress, checkpoint: Path | None = None) -> Built:
-    """capture → plan → prepare → calibrate → convert → compile → warm up."""
+    """capture → plan → rewrite → prepare → calibrate → refine → convert → compile → warm up."""
     choice = choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind)
     example = _first_batch(source)
     module = source.model.module
-    with progress.stage("capture"):
-        graph = capture(module, example, recipe.mode)
+    graph, rewritten, imperative = captured(recipe, source, choice, example, progress)
     with progress.stage("plan"):
         plan = plan_for(recipe, graph, choice, module, example)
     with progress.stage("prepare"):
-        imperative = module if recipe.mode.kind == "imperative" and isinstance(module, nn.Module) else None
         prepared: Prepared = prepare(graph, plan, imperative)
     with progress.stage("calibrate") as stage:
         table = calibrate(
@@ -212,24 +221,24 @@ def build(recipe: Recipe, source: Source, progress: Progress, checkpoint: Path |
             resume=recipe.calibrate.resume,
             progress=stage.update,
         )
+    refined, improved = refine(recipe.algorithms, prepared, table, _material(recipe, source, graph), progress.stage)
     with progress.stage("convert"):
-        program = convert(prepared, table)
-    return _made_ready(recipe, source, graph, plan, table, program, choice, progress)
+        program = convert(prepared, table, refined)
+    variant = Variant(plan, table, program, (*rewritten, *improved))
+    return _made_ready(recipe, graph, variant, imperative, choice, example, progress)
 
 
 def _made_ready(
     recipe: Recipe,
-    source: Source,
     graph: Graph,
-    plan: Plan,
-    table: CalibrationTable,
-    program: Program,
+    variant: Variant,
+    imperative: nn.Module | None,
     choice: Choice,
+    example: Batch,
     progress: Progress,
 ) -> Built:
     """compile → warm up."""
-    module, example = source.model.module, _first_batch(source)
-    imperative = module if recipe.mode.kind == "imperative" and isinstance(module, nn.Module) else None
+    plan, program = variant.plan, variant.program
     with progress.stage("compile"):
         compiled = compile_program(program, choice)
         swapped = swap_modules(imperative, plan, program, choice.runtime.name) if imperative is not None else None
@@ -243,7 +252,36 @@ def _made_ready(
             tuned_for=_tuned_for(recipe, graph, example),
             progress=stage.update,
         )
-    return Built(graph, plan, table, program, compiled, warm, swapped)
+    return Built(graph, plan, variant.table, program, compiled, warm, swapped, variant.algorithms)
+
+
+def captured(
+    recipe: Recipe, source: Source, choice: Choice, example: Batch, progress: Progress
+) -> tuple[Graph, tuple[Applied, ...], nn.Module | None]:
+    """capture → rewrite: the graph that is quantized, and in imperative mode the module that computes the same."""
+    with progress.stage("capture"):
+        original = capture(source.model.module, example, recipe.mode)
+    return _rewritten(recipe, source, choice, example, original, progress)
+
+
+def _rewritten(
+    recipe: Recipe, source: Source, choice: Choice, example: Batch, original: Graph, progress: Progress
+) -> tuple[Graph, tuple[Applied, ...], nn.Module | None]:
+    module = source.model.module
+    imperative = module if recipe.mode.kind == "imperative" and isinstance(module, nn.Module) else None
+    fixed = frozenset() if imperative is None else fixed_constants(imperative, original)
+    graph, applied = rewrite(
+        recipe.algorithms,
+        original,
+        lambda graph: plan_for(recipe, graph, choice, module, example),
+        replace(_material(recipe, source, original), fixed=fixed),
+        progress.stage,
+    )
+    return graph, applied, None if imperative is None else carry_over(imperative, original, graph)
+
+
+def _material(recipe: Recipe, source: Source, graph: Graph) -> Material:
+    return Material(source.data.calibration, graph.batch_is_dynamic, recipe.seed)
 
 
 def _first_batch(source: Source) -> Batch:
@@ -335,39 +373,49 @@ def _workbench(
     choice = choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind)
     example, module = _first_batch(source), source.model.module
     with progress.stage("capture"):
-        graph = capture(module, example, recipe.mode)
-    variants = Variants(
-        graph,
-        source.data.calibration,
-        lambda qconfig, layers: plan_for(
-            recipe.model_copy(update={"qconfig": qconfig, "layers": dict(layers)}), graph, choice, module, example
-        ),
-        key=recipe.calibration_key(),
-        checkpoint=checkpoint,
-        checkpoint_every_s=recipe.calibrate.checkpoint_every_s,
-        resume=recipe.calibrate.resume,
-    )
-    with progress.stage("calibrate") as stage:
-        variants.calibrate(recipe.qconfig, recipe.layers, stage.update)
+        original = capture(module, example, recipe.mode)
+
+    def variants_of(algorithms: tuple[Algorithm, ...]) -> Variants:
+        asked = recipe.model_copy(update={"algorithms": algorithms})
+        graph, applied, imperative = _rewritten(asked, source, choice, example, original, progress)
+        material = _material(recipe, source, graph)
+        variants = Variants(
+            graph,
+            source.data.calibration,
+            lambda qconfig, layers: plan_for(
+                asked.model_copy(update={"qconfig": qconfig, "layers": dict(layers)}), graph, choice, module, example
+            ),
+            lambda prepared, table: refine(algorithms, prepared, table, material, progress.stage),
+            rewritten=applied,
+            imperative=imperative,
+            key=asked.calibration_key(),
+            checkpoint=checkpoint if algorithms == recipe.algorithms else None,
+            checkpoint_every_s=recipe.calibrate.checkpoint_every_s,
+            resume=recipe.calibrate.resume,
+        )
+        with progress.stage("calibrate") as stage:
+            variants.calibrate(recipe.qconfig, recipe.layers, stage.update)
+        return variants
+
     measured = {"metric": source.data.metric, "outputs": source.model.outputs}
     with progress.stage("float") as stage:
-        ranked = list(_head(source.data.calibration, recipe.sensitivity.samples))
+        ranked = list(_head(source.data.calibration, recipe.sensitivity.samples, original.batch_is_dynamic))
         ranking = Yardstick(source.float_model(), ranked, **measured)
-        judging = (
-            Yardstick(source.float_model(), source.data.evaluation, **measured, progress=stage.update)
-            if judges
-            else None
-        )
-    timed = timing.resized(example, recipe.benchmark.batch_sizes[0]) if graph.batch_is_dynamic else example
-    return Workbench(variants, choice, Setting(recipe.qconfig, recipe.layers), timed, ranking, judging)
+        judging = None
+        if judges:
+            judging = Yardstick(source.float_model(), source.data.evaluation, **measured, progress=stage.update)
+    start = Setting(recipe.algorithms, recipe.qconfig, recipe.layers)
+    size = recipe.benchmark.batch_sizes[0]
+    timed = timing.resized(example, size) if original.batch_is_dynamic else example
+    return Workbench(variants_of, choice, start, timed, ranking, judging)
 
 
-def _head(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
-    """The first batches with at most that many samples; a batch that can't be cut stays whole."""
+def _head(batches: Iterable[Batch], samples: int, can_cut: bool) -> Iterator[Batch]:
+    """The first batches with that many samples, the last one cut where it can be."""
     for batch in batches:
         if samples <= 0:
             return
-        yield batch.head(samples)
+        yield batch.head(samples) if can_cut else batch
         samples -= batch.size
 
 
@@ -383,7 +431,7 @@ def _measurement_key(recipe: Recipe, source: Source, bench: Workbench, more: Map
     found, choice = environment(), bench.choice
     depends_on = {
         "calibration": recipe.calibration_key(),
-        "model": bench.variants.digest,
+        "model": bench.variants(bench.start).digest,
         "data": source.data.identity,
         "runtime": [choice.runtime.name, choice.device],
         "timed": [recipe.benchmark.batch_sizes[0], recipe.benchmark.threads],
@@ -409,8 +457,8 @@ def _tuned(
     file = None if destination is None else _tune_journal(destination)
 
     def ready(setting: Setting, progress: Progress) -> Built:
-        made = bench.variant(setting)
-        return _made_ready(recipe, source, bench.graph, made.plan, made.table, made.program, bench.choice, progress)
+        model, variant = bench.variants(setting), bench.variant(setting)
+        return _made_ready(recipe, model.graph, variant, model.imperative, bench.choice, _first_batch(source), progress)
 
     def save(trial: Trial) -> None:
         if destination is not None:
@@ -441,8 +489,28 @@ def _tuned(
         attached = {TUNE_JOURNAL: journal.content()}
         notices = [journal.notice] if journal.notice else []
         built = ready(outcome.best.setting, progress)
+        if found.algorithms:
+            built, differing = _as_rerun(recipe, found, source, bench, built, progress)
+            notices += differing
         model = _finished(found, source, built, progress, overrides, {"tune": section}, notices, attached)
     return model
+
+
+def _as_rerun(
+    recipe: Recipe, found: Recipe, source: Source, bench: Workbench, built: Built, progress: Progress
+) -> tuple[Built, list[str]]:
+    """The model that the found recipe itself makes, if it keeps the limits as well as the search's; else the search's.
+
+    Algorithms act on the plan they are given, so with further layers in float they may come to other numbers.
+    """
+    again = build(found, source, progress)
+    kept = all(gate.passed for gate in judged(recipe.tune.subject_to, bench.judge(again.call)))
+    if kept:
+        return again, []
+    return built, [
+        "the search's own program was kept: the recipe found, run by itself, misses a limit by a little, because its "
+        "algorithms come to other numbers with layers in float"
+    ]
 
 
 def _tune_journal(destination: Path) -> Path:
@@ -456,8 +524,9 @@ def _tuned_recipe(recipe: Recipe, setting: Setting) -> Recipe:
     return recipe.model_copy(
         update={
             "task": "run",
+            "algorithms": setting.algorithms,
             "qconfig": setting.qconfig,
-            "layers": dict(setting.layers),
+            "layers": dict(setting.all_layers),
             "gates": recipe.gates.model_copy(update=limits),
             "tune": recipe.tune.model_copy(update={"subject_to": ConstraintSettings()}),
         }
@@ -603,8 +672,7 @@ def _again(recipe: Recipe, overrides: Sequence[str]) -> int:
             graph = None
         if recipe.task == "evaluate" and stored.evaluate.per_layer:
             example = next(iter(source.data.calibration))
-            with progress.stage("capture"):
-                graph = capture(source.model.module, example, stored.mode)
+            graph, _, _ = captured(stored, source, compiled.choice, example, progress)
         try:
             fresh = measure(stored, source, record.program, compiled, graph, compiled, progress)
         except VerificationError as error:

@@ -55,13 +55,18 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class PlannedUnit:
-    """A unit with the decisions about it."""
+    """A unit with the decisions about it. `without`: the algorithms that leave it alone."""
 
     unit: Unit
     is_int8: bool
     writes_codes: bool
     qconfig: QConfig
     reason: str
+    without: frozenset[str] = frozenset()
+
+    def allows(self, algorithm: str) -> bool:
+        """Whether the algorithm of that name may change the layer."""
+        return not self.without & {algorithm, "all"}
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,11 @@ def make_plan(
     planned = []
     for unit in units:
         reason = _reason(unit, unit in int8, core, overrides, mode)
-        planned.append(PlannedUnit(unit, unit in int8, unit.output in written, overrides.qconfig(unit), reason))
+        planned.append(
+            PlannedUnit(
+                unit, unit in int8, unit.output in written, overrides.qconfig(unit), reason, overrides.without(unit)
+            )
+        )
     codes, deciding = _share_qparams(planned)
     specs = {root: p.qconfig.activation for root, p in deciding.items()}
     layer_of = {node.name: node.name for node in graph.fx.nodes} | {u.output.name: u.name for u in units}
@@ -203,6 +212,11 @@ class _Overrides:
             if isinstance(value, LayerOverride):
                 qconfig = value.apply(qconfig)
         return qconfig
+
+    def without(self, unit: Unit) -> frozenset[str]:
+        """The algorithms that any matching override turns off."""
+        chosen = (value for _, value in self._chosen.get(unit.name, []) if isinstance(value, LayerOverride))
+        return frozenset(name for value in chosen for name in value.without)
 
     def without_effect(self, deciding: set[str]) -> list[str]:
         """Notes on patterns whose activation settings reach no tensor. `deciding`: the units whose settings do."""

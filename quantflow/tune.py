@@ -1,7 +1,8 @@
 """The fastest int8 model that keeps its distance to float: which layers stay float, and how ranges are measured.
 
 1. Try the recipe as it is. If it keeps the limits, nothing is left to search.
-2. Other observers cost no speed: take those that lower the error, for the whole model and for its worst layers.
+2. Accuracy algorithms and other observers cost no speed: take the preset that lowers the error most where the recipe
+   asks for none, and without algorithms the best observers, for the whole model and for its worst layers.
 3. Rank the int8 layers by what float in them gives back per millisecond that it costs (`quantflow.sensitivity`).
 4. Make the first m of that order float, with the least m that keeps the limits: errors of layers do not add up, so each
    step is the whole program, measured. Then give layers back to int8, the dearest first, while the limits are kept.
@@ -16,22 +17,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
+
+from pydantic import TypeAdapter
 
 from quantflow.errors import NothingQuantizedError
 from quantflow.gates import GateResult, evaluate_gates
 from quantflow.journal import Journal
 from quantflow.schema import (
     ActivationOverride,
+    Algorithm,
     ConstraintSettings,
     GatesSettings,
     LayerOverride,
     TuneSettings,
     WeightOverride,
 )
-from quantflow.workbench import FLOAT, ROUNDS, Setting
+from quantflow.schema.algorithms import Algorithms
+from quantflow.workbench import ROUNDS, Setting
 
+_ALGORITHMS: TypeAdapter[tuple[Algorithm, ...]] = TypeAdapter(Algorithms)
 MET, NOT_MET = "met", "not met"
 #: Layers whose observers are tried one by one.
 WORST_LAYERS = 6
@@ -135,21 +141,32 @@ class Search:
         except BudgetSpent:
             stopped = True
         best = self._final(stopped)
-        return Outcome(
-            MET if best.holds else NOT_MET, self._text(best, start, stopped), best, len(self._trials), stopped
-        )
+        return Outcome(MET if best.holds else NOT_MET, self._text(best, stopped), best, len(self._trials), stopped)
 
     # -- the steps
 
     def _search(self, start: Setting) -> None:
-        setting = self._whole_model(start)
+        setting = self._algorithms(start)
+        if not setting.algorithms:
+            setting = self._whole_model(start)
         rows = self.sensitivity(setting, lambda: self._require_time("ranking"))["layers"]
-        setting = self._worst_layers(setting, [row["layer"] for row in rows[:WORST_LAYERS]])
+        if not setting.algorithms:
+            setting = self._worst_layers(setting, [row["layer"] for row in rows[:WORST_LAYERS]])
         if setting != start and self._trial(setting).holds:
             return
         start_ms = self._start_ms(start)
         for order in (by_ratio(rows, start_ms), by_noise(rows)):
             self._fewest_float(setting, order)
+
+    def _algorithms(self, start: Setting) -> Setting:
+        """The preset of algorithms that gives the least error, where the recipe asks for none."""
+        best, least = start, self._ranking_db(start)
+        for preset in self.settings.algorithms if not start.algorithms else ():
+            tried = replace(start, algorithms=_ALGORITHMS.validate_python(preset))
+            sqnr_db = self._ranking_db(tried)
+            if sqnr_db > least + WORTHWHILE_DB:
+                best, least = tried, sqnr_db
+        return best
 
     def _whole_model(self, start: Setting) -> Setting:
         """The observers for all activations and all weights that give the least error."""
@@ -160,7 +177,7 @@ class Search:
                 if spec.observer == observer:
                     continue
                 qconfig = best.qconfig.model_copy(update={part: spec.model_copy(update={"observer": observer})})
-                tried = Setting(qconfig, best.layers)
+                tried = replace(best, qconfig=qconfig)
                 sqnr_db = self._ranking_db(tried)
                 if sqnr_db > least + WORTHWHILE_DB:
                     best, least = tried, sqnr_db
@@ -277,10 +294,10 @@ class Search:
     def _knows(self, kind: str, trials: Sequence[Trial]) -> bool:
         return all(f"{kind} {trial.setting.digest}" in self.journal.records for trial in trials)
 
-    def _text(self, best: Trial, start: Setting, stopped: bool) -> str:
+    def _text(self, best: Trial, stopped: bool) -> str:
         """The verdict in a sentence."""
         figures = "; ".join(f"{gate.name} {gate.text}" for gate in best.gates)
-        floats = len([n for n, v in best.setting.layers.items() if v == FLOAT and start.layers.get(n) != FLOAT])
+        floats = len(best.setting.floats)
         budget = f" within the {self.settings.time_budget_s:g} s of tune.time_budget_s" if stopped else ""
         if not best.holds:
             tried = "none of the settings tried keeps it" if stopped else "not with all but one layer in float either"

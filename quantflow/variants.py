@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from quantflow.algorithms import Applied
 from quantflow.calibrate import CalibrationTable, calibrate
 from quantflow.convert import convert
 from quantflow.data.batch import Batch
@@ -23,31 +25,46 @@ from quantflow.passes.units import find_units
 from quantflow.plan import Plan
 from quantflow.prepare import Prepared, prepare
 from quantflow.program import Program
+from quantflow.refined import LayerNumbers, Refined, unrefined
 from quantflow.schema import ActivationSpec, LayerOverride, QConfig
 
 #: `layers:` of a recipe.
 Layers = Mapping[str, str | LayerOverride]
+#: What the algorithms make of a plan's numbers, and what each of them did.
+Refine = Callable[[Prepared, CalibrationTable], tuple[Refined, tuple[Applied, ...]]]
 Range = tuple[str, ActivationSpec]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What a run with these settings would make: plan, table and program are the ones it saves."""
+    """Plan, table and program of one setting, and the algorithms behind its numbers."""
 
     plan: Plan
     table: CalibrationTable
     program: Program
+    algorithms: tuple[Applied, ...] = ()
+
+
+def _as_measured(prepared: Prepared, table: CalibrationTable) -> tuple[Refined, tuple[Applied, ...]]:
+    return unrefined(prepared, table), ()
 
 
 class Variants:
-    """Builds variants of one model."""
+    """Builds variants of one model.
+
+    Without algorithms a variant is what a run with its settings makes, to the bit. With them, a variant with more
+    layers in float keeps the numbers that they gave the other layers: they do not run again for it.
+    """
 
     def __init__(
         self,
         graph: Graph,
         batches: Sequence[Batch],
         plan_of: Callable[[QConfig, Layers], Plan],
+        refine: Refine = _as_measured,
         *,
+        rewritten: tuple[Applied, ...] = (),
+        imperative: nn.Module | None = None,
         key: str = "",
         checkpoint: Path | None = None,
         checkpoint_every_s: float = 5.0,
@@ -57,12 +74,19 @@ class Variants:
         Args:
             batches: the calibration data.
             plan_of: the plan for a qconfig and layer settings on this graph.
+            refine: the algorithms that act on numbers.
+            rewritten: those that acted on the graph.
+            imperative: imperative mode: the module that computes what the graph does.
             key, checkpoint, checkpoint_every_s, resume: as in `calibrate`, for the first pass.
         """
         self.graph = graph
+        self.imperative = imperative
         self.notices: tuple[str, ...] = ()
         self._batches = batches
         self._plan_of = plan_of
+        self._refine = refine
+        self._rewritten = rewritten
+        self._refined: dict[str, tuple[Refined, Refined, tuple[Applied, ...]]] = {}
         self._options: dict[str, Any] = {
             "key": key,
             "checkpoint": checkpoint,
@@ -90,19 +114,35 @@ class Variants:
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def build(self, qconfig: QConfig, layers: Layers) -> Variant:
+    def build(self, qconfig: QConfig, layers: Layers, floats: Sequence[str] = ()) -> Variant:
         """The variant's products.
+
+        Args:
+            floats: names of layers that are float, whatever `layers` says.
 
         Raises:
             QuantflowError: as `make_plan`, `calibrate` and `convert`.
         """
-        plan = self._plan_of(qconfig, layers)
-        prepared = prepare(self.graph, plan)
+        prepared, table = self._prepared(qconfig, {**layers, **dict.fromkeys(floats, "float")})
+        plain, refined, improved = self._numbers(qconfig, layers)
+        if floats:
+            refined = _carried_over(plain, refined, unrefined(prepared, table))
+        return Variant(prepared.plan, table, convert(prepared, table, refined), (*self._rewritten, *improved))
+
+    def _numbers(self, qconfig: QConfig, layers: Layers) -> tuple[Refined, Refined, tuple[Applied, ...]]:
+        """Before and after the algorithms, without further float layers; the last are kept: algorithms take time."""
+        key = repr((qconfig, list(layers.items())))
+        if key not in self._refined:
+            prepared, table = self._prepared(qconfig, layers)
+            self._refined = {key: (unrefined(prepared, table), *self._refine(prepared, table))}
+        return self._refined[key]
+
+    def _prepared(self, qconfig: QConfig, layers: Layers) -> tuple[Prepared, CalibrationTable]:
+        prepared = prepare(self.graph, self._plan_of(qconfig, layers))
         self._measure(dict.fromkeys(prepared.observed.items()))
         assert self._data is not None
         observers = {name: self._measured[name, spec] for name, spec in prepared.observed.items()}
-        table = replace(self._data, observers=observers)
-        return Variant(plan, table, convert(prepared, table))
+        return prepared, replace(self._data, observers=observers)
 
     def _measure(self, ranges: Mapping[Range, None], progress: Callable[[int, int | None], None] | None = None) -> None:
         missing = [found for found in ranges if found not in self._measured]
@@ -138,6 +178,23 @@ class _Pass:
 
 
 _NO_PLAN = Plan((), (), {}, {}, False)
+
+
+def _carried_over(plain: Refined, better: Refined, other: Refined) -> Refined:
+    """Another plan's numbers with all that algorithms changed in this one's from plain to better."""
+    qparams = {root: q for root, q in better.qparams.items() if q != plain.qparams[root]}
+    return Refined(
+        {root: qparams.get(root, own) for root, own in other.qparams.items()},
+        {
+            name: better.layers[name] if _differ(plain.layers[name], better.layers[name]) else own
+            for name, own in other.layers.items()
+        },
+    )
+
+
+def _differ(a: LayerNumbers, b: LayerNumbers) -> bool:
+    pairs = (a.codes, b.codes), (a.scale, b.scale), (a.bias, b.bias)
+    return any((x is None) is not (y is None) or (x is not None and not torch.equal(x, y)) for x, y in pairs)
 
 
 def _codable(graph: Graph, plan: Plan) -> list[str]:

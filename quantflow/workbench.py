@@ -9,7 +9,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,12 +18,11 @@ from quantflow import benchmark as timing
 from quantflow.compile import Compiled, compile_program
 from quantflow.data.batch import Batch
 from quantflow.evaluate import evaluate
-from quantflow.graph import Graph
 from quantflow.passes.units import CORE, MATMUL
 from quantflow.prepare import bind
 from quantflow.program import Node, Program
 from quantflow.runtimes import Choice
-from quantflow.schema import LayerOverride, QConfig
+from quantflow.schema import Algorithm, LayerOverride, QConfig
 from quantflow.variants import Layers, Variant, Variants
 
 FLOAT = "float"
@@ -37,23 +36,31 @@ PROFILE_RUNS = 20
 class Setting:
     """What of a recipe a search may change."""
 
+    algorithms: tuple[Algorithm, ...]
     qconfig: QConfig
     layers: Layers = field(default_factory=dict)
+    floats: tuple[str, ...] = ()
 
     def with_layers(self, changed: Layers) -> Setting:
         """These layers changed, by exact name; the other patterns stay in their order."""
-        return Setting(self.qconfig, {**self.layers, **changed})
+        return replace(self, layers={**self.layers, **changed})
 
     def with_float(self, names: Sequence[str]) -> Setting:
-        """Those layers float."""
-        return self.with_layers(dict.fromkeys(names, FLOAT))
+        """Those layers float, and no others but the recipe's."""
+        return replace(self, floats=tuple(sorted(names)))
+
+    @property
+    def all_layers(self) -> Layers:
+        """`layers` of the recipe that makes this setting."""
+        return {**self.layers, **dict.fromkeys(self.floats, FLOAT)}
 
     def to_json(self) -> dict[str, Any]:
         layers = {
             name: value.model_dump(mode="json") if isinstance(value, LayerOverride) else value
-            for name, value in self.layers.items()
+            for name, value in self.all_layers.items()
         }
-        return {"qconfig": self.qconfig.model_dump(mode="json"), "layers": layers}
+        algorithms = [settings.model_dump(mode="json") for settings in self.algorithms]
+        return {"algorithms": algorithms, "qconfig": self.qconfig.model_dump(mode="json"), "layers": layers}
 
     @property
     def digest(self) -> str:
@@ -94,7 +101,7 @@ class Workbench:
 
     def __init__(
         self,
-        variants: Variants,
+        variants_of: Callable[[tuple[Algorithm, ...]], Variants],
         choice: Choice,
         start: Setting,
         batch: Batch,
@@ -103,13 +110,15 @@ class Workbench:
     ) -> None:
         """
         Args:
+            variants_of: the model as a list of algorithms leaves it.
             start: the recipe's own setting; the others are timed beside it.
             batch: what is timed.
             ranking: the samples that layers are ranked on; not those that a search is judged by.
             evaluation: those.
         """
         self.start = start
-        self.variants = variants
+        self._variants_of = variants_of
+        self._variants: dict[tuple[Algorithm, ...], Variants] = {}
         self.choice = choice
         self._batch = batch
         self._ranking = ranking
@@ -118,9 +127,11 @@ class Workbench:
         self._first: Compiled | None = None
         self._profiles: dict[str, list[dict[str, Any]]] = {}
 
-    @property
-    def graph(self) -> Graph:
-        return self.variants.graph
+    def variants(self, setting: Setting) -> Variants:
+        """The model as the setting's algorithms leave it."""
+        if setting.algorithms not in self._variants:
+            self._variants[setting.algorithms] = self._variants_of(setting.algorithms)
+        return self._variants[setting.algorithms]
 
     def variant(self, setting: Setting) -> Variant:
         return self._build(setting)[0]
@@ -136,8 +147,12 @@ class Workbench:
 
     def accuracy(self, setting: Setting) -> dict[str, Any]:
         """Against float, on the evaluation samples."""
+        return self.judge(self._build(setting)[1])
+
+    def judge(self, call: Callable[..., Any]) -> dict[str, Any]:
+        """The same for any callable."""
         assert self._evaluation is not None
-        return self._evaluation.errors(self._build(setting)[1])
+        return self._evaluation.errors(call)
 
     def added_ms(self, setting: Setting, changed: Setting) -> float:
         """What a change adds to the latency: the time of the kernels that differ, all others left out as noise."""
@@ -152,7 +167,7 @@ class Workbench:
     def latency(self, setting: Setting, rounds: int = ROUNDS) -> dict[str, Any]:
         """Latency of the setting and of `start`, taking turns; `relative` is the median of the rounds' ratios."""
         compiled = self._build(setting)[1]
-        self._first = self._first or self._compile(self.variants.build(self.start.qconfig, self.start.layers))
+        self._first = self._first or self._build(self.start)[1]
         first, batch = self._first, self._batch
         timings = timing.interleaved(
             {
@@ -173,12 +188,9 @@ class Workbench:
         """The last one built is kept: most questions about a setting follow each other."""
         if self._built is None or self._built[0] != setting:
             self._built = None
-            variant = self.variants.build(setting.qconfig, setting.layers)
-            self._built = (setting, variant, self._compile(variant))
+            variant = self.variants(setting).build(setting.qconfig, setting.layers, setting.floats)
+            self._built = (setting, variant, compile_program(variant.program, self.choice))
         return self._built[1:]
-
-    def _compile(self, variant: Variant) -> Compiled:
-        return compile_program(variant.program, self.choice)
 
     def _profile(self, setting: Setting) -> list[dict[str, Any]]:
         if setting.digest not in self._profiles:

@@ -60,6 +60,8 @@ def test_every_choice_of_every_group_composes(choice: str) -> None:
         assert recipe.qconfig.activation.observer == name
     elif group == "qconfig":
         assert recipe.qconfig == PRESETS[name]
+    elif group == "algorithms":
+        assert recipe.algorithms == Recipe.from_dict({"model": {"kind": "mnist_cnn"}, "algorithms": name}).algorithms
     elif group in ("model", "data", "mode", "runtime", "device"):
         assert getattr(recipe, group).kind == name
     else:
@@ -82,7 +84,8 @@ def test_every_shipped_recipe_composes_and_describes_itself(name: str) -> None:
 def test_every_setting_can_be_overridden_without_a_plus() -> None:
     overrides = [
         "name=other", "output=out", "seed=3", "model.weights=random", "data.calibration=5", "layers={fc:float}",
-        "qconfig.activation.percentile=99", "qconfig.weight.observer=mse", "qconfig.reduce_range=true",
+        "algorithms=fast", "qconfig.activation.percentile=99", "qconfig.weight.observer=mse",
+        "qconfig.reduce_range=true",
         "mode.kind=torchscript", "mode.method=script", "runtime.kind=torch", "device.kind=cpu",
         "calibrate.resume=false", "warmup.iterations=2", "evaluate.per_layer=false", "benchmark.batch_sizes=[1,4]",
         "benchmark.threads=2", "gates.max_latency_ms=9", "report.quiet=true",

@@ -51,8 +51,8 @@ def variants(graph: Graph, data: Passes) -> Variants:
 
 
 SETTINGS: list[Layers] = [
-    {}, {"block": "float"}, {"stem.0": "float"}, {"head": "float"}, {"add": "float"}, {"block": "float", "head": "float"},
-    {"stem.0": "float", "head": "float"},
+    {}, {"block": "float"}, {"stem.0": "float"}, {"head": "float"}, {"add": "float"},
+    {"block": "float", "head": "float"}, {"stem.0": "float", "head": "float"},
 ]  # fmt: skip
 
 

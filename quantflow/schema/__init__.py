@@ -1,5 +1,6 @@
 """What the user may write. pydantic only: importing this needs neither torch nor Hydra."""
 
+from quantflow.schema.algorithms import ALGORITHM_PRESETS, Algorithm, BiasCorrectionAlgorithm, EqualizeAlgorithm
 from quantflow.schema.data import (
     DataSettings,
     DataSpec,
@@ -48,12 +49,15 @@ from quantflow.schema.settings import (
 )
 
 __all__ = [
+    "ALGORITHM_PRESETS",
     "ARTIFACT_TASKS",
     "BUILDING_TASKS",
     "PRESETS",
     "ActivationOverride",
     "ActivationSpec",
+    "Algorithm",
     "BenchmarkSettings",
+    "BiasCorrectionAlgorithm",
     "CalibrateSettings",
     "ConstraintSettings",
     "DataSettings",
@@ -62,6 +66,7 @@ __all__ = [
     "EfficientNetLite0Model",
     "EntryData",
     "EntryModel",
+    "EqualizeAlgorithm",
     "EvaluateSettings",
     "ExportedModel",
     "FolderData",

@@ -61,6 +61,7 @@ def _problem(detail: ErrorDetails, root: type[BaseModel]) -> Problem:
     path, owner = _descend(root, detail["loc"])
     where = ".".join(path) or "recipe"
     found = _shown(detail["input"])
+    tagged_by = "name" if path[:1] == ("algorithms",) else "kind"
     match kind:
         case "extra_forbidden":
             _, parent = _descend(root, detail["loc"][:-1])
@@ -74,11 +75,11 @@ def _problem(detail: ErrorDetails, root: type[BaseModel]) -> Problem:
             return Problem(where, f"{found} is not possible here; {choices(detail['input'], words)}")
         case "union_tag_invalid":
             tag = context["tag"]
-            return Problem(f"{where}.kind", f"'{tag}' is not possible here; {choices(tag, _tags(root, path))}")
+            return Problem(f"{where}.{tagged_by}", f"'{tag}' is not possible here; {choices(tag, _tags(root, path))}")
         case "union_tag_not_found":
-            return Problem(f"{where}.kind", f"is required; legal: {', '.join(_tags(root, path))}")
+            return Problem(f"{where}.{tagged_by}", f"is required; legal: {', '.join(_tags(root, path))}")
         case "model_attributes_type":
-            return Problem(where, f"found {found}; must be a mapping with kind: {' | '.join(_tags(root, path))}")
+            return Problem(where, f"found {found}; must be a mapping with {tagged_by}: {' | '.join(_tags(root, path))}")
         case "model_type":
             words_too = "float, int8, or " if path[0] == "layers" and len(path) == 2 else ""
             fields = ", ".join(owner.model_fields) if owner else ""
@@ -113,6 +114,8 @@ def _descend(root: type[BaseModel], loc: tuple[str | int, ...]) -> tuple[tuple[s
             path += [str(pattern)] if pattern is not None else []
             owner = classes[0] if tag == "fields" else None
         elif len(classes) > 1:
+            if field and _is_list(field.annotation):
+                path += [str(index)] if (index := next(parts, None)) is not None else []
             owner = _member(classes, next(parts, None))
         else:
             owner = classes[0] if classes else None
@@ -120,12 +123,21 @@ def _descend(root: type[BaseModel], loc: tuple[str | int, ...]) -> tuple[tuple[s
 
 
 def _member(classes: list[type[BaseModel]], tag: str | int | None) -> type[BaseModel] | None:
-    return next((each for each in classes if each.model_fields["kind"].default == tag), None)
+    return next((each for each in classes if each.model_fields[_tag_field(classes)].default == tag), None)
+
+
+def _tag_field(classes: list[type[BaseModel]]) -> str:
+    """The field that tells a union's members apart: algorithms have a name, everything else has a kind."""
+    return "kind" if all("kind" in each.model_fields for each in classes) else "name"
+
+
+def _is_list(annotation: Any) -> bool:
+    return get_origin(annotation) is tuple or any(_is_list(inner) for inner in get_args(annotation))
 
 
 def _tags(root: type[BaseModel], path: tuple[str, ...]) -> list[str]:
-    classes = _classes(root.model_fields[path[0]].annotation)
-    return [str(each.model_fields["kind"].default) for each in classes]
+    classes = list(_classes(root.model_fields[path[0]].annotation))
+    return [str(each.model_fields[_tag_field(classes)].default) for each in classes]
 
 
 def _classes(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer
 from pydantic_core import PydanticCustomError
 
+from quantflow.schema.algorithms import AlgorithmName
 from quantflow.schema.base import Settings
 
 if TYPE_CHECKING:
@@ -103,10 +104,16 @@ class LayerOverride(Settings):
     """What differs from `qconfig` in the layers that a pattern of `layers` matches.
 
     `activation` means the layer's output, and its input too where a float layer or nothing comes before it.
+    `without` names algorithms that leave the layer alone; all means every one.
     """
 
     activation: ActivationOverride = ActivationOverride()
     weight: WeightOverride = WeightOverride()
+    without: Annotated[tuple[AlgorithmName | Literal["all"], ...], Field(strict=False)] = ()
+
+    @model_serializer(mode="wrap")
+    def _only_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key != "without" or value}
 
     def apply(self, qconfig: QConfig) -> QConfig:
         """`qconfig` with the fields given here replaced."""

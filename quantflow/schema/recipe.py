@@ -11,6 +11,7 @@ from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from quantflow.errors import Problem, RecipeError
+from quantflow.schema.algorithms import Algorithms
 from quantflow.schema.base import PathText, Settings, shaped
 from quantflow.schema.data import DataSpec, PhotosData
 from quantflow.schema.model import ModelSpec
@@ -61,6 +62,7 @@ class Recipe(Settings):
     data: DataSpec = PhotosData()
     qconfig: QConfig = QConfig()
     layers: dict[Pattern, LayerChoice] = Field(default_factory=dict)
+    algorithms: Algorithms = ()
     mode: ModeSettings = ModeSettings()
     runtime: RuntimeSettings = RuntimeSettings()
     device: DeviceSettings = DeviceSettings()
@@ -108,7 +110,8 @@ class Recipe(Settings):
     def calibration_key(self) -> str:
         """sha256 of the settings that calibration depends on: two recipes with the same key share their table."""
         settings = self.to_dict()
-        return _sha256({field: settings[field] for field in _CALIBRATION_FIELDS})
+        before = [a.model_dump(mode="json") for a in self.algorithms if a.acts_on == "graph"]
+        return _sha256({field: settings[field] for field in _CALIBRATION_FIELDS} | {"algorithms": before})
 
 
 def _conflicts(settings: Mapping[str, Any]) -> list[Problem]:

@@ -107,12 +107,14 @@ class ConstraintSettings(Settings):
 class TuneSettings(Settings):
     """A search for the fastest int8 model that keeps `subject_to`; the main run searches when a limit is set.
 
-    `observers` are tried beside the recipe's own, for activations and weights: they cost no speed. Layers that they do
-    not save are left float. `time_budget_s` covers the search up to the artifact, interruptions not counted.
+    What costs no speed is tried first: where the recipe has no algorithms the presets in `algorithms`, and where none
+    of them helps other `observers`, for activations and weights. Layers that this does not save are left float.
+    `time_budget_s` covers the search up to the artifact, interruptions not counted.
     """
 
     objective: Literal["fastest"] = "fastest"
     subject_to: ConstraintSettings = ConstraintSettings()
+    algorithms: Annotated[tuple[Literal["fast", "accurate", "best"], ...], Field(strict=False)] = ("fast",)
     observers: Annotated[tuple[Literal["minmax", "mse", "percentile"], ...], Field(strict=False)] = ("mse",)
     time_budget_s: Annotated[float, Field(gt=0, le=31_536_000)] = 600.0
 

@@ -1,0 +1,294 @@
+"""Cross-layer equalization: channels are rescaled between linear ops, so that all of them use the codes.
+
+Values that linear ops write and others read, with nothing but positively homogeneous ops and additions between them
+(see `channels.py`), are divided by s > 0 per channel:
+
+    W1' = W1 / s,  b1' = b1 / s  (rows of what writes them)        W2' = W2 s  (columns of what reads them)
+
+    s = (r1 / r2)^1/2    r1: largest |x| of the channel; with one scale per weight tensor also the row's largest |W1|,
+                             each relative to the largest of all channels
+                         r2: largest |W2| of the column
+    s = r1               where rescaling the reader costs nothing: a depthwise one with a scale per channel, a
+                         BatchNorm that is not folded, a product with a constant, a float layer
+
+This is Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", section 4.1, with
+measured ranges in r1 (which makes their absorption of high biases unnecessary), and with a residual stream as one set
+of channels that all its writers and readers share.
+
+A clamp to [0, m] is not homogeneous. A tensor m per channel is divided by s, too. A number m stays: only channels that
+stay `clip_margin` times below it on the calibration data are rescaled, and no further up than that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from quantflow.algorithms.channels import ChannelSet, find_sets
+from quantflow.algorithms.outcome import Change, Material, Outcome
+from quantflow.graph import Graph, arguments, interpret, is_aten
+from quantflow.numerics.measures import sqnr_db
+from quantflow.passes.units import CORE, LINEAR_OPS, as_epilogue
+from quantflow.plan import Plan, PlannedUnit
+from quantflow.prepare import bind
+
+if TYPE_CHECKING:
+    from quantflow.data.batch import Batch
+    from quantflow.schema import EqualizeAlgorithm
+
+NAME = "equalize"
+MEASURE = "largest over median range of the channels"
+#: A rescaled model must give float's output up to rounding; below this it is not the same model.
+MIN_SQNR_DB = 60.0
+#: Sweeps stop when no factor changes by more than this.
+CONVERGED = 1e-3
+#: Factors stay within this range, far from float32's ends.
+SMALLEST, LARGEST = 1e-8, 1e8
+
+
+def equalize(settings: EqualizeAlgorithm, graph: Graph, plan: Plan, material: Material) -> tuple[Graph, Outcome]:
+    """Rescale channels in the graph's constants; its nodes stay as they are."""
+    sets, axes = find_sets(graph, plan, NAME, material.fixed)
+    between = [s for s in sets if s.writers and s.readers]
+    skipped = tuple((s.title, s.obstacle) for s in between if s.obstacle)
+    sets = [s for s in between if not s.obstacle and any(v.name in plan.codes for v in s.values)]
+    batches = material.first(settings.samples)
+    if not sets or not batches:
+        return graph, Outcome(MEASURE, (), skipped)
+    measured = _Measured(graph, plan, sets, axes, batches, material)
+    work = _Factors(graph, plan, sets, axes)
+    for _ in range(settings.iterations):
+        if max(work.improve(s, measured, settings.clip_margin) for s in sets) < CONVERGED:
+            break
+    rescaled = replace(graph, constants=work.constants())
+    found = min(sqnr_db(*pair) for pair in zip(measured.outputs, _outputs(rescaled, batches[0]), strict=True))
+    if not found >= MIN_SQNR_DB:
+        notice = f"equalize: undone, because the rescaled float model differs from the original ({found:.1f} dB)"
+        return graph, Outcome(MEASURE, (), skipped, (notice,))
+    changes = [
+        Change(s.title, _spread(measured.ranges[id(s)]), _spread(measured.ranges[id(s)] / work.of[id(s)])) for s in sets
+    ]
+    return rescaled, Outcome(MEASURE, tuple(changes), skipped)
+
+
+class _Measured:
+    """Largest |x| per channel on the calibration data.
+
+    Attributes:
+        ranges: id of a set → over those of its values that are held as codes.
+        clipped: clamp → over what it clamps, positive side.
+        outputs: the float model's on the first batch.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        plan: Plan,
+        sets: Sequence[ChannelSet],
+        axes: Mapping[fx.Node, int],
+        batches: Sequence[Batch],
+        material: Material,
+    ) -> None:
+        self.ranges = {id(s): torch.zeros(s.size, dtype=torch.float64) for s in sets}
+        self.clipped = {clip: torch.zeros(s.size, dtype=torch.float64) for s in sets for clip in s.clips}
+        owner = {v: s for s in sets for v in s.values if v.name in plan.codes and v.meta["shape"][axes[v]] == s.size}
+        clamped: dict[fx.Node, list[fx.Node]] = {}
+        for clip in self.clipped:
+            clamped.setdefault(clip.all_input_nodes[0], []).append(clip)
+
+        def on_value(node: fx.Node, x: Any) -> None:
+            if node not in owner and node not in clamped:
+                return
+            rows = x.movedim(axes[node], 0).flatten(1)
+            if node in owner:
+                seen = self.ranges[id(owner[node])]
+                torch.maximum(seen, torch.maximum(rows.amax(1), -rows.amin(1)).double(), out=seen)
+            for clip in clamped.get(node, ()):
+                torch.maximum(self.clipped[clip], rows.amax(1).double(), out=self.clipped[clip])
+
+        with torch.inference_mode():
+            for done, batch in enumerate(batches, start=1):
+                output = interpret(graph, bind(graph.inputs, batch.args, batch.kwargs), on_value)
+                if done == 1:
+                    self.outputs = _tensors(output)
+                material.update(done, len(batches))
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A linear op as |W|: the largest of each (output, input) pair's window, grouped.
+
+    Attributes:
+        size: (groups, outputs per group, inputs per group).
+        counts: whether rescaling its inputs changes how well its weight is coded.
+        one_scale: whether its weight has one scale for all rows.
+    """
+
+    size: torch.Tensor
+    counts: bool
+    one_scale: bool
+
+
+class _Factors:
+    """One factor per channel and set, and what they do to the constants."""
+
+    def __init__(self, graph: Graph, plan: Plan, sets: Sequence[ChannelSet], axes: Mapping[fx.Node, int]) -> None:
+        self.graph = graph
+        self.sets = sets
+        self.axes = axes
+        self.of = {id(s): torch.ones(s.size, dtype=torch.float64) for s in sets}
+        self.writes = {op: s for s in sets for op in s.writers}
+        self.reads = {op: s for s in sets for op in s.readers}
+        units = {p.unit.anchor: p for p in plan.units if p.is_int8 and p.unit.kind == CORE}
+        ops = {*self.writes, *self.reads}
+        self.matrices = {op: self._matrix(op, units.get(op)) for op in ops if is_aten(op, *LINEAR_OPS)}
+
+    def _matrix(self, op: fx.Node, planned: PlannedUnit | None) -> _Matrix:
+        weight = self.graph.constants[str(op.args[1].target)]  # type: ignore[union-attr]
+        groups = arguments(op).get("groups", 1)
+        largest = weight.abs().double().flatten(2).amax(2) if weight.dim() > 2 else weight.abs().double()
+        one_scale = planned is not None and planned.qconfig.weight.granularity == "per_tensor"
+        counts = planned is not None and (one_scale or largest.shape[1] > 1)
+        return _Matrix(largest.reshape(groups, -1, largest.shape[1]), counts, one_scale)
+
+    def rows(self, op: fx.Node) -> torch.Tensor | float:
+        """The factors of what the op writes."""
+        return self.of[id(self.writes[op])] if op in self.writes else 1.0
+
+    def columns(self, op: fx.Node, inputs: int) -> torch.Tensor | float:
+        """The factors of what the op reads, one per input: a flattened map repeats its channel's."""
+        if op not in self.reads:
+            return 1.0
+        factors = self.of[id(self.reads[op])]
+        return factors.repeat_interleave(inputs // factors.numel())
+
+    def scaled(self, op: fx.Node, matrix: _Matrix) -> torch.Tensor:
+        """|W| with all current factors."""
+        groups, outputs, inputs = matrix.size.shape
+        rows = torch.as_tensor(self.rows(op), dtype=torch.float64).expand(groups * outputs)
+        columns = torch.as_tensor(self.columns(op, groups * inputs), dtype=torch.float64).expand(groups * inputs)
+        return matrix.size / rows.reshape(groups, outputs, 1) * columns.reshape(groups, 1, inputs)
+
+    def improve(self, s: ChannelSet, measured: _Measured, clip_margin: float) -> float:
+        """Set new factors for one set; returns the largest change, as a logarithm."""
+        factors = self.of[id(s)]
+        ranges = measured.ranges[id(s)]
+        r1 = _relative(ranges / factors)
+        for op in s.writers:
+            matrix = self.matrices.get(op)
+            if matrix is not None and matrix.one_scale:
+                r1 = torch.maximum(r1, _relative(self.scaled(op, matrix).amax(2).flatten()))
+        r2 = torch.zeros_like(r1)
+        for op in s.readers:
+            matrix = self.matrices.get(op)
+            if matrix is not None and matrix.counts:
+                columns = self.scaled(op, matrix).amax(1).flatten()
+                r2 = torch.maximum(r2, columns.reshape(s.size, -1).amax(1))
+        free = not any(op in self.matrices and self.matrices[op].counts for op in s.readers)
+        change = r1 if free else (r1 / r2).sqrt()
+        alive = change.isfinite() & (change > 0) & (ranges > 0)
+        wanted = torch.where(alive, factors * change, torch.ones_like(factors))
+        wanted = _bounded(s, wanted, alive, measured, clip_margin).clamp(SMALLEST, LARGEST)
+        self.of[id(s)] = wanted
+        return float((wanted / factors).log().abs().max())
+
+    def constants(self) -> dict[str, torch.Tensor]:
+        """The graph's constants, those of the ops that write or read rescaled channels changed."""
+        constants = dict(self.graph.constants)
+        for op in dict.fromkeys([*self.writes, *self.reads]):
+            if op in self.matrices:
+                self._rescale_linear(op, constants)
+            elif is_aten(op, "batch_norm"):
+                self._rescale_norm(op, constants)
+            else:
+                self._rescale_product(op, constants)
+        for s in self.sets:
+            for value, bound in s.bounds:
+                name = str(bound.target)
+                constants[name] = self._along(value, constants[name], 1 / self.of[id(s)])
+        return constants
+
+    def _rescale_linear(self, op: fx.Node, constants: dict[str, torch.Tensor]) -> None:
+        matrix, name = self.matrices[op], str(op.args[1].target)  # type: ignore[union-attr]
+        groups, outputs, inputs = matrix.size.shape
+        weight = constants[name]
+        rows = torch.as_tensor(self.rows(op), dtype=torch.float64).expand(groups * outputs)
+        columns = torch.as_tensor(self.columns(op, groups * inputs), dtype=torch.float64).expand(groups * inputs)
+        grouped = weight.double().reshape(groups, outputs, inputs, -1)
+        grouped = grouped / rows.reshape(groups, outputs, 1, 1) * columns.reshape(groups, 1, inputs, 1)
+        constants[name] = grouped.reshape(weight.shape).float()
+        if len(op.args) > 2 and op.args[2] is not None:
+            bias = str(op.args[2].target)  # type: ignore[union-attr]
+            constants[bias] = (constants[bias].double() / rows).float()
+
+    def _rescale_norm(self, op: fx.Node, constants: dict[str, torch.Tensor]) -> None:
+        """y / s_out = (x / s_in - mean / s_in) / sqrt(var + eps) * (gamma s_in / s_out) + beta / s_out."""
+        a = arguments(op)
+        mean, gamma, beta = (str(a[role].target) for role in ("running_mean", "weight", "bias"))
+        written, read = self.rows(op), self.columns(op, constants[mean].numel())
+        constants[mean] = (constants[mean].double() / read).float()
+        constants[gamma] = (constants[gamma].double() * read / written).float()
+        constants[beta] = (constants[beta].double() / written).float()
+
+    def _rescale_product(self, op: fx.Node, constants: dict[str, torch.Tensor]) -> None:
+        """y / s_out = (x / s_in) * (c s_in / s_out), or a quotient likewise."""
+        name = str(op.args[1].target)  # type: ignore[union-attr]
+        size = self._channels(op)
+        ratio = torch.as_tensor(self.columns(op, size) / self.rows(op), dtype=torch.float64).expand(size)
+        constants[name] = self._along(op, constants[name], ratio if is_aten(op, "mul") else 1 / ratio)
+
+    def _channels(self, op: fx.Node) -> int:
+        """Channels of a value."""
+        return int(op.meta["shape"][self.axes[op]])
+
+    def _along(self, value: fx.Node, constant: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+        """A constant that broadcasts against `value`, times a factor per channel."""
+        shape = [1] * len(value.meta["shape"])
+        shape[self.axes[value]] = -1
+        return (constant.double() * factors.reshape(shape)).float()
+
+
+def _bounded(
+    s: ChannelSet, wanted: torch.Tensor, alive: torch.Tensor, measured: _Measured, clip_margin: float
+) -> torch.Tensor:
+    """The factors, relative to those of channels that may not change: behind a clamp to a number.
+
+    A global factor is free: without such a clamp it is chosen so that the factors' geometric mean is 1.
+    """
+    pinned, least = torch.zeros_like(alive), torch.zeros_like(wanted)
+    for clip in s.clips:
+        epilogue = as_epilogue(clip)
+        assert epilogue is not None
+        bound, seen = epilogue.values[1], measured.clipped[clip]
+        pinned |= seen * clip_margin > bound
+        least = torch.maximum(least, seen * clip_margin / bound)
+    deciding = pinned if bool((pinned & alive).any()) else alive
+    if bool((deciding & alive).any()):
+        wanted = wanted / wanted[deciding & alive].log().mean().exp()
+    wanted = torch.maximum(torch.where(alive, wanted, torch.ones_like(wanted)), least)
+    return torch.where(pinned, torch.ones_like(wanted), wanted)
+
+
+def _relative(ranges: torch.Tensor) -> torch.Tensor:
+    largest = ranges.max()
+    return ranges / largest if float(largest) > 0 else ranges
+
+
+def _spread(ranges: torch.Tensor) -> float:
+    """max / median over the channels that hold anything; 1 where none does."""
+    alive = ranges[ranges > 0]
+    return float(alive.max() / alive.median()) if alive.numel() else 1.0
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    leaves = torch.utils._pytree.tree_leaves(output)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+
+
+def _outputs(graph: Graph, batch: Batch) -> list[torch.Tensor]:
+    with torch.inference_mode():
+        return _tensors(interpret(graph, bind(graph.inputs, batch.args, batch.kwargs)))

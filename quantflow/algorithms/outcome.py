@@ -1,0 +1,81 @@
+"""What an algorithm did: the entry of `algorithms` in the results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from quantflow.data.batch import Batch
+
+Update = Callable[[int, int | None], None]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One layer, before and after, in the algorithm's own measure (SQNR in dB of the layer's output where not said)."""
+
+    layer: str
+    before: float
+    after: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one algorithm changed.
+
+    Attributes:
+        measure: what `before` and `after` are.
+        skipped: layer → why the algorithm left it alone.
+        notices: what the user must not miss.
+    """
+
+    measure: str
+    changes: tuple[Change, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
+    notices: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "measure": self.measure,
+            "layers": [asdict(change) for change in self.changes],
+            "skipped": [{"layer": layer, "reason": reason} for layer, reason in self.skipped],
+        }
+
+
+@dataclass(frozen=True)
+class Material:
+    """What an algorithm works with besides its settings.
+
+    Attributes:
+        batches: the calibration batches.
+        batch_is_dynamic: whether a batch may be cut.
+        seed: of everything drawn.
+        update: called with (done, total).
+        fixed: constants that may not change: imperative mode can't carry all of them over to the user's module.
+    """
+
+    batches: Sequence[Batch]
+    batch_is_dynamic: bool = True
+    seed: int = 0
+    update: Update = lambda done, total: None  # noqa: ARG005
+    fixed: frozenset[str] = frozenset()
+
+    def first(self, samples: int) -> list[Batch]:
+        """The first `samples` samples, in whole batches where these can't be cut."""
+        taken: list[Batch] = []
+        for batch in self.batches:
+            if samples <= 0:
+                break
+            taken.append(batch.head(samples) if self.batch_is_dynamic else batch)
+            samples -= batch.size
+        return taken
+
+
+def db(signal: float, noise: float) -> float:
+    """10 log10(signal / noise): inf without noise, -inf without a signal."""
+    if noise <= 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf

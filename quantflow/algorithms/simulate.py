@@ -1,0 +1,179 @@
+"""Two streams through the planned graph: what float computes, and what the integers would.
+
+The second one computes in float32 on quantized values (x' = (q - zero_point) scale, w' = q_w scale), which is the
+integer result up to float32's rounding. Both run layer by layer over all batches at once, so that an algorithm can
+change a layer's numbers before anything behind it is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from quantflow.data.batch import Batch
+from quantflow.graph import arguments, last_uses
+from quantflow.numerics.affine import QParams
+from quantflow.passes.units import CORE
+from quantflow.plan import PlannedUnit
+from quantflow.prepare import Prepared, bind
+from quantflow.refined import LayerNumbers, Refined
+
+Values = dict[fx.Node, Any]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear op that has both its inputs: one entry per batch.
+
+    Attributes:
+        inputs: on the codes' grid, as the int8 layer sees them.
+        float_inputs, float_outputs: of the float model; outputs are those of the linear op alone, without activation.
+    """
+
+    planned: PlannedUnit
+    inputs: Sequence[torch.Tensor]
+    float_inputs: Sequence[torch.Tensor]
+    float_outputs: Sequence[torch.Tensor]
+
+    @property
+    def name(self) -> str:
+        return self.planned.unit.name
+
+    def run(self, numbers: LayerNumbers) -> Iterator[torch.Tensor]:
+        """The linear op on its quantized inputs with these numbers, batch by batch."""
+        weight = numbers.weight()
+        for x in self.inputs:
+            yield linear_op(self.planned.unit.anchor, x, weight, numbers.bias)
+
+    def channel_axis(self) -> int:
+        """The outputs' axis of channels."""
+        return -1 if self.planned.unit.op == "linear" else 1
+
+
+def walk(
+    prepared: Prepared,
+    refined: Refined,
+    batches: Sequence[Batch],
+    on_layer: Callable[[Layer], LayerNumbers | None],
+    update: Callable[[int, int | None], None] = lambda done, total: None,  # noqa: ARG005
+) -> Refined:
+    """Run both streams; `on_layer` sees every int8 linear op in order and may return other numbers for it.
+
+    Returns:
+        The numbers with what `on_layer` returned in place.
+    """
+    graph, plan = prepared.graph, prepared.plan
+    unit_of = {node: planned for planned in plan.units for node in planned.unit.nodes}
+    total = plan.int8_layers
+    streams = [_Stream(graph.constants, bind(graph.inputs, b.args, b.kwargs)) for b in batches]
+    frees, done = last_uses(graph.fx), 0
+    with torch.inference_mode():
+        for node in graph.fx.nodes:
+            planned = unit_of.get(node)
+            if planned is None or not planned.is_int8:
+                for stream in streams:
+                    stream.run(node)
+            else:
+                for stream in streams:
+                    stream.code_operands(node, planned, plan.codes, refined.qparams)
+                if planned.unit.kind == CORE and node is planned.unit.anchor:
+                    for stream in streams:
+                        stream.run_float(node)
+                    layer = Layer(
+                        planned,
+                        [stream.coded[planned.unit.inputs[0]] for stream in streams],
+                        [stream.float[planned.unit.inputs[0]] for stream in streams],
+                        [stream.float[node] for stream in streams],
+                    )
+                    changed = on_layer(layer)
+                    if changed is not None:
+                        refined = refined.with_layer(planned.unit.name, changed)
+                    for stream, y in zip(streams, layer.run(refined.layers[planned.unit.name]), strict=True):
+                        stream.simulated[node] = y
+                    done += 1
+                    update(done, total)
+                else:
+                    for stream in streams:
+                        stream.run(node)
+                if node is planned.unit.output and planned.writes_codes:
+                    qparams = refined.qparams[plan.codes[node.name]]
+                    for stream in streams:
+                        stream.write_codes(node, qparams)
+            for dead in frees.get(node, ()):
+                for stream in streams:
+                    stream.forget(dead)
+    return refined
+
+
+class _Stream:
+    """The values of one batch that are still needed."""
+
+    def __init__(self, constants: Mapping[str, torch.Tensor], inputs: Sequence[torch.Tensor]) -> None:
+        self.constants = constants
+        self.inputs = iter(inputs)
+        self.float: Values = {}
+        self.simulated: Values = {}
+        self.coded: Values = {}
+
+    def run(self, node: fx.Node) -> None:
+        """Both values of a node; the simulated one is the float one until something was quantized."""
+        self.run_float(node)
+        if node.op not in ("call_function", "output"):
+            self.simulated[node] = self.float[node]
+        elif node.op == "call_function":
+            read = lambda n: self.coded.get(n, self.simulated[n])  # noqa: E731
+            same = all(read(n) is self.float[n] for n in node.all_input_nodes)
+            self.simulated[node] = self.float[node] if same else _call(node, read)
+
+    def run_float(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            self.float[node] = next(self.inputs)
+        elif node.op == "get_attr":
+            self.float[node] = self.constants[str(node.target)]
+        elif node.op == "call_function":
+            self.float[node] = _call(node, self.float.__getitem__)
+
+    def code_operands(
+        self, node: fx.Node, planned: PlannedUnit, codes: Mapping[str, str], qparams: Mapping[str, QParams]
+    ) -> None:
+        operands = {*planned.unit.inputs, planned.unit.residual}
+        for source in node.all_input_nodes:
+            if source in operands and source not in self.coded:
+                self.coded[source] = on_grid(self.simulated[source], qparams[codes[source.name]])
+
+    def write_codes(self, node: fx.Node, qparams: QParams) -> None:
+        self.coded[node] = self.simulated[node] = on_grid(self.simulated[node], qparams)
+
+    def forget(self, node: fx.Node) -> None:
+        for values in (self.float, self.simulated, self.coded):
+            values.pop(node, None)
+
+
+def _call(node: fx.Node, read: Callable[[fx.Node], Any]) -> Any:
+    return node.target(*fx.map_arg(node.args, read), **fx.map_arg(node.kwargs, read))  # type: ignore[operator]
+
+
+def on_grid(x: torch.Tensor, qparams: QParams) -> torch.Tensor:
+    """x' = (clamp(round(x / scale) + zero_point) - zero_point) scale, in float32: `dequantize(quantize(x))`."""
+    qmin, qmax = qparams.range
+    q = (x / qparams.scale).round_()
+    return q.clamp_(qmin - qparams.zero_point, qmax - qparams.zero_point).mul_(qparams.scale)
+
+
+def linear_op(node: fx.Node, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """What a convolution or linear node computes, with another input, weight and bias."""
+    a = arguments(node)
+    rest = [a[name] for name in ("stride", "padding", "dilation", "groups") if name in a]
+    y: torch.Tensor = node.target(x, weight, bias, *rest)  # type: ignore[operator]
+    return y
+
+
+def shared_weight(planned: PlannedUnit) -> bool:
+    """Whether another op reads the layer's weight: then it can't be changed for this one alone."""
+    weight = planned.unit.anchor.args[1]
+    assert isinstance(weight, fx.Node)
+    return len(weight.users) > 1
