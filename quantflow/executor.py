@@ -55,7 +55,7 @@ from quantflow.report import Progress
 from quantflow.runtimes import Choice, choose_runtime, native_devices
 from quantflow.schema import Algorithm, ConstraintSettings, Recipe
 from quantflow.selftest import selftest
-from quantflow.sensitivity import measure_sensitivity, plot_ready
+from quantflow.sensitivity import SEARCHED, measure_sensitivity, plot_ready
 from quantflow.tune import Outcome, Search, Trial, judged
 from quantflow.variants import Variant, Variants
 from quantflow.warmup import Warmup, warmup
@@ -476,7 +476,9 @@ def _tuned(
         with progress.stage("search") as stage:
             outcome = Search(
                 bench,
-                lambda setting, before_each: measure_sensitivity(bench, setting, cache, before_each=before_each),
+                lambda setting, before_each: measure_sensitivity(
+                    bench, setting, cache, SEARCHED, before_each=before_each
+                ),
                 recipe.tune,
                 journal,
                 reserve_s=RESERVE * (verified["seconds"] + _measuring_s(recipe, progress)),

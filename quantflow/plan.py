@@ -226,7 +226,9 @@ class _Overrides:
             RecipeError: a layer's weight is to be coded in two terms, which takes two int8 layers.
         """
         if names := [unit.name for unit in units if self.qconfig(unit).weight.terms != 1]:
-            message = f"2 is not possible in imperative mode, which swaps one module for one ({names[0]}); use mode=export"
+            message = (
+                f"2 is not possible in imperative mode, which swaps one module for one ({names[0]}); use mode=export"
+            )
             raise RecipeError(self._recipe_name, [Problem("weight.terms", message)])
 
     def without_effect(self, deciding: set[str]) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 from torch.ao.quantization import ObserverBase
 from torch.ao.quantization import QConfig as TorchQConfig
 
+from quantflow.errors import UsageError
 from quantflow.numerics.affine import ACTIVATION_RANGE, WEIGHT_RANGE, activation_qparams, weight_scale
 from quantflow.observers import make_observer, weight_max_abs
 from quantflow.schema import ActivationSpec, QConfig, WeightSpec

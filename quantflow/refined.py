@@ -134,8 +134,8 @@ def left_over(weight: torch.Tensor, first: LayerNumbers) -> LayerNumbers:
 def product_qparams(low: LayerNumbers, x: QParams, is_nonnegative: bool, dtype: str) -> QParams:
     """A range for x * w' that needs no data, for a left-over w', whose signs are as good as random.
 
-    No sum exceeds max|x| times sum |w'| over a row (half of it for x >= 0: the larger of the sums of one sign), and none
-    exceeds RARE * max|x| * |w'|_2 but by a chance of less than one in a million; the smaller of both is taken.
+    No sum exceeds max|x| times sum |w'| over a row (for x >= 0: the larger of the sums of one sign), and none exceeds
+    RARE * max|x| * |w'|_2 but by a chance of less than one in a million; the smaller of both is taken.
     """
     rows = low.weight().flatten(1).double()
     largest = max(abs(bound - x.zero_point) for bound in x.range) * x.scale

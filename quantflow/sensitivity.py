@@ -2,9 +2,10 @@
 
     int8 alone    every other layer float: the layer's own error, as it reaches the model's output
     float alone   every other layer int8: the error that is gone without it
+    two terms     the same with the layer's weight in two int8 terms, which a search may choose instead of float
 
-Both are programs as a run would make them, compared with the float model on calibration samples. The two differ where
-errors of several layers cancel or add up; a search needs the second, an explanation the first.
+All are programs as a run would make them, compared with the float model on calibration samples. The first two differ
+where errors of several layers cancel or add up; a search needs the second, an explanation the first.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ from typing import Any
 
 from quantflow.errors import NothingQuantizedError
 from quantflow.journal import Journal
-from quantflow.workbench import Setting, Workbench
+from quantflow.workbench import FLOAT, TWO_TERMS, Candidate, Setting, Workbench
 
 FORMAT = 1
+INT8_ALONE, FLOAT_ALONE = "int8_alone", "float_alone"
+#: What task=sensitivity shows, and what a search asks for.
+SHOWN = (INT8_ALONE, FLOAT_ALONE)
+SEARCHED = (FLOAT_ALONE, "two_terms")
 #: What is listed of the comparison with float; the metric's drop comes beside them.
 FIGURES = ("sqnr_db", "max_error", "agreement", "cosine_mean", "cosine_min")
 
@@ -26,6 +31,7 @@ def measure_sensitivity(
     bench: Workbench,
     setting: Setting,
     journal: Journal,
+    kinds: Sequence[str] = SHOWN,
     *,
     before_each: Callable[[], None] = lambda: None,
     progress: Callable[[int, int | None], None] | None = None,
@@ -33,42 +39,55 @@ def measure_sensitivity(
     """Every int8 layer of a setting, most harmful first.
 
     Args:
-        journal: keeps what was measured, layer by layer.
-        before_each: called before a layer that is not in the journal yet; may raise to stop.
+        journal: keeps what was measured, one record per layer and kind.
+        before_each: called before what is not in the journal yet; may raise to stop.
         progress: called with (layers done, layers) after each.
 
     Returns:
-        {"format", "setting", "all_int8": figures, "layers": [{"rank", "layer", "op", "int8_alone": figures (None for a
-        matmul of activations, which can't be the only int8 layer), "float_alone": figures, "gain_db": float alone minus
-        all int8, "noise_back": the share of all noise power that is gone, "noise_alone": int8 alone's noise as a share
-        of the same, "added_ms": what float costs}]}.
+        {"format", "setting", "all_int8": figures, "layers": [{"rank", "layer", "op", and for each kind its figures}]}.
+        Those of a kind are None where it can't be: a matmul of activations can't be the only int8 layer, and has no
+        weight. Beside FIGURES they hold "drop" (of the task's metric), "gain_db" (minus all int8), "noise" (as a share
+        of the noise of all int8), "noise_back" (1 - noise), and but for int8 alone "added_ms", what it costs.
     """
     mark = setting.digest
     whole = journal.measure(f"{mark} all int8", lambda: _figures(bench.ranking_errors(setting)))
     layers = bench.candidates(setting)
     rows = []
-    for done, (name, op) in enumerate(layers):
+    for done, layer in enumerate(layers):
         if progress is not None:
             progress(done, len(layers))
-        step = f"{mark} layer {name}"
-        if step not in journal.records:
-            before_each()
-        others = [other for other, _ in layers if other != name]
-        found = journal.measure(step, lambda name=name, others=others: _layer(bench, setting, name, others))  # type: ignore[misc]
-        rows.append({"layer": name, "op": op, **{key: value for key, value in found.items() if key != "seconds"}})
+        row: dict[str, Any] = {"layer": layer.name, "op": layer.op}
+        for kind in kinds:
+            step = f"{mark} {kind} {layer.name}"
+            if step not in journal.records:
+                before_each()
+            found = journal.measure(step, lambda kind=kind, layer=layer: _measured(bench, setting, kind, layer, layers))  # type: ignore[misc]
+            row[kind] = None if "sqnr_db" not in found else _compared(found, whole)
+        rows.append(row)
     if progress is not None:
         progress(len(layers), len(layers))
-    for row in rows:
-        row["gain_db"] = _difference(row["float_alone"]["sqnr_db"], whole["sqnr_db"])
-        row["noise_back"] = 1 - noise(row["float_alone"]) / noise(whole) if noise(whole) else 0.0
-        row["noise_alone"] = _share(row["int8_alone"], whole)
-    rows.sort(key=lambda row: -row["noise_back"])
+    rows.sort(key=lambda row: -row[FLOAT_ALONE]["noise_back"])
     return {
         "format": FORMAT,
         "setting": setting.to_json(),
-        "all_int8": {key: value for key, value in whole.items() if key != "seconds"},
+        "all_int8": _without_seconds(whole),
         "layers": [{"rank": rank, **row} for rank, row in enumerate(rows, start=1)],
     }
+
+
+def plot_ready(sensitivity: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with one flat record per layer, as plotting libraries take it; None where there is no finite number."""
+    records = []
+    for row in sensitivity["layers"]:
+        record: dict[str, Any] = {}
+        for key, value in row.items():
+            if isinstance(value, Mapping):
+                record |= {f"{key}_{name}": _finite(figure) for name, figure in value.items()}
+            else:
+                record[key] = value
+        records.append(record)
+    whole = {key: _finite(value) for key, value in sensitivity["all_int8"].items()}
+    return {**sensitivity, "all_int8": whole, "layers": records}
 
 
 def noise(figures: Mapping[str, Any]) -> float:
@@ -77,33 +96,23 @@ def noise(figures: Mapping[str, Any]) -> float:
     return math.inf if math.isnan(sqnr_db) else float(10 ** (-sqnr_db / 10))
 
 
-def plot_ready(sensitivity: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with one flat record per layer, as plotting libraries take it; None where there is no finite number."""
-    whole = sensitivity["all_int8"]
-    records = []
-    for row in sensitivity["layers"]:
-        record = {key: row[key] for key in ("rank", "layer", "op", "gain_db", "noise_back", "noise_alone", "added_ms")}
-        for which in ("int8_alone", "float_alone"):
-            figures = row[which] or {}
-            record |= {f"{which}_{key}": figures.get(key) for key in (*FIGURES, "drop")}
-        for key in (*FIGURES[2:], "drop"):
-            record[f"{key}_change"] = _difference(row["float_alone"].get(key), whole.get(key))
-        records.append({key: _finite(value) for key, value in record.items()})
-    return {**sensitivity, "all_int8": {k: _finite(v) for k, v in whole.items()}, "layers": records}
-
-
-def _layer(bench: Workbench, setting: Setting, name: str, others: Sequence[str]) -> dict[str, Any]:
-    float_alone = setting.with_float([name])
+def _measured(
+    bench: Workbench, setting: Setting, kind: str, layer: Candidate, layers: Sequence[Candidate]
+) -> dict[str, Any]:
+    if kind == INT8_ALONE:
+        try:
+            others = {other.name: FLOAT for other in layers if other is not layer}
+            return _figures(bench.ranking_errors(setting.with_changes(others)))
+        except NothingQuantizedError:
+            return {}
+    if kind != FLOAT_ALONE and not layer.takes_two_terms:
+        return {}
+    changed = setting.with_changes({layer.name: FLOAT if kind == FLOAT_ALONE else TWO_TERMS})
     try:
-        alone = _figures(bench.ranking_errors(setting.with_float(others)))
-    except NothingQuantizedError:
-        alone = None
-    try:
-        back = _figures(bench.ranking_errors(float_alone))
-        added_ms = bench.added_ms(setting, float_alone)
-    except NothingQuantizedError:  # the only one: without it the model is float
-        back, added_ms = {**dict.fromkeys(FIGURES), "sqnr_db": math.inf, "max_error": 0.0, "drop": None}, math.nan
-    return {"int8_alone": alone, "float_alone": back, "added_ms": added_ms}
+        return {**_figures(bench.ranking_errors(changed)), "added_ms": bench.added_ms(setting, changed)}
+    except NothingQuantizedError:  # the only int8 layer: without it the model is float
+        exact = {**dict.fromkeys(FIGURES), "sqnr_db": math.inf, "max_error": 0.0, "drop": None}
+        return {**exact, "added_ms": math.nan}
 
 
 def _figures(errors: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,12 +120,14 @@ def _figures(errors: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: errors[key] for key in FIGURES}, "drop": None if metric is None else metric["drop"]}
 
 
-def _share(figures: Mapping[str, Any] | None, whole: Mapping[str, Any]) -> float | None:
-    return None if figures is None or not noise(whole) else noise(figures) / noise(whole)
+def _compared(found: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
+    share = noise(found) / noise(whole) if noise(whole) else 1.0
+    gain_db = found["sqnr_db"] - whole["sqnr_db"] if share != 1.0 else 0.0
+    return {**_without_seconds(found), "gain_db": gain_db, "noise": share, "noise_back": 1 - share}
 
 
-def _difference(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a - b
+def _without_seconds(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != "seconds"}
 
 
 def _finite(value: Any) -> Any:

@@ -1,12 +1,13 @@
-"""The fastest int8 model that keeps its distance to float: which layers stay float, and how ranges are measured.
+"""The fastest int8 model that keeps its distance to float: which layers are made more exact, and how.
 
 1. Try the recipe as it is. If it keeps the limits, nothing is left to search.
-2. Accuracy algorithms and other observers cost no speed: take the preset that lowers the error most where the recipe
-   asks for none, and without algorithms the best observers, for the whole model and for its worst layers.
-3. Rank the int8 layers by what float in them gives back per millisecond that it costs (`quantflow.sensitivity`).
-4. Make the first m of that order float, with the least m that keeps the limits: errors of layers do not add up, so each
-   step is the whole program, measured. Then give layers back to int8, the dearest first, while the limits are kept.
-   Once more in the order of error alone.
+2. What costs little or no speed: other activation codes, presets of accuracy algorithms where the recipe asks for none,
+   and without algorithms other observers, for the whole model and for its worst layers. Keep what lowers the error.
+3. Two steps can be taken per layer: its weight in two int8 terms, and float. Rank all of them by the noise that each
+   gives back per millisecond that it costs (`quantflow.sensitivity`).
+4. Take the first m steps of that order, with the least m that keeps the limits: errors of layers do not add up, so each
+   try is the whole program, measured. Then take steps back, the poorest first, while the limits are kept. Once more in
+   the order of noise alone.
 5. Time the best few of what keeps the limits against each other, at length; the fastest is the result.
 
 Layers are ranked on calibration samples and the limits judged on the evaluation samples, so that no choice is made by
@@ -26,6 +27,7 @@ from quantflow.errors import NothingQuantizedError
 from quantflow.gates import GateResult, evaluate_gates
 from quantflow.journal import Journal
 from quantflow.schema import (
+    PRESETS,
     ActivationOverride,
     Algorithm,
     ConstraintSettings,
@@ -35,7 +37,7 @@ from quantflow.schema import (
     WeightOverride,
 )
 from quantflow.schema.algorithms import Algorithms
-from quantflow.workbench import ROUNDS, Setting
+from quantflow.workbench import FLOAT, ROUNDS, TWO_TERMS, Setting
 
 _ALGORITHMS: TypeAdapter[tuple[Algorithm, ...]] = TypeAdapter(Algorithms)
 MET, NOT_MET = "met", "not met"
@@ -43,6 +45,8 @@ MET, NOT_MET = "met", "not met"
 WORST_LAYERS = 6
 #: SQNR that another observer must win.
 WORTHWHILE_DB = 0.05
+#: SQNR that other activation codes must win.
+CODES_WORTHWHILE_DB = 0.5
 #: Settings that are timed against each other at the end.
 FINALISTS = 3
 #: Share of the start's latency below which an added time is noise.
@@ -146,17 +150,32 @@ class Search:
     # -- the steps
 
     def _search(self, start: Setting) -> None:
-        setting = self._algorithms(start)
+        setting = self._algorithms(self._codes(start))
         if not setting.algorithms:
-            setting = self._whole_model(start)
+            setting = self._whole_model(setting)
         rows = self.sensitivity(setting, lambda: self._require_time("ranking"))["layers"]
         if not setting.algorithms:
             setting = self._worst_layers(setting, [row["layer"] for row in rows[:WORST_LAYERS]])
         if setting != start and self._trial(setting).holds:
             return
-        start_ms = self._start_ms(start)
-        for order in (by_ratio(rows, start_ms), by_noise(rows)):
-            self._fewest_float(setting, order)
+        steps = possible_steps(rows, self._start_ms(start) * LEAST_COST)
+        for order in (by_ratio(steps), by_noise(steps)):
+            self._fewest_steps(setting, order)
+
+    def _codes(self, start: Setting) -> Setting:
+        """The activation codes of the preset that gives the least error; they may cost speed, so it has to pay."""
+        best, least = start, self._ranking_db(start)
+        for preset in self.settings.qconfigs:
+            spec = PRESETS[preset].activation
+            codes = {"dtype": spec.dtype, "qscheme": spec.qscheme}
+            activation = start.qconfig.activation.model_copy(update=codes)
+            if activation == start.qconfig.activation:
+                continue
+            tried = replace(start, qconfig=start.qconfig.model_copy(update={"activation": activation}))
+            sqnr_db = self._ranking_db(tried)
+            if sqnr_db > least + CODES_WORTHWHILE_DB:
+                best, least = tried, sqnr_db
+        return best
 
     def _algorithms(self, start: Setting) -> Setting:
         """The preset of algorithms that gives the least error, where the recipe asks for none."""
@@ -198,14 +217,14 @@ class Search:
                         best, least = tried, sqnr_db
         return best
 
-    def _fewest_float(self, setting: Setting, order: Sequence[str]) -> None:
-        """The shortest prefix of the order that keeps the limits, and from it every layer given back that can be."""
+    def _fewest_steps(self, setting: Setting, order: Sequence[Step]) -> None:
+        """The shortest prefix of the order that keeps the limits, then without every step that can be spared."""
 
-        def holds(names: Sequence[str]) -> bool:
-            return self._trial(setting.with_float(names)).holds
+        def holds(steps: Sequence[Step]) -> bool:
+            return self._trial(setting.with_changes(taken(steps))).holds
 
         fails, count = 0, 1
-        while not holds(order[:count]):
+        while order and not holds(order[:count]):
             if count >= len(order):
                 return
             fails, count = count, min(2 * count, len(order))
@@ -213,9 +232,9 @@ class Search:
             middle = (fails + count) // 2
             fails, count = (fails, middle) if holds(order[:middle]) else (middle, count)
         kept = list(order[:count])
-        for name in reversed(order[: count - 1]):  # without the last one the limits are not kept: that was measured
-            fewer = [other for other in kept if other != name]
-            if fewer and holds(fewer):
+        for step in reversed(order[: count - 1]):  # without the last one the limits are not kept: that was measured
+            fewer = [other for other in kept if other is not step]
+            if taken(fewer) != taken(kept) and holds(fewer):
                 kept = fewer
 
     def _final(self, stopped: bool) -> Trial:
@@ -297,17 +316,15 @@ class Search:
     def _text(self, best: Trial, stopped: bool) -> str:
         """The verdict in a sentence."""
         figures = "; ".join(f"{gate.name} {gate.text}" for gate in best.gates)
-        floats = len(best.setting.floats)
-        budget = f" within the {self.settings.time_budget_s:g} s of tune.time_budget_s" if stopped else ""
+        changes = [change for _, change in best.setting.changes]
+        made = f"{changes.count(FLOAT)} layers in float and {changes.count(TWO_TERMS)} with weights in two terms"
+        budget = f"the {self.settings.time_budget_s:g} s of tune.time_budget_s were over"
         if not best.holds:
-            tried = "none of the settings tried keeps it" if stopped else "not with all but one layer in float either"
-            return f"the target was not reached{budget} ({tried}); the closest has {floats} layers in float: {figures}"
-        speed = (
-            f"{100 / best.latency['relative']:.0f} % of the speed it was asked to start from" if best.latency else ""
-        )
-        return (
-            f"{figures}, with {floats} layers in float, at {speed}{'; the search stopped' + budget if stopped else ''}"
-        )
+            why = budget if stopped else "all but one layer in float do not reach it either"
+            return f"the target was not reached ({why}); what comes closest has {made}: {figures}"
+        assert best.latency is not None
+        speed = f"{100 / best.latency['relative']:.0f} % of the speed of the recipe as it was"
+        return f"{figures}, with {made}, at {speed}{f'; the search stopped when {budget}' if stopped else ''}"
 
 
 def judged(limits: ConstraintSettings, accuracy: Mapping[str, Any]) -> list[GateResult]:
@@ -315,24 +332,60 @@ def judged(limits: ConstraintSettings, accuracy: Mapping[str, Any]) -> list[Gate
     return evaluate_gates(GatesSettings(**limits.model_dump()), {"accuracy": accuracy})
 
 
-def by_ratio(rows: Sequence[Mapping[str, Any]], start_ms: float) -> list[str]:
-    """Layers by noise that float gives back per millisecond that it adds, best first; the last linear op stays int8."""
-    least = LEAST_COST * start_ms
-    return _order(rows, lambda row: harm(row) / max(row["added_ms"], least))
+@dataclass(frozen=True)
+class Step:
+    """A layer made more exact: the share of all noise that this takes away, and the milliseconds that it adds.
 
-
-def by_noise(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Layers by noise that float gives back, best first; the last linear op stays int8."""
-    return _order(rows, harm)
-
-
-def harm(row: Mapping[str, Any]) -> float:
-    """Share of the noise power that a layer brings in: mean of what it adds alone and of what is gone without it.
-
-    Alone it can't be negative, and without it interactions are seen.
+    Float after two terms is a step of its own: what it takes away and adds beyond them.
     """
-    back = max(row["noise_back"], 0.0)
-    return float((back + (back if row["noise_alone"] is None else row["noise_alone"])) / 2)
+
+    layer: str
+    change: str
+    noise: float
+    ms: float
+
+
+def possible_steps(rows: Sequence[Mapping[str, Any]], least_ms: float) -> list[Step]:
+    """All steps worth taking, from a sensitivity's rows; the least harmful linear layer is never made float.
+
+    Args:
+        least_ms: an added time below this is noise, and counts as this.
+    """
+    linear = [row["layer"] for row in rows if row["two_terms"] is not None] or [row["layer"] for row in rows]
+    steps = []
+    for row in rows:
+        exact = Step(
+            row["layer"], FLOAT, row["float_alone"]["noise_back"], max(row["float_alone"]["added_ms"], least_ms)
+        )
+        terms = row["two_terms"]
+        if terms is not None:
+            doubled = Step(row["layer"], TWO_TERMS, terms["noise_back"], max(terms["added_ms"], least_ms))
+            beyond = Step(row["layer"], FLOAT, exact.noise - doubled.noise, max(exact.ms - doubled.ms, least_ms))
+            if doubled.noise > 0 and doubled.noise / doubled.ms > beyond.noise / beyond.ms:
+                steps.append(doubled)
+                exact = beyond
+        if row["layer"] != linear[-1]:
+            steps.append(exact)
+    return steps
+
+
+def by_ratio(steps: Sequence[Step]) -> list[Step]:
+    """Best first by noise taken away per millisecond added."""
+    return sorted(steps, key=lambda step: -step.noise / step.ms)
+
+
+def by_noise(steps: Sequence[Step]) -> list[Step]:
+    """Best first by noise taken away."""
+    return sorted(steps, key=lambda step: -step.noise)
+
+
+def taken(steps: Sequence[Step]) -> dict[str, str]:
+    """The changes that some steps come to, whatever their order: float goes before two terms."""
+    changes: dict[str, str] = {}
+    for step in steps:
+        if changes.get(step.layer) != FLOAT:
+            changes[step.layer] = step.change
+    return changes
 
 
 def with_observer(layer: str | LayerOverride | None, part: str, observer: str) -> LayerOverride | None:
@@ -345,12 +398,6 @@ def with_observer(layer: str | LayerOverride | None, part: str, observer: str) -
     else:
         changed = layer.weight.model_copy(update={"observer": observer})
     return layer.model_copy(update={part: changed})
-
-
-def _order(rows: Sequence[Mapping[str, Any]], score: Callable[[Mapping[str, Any]], float]) -> list[str]:
-    ordered = sorted(rows, key=lambda row: -score(row))
-    stays = next((row for row in reversed(ordered) if row["noise_alone"] is not None), None)
-    return [row["layer"] for row in ordered if row is not stays]
 
 
 def _only_db(errors: Mapping[str, Any]) -> dict[str, Any]:

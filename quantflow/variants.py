@@ -52,8 +52,8 @@ def _as_measured(prepared: Prepared, table: CalibrationTable) -> tuple[Refined, 
 class Variants:
     """Builds variants of one model.
 
-    Without algorithms a variant is what a run with its settings makes, to the bit. With them, a variant with more
-    layers in float keeps the numbers that they gave the other layers: they do not run again for it.
+    Without algorithms a variant is what a run with its settings makes, to the bit. With them, a variant in which some
+    layers are changed keeps the numbers that they gave the others: they do not run again for it.
     """
 
     def __init__(
@@ -114,23 +114,23 @@ class Variants:
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def build(self, qconfig: QConfig, layers: Layers, floats: Sequence[str] = ()) -> Variant:
+    def build(self, qconfig: QConfig, layers: Layers, changed: Layers | None = None) -> Variant:
         """The variant's products.
 
         Args:
-            floats: names of layers that are float, whatever `layers` says.
+            changed: layers, by exact name, that differ from `layers`; they may be float, or have weights in two terms.
 
         Raises:
             QuantflowError: as `make_plan`, `calibrate` and `convert`.
         """
-        prepared, table = self._prepared(qconfig, {**layers, **dict.fromkeys(floats, "float")})
+        prepared, table = self._prepared(qconfig, {**layers, **(changed or {})})
         plain, refined, improved = self._numbers(qconfig, layers)
-        if floats:
+        if changed:
             refined = _carried_over(plain, refined, unrefined(prepared, table))
         return Variant(prepared.plan, table, convert(prepared, table, refined), (*self._rewritten, *improved))
 
     def _numbers(self, qconfig: QConfig, layers: Layers) -> tuple[Refined, Refined, tuple[Applied, ...]]:
-        """Before and after the algorithms, without further float layers; the last are kept: algorithms take time."""
+        """Before and after the algorithms, without changed layers; the last are kept: algorithms take time."""
         key = repr((qconfig, list(layers.items())))
         if key not in self._refined:
             prepared, table = self._prepared(qconfig, layers)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from quantflow.runtimes import Choice
 from quantflow.schema import Algorithm, LayerOverride, QConfig
 from quantflow.variants import Layers, Variant, Variants
 
-FLOAT = "float"
+FLOAT, TWO_TERMS = "float", "two terms"
 #: Two programs take turns this often and this long, and the median of the rounds' ratios counts.
 ROUNDS, ROUND_MS = 7, 40.0
 #: Runs that a kernel's least time is taken from.
@@ -34,25 +34,35 @@ PROFILE_RUNS = 20
 
 @dataclass(frozen=True)
 class Setting:
-    """What of a recipe a search may change."""
+    """What of a recipe a search may change.
+
+    `changes` are layers that it makes more exact, by exact name: FLOAT or TWO_TERMS.
+    """
 
     algorithms: tuple[Algorithm, ...]
     qconfig: QConfig
     layers: Layers = field(default_factory=dict)
-    floats: tuple[str, ...] = ()
+    changes: tuple[tuple[str, str], ...] = ()
 
     def with_layers(self, changed: Layers) -> Setting:
         """These layers changed, by exact name; the other patterns stay in their order."""
         return replace(self, layers={**self.layers, **changed})
 
-    def with_float(self, names: Sequence[str]) -> Setting:
-        """Those layers float, and no others but the recipe's."""
-        return replace(self, floats=tuple(sorted(names)))
+    def with_changes(self, changes: Mapping[str, str]) -> Setting:
+        """Those changes and no others."""
+        return replace(self, changes=tuple(sorted(changes.items())))
+
+    @property
+    def changed_layers(self) -> Layers:
+        """The changes as entries of `layers`."""
+        return {
+            name: FLOAT if change == FLOAT else _in_two_terms(self.layers.get(name)) for name, change in self.changes
+        }
 
     @property
     def all_layers(self) -> Layers:
         """`layers` of the recipe that makes this setting."""
-        return {**self.layers, **dict.fromkeys(self.floats, FLOAT)}
+        return {**self.layers, **self.changed_layers}
 
     def to_json(self) -> dict[str, Any]:
         layers = {
@@ -66,6 +76,15 @@ class Setting:
     def digest(self) -> str:
         """16 hexadecimal digits that name the setting."""
         return hashlib.sha256(json.dumps(self.to_json()).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layer that runs in int8, and whether its weight can be coded in two terms."""
+
+    name: str
+    op: str
+    takes_two_terms: bool
 
 
 class Yardstick:
@@ -136,10 +155,14 @@ class Workbench:
     def variant(self, setting: Setting) -> Variant:
         return self._build(setting)[0]
 
-    def candidates(self, setting: Setting) -> list[tuple[str, str]]:
-        """(name, op) of the convolutions, linears and matmuls that run in int8."""
-        units = [p.unit for p in self.variant(setting).plan.units if p.is_int8 and p.unit.kind in (CORE, MATMUL)]
-        return [(unit.name, unit.op) for unit in units]
+    def candidates(self, setting: Setting) -> list[Candidate]:
+        """The convolutions, linears and matmuls that run in int8."""
+        planned = [p for p in self.variant(setting).plan.units if p.is_int8 and p.unit.kind in (CORE, MATMUL)]
+        swaps = self.variants(setting).imperative is not None
+        return [
+            Candidate(p.unit.name, p.unit.op, p.unit.kind == CORE and p.qconfig.weight.terms == 1 and not swaps)
+            for p in planned
+        ]
 
     def ranking_errors(self, setting: Setting) -> dict[str, Any]:
         """Against float, on the ranking samples."""
@@ -188,7 +211,7 @@ class Workbench:
         """The last one built is kept: most questions about a setting follow each other."""
         if self._built is None or self._built[0] != setting:
             self._built = None
-            variant = self.variants(setting).build(setting.qconfig, setting.layers, setting.floats)
+            variant = self.variants(setting).build(setting.qconfig, setting.layers, setting.changed_layers)
             self._built = (setting, variant, compile_program(variant.program, self.choice))
         return self._built[1:]
 
@@ -198,6 +221,11 @@ class Workbench:
             inputs = bind(compiled.program.inputs, self._batch.args, self._batch.kwargs)
             self._profiles[setting.digest] = compiled.layer_times(inputs, PROFILE_RUNS)
         return self._profiles[setting.digest]
+
+
+def _in_two_terms(layer: str | LayerOverride | None) -> LayerOverride:
+    layer = layer if isinstance(layer, LayerOverride) else LayerOverride()
+    return layer.model_copy(update={"weight": layer.weight.model_copy(update={"terms": 2})})
 
 
 def differing(a: Program, b: Program) -> set[str]:

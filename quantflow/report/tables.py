@@ -94,10 +94,10 @@ def sensitivity(found: Mapping[str, Any]) -> Table:
             row["op"],
             db((row["int8_alone"] or {}).get("sqnr_db")),
             db(row["float_alone"]["sqnr_db"]),
-            db(row["gain_db"]),
-            percent(row["noise_back"]),
+            db(row["float_alone"]["gain_db"]),
+            percent(row["float_alone"]["noise_back"]),
             *(number((row[which] or {}).get(key)) for key, _ in named for which in ("int8_alone", "float_alone")),
-            ms(row["added_ms"]),
+            ms(row["float_alone"]["added_ms"]),
         )
         for row in found["layers"]
     )

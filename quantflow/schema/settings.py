@@ -107,13 +107,17 @@ class ConstraintSettings(Settings):
 class TuneSettings(Settings):
     """A search for the fastest int8 model that keeps `subject_to`; the main run searches when a limit is set.
 
-    What costs no speed is tried first: where the recipe has no algorithms the presets in `algorithms`, and where none
-    of them helps other `observers`, for activations and weights. Layers that this does not save are left float.
+    What costs little or no speed is tried first: activation codes as in `qconfigs`, where the recipe has no algorithms
+    the presets in `algorithms`, and where none of these helps other `observers`, for activations and weights. Layers
+    that this does not save get weights in two int8 terms, or are left float.
     `time_budget_s` covers the search up to the artifact, interruptions not counted.
     """
 
     objective: Literal["fastest"] = "fastest"
     subject_to: ConstraintSettings = ConstraintSettings()
+    qconfigs: Annotated[
+        tuple[Literal["sym_int8", "affine_uint8", "sym_uint8", "affine_int8"], ...], Field(strict=False)
+    ] = ("affine_uint8",)
     algorithms: Annotated[tuple[Literal["fast", "accurate", "best"], ...], Field(strict=False)] = ("fast",)
     observers: Annotated[tuple[Literal["minmax", "mse", "percentile"], ...], Field(strict=False)] = ("mse",)
     time_budget_s: Annotated[float, Field(gt=0, le=31_536_000)] = 600.0
