@@ -46,6 +46,7 @@ from quantflow.gates import FAILED, evaluate_gates, verdict
 from quantflow.graph import Graph, interpret
 from quantflow.imperative import called_modules, carry_over, fixed_constants, swap_modules
 from quantflow.journal import Journal
+from quantflow.layer_sensitivity import SEARCHED, measure_sensitivity, plot_ready
 from quantflow.models import LoadedModel, estimate_batchnorm, load_model
 from quantflow.plan import Plan, make_plan
 from quantflow.prepare import Prepared, bind, prepare
@@ -55,7 +56,6 @@ from quantflow.report import Progress
 from quantflow.runtimes import Choice, choose_runtime, native_devices
 from quantflow.schema import Algorithm, ConstraintSettings, Recipe
 from quantflow.selftest import selftest
-from quantflow.sensitivity import SEARCHED, measure_sensitivity, plot_ready
 from quantflow.tune import Outcome, Search, Trial, judged
 from quantflow.variants import Variant, Variants
 from quantflow.warmup import Warmup, warmup

@@ -4,7 +4,7 @@
 2. What costs little or no speed: other activation codes, presets of accuracy algorithms where the recipe asks for none,
    and without algorithms other observers, for the whole model and for its worst layers. Keep what lowers the error.
 3. Two steps can be taken per layer: its weight in two int8 terms, and float. Rank all of them by the noise that each
-   gives back per millisecond that it costs (`quantflow.sensitivity`).
+   gives back per millisecond that it costs (`quantflow.layer_sensitivity`).
 4. Take the first m steps of that order, with the least m that keeps the limits: errors of layers do not add up, so each
    try is the whole program, measured. Then take steps back, the poorest first, while the limits are kept. Once more in
    the order of noise alone.
