@@ -254,7 +254,8 @@ class Search:
             except BudgetSpent:
                 break
             if latency["relative"] < least * FASTER:
-                best, least = Trial(trial.setting, trial.accuracy, latency, trial.gates), latency["relative"]
+                timed = {key: value for key, value in latency.items() if key != "seconds"}
+                best, least = replace(trial, latency=timed), latency["relative"]
         return best
 
     # -- measurements
@@ -298,7 +299,6 @@ class Search:
             self._require_time(kind)
         record = self.journal.measure(name, work)
         self._longest_s[kind] = max(self._longest_s.get(kind, 0.0), record["seconds"])
-        self.progress(int(self.spent_s()), int(self.settings.time_budget_s))
         return record
 
     def _require_time(self, kind: str) -> None:
@@ -306,6 +306,7 @@ class Search:
         Raises:
             BudgetSpent: a measurement as long as the longest of its kind would end too late.
         """
+        self.progress(int(self.spent_s()), int(self.settings.time_budget_s))
         needed = self._longest_s.get(kind, 0.0) + self.reserve_s
         if self.spent_s() + needed > self.settings.time_budget_s:
             raise BudgetSpent
