@@ -8,7 +8,7 @@
 Importing quantflow registers the `quantflow::` operators that saved TorchScript models call.
 """
 
-from quantflow.api import quantize
+from quantflow.api import quantize, sensitivity
 from quantflow.config import load_recipe
 from quantflow.errors import QuantflowError
 from quantflow.executor import run
@@ -27,4 +27,5 @@ __all__ = [
     "load_recipe",
     "quantize",
     "run",
+    "sensitivity",
 ]

@@ -12,7 +12,7 @@ from torch import nn
 from quantflow.data import Batch, Data, as_batches
 from quantflow.data.samples import hash_of, identity_of
 from quantflow.errors import Problem, RecipeError, UsageError, nearest
-from quantflow.executor import Source, execute
+from quantflow.executor import Source, analyse, execute
 from quantflow.models import LoadedModel
 from quantflow.quantized import Quantized
 from quantflow.report import Progress, make_console
@@ -34,6 +34,7 @@ def quantize(
     evaluation: Iterable[Any] | None = None,
     benchmark: bool = False,
     gates: Mapping[str, float] | None = None,
+    tune: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> Quantized:
@@ -54,6 +55,8 @@ def quantize(
         evaluation: input to compare int8 with float on; None compares on the calibration batches.
         benchmark: also time float and int8, interleaved.
         gates: limits as in a recipe; the verdict is in `model.results`, nothing is raised.
+        tune: search for the fastest model that keeps limits on `evaluation`, as in a recipe:
+            {"subject_to": {"min_agreement": 0.97}, "time_budget_s": 600}.
         progress: show progress on the terminal.
 
     Returns:
@@ -79,20 +82,78 @@ def quantize(
             "device": {"kind": device},
             "benchmark": {"enabled": benchmark},
             "gates": dict(gates or {}),
+            "tune": dict(tune or {}),
             "seed": seed,
         },
         "quantize",
     )
+    source = _source(module, calibration, compared)
+    with _in_eval_mode(module), Progress(make_console(), quiet=not progress) as shown:
+        return execute(recipe, source, shown, None, ())
+
+
+def sensitivity(
+    module: Module,
+    batches: Iterable[Any],
+    *,
+    samples: int = 32,
+    qconfig: str | Mapping[str, Any] = "sym_int8",
+    layers: Mapping[str, Any] | None = None,
+    algorithms: str | Sequence[Any] = "none",
+    mode: str | Mapping[str, Any] = "export",
+    runtime: str = "auto",
+    device: str = "auto",
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """What int8 in each layer alone costs, and what float in it alone gives back.
+
+    What was measured once on the same model, data and machine is read from $XDG_CACHE_HOME/quantflow.
+
+    Args:
+        samples: how many of the batches' samples each layer is judged on.
+        module, batches, …: as for `quantize`.
+
+    Returns:
+        {"samples", "all_int8": figures, "layers": [{"rank", "layer", "op", "int8_alone": figures, "float_alone":
+        figures}], …}, most harmful first; see `quantflow.layer_sensitivity.measure_sensitivity`.
+
+    Raises:
+        QuantflowError: as `quantize`.
+    """
+    calibration = _batches(batches, "batches")
+    recipe = Recipe.from_dict(
+        {
+            "name": "sensitivity",
+            "task": "sensitivity",
+            "model": {"kind": "given", "name": type(module).__name__},
+            "data": {"kind": "given"},
+            "qconfig": _qconfig(qconfig),
+            "layers": dict(layers or {}),
+            "algorithms": algorithms,
+            "mode": {"kind": mode} if isinstance(mode, str) else dict(mode),
+            "runtime": {"kind": runtime},
+            "device": {"kind": device},
+            "sensitivity": {"samples": samples},
+            "seed": seed,
+        },
+        "sensitivity",
+    )
+    source = _source(module, calibration, calibration)
+    with _in_eval_mode(module), Progress(make_console(), quiet=not progress) as shown:
+        return analyse(recipe, source, shown)
+
+
+def _source(module: Module, calibration: list[Batch], compared: list[Batch]) -> Source:
+    """The user's own objects as what a recipe's model and data come to."""
     if not isinstance(module, (nn.Module, torch.export.ExportedProgram)):
         raise UsageError(
             f"module: is a {type(module).__name__}; pass an nn.Module, a ScriptModule or an ExportedProgram"
         )
     identity = identity_of("given", {"calibration": _identity(calibration), "evaluation": _identity(compared)})
-    source = Source(
+    return Source(
         LoadedModel(module, type(module).__name__, weights_used="as given"), Data(calibration, compared, identity)
     )
-    with _in_eval_mode(module), Progress(make_console(), quiet=not progress) as shown:
-        return execute(recipe, source, shown, None, ())
 
 
 @contextlib.contextmanager

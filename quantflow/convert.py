@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from quantflow.passes.units import (
 from quantflow.plan import PlannedUnit
 from quantflow.prepare import Prepared
 from quantflow.program import Node, Program, Ref, TensorRef, Value
-from quantflow.refined import Refined, unrefined
+from quantflow.refined import LayerNumbers, Refined, float_numbers, left_over, product_qparams, unrefined
 
 
 def convert(prepared: Prepared, table: CalibrationTable, refined: Refined | None = None) -> Program:
@@ -121,6 +123,10 @@ class _Converter:
 
     def _linear(self, planned: PlannedUnit) -> None:
         unit, numbers = planned.unit, self._layers[planned.unit.name]
+        low = None
+        if planned.qconfig.weight.terms == 2:
+            weight, bias = float_numbers(self._graph, planned)
+            low, numbers = left_over(weight, numbers), replace(numbers, bias=bias)
         attrs: dict[str, Any] = {
             "weight": self._store(f"{unit.name}.weight_int8", numbers.codes),
             "weight_scale": self._store(f"{unit.name}.weight_scale", numbers.scale),
@@ -134,7 +140,40 @@ class _Converter:
         residual = None if unit.residual is None else self._as_codes(unit.residual)
         output = self._define(planned, _is_nonnegative(unit.epilogue, False))
         op = "linear" if unit.op == "linear" else "conv"
+        if low is not None:
+            residual = self._second_term(planned, op, low, x, residual, attrs)
         self._nodes.append(Node(unit.name, op, output, (x, residual), epilogue=unit.epilogue, attrs=attrs))
+
+    def _second_term(
+        self, planned: PlannedUnit, op: str, low: LayerNumbers, x: Ref, residual: Ref | None, attrs: Mapping[str, Any]
+    ) -> Ref:
+        """x times the weight's left-over, as codes that the layer itself takes for its residual.
+
+        On top of a residual it is written in the residual's own scale, so that this is not rounded a second time.
+        """
+        name = f"{planned.unit.name}.low"
+        written = self._values.get(planned.unit.output.name)
+        if residual is not None:
+            value = self._values[residual.name]
+        else:
+            dtype = written.qparams.dtype if written is not None and written.qparams is not None else "int8"
+            qparams = self._values[x.name].qparams
+            assert qparams is not None
+            value = Value(product_qparams(low, qparams, self._nonnegative_codes(x), dtype))
+        self._values[name] = replace(value, is_nonnegative=False)
+        second = {
+            **attrs,
+            "weight": self._store(f"{name}.weight_int8", low.codes),
+            "weight_scale": self._store(f"{name}.weight_scale", low.scale),
+            "bias": None,
+        }
+        self._nodes.append(Node(name, op, name, (x, residual), attrs=second))
+        return Ref(name)
+
+    def _nonnegative_codes(self, x: Ref) -> bool:
+        qparams, value = self._values[x.name].qparams, self._values[x.name]
+        assert qparams is not None
+        return value.is_nonnegative or qparams.zero_point == qparams.range[0]
 
     def _pair(self, planned: PlannedUnit) -> None:
         unit = planned.unit

@@ -10,7 +10,9 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +52,9 @@ from quantflow.gates import FAILED, evaluate_gates, verdict
 from quantflow.graph import Graph, interpret
 from quantflow.imperative import called_modules, carry_over, fixed_constants, swap_modules
 from quantflow.joins import Join, join_costs, join_notices
+from quantflow.journal import Journal
 from quantflow.layer_errors import own_errors
+from quantflow.layer_sensitivity import SEARCHED, measure_sensitivity, plot_ready
 from quantflow.models import LoadedModel, estimate_batchnorm, load_model
 from quantflow.plan import Plan, make_plan
 from quantflow.prepare import Prepared, bind, prepare
@@ -68,11 +72,14 @@ from quantflow.quantized import (
 )
 from quantflow.report import Progress
 from quantflow.runtimes import Choice, choose_runtime, native_devices
-from quantflow.schema import Recipe
+from quantflow.schema import Algorithm, ConstraintSettings, Recipe
 from quantflow.schema.json_schema import recipe_json_schema
 from quantflow.selftest import selftest
+from quantflow.tune import Outcome, Search, Trial, judged
+from quantflow.variants import Variant, Variants
 from quantflow.warmup import Warmup, warmup
 from quantflow.work import Work
+from quantflow.workbench import Setting, Workbench, Yardstick
 from quantflow.workers import Workers, joined, rank_and_count
 
 #: Warm-up compares with the reference on this many samples: exact integer sums are slow.
@@ -86,6 +93,9 @@ OWN_SAMPLES = 4
 #: Each layer is timed this often, or as often as fits in about this time.
 MOST_REPEATS = 10
 PER_LAYER_MS = 2000.0
+#: A search keeps this many times the seconds that its end was measured to take.
+RESERVE = 1.25
+TUNE_JOURNAL = "tune.jsonl"
 
 Update = Callable[[int, int | None], None]
 #: This process computes everything by itself.
@@ -149,34 +159,42 @@ def execute(
     overrides: Sequence[str],
     workers: Workers = ONLY,
     baseline: Mapping[str, Any] | None = None,
+    destination: Path | None = None,
 ) -> Quantized:
     """Every stage on a loaded source; the result carries its record and results.
 
+    A recipe with limits in `tune.subject_to` is searched for first, and the result is that of the recipe found.
+
     Args:
         baseline: another artifact's figures, for the report.
+        destination: where a search saves the best so far; None: nowhere.
 
     Raises:
         QuantflowError: any stage's own error.
     """
+    if recipe.tune.subject_to.is_set:
+        return _tuned(recipe, source, progress, work, overrides, baseline, destination)
     built = build(recipe, source, progress, work, workers)
+    return _finished(recipe, source, built, progress, overrides, work, workers, baseline)
+
+
+def _finished(
+    recipe: Recipe,
+    source: Source,
+    built: Built,
+    progress: Progress,
+    overrides: Sequence[str],
+    work: Work | None = None,
+    workers: Workers = ONLY,
+    baseline: Mapping[str, Any] | None = None,
+    sections: Mapping[str, Any] | None = None,
+    notices: Sequence[str] = (),
+    attached: Mapping[str, bytes] | None = None,
+) -> Quantized:
+    """Measured, judged and with its record. A search adds its own sections, notices and files."""
     assert built.warmup is not None, "the first worker warms up"
     results: dict[str, Any] = {
-        "format": 1,
-        "recipe": {
-            "name": recipe.name,
-            "description": recipe.description,
-            "hash": recipe.hash(),
-            "overrides": list(overrides),
-            "settings": recipe.to_dict(),
-        },
-        "environment": environment(),
-        "model": _model_section(source.model),
-        "data": source.data.identity,
-        "mode": recipe.mode.kind,
-        "device": built.compiled.choice.device,
-        "runtime": _runtime_section(built.compiled.choice),
-        "plan": built.plan.to_json()["rows"],
-        "graph": fused_graph(built.program),
+        **_opening(recipe, source, built.plan, built.program, built.compiled.choice, overrides),
         "calibration": {
             "batches": built.table.batches,
             "samples": built.table.samples,
@@ -190,6 +208,7 @@ def execute(
         "warmup": built.warmup.to_json(),
     }
     results["int8_proof"] = _int8_proof(built, source)
+    results |= sections or {}
     results |= measure(recipe, source, built.program, built.compiled, built.graph, built.call, progress, work, workers)
     results["notices"] = [
         *source.notices,
@@ -200,6 +219,7 @@ def execute(
         *(notice for applied in built.algorithms for notice in applied.outcome.notices),
         *built.warmup.notices,
         *([] if work is None else work.notices),
+        *notices,
     ]
     results["resumed"] = [] if work is None else work.resumed
     results |= judge(recipe, results)
@@ -207,8 +227,34 @@ def execute(
         results["baseline"] = beside(baseline, results)
     results["stages"] = progress.stages
     graph_text = _graph_text(built, source) if recipe.report.graph_dump else None
-    record = Record(recipe.to_dict(), built.plan.to_json(), built.table, built.program, results, graph_text)
+    record = Record(
+        recipe.to_dict(), built.plan.to_json(), built.table, built.program, results, graph_text, attached or {}
+    )
     return built.model(record)
+
+
+def _opening(
+    recipe: Recipe, source: Source, plan: Plan, program: Program, choice: Choice, overrides: Sequence[str]
+) -> dict[str, Any]:
+    """What the results say before anything is measured."""
+    return {
+        "format": 1,
+        "recipe": {
+            "name": recipe.name,
+            "description": recipe.description,
+            "hash": recipe.hash(),
+            "overrides": list(overrides),
+            "settings": recipe.to_dict(),
+        },
+        "environment": environment(),
+        "model": _model_section(source.model),
+        "data": source.data.identity,
+        "mode": recipe.mode.kind,
+        "device": choice.device,
+        "runtime": _runtime_section(choice),
+        "plan": plan.to_json()["rows"],
+        "graph": fused_graph(program),
+    }
 
 
 def build(
@@ -223,9 +269,7 @@ def build(
     Workers calibrate together and convert the merged table each for itself; the first one verifies and tunes.
     """
     choice = choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind)
-    example = next(iter(source.data.calibration), None)
-    if example is None:
-        raise DataError("calibration data: there are no samples; calibrate on some that look like the real input")
+    example = _first_batch(source)
     module = source.model.module
     graph, rewritten, imperative = captured(recipe, source, choice, example, progress)
     with progress.stage("plan"):
@@ -245,11 +289,28 @@ def build(
         joins = join_costs(prepared, refined, _material(recipe, source, graph).first(LAYER_SAMPLES))
     with progress.stage("convert"):
         program = convert(prepared, table, refined)
+    variant = Variant(plan, table, program, (*rewritten, *improved))
+    built = _made_ready(recipe, graph, variant, imperative, choice, example, progress, workers)
+    return replace(built, outliers=outliers, joins=joins)
+
+
+def _made_ready(
+    recipe: Recipe,
+    graph: Graph,
+    variant: Variant,
+    imperative: nn.Module | None,
+    choice: Choice,
+    example: Batch,
+    progress: Progress,
+    workers: Workers = ONLY,
+) -> Built:
+    """compile → warm up, which is the first worker's."""
+    plan, program = variant.plan, variant.program
     with progress.stage("compile"):
         compiled = compile_program(program, choice)
         swapped = swap_modules(imperative, plan, program, choice.runtime.name) if imperative is not None else None
     if not workers.is_first:
-        return Built(graph, plan, table, program, compiled, None, swapped)
+        return Built(graph, plan, variant.table, program, compiled, None, swapped)
     with progress.stage("warm up") as stage:
         warm = warmup(
             compiled,
@@ -261,16 +322,22 @@ def build(
             alone=progress.alone,
             progress=stage.update,
         )
-    return Built(graph, plan, table, program, compiled, warm, swapped, (*rewritten, *improved), outliers, joins)
+    return Built(graph, plan, variant.table, program, compiled, warm, swapped, variant.algorithms)
 
 
 def captured(
     recipe: Recipe, source: Source, choice: Choice, example: Batch, progress: Progress
 ) -> tuple[Graph, tuple[Applied, ...], nn.Module | None]:
     """capture → rewrite: the graph that is quantized, and in imperative mode the module that computes the same."""
-    module = source.model.module
     with progress.stage("capture"):
-        original = capture(module, example, recipe.mode)
+        original = capture(source.model.module, example, recipe.mode)
+    return _rewritten(recipe, source, choice, example, original, progress)
+
+
+def _rewritten(
+    recipe: Recipe, source: Source, choice: Choice, example: Batch, original: Graph, progress: Progress
+) -> tuple[Graph, tuple[Applied, ...], nn.Module | None]:
+    module = source.model.module
     imperative = module if recipe.mode.kind == "imperative" and isinstance(module, nn.Module) else None
     fixed = frozenset() if imperative is None else fixed_constants(imperative, original)
     graph, applied = rewrite(
@@ -312,6 +379,13 @@ def _calibrated(
     table = functools.reduce(CalibrationTable.merge, tables)
     require_complete(table, prepared.layers)
     return table
+
+
+def _first_batch(source: Source) -> Batch:
+    example = next(iter(source.data.calibration), None)
+    if example is None:
+        raise DataError("calibration data: there are no samples; calibrate on some that look like the real input")
+    return example
 
 
 def _tuned_for(recipe: Recipe, graph: Graph, example: Batch) -> list[Batch]:
@@ -424,6 +498,240 @@ def judge(recipe: Recipe, results: Mapping[str, Any]) -> dict[str, Any]:
     return {"gates": [vars(gate) for gate in gates], "verdict": verdict(gates)}
 
 
+# --- sensitivity and search
+
+
+def analyse(recipe: Recipe, source: Source, progress: Progress, checkpoint: Path | None = None) -> dict[str, Any]:
+    """Each layer's sensitivity, from the cache as far as it was measured before: see `measure_sensitivity`."""
+    bench = _workbench(recipe, source, progress, checkpoint)
+    with (
+        timing.threads(recipe.benchmark.threads),
+        _sensitivity_cache(recipe, source, bench) as journal,
+        progress.stage("sensitivity") as stage,
+    ):
+        found = measure_sensitivity(bench, bench.start, journal, progress=stage.update)
+    return {"recipe": recipe.name, "samples": recipe.sensitivity.samples, "resumed": journal.resumed, **found}
+
+
+def _workbench(
+    recipe: Recipe, source: Source, progress: Progress, checkpoint: Path | None, *, judges: bool = False
+) -> Workbench:
+    """capture → calibrate, for any number of settings. `judges`: float also runs over the evaluation data."""
+    choice = choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind)
+    example, module = _first_batch(source), source.model.module
+    with progress.stage("capture"):
+        original = capture(module, example, recipe.mode)
+
+    def variants_of(algorithms: tuple[Algorithm, ...]) -> Variants:
+        asked = recipe.model_copy(update={"algorithms": algorithms})
+        graph, applied, imperative = _rewritten(asked, source, choice, example, original, progress)
+        material = _material(recipe, source, graph)
+        variants = Variants(
+            graph,
+            source.data.calibration,
+            lambda qconfig, layers: plan_for(
+                asked.model_copy(update={"qconfig": qconfig, "layers": dict(layers)}), graph, choice, module, example
+            ),
+            lambda prepared, table: refine(algorithms, prepared, table, material, progress.stage),
+            rewritten=applied,
+            imperative=imperative,
+            key=asked.calibration_key(),
+            checkpoint=checkpoint if algorithms == recipe.algorithms else None,
+            checkpoint_every_s=recipe.calibrate.checkpoint_every_s,
+            resume=recipe.calibrate.resume,
+        )
+        with progress.stage("calibrate") as stage:
+            variants.calibrate(recipe.qconfig, recipe.layers, stage.update)
+        return variants
+
+    measured = {"metric": source.data.metric, "outputs": source.model.outputs}
+    with progress.stage("float") as stage:
+        ranked = list(_head(source.data.calibration, recipe.sensitivity.samples, original.batch_is_dynamic))
+        ranking = Yardstick(source.float_model(), ranked, **measured)
+        judging = None
+        if judges:
+            judging = Yardstick(source.float_model(), source.data.evaluation, **measured, progress=stage.update)
+    start = Setting(recipe.algorithms, recipe.qconfig, recipe.layers)
+    size = recipe.benchmark.batch_sizes[0]
+    timed = timing.resized(example, size) if original.batch_is_dynamic else example
+    return Workbench(variants_of, choice, start, timed, ranking, judging)
+
+
+def _head(batches: Iterable[Batch], samples: int, can_cut: bool) -> Iterator[Batch]:
+    """The first batches with that many samples, the last one cut where it can be."""
+    for batch in batches:
+        if samples <= 0:
+            return
+        yield batch.head(samples) if can_cut else batch
+        samples -= batch.size
+
+
+def _sensitivity_cache(recipe: Recipe, source: Source, bench: Workbench) -> Journal:
+    """The journal of a model's sensitivities, in the user's cache: later runs on the same model and data read it."""
+    key = _measurement_key(recipe, source, bench, {"samples": recipe.sensitivity.samples})
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Journal(base / "quantflow" / "sensitivity" / f"{key[:32]}.jsonl", key)
+
+
+def _measurement_key(recipe: Recipe, source: Source, bench: Workbench, more: Mapping[str, Any]) -> str:
+    """sha256 of all that measurements depend on: recipe, model, data, machine."""
+    found, choice = environment(), bench.choice
+    depends_on = {
+        "calibration": recipe.calibration_key(),
+        "model": bench.variants(bench.start).digest,
+        "data": source.data.identity,
+        "runtime": [choice.runtime.name, choice.device],
+        "timed": [recipe.benchmark.batch_sizes[0], recipe.benchmark.threads],
+        "machine": {name: found[name] for name in ("quantflow", "torch", "cpu", "isa", "cores")},
+        **more,
+    }
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+
+
+def _tuned(
+    recipe: Recipe,
+    source: Source,
+    progress: Progress,
+    work: Work | None,
+    overrides: Sequence[str],
+    baseline: Mapping[str, Any] | None,
+    destination: Path | None,
+) -> Quantized:
+    """The search of `quantflow.tune`, and the model of the recipe that it finds."""
+    began = time.perf_counter()
+    bench = _workbench(recipe, source, progress, _checkpoint(work), judges=True)
+    limits = {"tune": recipe.tune.model_dump(mode="json", exclude={"time_budget_s"})}
+    key = _measurement_key(recipe, source, bench, {**limits, "samples": recipe.sensitivity.samples})
+    file = None if destination is None else _tune_journal(destination)
+
+    def ready(setting: Setting, progress: Progress) -> Built:
+        model, variant = bench.variants(setting), bench.variant(setting)
+        return _made_ready(recipe, model.graph, variant, model.imperative, bench.choice, _first_batch(source), progress)
+
+    def save(trial: Trial) -> None:
+        if destination is not None:
+            _best_so_far(recipe, source, bench, trial, overrides).save(destination)
+
+    with (
+        timing.threads(recipe.benchmark.threads),
+        Journal(file, key) as journal,
+        _sensitivity_cache(recipe, source, bench) as cache,
+    ):
+        earlier_s = journal.spent_s
+        with progress.stage("verify"):
+            shown = Progress(report.make_console(), quiet=True)
+            verified = journal.measure("verify", lambda: _warmed(ready(bench.start, shown)).to_json())
+        with progress.stage("search") as stage:
+            outcome = Search(
+                bench,
+                lambda setting, before_each: measure_sensitivity(
+                    bench, setting, cache, SEARCHED, before_each=before_each
+                ),
+                recipe.tune,
+                journal,
+                reserve_s=RESERVE * (verified["seconds"] + _measuring_s(recipe, progress)),
+                spent_s=lambda: earlier_s + time.perf_counter() - began,
+                on_best=save,
+                progress=stage.update,
+            ).run(bench.start)
+        found = _tuned_recipe(recipe, outcome.best.setting)
+        section = _tune_section(recipe, outcome, journal)
+        attached = {TUNE_JOURNAL: journal.content()}
+        notices = [journal.notice] if journal.notice else []
+        built = ready(outcome.best.setting, progress)
+        if found.algorithms:
+            built, differing = _as_rerun(recipe, found, source, bench, built, progress)
+            notices += differing
+        return _finished(
+            found, source, built, progress, overrides,
+            baseline=baseline, sections={"tune": section}, notices=notices, attached=attached,
+        )  # fmt: skip
+
+
+def _warmed(built: Built) -> Warmup:
+    assert built.warmup is not None, "this process is the only worker"
+    return built.warmup
+
+
+def _checkpoint(work: Work | None) -> Path | None:
+    """Where one process alone keeps the state of its calibration."""
+    return None if work is None else work.checkpoint(ONLY.rank, ONLY.count)
+
+
+def _as_rerun(
+    recipe: Recipe, found: Recipe, source: Source, bench: Workbench, built: Built, progress: Progress
+) -> tuple[Built, list[str]]:
+    """The model that the found recipe itself makes, if it keeps the limits as well as the search's; else the search's.
+
+    Algorithms act on the plan they are given, so with further layers in float they may come to other numbers.
+    """
+    again = build(found, source, progress)
+    kept = all(gate.passed for gate in judged(recipe.tune.subject_to, bench.judge(again.call)))
+    if kept:
+        return again, []
+    return built, [
+        "the search's own program was kept: the recipe found, run by itself, misses a limit by a little, because its "
+        "algorithms come to other numbers with layers in float"
+    ]
+
+
+def _tune_journal(destination: Path) -> Path:
+    """Beside the artifact while the search goes on, then in it."""
+    return destination.with_name(f".{destination.name}.{TUNE_JOURNAL}")
+
+
+def _tuned_recipe(recipe: Recipe, setting: Setting) -> Recipe:
+    """The recipe that makes the setting's model without a search, and is judged by the search's limits."""
+    limits = {name: limit for name, limit in recipe.tune.subject_to.model_dump().items() if limit is not None}
+    return recipe.model_copy(
+        update={
+            "task": "run",
+            "algorithms": setting.algorithms,
+            "qconfig": setting.qconfig,
+            "layers": dict(setting.all_layers),
+            "gates": recipe.gates.model_copy(update=limits),
+            "tune": recipe.tune.model_copy(update={"subject_to": ConstraintSettings()}),
+        }
+    )
+
+
+def _best_so_far(recipe: Recipe, source: Source, bench: Workbench, trial: Trial, overrides: Sequence[str]) -> Record:
+    """What a search has while it goes on: complete, measured against float, and not yet verified or benchmarked."""
+    found, made = _tuned_recipe(recipe, trial.setting), bench.variant(trial.setting)
+    results = {
+        **_opening(found, source, made.plan, made.program, bench.choice, overrides),
+        "accuracy": trial.accuracy,
+        "notices": [*source.notices, *made.plan.notes, "the search was not over when this was saved: the best so far"],
+    }
+    results |= judge(found, results)
+    return Record(found.to_dict(), made.plan.to_json(), made.table, made.program, results)
+
+
+def _measuring_s(recipe: Recipe, progress: Progress) -> float:
+    """Seconds that the final evaluation and benchmark will take, from the float pass and the recipe's rounds."""
+    settings = recipe.benchmark
+    float_s = sum(float(stage["seconds"]) for stage in progress.stages if stage["name"] == "float")
+    rounds = len(settings.batch_sizes) * settings.rounds * 2 * settings.min_round_ms / 1e3
+    return (2 * float_s if recipe.evaluate.enabled else 0.0) + (rounds if settings.enabled else 0.0)
+
+
+def _tune_section(recipe: Recipe, outcome: Outcome, journal: Journal) -> dict[str, Any]:
+    best = outcome.best
+    return {
+        "objective": recipe.tune.objective,
+        "subject_to": {k: v for k, v in recipe.tune.subject_to.model_dump().items() if v is not None},
+        "verdict": outcome.verdict,
+        "text": outcome.text,
+        "stopped_by_budget": outcome.stopped_early,
+        "trials": outcome.trials,
+        "measurements": len(journal.records),
+        "resumed_measurements": journal.resumed,
+        "seconds": journal.spent_s,
+        "latency": best.latency,
+        **best.setting.to_json(),
+    }
+
+
 # --- tasks of the command line
 
 
@@ -444,6 +752,8 @@ def run_task(recipe: Recipe, overrides: Sequence[str]) -> int:
         "benchmark": _again,
         "doctor": _doctor,
         "selftest": _selftest,
+        "sensitivity": _sensitivity,
+        "tune": _run,
     }
     if rank_and_count()[0] > 0 and recipe.task != "run":
         return EXIT_PASSED  # the first worker's business
@@ -472,10 +782,11 @@ def run(recipe: Recipe, overrides: Sequence[str] = (), workers: Workers = ONLY) 
         with progress.stage("load") as stage:
             source = load_source(recipe, stage.update)
         report.print_notices(console, source.notices)
-        model = execute(recipe, source, progress, work, overrides, workers, baseline)
+        model = execute(recipe, source, progress, work, overrides, workers, baseline, destination)
     with Progress(console, quiet=recipe.report.quiet) as progress, progress.stage("save"):
         saved = model.record.save(destination)
     work.remove()
+    _tune_journal(destination).unlink(missing_ok=True)
     report.print_summary(console, model.results, artifact=_shown(saved), quiet=recipe.report.quiet)
     return model
 
@@ -492,6 +803,8 @@ def load_source(recipe: Recipe, update: Update | None = None) -> Source:
 
 
 def _run(recipe: Recipe, overrides: Sequence[str]) -> int:
+    if recipe.tune.subject_to.is_set and rank_and_count()[1] > 1:
+        raise UsageError("tune: a search measures time and runs in one process; start it without torchrun")
     with joined() as workers:
         if not workers.is_first:
             _assist(recipe, workers)
@@ -622,6 +935,33 @@ def _compare(recipe: Recipe, _overrides: Sequence[str]) -> int:
 
 def _schema(_recipe: Recipe, _overrides: Sequence[str]) -> int:
     print(json.dumps(recipe_json_schema(group_choices()), indent=1))
+    return EXIT_PASSED
+
+
+def _sensitivity(recipe: Recipe, _overrides: Sequence[str]) -> int:
+    """Measure every layer, print the ranking and write it for plots."""
+    console = report.make_console(plain=recipe.report.plain)
+    destination = Path(recipe.output or f"outputs/{recipe.name}.sensitivity.json")
+    work = Work(destination, recipe.work_key(), resume=recipe.resume)
+    with (
+        Progress(console, quiet=recipe.report.quiet) as progress,
+        _seeded(recipe.seed),
+        _nothing_left_on_error(work),
+    ):
+        with progress.stage("load"):
+            source = load_source(recipe)
+        report.print_notices(console, source.notices)
+        found = analyse(recipe, source, progress, _checkpoint(work))
+    partial = destination.with_name(f".{destination.name}.partial")
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(report.to_json(plot_ready(found)))
+        partial.replace(destination)
+    except OSError as error:
+        raise UsageError(f"output: '{destination}' can't be written ({error.strerror}); choose another") from error
+    work.remove()
+    report.print_sensitivity(console, found)
+    console.print(Text(f"saved in {_shown(destination)}"))
     return EXIT_PASSED
 
 

@@ -130,12 +130,14 @@ def _size_ratio(results: Mapping[str, Any]) -> Any:
 _NO_METRIC = "there are no labels to measure accuracy with; use data that has them, or gate min_agreement instead"
 _NO_SQNR = "evaluation found no output to compare; check the model's outputs"
 _NO_CLASSES = "the model's output has no classes to agree on; gate min_sqnr_db instead"
+_NO_ROWS = "the model's output is one number per sample, which has no direction; gate min_sqnr_db instead"
 
 #: Gate's name, as in a recipe → how it is judged.
 GATES: dict[str, _Gate] = {
     "min_sqnr_db": _Gate(True, " dB", _accuracy("sqnr_db", _NO_SQNR)),
     "max_accuracy_drop": _Gate(False, "", _accuracy_drop),
     "min_agreement": _Gate(True, "", _accuracy("agreement", _NO_CLASSES)),
+    "min_cosine": _Gate(True, "", _accuracy("cosine_min", _NO_ROWS)),
     "min_speedup": _Gate(True, "x", _speedup),
     "max_latency_ms": _Gate(False, " ms", _latency),
     "min_int8_coverage": _Gate(True, "", _coverage),

@@ -7,7 +7,7 @@ A tensor is held as codes where that pays: where an int8 op reads it, directly o
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -146,6 +146,7 @@ def make_plan(
     core = {unit: _why_float(unit, graph, overrides, left_float or {}) for unit in units if unit.kind in (CORE, MATMUL)}
     if mode == IMPERATIVE:
         units, core = _module_by_module(units, core, swappable or {})
+        overrides.require_one_term(unit for unit in units if core.get(unit) == "")
         int8 = {unit for unit in units if core.get(unit) == ""}
         written: set[fx.Node] = set()
     else:
@@ -184,6 +185,7 @@ class _Overrides:
     ) -> None:
         self._base = qconfig
         self._policy: dict[str, str] = policy.model_dump()
+        self._recipe_name = recipe_name
         self._chosen: dict[str, list[tuple[str, str | LayerOverride]]] = {}
         owner = {layer: unit for unit in units for layer in unit.layers if unit.kind != SIZE}
         types = {kind for unit in units for kind in (unit.op, unit.kind) if unit.kind not in (SIZE, FLOAT)}
@@ -228,6 +230,17 @@ class _Overrides:
         """The algorithms that any matching override turns off."""
         chosen = (value for _, value in self._chosen.get(unit.name, []) if isinstance(value, LayerOverride))
         return frozenset(name for value in chosen for name in value.without)
+
+    def require_one_term(self, units: Iterable[Unit]) -> None:
+        """
+        Raises:
+            RecipeError: a layer's weight is to be coded in two terms, which takes two int8 layers.
+        """
+        if names := [unit.name for unit in units if self.qconfig(unit).weight.terms != 1]:
+            message = (
+                f"2 is not possible in imperative mode, which swaps one module for one ({names[0]}); use mode=export"
+            )
+            raise RecipeError(self._recipe_name, [Problem("weight.terms", message)])
 
     def without_effect(self, deciding: set[str]) -> list[str]:
         """Notes on patterns whose activation settings reach no tensor. `deciding`: the units whose settings do."""
@@ -387,7 +400,9 @@ def _share_qparams(planned: Sequence[PlannedUnit]) -> tuple[dict[str, str], dict
 def _reason(unit: Unit, is_int8: bool, core: Mapping[Unit, str], overrides: _Overrides, mode: str) -> str:
     if is_int8:
         folded = unit.anchor.meta.get("batch_norm")
-        parts = [p for p, there in (("BatchNorm folded", folded), ("residual added", unit.residual)) if there]
+        doubled = unit.kind == CORE and overrides.qconfig(unit).weight.terms == 2
+        named = (("BatchNorm folded", folded), ("residual added", unit.residual), ("weight in two terms", doubled))
+        parts = [part for part, there in named if there]
         return ", ".join(parts)
     if core.get(unit):
         return core[unit]

@@ -10,6 +10,7 @@ import torch
 from torch.ao.quantization import ObserverBase
 from torch.ao.quantization import QConfig as TorchQConfig
 
+from quantflow.errors import UsageError
 from quantflow.numerics.affine import ACTIVATION_RANGE, WEIGHT_RANGE, activation_qparams, weight_scale
 from quantflow.observers import make_observer, weight_max_abs
 from quantflow.schema import ActivationSpec, QConfig, WeightSpec
@@ -24,6 +25,8 @@ _TORCH_QSCHEME = {
 
 def to_torch(qconfig: QConfig) -> TorchQConfig:
     """The equivalent torch.ao QConfig. torch.ao's own kernels saturate without VNNI, unless `reduce_range` is true."""
+    if qconfig.weight.terms != 1:
+        raise UsageError("qconfig.weight.terms: torch.ao has no weights in two terms; use 1")
     reduced = qconfig.reduce_range is True
     return TorchQConfig(  # type: ignore[no-untyped-call]
         activation=ActivationObserver.with_args(spec=qconfig.activation, reduce_range=reduced),

@@ -40,6 +40,8 @@ PAGE = "report.html"
 SUMMARY = "summary.md"
 JUNIT = "junit.xml"
 GRAPH = "graph.txt"
+#: Files that a record is read from or that are views of it; all others are kept as they are.
+_OWN_FILES = {*artifact.NAMES, artifact.MANIFEST, REPORT, PAGE, SUMMARY, JUNIT, GRAPH}
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Record:
         program: the integer program with its tensors.
         results: the figures, see report.json.
         graph: the fused graph as text, when it was asked for.
+        attached: further files by name, such as a search's journal.
     """
 
     recipe: Mapping[str, Any]
@@ -61,6 +64,7 @@ class Record:
     program: Program
     results: Mapping[str, Any] = field(default_factory=dict)
     graph: str | None = None
+    attached: Mapping[str, bytes] = field(default_factory=dict)
 
     def files(self) -> dict[str, bytes]:
         """File name → content. The same record gives the same bytes."""
@@ -74,7 +78,7 @@ class Record:
         }
         if self.graph is not None:
             files[GRAPH] = self.graph.encode()
-        return files
+        return {**self.attached, **files}
 
     def result_files(self) -> dict[str, bytes]:
         """The files that evaluate, benchmark and report write again."""
@@ -129,6 +133,7 @@ class Record:
             program=Program.from_json(artifact.parse_json(files[artifact.PROGRAM], artifact.PROGRAM), tensors),
             results=from_json(files[artifact.RESULTS]),
             graph=_graph(files),
+            attached={name: content for name, content in files.items() if name not in _OWN_FILES},
         )
 
 

@@ -21,6 +21,9 @@ from quantflow.passes.units import CORE
 from quantflow.plan import PlannedUnit
 from quantflow.prepare import Prepared
 
+#: Standard deviations of a sum of random signs.
+RARE = 5.0
+
 
 @dataclass(frozen=True)
 class LayerNumbers:
@@ -117,3 +120,26 @@ def float_numbers(graph: Graph, planned: PlannedUnit) -> tuple[torch.Tensor, tor
     weight, bias = ops["weight"], ops["bias"]
     assert isinstance(weight, fx.Node), "the plan keeps other layers float"
     return graph.constants[str(weight.target)], None if bias is None else graph.constants[str(bias.target)]
+
+
+def left_over(weight: torch.Tensor, first: LayerNumbers) -> LayerNumbers:
+    """What a weight's codes leave over, w - scale * q, as int8 codes of its own: w = scale * q + scale' * q' nearly."""
+    low = weight - first.weight()
+    axis = first.axis
+    largest = low.abs().flatten(1).amax(1) if axis == 0 else low.abs().amax().reshape(1)
+    scale = weight_scale(largest)
+    return LayerNumbers(quantize_weight(low, scale, axis), scale, None)
+
+
+def product_qparams(low: LayerNumbers, x: QParams, is_nonnegative: bool, dtype: str) -> QParams:
+    """A range for x * w' that needs no data, for a left-over w', whose signs are as good as random.
+
+    No sum exceeds max|x| times sum |w'| over a row (for x >= 0: the larger of the sums of one sign), and none exceeds
+    RARE * max|x| * |w'|_2 but by a chance of less than one in a million; the smaller of both is taken.
+    """
+    rows = low.weight().flatten(1).double()
+    largest = max(abs(bound - x.zero_point) for bound in x.range) * x.scale
+    signs = torch.stack([rows.clamp(min=0).sum(1), -rows.clamp(max=0).sum(1)])
+    worst = signs.amax() if is_nonnegative else rows.abs().sum(1).amax()
+    limit = largest * min(worst.item(), RARE * rows.norm(dim=1).amax().item())
+    return activation_qparams(-limit, limit, dtype=dtype, qscheme="symmetric", reduce_range=False)

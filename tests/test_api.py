@@ -54,6 +54,7 @@ def test_the_public_names() -> None:
         "load_recipe",
         "quantize",
         "run",
+        "sensitivity",
     ]
     assert all(hasattr(qf, name) for name in qf.__all__)
     assert (Path(qf.__file__).parent / "py.typed").is_file()

@@ -65,6 +65,10 @@ def test_every_choice_of_every_group_composes(choice: str) -> None:
         assert recipe.qconfig == PRESETS[name]
     elif group == "algorithms":
         assert recipe.algorithms == Recipe.from_dict({"model": {"kind": "mnist_cnn"}, "algorithms": name}).algorithms
+    elif group == "tune":
+        limits = {name: limit for name, limit in recipe.tune.subject_to.model_dump().items() if limit is not None}
+        written = yaml.safe_load((shipped("conf") / group / f"{name}.yaml").read_text()) or {}
+        assert {"subject_to": limits} == ({"subject_to": {}} | written)
     elif group in ("model", "data", "mode", "runtime", "device"):
         assert getattr(recipe, group).kind == name
     else:

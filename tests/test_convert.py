@@ -16,12 +16,22 @@ from torch import nn
 from quantflow.capture import capture_export
 from quantflow.convert import convert
 from quantflow.data.batch import Batch
-from quantflow.errors import CalibrationError
+from quantflow.errors import CalibrationError, RecipeError
 from quantflow.graph import Graph
-from quantflow.numerics.affine import QParams, dequantize_weight
+from quantflow.numerics.affine import (
+    QParams,
+    activation_qparams,
+    dequantize_weight,
+    quantize_weight,
+    weight_scale,
+)
+from quantflow.numerics.measures import sqnr_db
 from quantflow.passes.fold_batchnorm import fold_batch_norms
-from quantflow.program import Program
-from quantflow.schema import PRESETS
+from quantflow.plan import make_plan
+from quantflow.program import Program, Ref
+from quantflow.refined import LayerNumbers, left_over, product_qparams
+from quantflow.runtimes.reference import ReferenceRunner
+from quantflow.schema import PRESETS, LayerOverride, WeightOverride
 
 Stages = Callable[..., Any]
 
@@ -145,3 +155,84 @@ def test_an_all_zero_channel_gets_scale_one(stages: Stages) -> None:
     node = program.int8_nodes()[0]
     assert program.tensors[node.attrs["weight_scale"]][3] == 1
     assert not program.tensors[node.attrs["weight"]][3].any()
+
+
+def in_two_terms(layers: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {name: LayerOverride(weight=WeightOverride(terms=2)) for name in layers or ("0", "4", "6")}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+def test_a_weight_in_two_terms_is_nearly_exact(stages: Stages, preset: str, granularity: str) -> None:
+    """Two codes leave an error of half a step of the second, 254 times smaller than half a step of the first."""
+    qconfig = PRESETS[preset]
+    qconfig = qconfig.model_copy(update={"weight": qconfig.weight.model_copy(update={"granularity": granularity})})
+    done = stages(graph(), image(), qconfig, in_two_terms())
+    nodes = {node.name: node for node in done.program.int8_nodes()}
+    assert list(nodes) == ["0.low", "0", "4.low", "4", "6.low", "6"]
+    for name, weight in (("4", model()[4].weight), ("6", model()[6].weight)):
+        parts = []
+        for node in (nodes[name], nodes[f"{name}.low"]):
+            codes, scale = (done.program.tensors[node.attrs[key]] for key in ("weight", "weight_scale"))
+            parts.append(dequantize_weight(codes, scale, 0 if granularity == "per_channel" else None))
+        step = done.program.tensors[nodes[name].attrs["weight_scale"]].max()
+        assert (weight - parts[0] - parts[1]).abs().max() <= step / 254 / 2 * 1.01
+        assert nodes[f"{name}.low"].attrs["bias"] is None
+        assert nodes[name].args[1] == Ref(f"{name}.low")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_two_terms_bring_the_output_closer_to_float(stages: Stages, preset: str) -> None:
+    """What is left is the activations' error: that of the model whose weights are codes already."""
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(576, 5)).eval()
+    x = torch.randn(4, 3, 10, 10, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        net[0].weight[:, 0] *= 30  # so that the other channels' codes are few
+        expected = net(x)
+    found = [
+        sqnr_db(expected, ReferenceRunner(stages(net, x, preset, layers).program)([x]))
+        for layers in ({}, in_two_terms({"0": None, "2": None, "4": None}))
+    ]
+    assert found[1] > found[0] + 3
+
+
+def test_a_residual_is_not_rounded_again(stages: Stages) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.a(x)
+            return torch.relu(x + self.b(x)).mean((2, 3))
+
+    torch.manual_seed(0)
+    program = stages(Block(), image(), "affine_uint8", in_two_terms({"b": None})).program
+    nodes = {node.name: node for node in program.int8_nodes()}
+    residual = nodes["b.low"].args[1]
+    assert program.values["b.low"].qparams == program.values[residual.name].qparams
+    assert nodes["b"].args[1] == Ref("b.low")
+
+
+def test_the_range_of_a_second_term_holds_what_it_adds() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(32, 64)
+    first = LayerNumbers(quantize_weight(weight, scale := weight_scale(weight.abs().amax(1)), 0), scale, None)
+    low = left_over(weight, first)
+    for x in (torch.rand(4096, 64), torch.randn(4096, 64)):
+        is_nonnegative = bool((x >= 0).all())
+        qparams = activation_qparams(float(x.min()), float(x.max()), dtype="int8", qscheme="symmetric")
+        found = product_qparams(low, qparams, is_nonnegative, "int8")
+        added = x @ low.weight().T
+        assert added.abs().max() <= 127.5 * found.scale
+        assert added.abs().max() > 8 * found.scale  # and is not lost in it
+
+
+def test_two_terms_need_two_layers(stages: Stages) -> None:
+    plan = stages(graph(), image(), layers=in_two_terms({"4": None})).plan
+    assert [row.reason for row in plan.rows if row.name == "4"] == ["weight in two terms"]
+    with pytest.raises(RecipeError, match=r"weight\.terms: 2 is not possible in imperative mode"):
+        make_plan(
+            graph(), PRESETS["sym_int8"], in_two_terms({"4": None}), mode="imperative", swappable={"4": 1, "6": 1}
+        )

@@ -39,8 +39,10 @@ SMALLER = {
     "efficientnet_lite0_affine_uint8": ["data.size=64"],
     "vit_b_16_sym_int8": [RANDOM, "data.batch_size=2"],
     "minilm_sym_int8": ["model.max_length=24"],
+    "efficientnet_lite0_tuned": ["data.size=64", "tune=none"],
+    "minilm_tuned": ["model.max_length=24", "tune=none"],
 }
-SLOW = ("vit_b_16_sym_int8", "minilm_sym_int8", "resnet50_sym_int8", "resnet50_affine_uint8")
+SLOW = ("vit_b_16_sym_int8", "minilm_sym_int8", "minilm_tuned", "resnet50_sym_int8", "resnet50_affine_uint8")
 BUILT = ("program.json", "weights.safetensors")
 
 

@@ -10,7 +10,7 @@ from quantflow.gates import GATES, GateResult, evaluate_gates, verdict
 
 RESULTS: dict[str, Any] = {
     "int8_proof": {"coverage": 0.98},
-    "accuracy": {"sqnr_db": 25.0, "agreement": 0.95, "metric": {"name": "top1", "drop": 0.002}},
+    "accuracy": {"sqnr_db": 25.0, "agreement": 0.95, "cosine_min": 0.98, "metric": {"name": "top1", "drop": 0.002}},
     "benchmark": {
         "configs": [
             {"batch_size": 1, "int8": {"median_ms": 14.0}, "speedup": 4.0},
@@ -36,6 +36,7 @@ def one(results: dict[str, Any], **given: float) -> GateResult:
         ("min_sqnr_db", 25.0, 25.1, 25.0),
         ("max_accuracy_drop", 0.002, 0.0019, 0.002),
         ("min_agreement", 0.95, 0.951, 0.95),
+        ("min_cosine", 0.98, 0.981, 0.98),
         ("min_speedup", 4.0, 4.01, 4.0),
         ("max_latency_ms", 14.0, 13.9, 14.0),
         ("min_int8_coverage", 0.98, 1.0, 0.98),

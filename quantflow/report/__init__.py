@@ -16,6 +16,7 @@ from quantflow.report.terminal import (
     print_notices,
     print_plan,
     print_selftest,
+    print_sensitivity,
     print_summary,
     print_sweep,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "print_notices",
     "print_plan",
     "print_selftest",
+    "print_sensitivity",
     "print_summary",
     "print_sweep",
     "stage_times",

@@ -54,6 +54,8 @@ def _first_blocks(results: Mapping[str, Any]) -> Iterator[str]:
     yield f"# quantflow: {_escape(str(recipe.get('name')) if isinstance(recipe, Mapping) else 'results')}"
     yield _escape(tables.headline(results)) or "No settings recorded."
     yield from _verdict(results)
+    if results.get("tune"):
+        yield _escape(tables.tune(results))
     for table in (tables.gates(results), tables.figures(results), tables.baseline(results)):
         yield from _section(table)
 

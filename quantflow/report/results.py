@@ -20,30 +20,32 @@ def to_json(results: Mapping[str, Any]) -> bytes:
     Raises:
         TypeError: if the results hold anything but mappings, sequences, strings, numbers, booleans and None.
     """
-    return (json.dumps(_encode(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return (json.dumps(encoded(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def from_json(content: bytes) -> dict[str, Any]:
     """What `to_json` wrote. Sequences come back as lists."""
-    decoded: dict[str, Any] = _decode(json.loads(content))
-    return decoded
+    results: dict[str, Any] = decoded(json.loads(content))
+    return results
 
 
-def _encode(value: Any) -> Any:
+def encoded(value: Any) -> Any:
+    """The value with every number that JSON has not as a string."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, Mapping):
-        return {key: _encode(item) for key, item in value.items()}
+        return {key: encoded(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_encode(item) for item in value]
+        return [encoded(item) for item in value]
     return value
 
 
-def _decode(value: Any) -> Any:
+def decoded(value: Any) -> Any:
+    """What `encoded` was given."""
     if isinstance(value, str):
         return _NONFINITE.get(value, value)
     if isinstance(value, dict):
-        return {key: _decode(item) for key, item in value.items()}
+        return {key: decoded(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_decode(item) for item in value]
+        return [decoded(item) for item in value]
     return value

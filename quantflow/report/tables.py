@@ -91,6 +91,43 @@ def layer_errors(results: Mapping[str, Any]) -> Table:
     return Table("Layers, worst first", ("layer", "SQNR", "max error"), rows, frozenset({1, 2}))
 
 
+def sensitivity(found: Mapping[str, Any]) -> Table:
+    """One row per layer; columns of figures that the task does not have are left out."""
+    whole = found["all_int8"]
+    named = [
+        (key, label)
+        for key, label in (("agreement", "agreement"), ("cosine_min", "least cosine"), ("drop", "metric drop"))
+        if whole.get(key) is not None
+    ]
+    rows = tuple(
+        (
+            row["layer"],
+            row["op"],
+            db((row["int8_alone"] or {}).get("sqnr_db")),
+            db(row["float_alone"]["sqnr_db"]),
+            db(row["float_alone"]["gain_db"]),
+            percent(row["float_alone"]["noise_back"]),
+            *(number((row[which] or {}).get(key)) for key, _ in named for which in ("int8_alone", "float_alone")),
+            ms(row["float_alone"]["added_ms"]),
+        )
+        for row in found["layers"]
+    )
+    more = (f"{label}, {which} alone" for _, label in named for which in ("int8", "float"))
+    headers = ("layer", "op", "int8 alone", "float alone", "gain", "noise", *more, "float adds")
+    figures = ", ".join([db(whole["sqnr_db"]), *(f"{label} {number(whole[key])}" for key, label in named)])
+    caption = (
+        f"{found['samples']} calibration samples; all in int8: {figures}; "
+        "noise: share of the error's power that goes when the layer alone is float"
+    )
+    return Table("Sensitivity", headers, rows, frozenset(range(2, len(headers))), caption)
+
+
+def tune(results: Mapping[str, Any]) -> str:
+    """What a search came to, in a sentence."""
+    found = _section(results, "tune")
+    return f"search: {_text(found.get('verdict'))}: {_text(found.get('text'))}"
+
+
 def stages(results: Mapping[str, Any]) -> Table:
     """What took how long."""
     rows = tuple((_text(stage.get("name")), seconds(stage.get("seconds"))) for stage in _list(results, "stages"))

@@ -83,6 +83,11 @@ def print_selftest(console: Console, backend: str, rows: Sequence[Any]) -> None:
     console.print(Text(f"selftest of {backend}: {verdict}", style="bold red" if failed else "bold green"))
 
 
+def print_sensitivity(console: Console, found: Mapping[str, Any]) -> None:
+    """A line per layer, the most harmful first."""
+    _print_table(console, tables.sensitivity(found))
+
+
 def print_summary(
     console: Console, results: Mapping[str, Any], *, artifact: str | None = None, quiet: bool = False
 ) -> None:
@@ -106,6 +111,8 @@ def print_summary(
 
 def _print_end(console: Console, results: Mapping[str, Any], saved: str | None) -> None:
     print_gates(console, results)
+    if results.get("tune"):
+        console.print(Text(tables.tune(results)))
     if results.get("verdict"):
         style = _COLOURS.get(str(results["verdict"]), "bold")
         console.print(Text.assemble("verdict: ", (tables.verdict(results), style)))

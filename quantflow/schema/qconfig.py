@@ -18,6 +18,7 @@ QScheme = Literal["symmetric", "affine"]
 WeightGranularity = Literal["per_tensor", "per_channel"]
 ActivationObserver = Literal["minmax", "moving_average", "histogram", "percentile", "mse", "entropy"]
 WeightObserver = Literal["minmax", "mse", "percentile"]
+WeightTerms = Literal[1, 2]
 #: In percent: 99.99 keeps all but one value in ten thousand.
 Percentile = Annotated[float, Field(gt=50, le=100)]
 AveragingConstant = Annotated[float, Field(gt=0, le=1)]
@@ -44,13 +45,17 @@ class ActivationSpec(Settings):
 
 
 class WeightSpec(Settings):
-    """Symmetric int8 codes in [-127, 127], one scale per tensor or per output channel."""
+    """Symmetric int8 codes in [-127, 127], one scale per tensor or per output channel.
+
+    `terms: 2` codes what the first codes leave over as a second int8 weight: about 15 bits for twice the products.
+    """
 
     dtype: Literal["int8"] = "int8"
     qscheme: Literal["symmetric"] = "symmetric"
     granularity: WeightGranularity = "per_channel"
     observer: WeightObserver = "minmax"
     percentile: Percentile = 99.99
+    terms: WeightTerms = 1
 
 
 class QConfig(Settings):
@@ -98,6 +103,7 @@ class WeightOverride(Override):
     granularity: WeightGranularity | None = None
     observer: WeightObserver | None = None
     percentile: Percentile | None = None
+    terms: WeightTerms | None = None
 
 
 class LayerOverride(Settings):

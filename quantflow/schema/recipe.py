@@ -29,13 +29,18 @@ from quantflow.schema.settings import (
     PolicySettings,
     ReportSettings,
     RuntimeSettings,
+    SensitivitySettings,
     SweepSettings,
+    TuneSettings,
     WarmupSettings,
 )
 
-Task = Literal["run", "plan", "evaluate", "benchmark", "inspect", "report", "compare", "schema", "doctor", "selftest"]
+Task = Literal[
+    "run", "plan", "evaluate", "benchmark", "inspect", "report", "compare", "sensitivity", "tune", "schema", "doctor",
+    "selftest",
+]  # fmt: skip
 #: Tasks that start from a model, and tasks that look at an artifact; the others look at this machine.
-BUILDING_TASKS = ("run", "plan")
+BUILDING_TASKS = ("run", "plan", "sensitivity", "tune")
 ARTIFACT_TASKS = ("evaluate", "benchmark", "inspect", "report")
 
 #: A layer pattern's value: the word float or int8, or what differs from `qconfig`.
@@ -86,11 +91,14 @@ class Recipe(Settings):
     gates: GatesSettings = GatesSettings()
     sweep: SweepSettings = SweepSettings()
     compare: CompareSettings = CompareSettings()
+    sensitivity: SensitivitySettings = SensitivitySettings()
+    tune: TuneSettings = TuneSettings()
     report: ReportSettings = ReportSettings()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        problems = _conflicts(self.model_dump(include={"task", "artifact", "baseline", "candidate", "model", "mode"}))
+        fields = {"task", "artifact", "baseline", "candidate", "model", "mode", "tune"}
+        problems = _conflicts(self.model_dump(include=fields))
         if problems:
             raise PydanticCustomError("conflict", "{text}", {"text": "; ".join(str(problem) for problem in problems)})
         return self
@@ -153,9 +161,18 @@ def _conflicts(settings: Mapping[str, Any]) -> list[Problem]:
         if (settings.get(side) is None) == (task == "compare"):
             must = "needs the folder that a run wrote" if task == "compare" else "does not read it; use task=compare"
             problems.append(Problem(side, f"task={task} {must}: {side}=DIR"))
+    if task == "tune" and not _has_limit(settings.get("tune")):
+        problems.append(
+            Problem("tune.subject_to", "task=tune needs a limit to keep, as in tune.subject_to.min_agreement=0.97")
+        )
     if isinstance(mode, Mapping) and mode.get("method") == "script" and mode.get("kind", "export") != "torchscript":
         problems.append(Problem("mode.method", "script is possible in mode=torchscript only; use trace"))
     return problems
+
+
+def _has_limit(tune: Any) -> bool:
+    limits = tune.get("subject_to") if isinstance(tune, Mapping) else None
+    return isinstance(limits, Mapping) and any(limit is not None for limit in limits.values())
 
 
 def _sha256(settings: Mapping[str, Any]) -> str:

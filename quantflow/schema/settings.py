@@ -110,6 +110,7 @@ class GatesSettings(Settings):
     min_sqnr_db: Annotated[float, Field(ge=-300, le=300)] | None = None
     max_accuracy_drop: Fraction | None = None
     min_agreement: Fraction | None = None
+    min_cosine: Annotated[float, Field(ge=-1, le=1)] | None = None
     min_speedup: Positive | None = None
     max_latency_ms: Positive | None = None
     min_int8_coverage: Fraction | None = None
@@ -130,6 +131,45 @@ OBJECTIVES: dict[Objective, Literal["maximize", "minimize"]] = {
     "size_ratio": "minimize",
     "int8_coverage": "maximize",
 }
+
+
+class SensitivitySettings(Settings):
+    """How many calibration samples (the first ones) each layer is judged on."""
+
+    samples: Annotated[int, Field(ge=1, le=1_000_000)] = 32
+
+
+class ConstraintSettings(Settings):
+    """What a search has to keep, measured on the evaluation samples like the gates of these names; None: no limit."""
+
+    max_accuracy_drop: Fraction | None = None
+    min_agreement: Fraction | None = None
+    min_cosine: Annotated[float, Field(ge=-1, le=1)] | None = None
+    min_sqnr_db: Annotated[float, Field(ge=-300, le=300)] | None = None
+
+    @property
+    def is_set(self) -> bool:
+        """Whether there is a limit at all: without one there is nothing to search for."""
+        return any(limit is not None for limit in self.model_dump().values())
+
+
+class TuneSettings(Settings):
+    """A search for the fastest int8 model that keeps `subject_to`; the main run searches when a limit is set.
+
+    What costs little or no speed is tried first: activation codes as in `qconfigs`, where the recipe has no algorithms
+    the presets in `algorithms`, and where none of these helps other `observers`, for activations and weights. Layers
+    that this does not save get weights in two int8 terms, or are left float.
+    `time_budget_s` covers the search up to the artifact, interruptions not counted.
+    """
+
+    objective: Literal["fastest"] = "fastest"
+    subject_to: ConstraintSettings = ConstraintSettings()
+    qconfigs: Annotated[
+        tuple[Literal["sym_int8", "affine_uint8", "sym_uint8", "affine_int8"], ...], Field(strict=False)
+    ] = ("affine_uint8",)
+    algorithms: Annotated[tuple[Literal["fast", "accurate", "best"], ...], Field(strict=False)] = ("fast",)
+    observers: Annotated[tuple[Literal["minmax", "mse", "percentile"], ...], Field(strict=False)] = ("mse",)
+    time_budget_s: Annotated[float, Field(gt=0, le=31_536_000)] = 600.0
 
 
 class CompareSettings(Settings):

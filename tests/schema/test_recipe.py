@@ -37,6 +37,7 @@ ACTIVATION = {
 WEIGHT = {
     "granularity": st.sampled_from(["per_tensor", "per_channel"]),
     "observer": st.sampled_from(["minmax", "mse", "percentile"]),
+    "terms": st.sampled_from([1, 2]),
 }
 
 
@@ -97,6 +98,14 @@ RECIPES = st.fixed_dictionaries(
         "benchmark": some(batch_sizes=st.lists(COUNTS, min_size=1, max_size=4, unique=True), rounds=COUNTS),
         "gates": some(min_sqnr_db=st.floats(-100, 100), max_accuracy_drop=FRACTIONS, min_int8_coverage=FRACTIONS),
         "sweep": some(objectives=st.lists(st.sampled_from(list(OBJECTIVES)), min_size=1, max_size=4)),
+        "sensitivity": some(samples=COUNTS),
+        "tune": some(
+            subject_to=some(min_agreement=FRACTIONS, min_cosine=FRACTIONS, min_sqnr_db=st.floats(-100, 100)),
+            qconfigs=st.lists(st.sampled_from(["sym_int8", "affine_uint8"]), max_size=2),
+            algorithms=st.lists(st.sampled_from(["fast", "accurate", "best"]), max_size=2),
+            observers=st.lists(st.sampled_from(["minmax", "mse", "percentile"]), max_size=2),
+            time_budget_s=st.floats(1, 1e6),
+        ),
         "report": some(graph_dump=st.booleans(), quiet=st.booleans()),
     },
 )

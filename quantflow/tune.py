@@ -1,0 +1,405 @@
+"""The fastest int8 model that keeps its distance to float: which layers are made more exact, and how.
+
+1. Try the recipe as it is. If it keeps the limits, nothing is left to search.
+2. What costs little or no speed: other activation codes, presets of accuracy algorithms where the recipe asks for none,
+   and without algorithms other observers, for the whole model and for its worst layers. Keep what lowers the error.
+3. Two steps can be taken per layer: its weight in two int8 terms, and float. Rank all of them by the noise that each
+   gives back per millisecond that it costs (`quantflow.layer_sensitivity`).
+4. Take the first m steps of that order, with the least m that keeps the limits: errors of layers do not add up, so each
+   try is the whole program, measured. Then take steps back, the poorest first, while the limits are kept. Once more in
+   the order of noise alone.
+5. Time the best few of what keeps the limits against each other, at length; the fastest is the result.
+
+Layers are ranked on calibration samples and the limits judged on the evaluation samples, so that no choice is made by
+the noise of the samples it is judged by. Every measurement is in a journal, and every decision is a function of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from pydantic import TypeAdapter
+
+from quantflow.errors import NothingQuantizedError
+from quantflow.gates import GateResult, evaluate_gates
+from quantflow.journal import Journal
+from quantflow.schema import (
+    PRESETS,
+    ActivationOverride,
+    Algorithm,
+    ConstraintSettings,
+    GatesSettings,
+    LayerOverride,
+    TuneSettings,
+    WeightOverride,
+)
+from quantflow.schema.algorithms import Algorithms
+from quantflow.workbench import FLOAT, ROUNDS, TWO_TERMS, Setting
+
+_ALGORITHMS: TypeAdapter[tuple[Algorithm, ...]] = TypeAdapter(Algorithms)
+MET, NOT_MET = "met", "not met"
+#: Layers whose observers are tried one by one.
+WORST_LAYERS = 6
+#: SQNR that another observer must win.
+WORTHWHILE_DB = 0.05
+#: SQNR that other activation codes must win.
+CODES_WORTHWHILE_DB = 0.5
+#: Settings that are timed against each other at the end.
+FINALISTS = 3
+#: Share of the start's latency below which an added time is noise.
+LEAST_COST = 0.002
+#: A finalist must be this much faster to go before the one found first.
+FASTER = 0.98
+
+
+class Bench(Protocol):
+    """Measures what the search asks for."""
+
+    def ranking_errors(self, setting: Setting) -> dict[str, Any]:
+        """Error against float on the ranking samples."""
+
+    def accuracy(self, setting: Setting) -> dict[str, Any]:
+        """Error against float on the evaluation samples: the `accuracy` section of the results."""
+
+    def latency(self, setting: Setting, rounds: int = ROUNDS) -> dict[str, Any]:
+        """{"ms", "start_ms", "relative"}: beside the start."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A setting with what was measured of it. `latency` is None where the limits are not kept."""
+
+    setting: Setting
+    accuracy: Mapping[str, Any]
+    latency: Mapping[str, Any] | None
+    gates: tuple[GateResult, ...]
+
+    @property
+    def holds(self) -> bool:
+        return all(gate.passed for gate in self.gates)
+
+    @property
+    def shortfall(self) -> float:
+        """How far the limits are missed, in units of each limit; infinite for a figure that could not be measured."""
+        missed = [gate for gate in self.gates if not gate.passed]
+        return sum(
+            float("inf") if gate.value is None else abs(gate.value - gate.limit) / max(abs(gate.limit), 1e-9)
+            for gate in missed
+        )
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """Sorts the best first: what keeps the limits by latency, the rest by what is missing."""
+        return (not self.holds, self.latency["relative"] if self.latency is not None else self.shortfall)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the search came to. `best` keeps the limits where `verdict` is met, else it comes closest."""
+
+    verdict: str
+    text: str
+    best: Trial
+    trials: int
+    stopped_early: bool
+
+
+class BudgetSpent(Exception):
+    """The next measurement would not end in time."""
+
+
+@dataclass
+class Search:
+    """One search.
+
+    Attributes:
+        sensitivity: `measure_sensitivity` of a setting; calls its second argument before each layer it measures.
+        reserve_s: what must be left of the budget for the artifact.
+        spent_s: seconds spent so far, in this process and in those it goes on from.
+        on_best: called with each trial that is better than all before it.
+        progress: called with the seconds spent and the budget.
+    """
+
+    bench: Bench
+    sensitivity: Callable[[Setting, Callable[[], None]], Mapping[str, Any]]
+    settings: TuneSettings
+    journal: Journal
+    reserve_s: float = 0.0
+    spent_s: Callable[[], float] = time.perf_counter
+    on_best: Callable[[Trial], None] = lambda _: None
+    progress: Callable[[int, int | None], None] = lambda *_: None
+    _trials: dict[str, Trial] = field(default_factory=dict)
+    _best: Trial | None = None
+    _longest_s: dict[str, float] = field(default_factory=dict)
+
+    def run(self, start: Setting) -> Outcome:
+        """The search; deterministic given the journal."""
+        stopped = False
+        self._trial(start, asked=True)
+        try:
+            if not self._trials[start.digest].holds:
+                self._search(start)
+        except BudgetSpent:
+            stopped = True
+        best = self._final(stopped)
+        return Outcome(MET if best.holds else NOT_MET, self._text(best, stopped), best, len(self._trials), stopped)
+
+    # -- the steps
+
+    def _search(self, start: Setting) -> None:
+        setting = self._algorithms(self._codes(start))
+        if not setting.algorithms:
+            setting = self._whole_model(setting)
+        rows = self.sensitivity(setting, lambda: self._require_time("ranking"))["layers"]
+        if not setting.algorithms:
+            setting = self._worst_layers(setting, [row["layer"] for row in rows[:WORST_LAYERS]])
+        if setting != start and self._trial(setting).holds:
+            return
+        steps = possible_steps(rows, self._start_ms(start) * LEAST_COST)
+        for order in (by_ratio(steps), by_noise(steps)):
+            self._fewest_steps(setting, order)
+
+    def _codes(self, start: Setting) -> Setting:
+        """The activation codes of the preset that gives the least error; they may cost speed, so it has to pay."""
+        best, least = start, self._ranking_db(start)
+        for preset in self.settings.qconfigs:
+            spec = PRESETS[preset].activation
+            codes = {"dtype": spec.dtype, "qscheme": spec.qscheme}
+            activation = start.qconfig.activation.model_copy(update=codes)
+            if activation == start.qconfig.activation:
+                continue
+            tried = replace(start, qconfig=start.qconfig.model_copy(update={"activation": activation}))
+            sqnr_db = self._ranking_db(tried)
+            if sqnr_db > least + CODES_WORTHWHILE_DB:
+                best, least = tried, sqnr_db
+        return best
+
+    def _algorithms(self, start: Setting) -> Setting:
+        """The preset of algorithms that gives the least error, where the recipe asks for none."""
+        best, least = start, self._ranking_db(start)
+        for preset in self.settings.algorithms if not start.algorithms else ():
+            tried = replace(start, algorithms=_ALGORITHMS.validate_python(preset))
+            sqnr_db = self._ranking_db(tried)
+            if sqnr_db > least + WORTHWHILE_DB:
+                best, least = tried, sqnr_db
+        return best
+
+    def _whole_model(self, start: Setting) -> Setting:
+        """The observers for all activations and all weights that give the least error."""
+        best, least = start, self._ranking_db(start)
+        for part in ("activation", "weight"):
+            for observer in self.settings.observers:
+                spec = getattr(best.qconfig, part)
+                if spec.observer == observer:
+                    continue
+                qconfig = best.qconfig.model_copy(update={part: spec.model_copy(update={"observer": observer})})
+                tried = replace(best, qconfig=qconfig)
+                sqnr_db = self._ranking_db(tried)
+                if sqnr_db > least + WORTHWHILE_DB:
+                    best, least = tried, sqnr_db
+        return best
+
+    def _worst_layers(self, setting: Setting, names: Sequence[str]) -> Setting:
+        """The same layer by layer, for those that cost most with the setting so far."""
+        best, least = setting, self._ranking_db(setting)
+        for name in names:
+            for observer in self.settings.observers:
+                for part, spec in (("activation", setting.qconfig.activation), ("weight", setting.qconfig.weight)):
+                    override = with_observer(best.layers.get(name), part, observer)
+                    if spec.observer == observer or override is None:
+                        continue
+                    tried = best.with_layers({name: override})
+                    sqnr_db = self._ranking_db(tried)
+                    if sqnr_db > least + WORTHWHILE_DB:
+                        best, least = tried, sqnr_db
+        return best
+
+    def _fewest_steps(self, setting: Setting, order: Sequence[Step]) -> None:
+        """The shortest prefix of the order that keeps the limits, then without every step that can be spared."""
+
+        def holds(steps: Sequence[Step]) -> bool:
+            return self._trial(setting.with_changes(taken(steps))).holds
+
+        fails, count = 0, 1
+        while order and not holds(order[:count]):
+            if count >= len(order):
+                return
+            fails, count = count, min(2 * count, len(order))
+        while count - fails > 1:
+            middle = (fails + count) // 2
+            fails, count = (fails, middle) if holds(order[:middle]) else (middle, count)
+        kept = list(order[:count])
+        for step in reversed(order[: count - 1]):  # without the last one the limits are not kept: that was measured
+            fewer = [other for other in kept if other is not step]
+            if taken(fewer) != taken(kept) and holds(fewer):
+                kept = fewer
+
+    def _final(self, stopped: bool) -> Trial:
+        """The fastest of the best few, timed once more and longer than before."""
+        assert self._best is not None
+        finalists = sorted((t for t in self._trials.values() if t.holds), key=lambda t: t.rank)[:FINALISTS]
+        if len(finalists) < 2 or (stopped and not self._knows("final", finalists)):
+            return self._best
+        best, least = finalists[0], float("inf")
+        for trial in finalists:
+            try:
+                latency = self._measure(
+                    f"final {trial.setting.digest}",
+                    "final",
+                    lambda t=trial: self.bench.latency(t.setting, 3 * ROUNDS),  # type: ignore[misc]
+                )
+            except BudgetSpent:
+                break
+            if latency["relative"] < least * FASTER:
+                timed = {key: value for key, value in latency.items() if key != "seconds"}
+                best, least = replace(trial, latency=timed), latency["relative"]
+        return best
+
+    # -- measurements
+
+    def _trial(self, setting: Setting, *, asked: bool = False) -> Trial:
+        """The whole program on the evaluation samples; timed where it keeps the limits."""
+        if setting.digest in self._trials:
+            return self._trials[setting.digest]
+
+        def work() -> dict[str, Any]:
+            try:
+                accuracy = self.bench.accuracy(setting)
+            except NothingQuantizedError as error:
+                return {"setting": setting.to_json(), "impossible": str(error)}
+            holds = all(gate.passed for gate in judged(self.settings.subject_to, accuracy))
+            latency = self.bench.latency(setting) if holds or asked else None
+            return {"setting": setting.to_json(), "accuracy": accuracy, "latency": latency}
+
+        record = self._measure(f"trial {setting.digest}", "trial", work, always=asked)
+        accuracy = record.get("accuracy", {})
+        trial = Trial(setting, accuracy, record.get("latency"), tuple(judged(self.settings.subject_to, accuracy)))
+        self._trials[setting.digest] = trial
+        if self._best is None or trial.rank < self._best.rank:
+            self._best = trial
+            self.on_best(trial)
+        return trial
+
+    def _ranking_db(self, setting: Setting) -> float:
+        name = f"ranking {setting.digest}"
+        return float(self._measure(name, "ranking", lambda: _only_db(self.bench.ranking_errors(setting)))["sqnr_db"])
+
+    def _start_ms(self, start: Setting) -> float:
+        latency = self._trials[start.digest].latency
+        assert latency is not None
+        return float(latency["ms"])
+
+    def _measure(
+        self, name: str, kind: str, work: Callable[[], Mapping[str, Any]], *, always: bool = False
+    ) -> dict[str, Any]:
+        if name not in self.journal.records and not always:
+            self._require_time(kind)
+        record = self.journal.measure(name, work)
+        self._longest_s[kind] = max(self._longest_s.get(kind, 0.0), record["seconds"])
+        return record
+
+    def _require_time(self, kind: str) -> None:
+        """
+        Raises:
+            BudgetSpent: a measurement as long as the longest of its kind would end too late.
+        """
+        self.progress(int(self.spent_s()), int(self.settings.time_budget_s))
+        needed = self._longest_s.get(kind, 0.0) + self.reserve_s
+        if self.spent_s() + needed > self.settings.time_budget_s:
+            raise BudgetSpent
+
+    def _knows(self, kind: str, trials: Sequence[Trial]) -> bool:
+        return all(f"{kind} {trial.setting.digest}" in self.journal.records for trial in trials)
+
+    def _text(self, best: Trial, stopped: bool) -> str:
+        """The verdict in a sentence."""
+        figures = "; ".join(f"{gate.name} {gate.text}" for gate in best.gates)
+        changes = [change for _, change in best.setting.changes]
+        made = f"{changes.count(FLOAT)} layers in float and {changes.count(TWO_TERMS)} with weights in two terms"
+        budget = f"the {self.settings.time_budget_s:g} s of tune.time_budget_s were over"
+        if not best.holds:
+            why = budget if stopped else "all but one layer in float do not reach it either"
+            return f"the target was not reached ({why}); what comes closest has {made}: {figures}"
+        assert best.latency is not None
+        speed = f"{100 / best.latency['relative']:.0f} % of the speed of the recipe as it was"
+        return f"{figures}, with {made}, at {speed}{f'; the search stopped when {budget}' if stopped else ''}"
+
+
+def judged(limits: ConstraintSettings, accuracy: Mapping[str, Any]) -> list[GateResult]:
+    """The limits held against measured accuracy, as gates."""
+    return evaluate_gates(GatesSettings(**limits.model_dump()), {"accuracy": accuracy})
+
+
+@dataclass(frozen=True)
+class Step:
+    """A layer made more exact: the share of all noise that this takes away, and the milliseconds that it adds.
+
+    Float after two terms is a step of its own: what it takes away and adds beyond them.
+    """
+
+    layer: str
+    change: str
+    noise: float
+    ms: float
+
+
+def possible_steps(rows: Sequence[Mapping[str, Any]], least_ms: float) -> list[Step]:
+    """All steps worth taking, from a sensitivity's rows; the least harmful linear layer is never made float.
+
+    Args:
+        least_ms: an added time below this is noise, and counts as this.
+    """
+    linear = [row["layer"] for row in rows if row["two_terms"] is not None] or [row["layer"] for row in rows]
+    steps = []
+    for row in rows:
+        exact = Step(
+            row["layer"], FLOAT, row["float_alone"]["noise_back"], max(row["float_alone"]["added_ms"], least_ms)
+        )
+        terms = row["two_terms"]
+        if terms is not None:
+            doubled = Step(row["layer"], TWO_TERMS, terms["noise_back"], max(terms["added_ms"], least_ms))
+            beyond = Step(row["layer"], FLOAT, exact.noise - doubled.noise, max(exact.ms - doubled.ms, least_ms))
+            if doubled.noise > 0 and doubled.noise / doubled.ms > beyond.noise / beyond.ms:
+                steps.append(doubled)
+                exact = beyond
+        if row["layer"] != linear[-1]:
+            steps.append(exact)
+    return steps
+
+
+def by_ratio(steps: Sequence[Step]) -> list[Step]:
+    """Best first by noise taken away per millisecond added."""
+    return sorted(steps, key=lambda step: -step.noise / step.ms)
+
+
+def by_noise(steps: Sequence[Step]) -> list[Step]:
+    """Best first by noise taken away."""
+    return sorted(steps, key=lambda step: -step.noise)
+
+
+def taken(steps: Sequence[Step]) -> dict[str, str]:
+    """The changes that some steps come to, whatever their order: float goes before two terms."""
+    changes: dict[str, str] = {}
+    for step in steps:
+        if changes.get(step.layer) != FLOAT:
+            changes[step.layer] = step.change
+    return changes
+
+
+def with_observer(layer: str | LayerOverride | None, part: str, observer: str) -> LayerOverride | None:
+    """A layer's settings with another observer; None where the recipe already chose one, or float."""
+    layer = LayerOverride() if layer in (None, "int8") else layer
+    if not isinstance(layer, LayerOverride) or getattr(layer, part).observer is not None:
+        return None
+    if part == "activation":
+        changed: ActivationOverride | WeightOverride = layer.activation.model_copy(update={"observer": observer})
+    else:
+        changed = layer.weight.model_copy(update={"observer": observer})
+    return layer.model_copy(update={part: changed})
+
+
+def _only_db(errors: Mapping[str, Any]) -> dict[str, Any]:
+    return {"sqnr_db": errors["sqnr_db"]}

@@ -1,0 +1,238 @@
+"""Measures settings of one model: how far each is from float, and how long it takes.
+
+sensitivity and tune both work at it; neither captures, calibrates or runs the float model a second time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from quantflow import benchmark as timing
+from quantflow.compile import Compiled, compile_program
+from quantflow.data.batch import Batch
+from quantflow.evaluate import evaluate
+from quantflow.passes.units import CORE, MATMUL
+from quantflow.prepare import bind
+from quantflow.program import Node, Program
+from quantflow.runtimes import Choice
+from quantflow.schema import Algorithm, LayerOverride, QConfig
+from quantflow.variants import Layers, Variant, Variants
+
+FLOAT, TWO_TERMS = "float", "two terms"
+#: Two programs take turns this often and this long, and the median of the rounds' ratios counts.
+ROUNDS, ROUND_MS = 7, 40.0
+#: Runs that a kernel's least time is taken from.
+PROFILE_RUNS = 20
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What of a recipe a search may change.
+
+    `changes` are layers that it makes more exact, by exact name: FLOAT or TWO_TERMS.
+    """
+
+    algorithms: tuple[Algorithm, ...]
+    qconfig: QConfig
+    layers: Layers = field(default_factory=dict)
+    changes: tuple[tuple[str, str], ...] = ()
+
+    def with_layers(self, changed: Layers) -> Setting:
+        """These layers changed, by exact name; the other patterns stay in their order."""
+        return replace(self, layers={**self.layers, **changed})
+
+    def with_changes(self, changes: Mapping[str, str]) -> Setting:
+        """Those changes and no others."""
+        return replace(self, changes=tuple(sorted(changes.items())))
+
+    @property
+    def changed_layers(self) -> Layers:
+        """The changes as entries of `layers`."""
+        return {
+            name: FLOAT if change == FLOAT else _in_two_terms(self.layers.get(name)) for name, change in self.changes
+        }
+
+    @property
+    def all_layers(self) -> Layers:
+        """`layers` of the recipe that makes this setting."""
+        return {**self.layers, **self.changed_layers}
+
+    def to_json(self) -> dict[str, Any]:
+        layers = {
+            name: value.model_dump(mode="json") if isinstance(value, LayerOverride) else value
+            for name, value in self.all_layers.items()
+        }
+        algorithms = [settings.model_dump(mode="json") for settings in self.algorithms]
+        return {"algorithms": algorithms, "qconfig": self.qconfig.model_dump(mode="json"), "layers": layers}
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that name the setting."""
+        return hashlib.sha256(json.dumps(self.to_json()).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layer that runs in int8, and whether its weight can be coded in two terms."""
+
+    name: str
+    op: str
+    takes_two_terms: bool
+
+
+class Yardstick:
+    """Compares models with the float model on fixed samples; the float model runs once."""
+
+    def __init__(
+        self,
+        float_model: Callable[..., Any],
+        batches: Sequence[Batch],
+        *,
+        metric: str | None = None,
+        outputs: str = "other",
+        progress: Callable[[int, int | None], None] | None = None,
+    ) -> None:
+        self.batches = list(batches)
+        self._metric, self._kind = metric, outputs
+        self._outputs = []
+        with torch.inference_mode():
+            for done, batch in enumerate(self.batches, start=1):
+                self._outputs.append(float_model(*batch.args, **batch.kwargs))
+                if progress is not None:
+                    progress(done, len(self.batches))
+
+    def errors(self, call: Callable[..., Any]) -> dict[str, Any]:
+        """The `accuracy` section of the results for a model, without what is listed per sample or output."""
+        outputs = iter(self._outputs)
+        found = evaluate(lambda *_, **__: next(outputs), call, self.batches, metric=self._metric, outputs=self._kind)
+        return {key: value for key, value in found.items() if key not in ("cosine_per_sample", "others")}
+
+
+class Workbench:
+    """Settings in, figures out."""
+
+    def __init__(
+        self,
+        variants_of: Callable[[tuple[Algorithm, ...]], Variants],
+        choice: Choice,
+        start: Setting,
+        batch: Batch,
+        ranking: Yardstick,
+        evaluation: Yardstick | None = None,
+    ) -> None:
+        """
+        Args:
+            variants_of: the model as a list of algorithms leaves it.
+            start: the recipe's own setting; the others are timed beside it.
+            batch: what is timed.
+            ranking: the samples that layers are ranked on; not those that a search is judged by.
+            evaluation: those.
+        """
+        self.start = start
+        self._variants_of = variants_of
+        self._variants: dict[tuple[Algorithm, ...], Variants] = {}
+        self.choice = choice
+        self._batch = batch
+        self._ranking = ranking
+        self._evaluation = evaluation
+        self._built: tuple[Setting, Variant, Compiled] | None = None
+        self._first: Compiled | None = None
+        self._profiles: dict[str, list[dict[str, Any]]] = {}
+
+    def variants(self, setting: Setting) -> Variants:
+        """The model as the setting's algorithms leave it."""
+        if setting.algorithms not in self._variants:
+            self._variants[setting.algorithms] = self._variants_of(setting.algorithms)
+        return self._variants[setting.algorithms]
+
+    def variant(self, setting: Setting) -> Variant:
+        return self._build(setting)[0]
+
+    def candidates(self, setting: Setting) -> list[Candidate]:
+        """The convolutions, linears and matmuls that run in int8."""
+        planned = [p for p in self.variant(setting).plan.units if p.is_int8 and p.unit.kind in (CORE, MATMUL)]
+        swaps = self.variants(setting).imperative is not None
+        return [
+            Candidate(p.unit.name, p.unit.op, p.unit.kind == CORE and p.qconfig.weight.terms == 1 and not swaps)
+            for p in planned
+        ]
+
+    def ranking_errors(self, setting: Setting) -> dict[str, Any]:
+        """Against float, on the ranking samples."""
+        return self._ranking.errors(self._build(setting)[1])
+
+    def accuracy(self, setting: Setting) -> dict[str, Any]:
+        """Against float, on the evaluation samples."""
+        return self.judge(self._build(setting)[1])
+
+    def judge(self, call: Callable[..., Any]) -> dict[str, Any]:
+        """The same for any callable."""
+        assert self._evaluation is not None
+        return self._evaluation.errors(call)
+
+    def added_ms(self, setting: Setting, changed: Setting) -> float:
+        """What a change adds to the latency: the time of the kernels that differ, all others left out as noise."""
+        before = self._profile(setting)
+        program = self._build(setting)[1].program
+        after = self._profile(changed)
+        touched = differing(program, self._build(changed)[1].program)
+        return sum(r["ms"] for r in after if r["name"] in touched) - sum(
+            r["ms"] for r in before if r["name"] in touched
+        )
+
+    def latency(self, setting: Setting, rounds: int = ROUNDS) -> dict[str, Any]:
+        """Latency of the setting and of `start`, taking turns; `relative` is the median of the rounds' ratios."""
+        compiled = self._build(setting)[1]
+        self._first = self._first or self._build(self.start)[1]
+        first, batch = self._first, self._batch
+        timings = timing.interleaved(
+            {
+                "start": lambda: first(*batch.args, **batch.kwargs),
+                "ms": lambda: compiled(*batch.args, **batch.kwargs),
+            },
+            rounds=rounds,
+            min_round_ms=ROUND_MS,
+        )
+        ratios = [b / a for a, b in zip(timings["start"].rounds, timings["ms"].rounds, strict=True)]
+        return {
+            "ms": timings["ms"].median_ms,
+            "start_ms": timings["start"].median_ms,
+            "relative": statistics.median(ratios),
+        }
+
+    def _build(self, setting: Setting) -> tuple[Variant, Compiled]:
+        """The last one built is kept: most questions about a setting follow each other."""
+        if self._built is None or self._built[0] != setting:
+            self._built = None
+            variant = self.variants(setting).build(setting.qconfig, setting.layers, setting.changed_layers)
+            self._built = (setting, variant, compile_program(variant.program, self.choice))
+        return self._built[1:]
+
+    def _profile(self, setting: Setting) -> list[dict[str, Any]]:
+        if setting.digest not in self._profiles:
+            compiled = self._build(setting)[1]
+            inputs = bind(compiled.program.inputs, self._batch.args, self._batch.kwargs)
+            self._profiles[setting.digest] = compiled.layer_times(inputs, PROFILE_RUNS)
+        return self._profiles[setting.digest]
+
+
+def _in_two_terms(layer: str | LayerOverride | None) -> LayerOverride:
+    layer = layer if isinstance(layer, LayerOverride) else LayerOverride()
+    return layer.model_copy(update={"weight": layer.weight.model_copy(update={"terms": 2})})
+
+
+def differing(a: Program, b: Program) -> set[str]:
+    """Names of the nodes that are not the same work in both programs."""
+    first, second = ({_signature(node, program) for node in program.nodes} for program in (a, b))
+    return {signature[0] for signature in first ^ second}
+
+
+def _signature(node: Node, program: Program) -> tuple[str, str, str, tuple[str, ...], bool]:
+    return node.name, node.fused_name, node.target, tuple(node.refs()), node.output in program.values

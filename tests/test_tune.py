@@ -1,0 +1,329 @@
+"""A search keeps its limits, knows when to stop, and goes on where it was killed."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_layer_sensitivity import PER_TENSOR, batches, fragile
+
+import quantflow as qf
+from quantflow import cli
+from quantflow.errors import RecipeError
+from quantflow.journal import Journal
+from quantflow.quantized import Record
+from quantflow.schema import ConstraintSettings, LayerOverride, QConfig, TuneSettings
+from quantflow.tune import MET, NOT_MET, Outcome, Search, Step, Trial, by_noise, by_ratio, possible_steps, taken
+from quantflow.workbench import FLOAT, TWO_TERMS, Setting
+
+ROOT = Path(cli.__file__).parent.parent
+
+# --- decisions, on layers whose noises simply add up
+
+
+class Additive:
+    """Layer → (noise, milliseconds that float adds, milliseconds that two terms add). Keeps what it was asked for."""
+
+    def __init__(self, layers: Mapping[str, tuple[float, float, float]]) -> None:
+        self.layers = layers
+        self.asked: list[str] = []
+
+    def sensitivity(self, _: Setting, before_each: Callable[[], None]) -> dict[str, Any]:
+        before_each()
+        whole = sum(noise for noise, _, _ in self.layers.values())
+        rows = [
+            {
+                "layer": name,
+                "float_alone": {"noise_back": noise / whole, "added_ms": float_ms},
+                "two_terms": {"noise_back": 0.9 * noise / whole, "added_ms": terms_ms},
+            }
+            for name, (noise, float_ms, terms_ms) in self.layers.items()
+        ]
+        return {"layers": sorted(rows, key=lambda row: -row["float_alone"]["noise_back"])}  # type: ignore[index]
+
+    def ranking_errors(self, setting: Setting) -> dict[str, Any]:
+        left = {None: 1.0, TWO_TERMS: 0.1, FLOAT: 0.0}
+        changes = dict(setting.changes)
+        noise = sum(n * left[changes.get(name)] for name, (n, _, _) in self.layers.items())
+        noise *= 0.5 if setting.qconfig.activation.observer == "mse" else 1.0
+        noise *= 0.25 if setting.algorithms else 1.0
+        noise *= 0.5 if setting.qconfig.activation.dtype == "uint8" else 1.0
+        return {"sqnr_db": -10 * torch.tensor(noise, dtype=torch.float64).log10().item()}
+
+    def accuracy(self, setting: Setting) -> dict[str, Any]:
+        self.asked.append(setting.digest)
+        return self.ranking_errors(setting)
+
+    def latency(self, setting: Setting, _: int = 0) -> dict[str, Any]:
+        changes = dict(setting.changes)
+        added = sum({None: 0.0, FLOAT: f, TWO_TERMS: t}[changes.get(n)] for n, (_, f, t) in self.layers.items())
+        return {"ms": 10 + added, "start_ms": 10.0, "relative": (10 + added) / 10}
+
+
+LAYERS = {
+    "a": (0.04, 4.0, 1.0),
+    "b": (0.03, 0.5, 0.4),
+    "c": (0.02, 5.0, 0.1),
+    "d": (0.009, 3.0, 2.0),
+    "e": (1e-4, 0.0, 0.0),
+}
+START = Setting((), QConfig())
+
+
+def search(
+    bench: Additive, journal: Journal | None = None, budget_s: float = 1e6, **options: Any
+) -> tuple[Outcome, Search]:
+    limits = ConstraintSettings(min_sqnr_db=options.pop("db", 14.0))
+    chosen = {"algorithms": (), "qconfigs": (), "observers": (), **options.pop("tried", {})}
+    settings = TuneSettings(subject_to=limits, time_budget_s=budget_s, **chosen)
+    found = Search(bench, bench.sensitivity, settings, journal or Journal(None, ""), **options)
+    return found.run(START), found
+
+
+def test_what_holds_already_is_left_alone() -> None:
+    bench = Additive(LAYERS)
+    outcome, _ = search(bench, db=10.0)
+    assert (outcome.verdict, outcome.best.setting, outcome.trials) == (MET, START, 1)
+
+
+def test_the_cheapest_steps_that_suffice() -> None:
+    """0.0991 has to fall below 10^-1.4 = 0.0398: c and b in two terms are not enough, with a they are."""
+    outcome, _ = search(Additive(LAYERS))
+    assert outcome.verdict == MET
+    assert dict(outcome.best.setting.changes).keys() <= {"a", "b", "c"}
+    best_ms = outcome.best.latency["ms"]  # type: ignore[index]
+    every = [
+        Additive(LAYERS).latency(START.with_changes(changes))["ms"]
+        for changes in combinations(list(LAYERS))
+        if Additive(LAYERS).accuracy(START.with_changes(changes))["sqnr_db"] >= 14.0
+    ]
+    assert best_ms <= 1.1 * min(every)
+
+
+def combinations(names: list[str]) -> list[dict[str, str]]:
+    if not names:
+        return [{}]
+    rest = combinations(names[1:])
+    return [{**c, **own} for c in rest for own in ({}, {names[0]: FLOAT}, {names[0]: TWO_TERMS})]
+
+
+def test_a_target_that_can_not_be_had() -> None:
+    outcome, _ = search(Additive(LAYERS), db=200.0)
+    assert outcome.verdict == NOT_MET
+    assert not outcome.stopped_early
+    assert "not reached (all but one layer in float do not reach it either)" in outcome.text
+    assert len(outcome.best.setting.changes) >= 4  # the closest: nearly everything made exact
+
+
+def test_the_budget_ends_a_search() -> None:
+    clock = iter(range(1000))
+    bench = Additive(LAYERS)
+    outcome, _ = search(bench, db=200.0, budget_s=20, spent_s=lambda: float(next(clock)))
+    assert outcome.stopped_early
+    assert "the 20 s of tune.time_budget_s were over" in outcome.text
+    assert 0 < len(bench.asked) < 20
+    # The artifact's own time is kept back; the recipe as it is is tried in any case.
+    clock, bench = iter(range(1000)), Additive(LAYERS)
+    outcome, _ = search(bench, db=200.0, budget_s=20, reserve_s=30, spent_s=lambda: float(next(clock)))
+    assert len(bench.asked) == 1
+
+
+def test_a_search_goes_on_from_any_record_to_the_same_end(tmp_path: Path) -> None:
+    with Journal(tmp_path / "whole", "k") as journal:
+        expected, _ = search(Additive(LAYERS), journal)
+    lines = (tmp_path / "whole").read_bytes().splitlines(keepends=True)
+    assert len(lines) > 8
+    for kept in range(1, len(lines), 2):
+        (tmp_path / "half").write_bytes(b"".join(lines[:kept]) + lines[kept][:10])
+        bench = Additive(LAYERS)
+        with Journal(tmp_path / "half", "k") as journal:
+            outcome, _ = search(bench, journal)
+        assert outcome == expected
+        recorded = sum(b'"trial ' in line for line in lines[:kept])
+        assert len(bench.asked) == sum(b'"trial ' in line for line in lines) - recorded
+
+
+def test_recorded_times_decide_and_not_those_of_now(tmp_path: Path) -> None:
+    with Journal(tmp_path / "j", "k") as journal:
+        expected, _ = search(Additive(LAYERS), journal)
+    slower = Additive(LAYERS)
+    slower.latency = lambda *_: pytest.fail("was timed again")  # type: ignore[method-assign]
+    with Journal(tmp_path / "j", "k") as journal:
+        assert search(slower, journal)[0] == expected
+
+
+def test_each_better_model_is_handed_over_at_once() -> None:
+    seen: list[Trial] = []
+    outcome, _ = search(Additive(LAYERS), on_best=seen.append)
+    assert seen[0].setting == START
+    assert [trial.rank for trial in seen] == sorted((trial.rank for trial in seen), reverse=True)
+    assert seen[-1].setting == outcome.best.setting
+
+
+@pytest.mark.parametrize(
+    ("tried", "changed"),
+    [
+        ({"observers": ("mse",)}, lambda s: s.qconfig.activation.observer == "mse"),
+        ({"algorithms": ("fast",)}, lambda s: len(s.algorithms) > 0),
+        ({"qconfigs": ("affine_uint8",)}, lambda s: s.qconfig.activation.dtype == "uint8"),
+    ],
+)
+def test_what_costs_no_speed_comes_first(tried: dict[str, Any], changed: Callable[[Setting], bool]) -> None:
+    outcome, _ = search(Additive(LAYERS), tried=tried, db=13.0)
+    assert outcome.verdict == MET
+    assert changed(outcome.best.setting)
+    assert not outcome.best.setting.changes
+    without, _ = search(Additive(LAYERS), db=13.0)
+    assert without.best.setting.changes
+
+
+def test_steps_and_their_order() -> None:
+    def row(name: str, noise: float, float_ms: float, terms: tuple[float, float] | None) -> dict[str, Any]:
+        doubled = None if terms is None else {"noise_back": terms[0], "added_ms": terms[1]}
+        return {"layer": name, "float_alone": {"noise_back": noise, "added_ms": float_ms}, "two_terms": doubled}
+
+    rows = [
+        row("a", 0.55, 10, (0.4, 1)),
+        row("b", 0.3, 1, (0.1, 1)),
+        row("m", 0.1, 1, None),
+        row("z", 0.05, 1, (0.04, 2)),
+    ]
+    steps = possible_steps(rows, 0.01)
+    assert [(s.layer, s.change) for s in steps] == [("a", TWO_TERMS), ("a", FLOAT), ("b", FLOAT), ("m", FLOAT)]
+    assert steps[1].noise == pytest.approx(0.15)
+    assert steps[1].ms == 9
+    assert [(s.layer, s.change) for s in by_ratio(steps)] == [
+        ("a", TWO_TERMS), ("b", FLOAT), ("m", FLOAT), ("a", FLOAT),
+    ]  # fmt: skip
+    assert [s.layer for s in by_noise(steps)] == ["a", "b", "a", "m"]
+    assert taken(steps) == {"a": FLOAT, "b": FLOAT, "m": FLOAT}
+    assert taken([Step("a", FLOAT, 1, 1), Step("a", TWO_TERMS, 1, 1)]) == {"a": FLOAT}
+
+
+def test_a_setting_is_what_its_recipe_says() -> None:
+    own = LayerOverride.model_validate({"weight": {"observer": "mse"}})
+    setting = Setting((), QConfig(), {"a": own, "*": "int8"}).with_changes({"b": FLOAT, "a": TWO_TERMS})
+    assert list(setting.all_layers) == ["a", "*", "b"]
+    assert setting.all_layers["b"] == "float"
+    assert setting.all_layers["a"].weight.model_dump() == {"observer": "mse", "terms": 2}  # type: ignore[union-attr]
+    assert setting.digest != Setting((), QConfig(), setting.layers).digest
+    assert setting.with_changes({}) == Setting((), QConfig(), setting.layers)
+
+
+# --- the whole task, on a model with one fragile layer
+
+MINE = "import torch\nfrom torch import nn\n\n" + inspect.getsource(fragile)
+ARGUMENTS = [
+    "model=entry", "model.entry=mine:fragile", "data=random", "data.shape=[[3,8,8]]", "data.calibration=16",
+    "data.evaluation=24", "data.batch_size=8", "qconfig.weight.granularity=per_tensor", "tune.algorithms=[]",
+    "benchmark.rounds=1", "benchmark.min_round_ms=1", "output=art",
+]  # fmt: skip
+LIMIT = "tune.subject_to.min_sqnr_db=43"
+JOURNAL = ".art.tune.jsonl"
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    return tmp_path
+
+
+def artifact_files(folder: Path) -> dict[str, bytes]:
+    return {
+        name: (folder / "art" / name).read_bytes() for name in ("recipe.json", "program.json", "weights.safetensors")
+    }
+
+
+def test_killed_and_resumed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SIGKILL in the middle leaves the best so far, and the next run ends where an uninterrupted one does."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "quantflow", *ARGUMENTS, LIMIT]
+    with subprocess.Popen(command, cwd=place, env=environment, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < deadline:
+            if (place / JOURNAL).exists() and len((place / JOURNAL).read_bytes().splitlines()) >= 5:
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.001)
+    assert process.returncode == -signal.SIGKILL
+    so_far = Record.load(place / "art")
+    assert so_far.results["notices"][-1] == "the search was not over when this was saved: the best so far"
+    assert so_far.results["accuracy"]["sqnr_db"] > 0
+    recorded = len((place / JOURNAL).read_bytes().splitlines()) - 1
+
+    assert cli.run([*ARGUMENTS, LIMIT]) == 0, capsys.readouterr().err
+    resumed = artifact_files(place)
+    tune = Record.load(place / "art").results["tune"]
+    assert (tune["verdict"], tune["resumed_measurements"] >= recorded - 1) == (MET, True)
+    assert sorted(path.name for path in place.glob(".*")) == []
+
+    assert cli.run([*ARGUMENTS, LIMIT]) == 0
+    assert artifact_files(place) == resumed
+    assert Record.load(place / "art").results["tune"]["resumed_measurements"] == 0
+
+    # The recipe that was found makes the same model without a search.
+    record = Record.load(place / "art")
+    assert record.results["gates"][0]["name"] == "min_sqnr_db"
+    assert "1" in record.recipe["layers"]
+    assert cli.run([f"recipe={place / 'art/recipe.json'}", "output=again"]) == 0, capsys.readouterr().err
+    again = Record.load(place / "again")
+    assert "tune" not in again.results
+    for name in ("program.json", "weights.safetensors"):
+        assert (place / "again" / name).read_bytes() == (place / "art" / name).read_bytes()
+    journal = [json.loads(line) for line in record.attached["tune.jsonl"].splitlines()]
+    assert journal[0]["format"] == 1
+    assert len(journal) - 1 == record.results["tune"]["measurements"]
+
+
+def test_a_target_beyond_int8_ends_with_3(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([*ARGUMENTS, "task=tune", "tune.subject_to.min_sqnr_db=200"]) == 3
+    out = capsys.readouterr().out
+    assert "search: not met: the target was not reached" in out
+    results = Record.load(place / "art").results
+    assert results["verdict"] == "failed"
+    assert re.search(r"what comes closest has .* layers in float", results["tune"]["text"])
+    baseline = qf.load(place / "art")
+    assert baseline.int8_layers() >= 1
+
+
+def test_a_budget_is_kept(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No time for a search: the recipe as it is, judged, and said so."""
+    assert cli.run([*ARGUMENTS, LIMIT, "tune.time_budget_s=0.001"]) == 3, capsys.readouterr().err
+    tune = Record.load(place / "art").results["tune"]
+    assert (tune["verdict"], tune["trials"], tune["stopped_by_budget"]) == (NOT_MET, 1, True)
+
+
+def test_in_python(place: Path) -> None:
+    options: dict[str, Any] = {"qconfig": PER_TENSOR, "evaluation": batches(seed=2)}
+    plain = qf.quantize(fragile(), batches(), **options)
+    assert plain.results["accuracy"]["sqnr_db"] < 42
+    model = qf.quantize(
+        fragile(), batches(), **options, tune={"subject_to": {"min_sqnr_db": 42}, "algorithms": ["fast"]}
+    )
+    assert model.results["tune"]["verdict"] == MET
+    assert model.results["accuracy"]["sqnr_db"] >= 42
+    assert model.results["verdict"] == "passed"
+    assert not list(place.glob(".*"))
+
+
+def test_a_search_without_a_limit_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"tune\.subject_to: task=tune needs a limit"):
+        qf.load_recipe("mnist_cnn_sym_int8", ["task=tune"])
+    recipe = qf.load_recipe("mnist_cnn_sym_int8", ["task=tune", "tune=cosine"])
+    assert recipe.tune.subject_to.is_set
+    assert not qf.load_recipe("mnist_cnn_sym_int8").tune.subject_to.is_set
