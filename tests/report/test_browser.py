@@ -132,6 +132,10 @@ def test_the_layer_table_sorts_by_click_and_key(context: Any, tmp_path: Path, re
     assert heading.get_attribute("aria-sort") == "ascending"
     assert opened.column(7)[:4] == ["0.0500", "0.2500", "0.7500", "-"]
     assert opened.page.locator("#layers-table th[aria-sort]").count() == 1
+    opened.page.keyboard.press("Enter")
+    assert heading.get_attribute("aria-sort") is None
+    assert opened.heading("#").get_attribute("aria-sort") == "ascending"
+    assert opened.column(1) == original
     opened.heading("Layer").locator("button").press("Space")
     assert opened.column(1) == sorted(original)
     opened.heading("#").locator("button").click()

@@ -15,7 +15,8 @@
   });
   nameTheme();
 
-  // Sorting: numbers by data-sort, else by text; what has no value stays last in both directions.
+  // Sorting: numbers by data-sort, else by text; what has no value stays last in both directions. The third click on a
+  // heading restores the order that the page came with, which is the first column's.
   const key = (row, column, numeric) => {
     const cell = row.cells[column];
     const text = cell.dataset.sort ?? cell.textContent.trim();
@@ -39,13 +40,22 @@
     body.append(...rows.map(([, row]) => row));
   };
   all("table[data-sortable]").forEach((table) => {
+    const original = Array.from(table.tBodies[0].rows);
+    const restore = () => {
+      const heads = all("thead th", table);
+      heads.forEach((head) => head.removeAttribute("aria-sort"));
+      heads[0].setAttribute("aria-sort", "ascending");
+      table.tBodies[0].append(...original);
+    };
     all("thead th", table).forEach((head, column) => {
       const button = head.querySelector("button");
       if (!button) return;
       button.addEventListener("click", () => {
         const first = head.dataset.first || "ascending";
         const second = first === "ascending" ? "descending" : "ascending";
-        sort(table, column, head.getAttribute("aria-sort") === first ? second : first);
+        const now = head.getAttribute("aria-sort");
+        if (now === second && column > 0) restore();
+        else sort(table, column, now === first ? second : first);
       });
     });
   });
