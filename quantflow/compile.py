@@ -12,7 +12,7 @@ import torch
 
 from quantflow.numerics.affine import dequantize
 from quantflow.prepare import bind
-from quantflow.program import Program
+from quantflow.program import Node, Program
 from quantflow.runtimes import Choice, Runner
 from quantflow.runtimes.native import NativeRunner
 
@@ -41,12 +41,16 @@ class Compiled:
         frees = program.last_uses()
         for index, node in enumerate(program.nodes):
             values[node.output] = value = self.runner.run_node(index, values)
-            coded = program.values.get(node.output)
-            if coded is not None and coded.qparams is not None and isinstance(value, torch.Tensor):
-                value = dequantize(value, coded.qparams)
-            yield node.output, value
+            yield node.output, self.value(node, value)
             for dead in frees.get(index, ()):
                 del values[dead]
+
+    def value(self, node: Node, value: Any) -> Any:
+        """What a node's result stands for: codes as reals, anything else as it is."""
+        coded = self.program.values.get(node.output)
+        if coded is not None and coded.qparams is not None and isinstance(value, torch.Tensor):
+            return dequantize(value, coded.qparams)
+        return value
 
     def tune(self, inputs: Sequence[torch.Tensor]) -> list[dict[str, Any]]:
         """Let the runtime find the fastest way to run this batch; rows for the report, none where it has one way."""

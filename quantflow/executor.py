@@ -20,7 +20,8 @@ from torch import nn
 
 from quantflow import benchmark as timing
 from quantflow import report
-from quantflow.artifact import add_files, check_destination
+from quantflow.artifact import RESULTS, add_files, check_destination
+from quantflow.baseline import beside, read_baseline
 from quantflow.calibrate import CalibrationTable, calibrate, require_complete
 from quantflow.capture import Model, capture, plain
 from quantflow.compile import Compiled, compile_program
@@ -40,9 +41,11 @@ from quantflow.errors import (
 )
 from quantflow.evaluate import compare_layers, evaluate, tally
 from quantflow.evaluate import judge as judge_tallies
+from quantflow.fused_graph import fused_graph
 from quantflow.gates import FAILED, evaluate_gates, verdict
 from quantflow.graph import Graph, interpret
 from quantflow.imperative import called_modules, swap_modules
+from quantflow.layer_errors import own_errors
 from quantflow.models import LoadedModel, estimate_batchnorm, load_model
 from quantflow.plan import Plan, make_plan
 from quantflow.prepare import Prepared, bind, prepare
@@ -62,6 +65,11 @@ VERIFIED_SAMPLES = 2
 MOST_TUNED_SAMPLES = 64
 #: SQNR per layer is measured on at most this many samples, for the same reason.
 LAYER_SAMPLES = 8
+#: And what a layer adds by itself on this many: all of the model's values are held at once.
+OWN_SAMPLES = 4
+#: Each layer is timed this often, or as often as fits in about this time.
+MOST_REPEATS = 10
+PER_LAYER_MS = 2000.0
 
 Update = Callable[[int, int | None], None]
 #: This process computes everything by itself.
@@ -121,8 +129,12 @@ def execute(
     work: Work | None,
     overrides: Sequence[str],
     workers: Workers = ONLY,
+    baseline: Mapping[str, Any] | None = None,
 ) -> Quantized:
     """Every stage on a loaded source; the result carries its record and results.
+
+    Args:
+        baseline: another artifact's figures, for the report.
 
     Raises:
         QuantflowError: any stage's own error.
@@ -131,7 +143,13 @@ def execute(
     assert built.warmup is not None, "the first worker warms up"
     results: dict[str, Any] = {
         "format": 1,
-        "recipe": {"name": recipe.name, "hash": recipe.hash(), "overrides": list(overrides)},
+        "recipe": {
+            "name": recipe.name,
+            "description": recipe.description,
+            "hash": recipe.hash(),
+            "overrides": list(overrides),
+            "settings": recipe.to_dict(),
+        },
         "environment": environment(),
         "model": _model_section(source.model),
         "data": source.data.identity,
@@ -139,6 +157,7 @@ def execute(
         "device": built.compiled.choice.device,
         "runtime": _runtime_section(built.compiled.choice),
         "plan": built.plan.to_json()["rows"],
+        "graph": fused_graph(built.program),
         "calibration": {
             "batches": built.table.batches,
             "samples": built.table.samples,
@@ -154,6 +173,8 @@ def execute(
     results["notices"] = [*source.notices, *built.plan.notes, *built.table.notices, *built.warmup.notices, *kept]
     results["resumed"] = [] if work is None else work.resumed
     results |= judge(recipe, results)
+    if baseline is not None:
+        results["baseline"] = beside(baseline, results)
     results["stages"] = progress.stages
     graph_text = _graph_text(built, source) if recipe.report.graph_dump else None
     record = Record(recipe.to_dict(), built.plan.to_json(), built.table, built.program, results, graph_text)
@@ -274,8 +295,9 @@ def measure(
     if recipe.evaluate.enabled:
         sections["accuracy"] = _evaluated(source, program, call, progress, work, workers)
         if recipe.evaluate.per_layer and graph is not None:
-            with progress.stage("layers"):
-                layers = _kept(work, "layers", inputs, lambda: {"per_layer": _layer_errors(graph, compiled, source)})
+            with progress.stage("layers") as stage:
+                update = stage.update
+                layers = _kept(work, "layers", inputs, lambda: _layer_errors(graph, compiled, source, update))
             sections["accuracy"] = {**sections["accuracy"], **layers}
     if recipe.benchmark.enabled:
         with progress.stage("benchmark", alone=True) as stage:
@@ -371,34 +393,37 @@ def run(recipe: Recipe, overrides: Sequence[str] = (), workers: Workers = ONLY) 
     Raises:
         QuantflowError: with the exit code of its class.
     """
-    console = report.make_console()
+    console = report.make_console(plain=recipe.report.plain)
     destination = Path(recipe.output or f"outputs/{recipe.name}")
     check_destination(destination)
     choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind)
+    baseline = _baseline(recipe)
     work = Work(destination, recipe.work_key(), resume=recipe.resume)
     with (
-        Progress(console, quiet=recipe.report.quiet) as progress,
+        Progress(console, quiet=recipe.report.quiet, expected=_earlier_times(destination)) as progress,
         _seeded(recipe.seed),
         _nothing_left_on_error(work),
     ):
-        with progress.stage("load"):
-            source = load_source(recipe)
+        with progress.stage("load") as stage:
+            source = load_source(recipe, stage.update)
         report.print_notices(console, source.notices)
-        model = execute(recipe, source, progress, work, overrides, workers)
-    saved = model.record.save(destination)
+        model = execute(recipe, source, progress, work, overrides, workers, baseline)
+        report.print_notices(console, work.notices)
+    with Progress(console, quiet=recipe.report.quiet) as progress, progress.stage("save"):
+        saved = model.record.save(destination)
     work.remove()
     report.print_summary(console, model.results, artifact=_shown(saved), quiet=recipe.report.quiet)
     return model
 
 
-def load_source(recipe: Recipe) -> Source:
+def load_source(recipe: Recipe, update: Update | None = None) -> Source:
     """Model and data of a recipe; random weights get BatchNorm statistics from the calibration data."""
     if recipe.model is None:
         raise UsageError("model: is required; choose one (model=torchvision model.name=resnet50) or a recipe that does")
     model = load_model(recipe.model, recipe.seed)
     data = load_data(recipe.data, model.preprocess, recipe.seed)
     if model.batchnorm_to_estimate and isinstance(model.module, nn.Module):
-        estimate_batchnorm(model.module, data.calibration)
+        estimate_batchnorm(model.module, data.calibration, update)
     return Source(model, data)
 
 
@@ -424,7 +449,7 @@ def _assist(recipe: Recipe, workers: Workers) -> None:
 
 def _plan(recipe: Recipe, _overrides: Sequence[str]) -> int:
     assert recipe.model is not None, "the schema asks for it"
-    console = report.make_console()
+    console = report.make_console(plain=recipe.report.plain)
     choice = choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind)
     with _seeded(recipe.seed):
         model = load_model(recipe.model, recipe.seed)
@@ -440,7 +465,7 @@ def _plan(recipe: Recipe, _overrides: Sequence[str]) -> int:
 def _again(recipe: Recipe, overrides: Sequence[str]) -> int:
     """Evaluate or benchmark an artifact once more, and judge it by its gates."""
     assert recipe.artifact is not None, "the schema asks for it"
-    console = report.make_console()
+    console = report.make_console(plain=recipe.report.plain)
     record = Record.load(recipe.artifact)
     stored = Recipe.from_dict({**overlay(record.recipe, overrides), "task": "run", "artifact": None})
     _require_own_code_named(stored, record, overrides)
@@ -467,6 +492,8 @@ def _again(recipe: Recipe, overrides: Sequence[str]) -> int:
             ) from error
     results = {**record.results, **fresh, "environment": environment()}
     results |= judge(stored, results)
+    if (baseline := _baseline(recipe)) is not None:
+        results["baseline"] = beside(baseline, results)
     add_files(Path(recipe.artifact), replace(record, results=results).result_files())
     report.print_summary(console, results, artifact=recipe.artifact, quiet=stored.report.quiet)
     return EXIT_GATE if results["verdict"] == FAILED else EXIT_PASSED
@@ -474,7 +501,7 @@ def _again(recipe: Recipe, overrides: Sequence[str]) -> int:
 
 def _inspect(recipe: Recipe, _overrides: Sequence[str]) -> int:
     assert recipe.artifact is not None, "the schema asks for it"
-    console = report.make_console()
+    console = report.make_console(plain=recipe.report.plain)
     record = Record.load(recipe.artifact)
     report.print_plan(console, record.plan["rows"])
     console.print(Text(f"{len(record.program.nodes)} nodes, {len(record.program.int8_nodes())} int8 layers"))
@@ -483,17 +510,19 @@ def _inspect(recipe: Recipe, _overrides: Sequence[str]) -> int:
 
 
 def _report(recipe: Recipe, _overrides: Sequence[str]) -> int:
-    """Write an artifact's report again from its results, and print it."""
+    """Write an artifact's report again from its results, beside a baseline where one is named, and print it."""
     assert recipe.artifact is not None, "the schema asks for it"
-    console = report.make_console()
+    console = report.make_console(plain=recipe.report.plain)
     record = Record.load(recipe.artifact)
+    if (baseline := _baseline(recipe)) is not None:
+        record = replace(record, results={**record.results, "baseline": beside(baseline, record.results)})
     add_files(Path(recipe.artifact), record.result_files())
     report.print_summary(console, record.results, artifact=recipe.artifact)
     return EXIT_PASSED
 
 
-def _doctor(_recipe: Recipe, _overrides: Sequence[str]) -> int:
-    report.print_findings(report.make_console(), diagnose())
+def _doctor(recipe: Recipe, _overrides: Sequence[str]) -> int:
+    report.print_findings(report.make_console(plain=recipe.report.plain), diagnose())
     return EXIT_PASSED
 
 
@@ -503,7 +532,7 @@ def _selftest(recipe: Recipe, _overrides: Sequence[str]) -> int:
     Raises:
         UnavailableError: the device is not here, with the devices found.
     """
-    console = report.make_console()
+    console = report.make_console(plain=recipe.report.plain)
     choice = choose_runtime("native", recipe.device.kind)
     backends = native_devices.backends_of(choice.device)
     passed = True
@@ -568,7 +597,8 @@ def _int8_proof(built: Built, source: Source) -> dict[str, Any]:
     }
 
 
-def _layer_errors(graph: Graph, compiled: Compiled, source: Source) -> list[dict[str, Any]]:
+def _layer_errors(graph: Graph, compiled: Compiled, source: Source, update: Update) -> dict[str, Any]:
+    """`per_layer`: each layer's error with those before it, and its own; `histograms` of the worst layers."""
     first = next(iter(source.data.evaluation))
     batch = timing.resized(first, min(first.size, LAYER_SAMPLES)) if graph.batch_is_dynamic else first
     program = compiled.program
@@ -587,11 +617,22 @@ def _layer_errors(graph: Graph, compiled: Compiled, source: Source) -> list[dict
         )
 
     def int8_run(batch: Batch, on_value: Callable[[str, torch.Tensor], None]) -> None:
-        for name, value in compiled.trace(bind(program.inputs, batch.args, batch.kwargs)):
+        for done, (name, value) in enumerate(compiled.trace(bind(program.inputs, batch.args, batch.kwargs)), start=1):
+            update(done, 2 * len(program.nodes))
             if name in computed and name in names and _is_real(value):
                 on_value(computed[name], value)
 
-    return compare_layers(float_run, int8_run, [batch])
+    rows = compare_layers(float_run, int8_run, [batch])
+    own, histograms = own_errors(
+        graph,
+        compiled,
+        timing.resized(batch, min(batch.size, OWN_SAMPLES)) if graph.batch_is_dynamic else batch,
+        lambda done, total: update(total + done, 2 * total),
+    )
+    for row in rows:
+        if row["name"] in own:
+            row["own_sqnr_db"] = own[row["name"]].sqnr_db
+    return {"per_layer": rows, "histograms": histograms}
 
 
 def _is_real(value: Any) -> bool:
@@ -627,7 +668,9 @@ def _benchmark(
         per_layer = None
         if settings.per_layer:
             batch = timing.resized(first, sizes[0])
-            per_layer = compiled.layer_times(bind(program.inputs, batch.args, batch.kwargs))
+            repeats = int(PER_LAYER_MS / max(configs[0]["int8"]["median_ms"], 1e-3))
+            inputs = bind(program.inputs, batch.args, batch.kwargs)
+            per_layer = compiled.layer_times(inputs, max(1, min(MOST_REPEATS, repeats)))
     int8_bytes = len(weights_bytes(program))
     float_bytes = _float_bytes(source.model.module)
     section = {
@@ -720,6 +763,19 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(state)
+
+
+def _baseline(recipe: Recipe) -> dict[str, Any] | None:
+    """Read before anything is written: the baseline may be what the output folder held so far."""
+    return None if recipe.report.baseline is None else read_baseline(recipe.report.baseline)
+
+
+def _earlier_times(directory: Path) -> dict[str, float]:
+    """Stage → seconds, of the run whose artifact is in the output folder; nothing where it can't be read."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        earlier = report.from_json((directory / RESULTS).read_bytes())
+        return report.stage_times(earlier)
+    return {}
 
 
 def _shown(path: Path) -> str:

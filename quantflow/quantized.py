@@ -26,7 +26,7 @@ from quantflow.environment import environment
 from quantflow.errors import ArtifactError
 from quantflow.prepare import bind
 from quantflow.program import Program
-from quantflow.report import from_json, markdown, to_json
+from quantflow.report import from_json, html, markdown, to_json
 from quantflow.runtimes import choose_runtime
 from quantflow.runtimes.native import NativeRunner
 from quantflow.runtimes.native_op import adopt
@@ -36,6 +36,7 @@ from quantflow.schema import Recipe
 #: File name endings that mean torch.jit.save rather than an artifact folder.
 _SCRIPT_FILES = (".pt", ".pth", ".ts", ".jit")
 REPORT = "report.md"
+PAGE = "report.html"
 GRAPH = "graph.txt"
 
 
@@ -75,7 +76,11 @@ class Record:
 
     def result_files(self) -> dict[str, bytes]:
         """The files that evaluate, benchmark and report write again."""
-        return {artifact.RESULTS: to_json(self.results), REPORT: markdown(self.results).encode()}
+        return {
+            artifact.RESULTS: to_json(self.results),
+            REPORT: markdown(self.results).encode(),
+            PAGE: html(self.results).encode(),
+        }
 
     def save(self, directory: str | Path) -> Path:
         """Write the artifact, atomically.

@@ -90,6 +90,7 @@ def test_every_setting_can_be_overridden_without_a_plus() -> None:
         "resume=false", "sweep.objectives=[speedup]",
         "calibrate.resume=false", "warmup.iterations=2", "evaluate.per_layer=false", "benchmark.batch_sizes=[1,4]",
         "benchmark.threads=2", "gates.max_latency_ms=9", "report.quiet=true",
+        "report.plain=true", "report.baseline=before", "benchmark.per_layer=false",
     ]  # fmt: skip
     changed, base = load_recipe(RECIPE, overrides).to_dict(), load_recipe(RECIPE).to_dict()
     same = {"description", "task", "artifact"}

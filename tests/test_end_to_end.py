@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -527,14 +528,20 @@ def test_settings_change_what_is_measured() -> None:
     assert plain["accuracy"]["per_layer"]
     assert plain["warmup"]["iterations"] == 5
     assert run(warmup={"iterations": 2})[1]["warmup"]["iterations"] == 2
-    assert "per_layer" not in run(evaluate={"per_layer": False})[1]["accuracy"]
+    assert {row["name"] for row in plain["accuracy"]["histograms"]} <= {row["name"] for row in plain["plan"]}
+    assert any("own_sqnr_db" in row for row in plain["accuracy"]["per_layer"])
+    without = run(evaluate={"per_layer": False})[1]["accuracy"]
+    assert "per_layer" not in without
+    assert "histograms" not in without
     assert "accuracy" not in run(evaluate={"enabled": False})[1]
     assert run(data={"evaluation": 6})[1]["accuracy"]["samples"] == 6
-    timed = run(benchmark={"enabled": True, "batch_sizes": [1, 3], "threads": 1, "rounds": 2, "per_layer": True})[1]
+    timed = run(benchmark={"enabled": True, "batch_sizes": [1, 3], "threads": 1, "rounds": 2})[1]
     assert [config["batch_size"] for config in timed["benchmark"]["configs"]] == [1, 3]
     assert [len(config["int8"]["rounds"]) for config in timed["benchmark"]["configs"]] == [2, 2]
     assert timed["benchmark"]["threads"] == 1
     assert timed["benchmark"]["per_layer"]
+    untimed = run(benchmark={"enabled": True, "rounds": 1, "min_round_ms": 1, "per_layer": False})[1]
+    assert "per_layer" not in untimed["benchmark"]
 
 
 @pytest.mark.usefixtures("place")
@@ -561,7 +568,8 @@ def test_a_failed_gate_ends_with_3_and_saves_everything(place: Path, capsys: pyt
         "min_sqnr_db": False,
         "min_int8_coverage": True,
     }
-    for text in (shown, (place / "outputs/custom/report.md").read_text()):
+    page = unescape((place / "outputs/custom/report.html").read_text())
+    for text in (shown, (place / "outputs/custom/report.md").read_text(), page):
         assert "dB is not >= 200 dB" in text
         assert "failed" in text
     assert cli.run([*arguments, "gates.min_sqnr_db=1"]) == 0

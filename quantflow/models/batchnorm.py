@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 
 import torch
 from torch import nn
@@ -12,13 +12,18 @@ from quantflow.data.batch import Batch
 from quantflow.errors import DataError
 
 
-def estimate_batchnorm(module: nn.Module, batches: Iterable[Batch]) -> None:
+def estimate_batchnorm(
+    module: nn.Module, batches: Iterable[Batch], progress: Callable[[int, int | None], None] | None = None
+) -> None:
     """Replaces every BatchNorm's running statistics by their plain average over the batches, in place.
 
         mean = 1/N * sum_i mean_i,    var = 1/N * sum_i var_i      over N batches
 
     Without it, random weights give activations that grow or vanish with depth. Batches of a single sample are left
     out where there are larger ones: their variance says nothing.
+
+    Args:
+        progress: called with (batches done, batches or None) after each batch.
 
     Raises:
         DataError: no batch, or a BatchNorm sees a single value per channel.
@@ -27,12 +32,15 @@ def estimate_batchnorm(module: nn.Module, batches: Iterable[Batch]) -> None:
     with _measuring(layers), torch.no_grad():
         single: Batch | None = None
         count = 0
-        for batch in batches:
+        total = len(batches) if isinstance(batches, Sized) else None
+        for done, batch in enumerate(batches, start=1):
             if batch.size == 1 and single is None:
                 single = batch
             if batch.size > 1:
                 _forward(module, batch)
                 count += 1
+            if progress is not None:
+                progress(done, total)
         if count == 0:
             if single is None:
                 raise DataError("BatchNorm statistics can't be estimated: there is no calibration batch")

@@ -1,9 +1,10 @@
-"""Views of the results. The JSON is the truth; Markdown and terminal tables say the same in fewer words."""
+"""Views of the results. The JSON is the truth; the page, Markdown and terminal tables say the same in fewer words."""
 
 from __future__ import annotations
 
+from quantflow.report.html import html
 from quantflow.report.markdown import markdown
-from quantflow.report.progress import Progress
+from quantflow.report.progress import Progress, stage_times
 from quantflow.report.results import from_json, to_json
 from quantflow.report.sweep import sweep_files
 from quantflow.report.terminal import (
@@ -20,6 +21,7 @@ from quantflow.report.terminal import (
 __all__ = [
     "Progress",
     "from_json",
+    "html",
     "make_console",
     "markdown",
     "print_findings",
@@ -29,6 +31,7 @@ __all__ = [
     "print_selftest",
     "print_summary",
     "print_sweep",
+    "stage_times",
     "sweep_files",
     "to_json",
 ]

@@ -27,7 +27,7 @@ def _blocks(results: Mapping[str, Any]) -> Iterator[str]:
         yield f"**Verdict: {_escape(tables.verdict(results))}**"
     for notice in tables.notices(results):
         yield f"> **Notice:** {_escape(notice)}"
-    for table in (tables.gates(results), tables.figures(results)):
+    for table in (tables.gates(results), tables.figures(results), tables.baseline(results)):
         yield from _section(table)
     plan = results.get("plan")
     if isinstance(plan, (list, tuple)) and plan:

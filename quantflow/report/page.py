@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +17,9 @@ from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
+
+from quantflow.report.fields import is_number
 
 #: Scripts in templates/ that every page has: theme, sorting and filtering of tables.
 SCRIPTS = ("page.js",)
@@ -108,7 +111,7 @@ def plain_table(
 
 def number_cell(value: Any, text: str) -> Cell:
     """A cell that sorts by `value` where that is a number; infinities sort beyond all others, NaN as missing."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+    if not is_number(value) or math.isnan(value):
         return Cell(text)
     return Cell(text, sort=max(-1e300, min(1e300, value)))
 
@@ -119,6 +122,11 @@ def shortened(text: str, longest: int = LONGEST_TEXT) -> str:
         return text
     half = (longest - 1) // 2
     return f"{text[:half]}…{text[-half:]}"
+
+
+def breakable(text: str) -> Markup:
+    """The text, escaped, with a place for a line break after every dot, underscore and slash before a letter."""
+    return Markup(re.sub(r"([._/])(?=[A-Za-z])", r"\1<wbr>", str(escape(text))))
 
 
 def render(template: str, *, scripts: Sequence[str] = (), **context: Any) -> str:
@@ -144,8 +152,9 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    environment.filters["shortened"] = shortened
+    environment.filters["breakable"] = breakable
     return environment
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 from rich import progress as bars
 from rich.console import Console
 from rich.text import Text
 
 from quantflow.machine import CORES
+from quantflow.report.fields import is_number, items, text
 
 #: In a pipe, a stage that takes longer says so this often.
 HEARTBEAT_S = 10.0
@@ -21,9 +23,13 @@ HEARTBEAT_S = 10.0
 
 @dataclass
 class Stage:
-    """One running stage. `update` is what a stage calls with (done, total); total may be unknown."""
+    """One running stage. `update` is what a stage calls with (done, total); total may be unknown.
+
+    `expected`: the seconds it is likely to take, where it can't count.
+    """
 
     name: str
+    expected: float | None = None
     done: int = 0
     total: int | None = None
     _started: float = field(default_factory=time.perf_counter)
@@ -45,10 +51,12 @@ class Stage:
 
     @property
     def remaining(self) -> str:
-        """At the speed so far."""
-        if not self.total or not 0 < self.done < self.total:
-            return ""
-        return f"  about {self.seconds * (self.total - self.done) / self.done:.0f} s left"
+        """At the speed so far; without a count, what is left of the time that was expected."""
+        if self.total:
+            left = self.seconds * (self.total - self.done) / self.done if 0 < self.done < self.total else None
+        else:
+            left = self.expected - self.seconds if self.expected is not None else None
+        return f"  about {left:.0f} s left" if left is not None and left > 0 else ""
 
 
 class Progress:
@@ -61,10 +69,14 @@ class Progress:
 
     A stage shares the machine's cores with other runs, or has them alone where it measures time (quantflow.machine).
     When quiet it shows nothing; the times are kept all the same.
+
+    Args:
+        expected: stage → seconds it took last time, for stages that can't count what they do.
     """
 
-    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+    def __init__(self, console: Console, *, quiet: bool = False, expected: Mapping[str, float] | None = None) -> None:
         self.stages: list[dict[str, str | float]] = []
+        self._expected = dict(expected or {})
         self._console = console
         self._quiet = quiet
         self._view = _bars(console) if console.is_terminal and not quiet else None
@@ -94,9 +106,9 @@ class Progress:
 
     @contextmanager
     def _shown(self, name: str) -> Iterator[Stage]:
-        stage = Stage(name)
+        stage = Stage(name, self._expected.get(name))
         if self._view is not None:
-            stage._bar = (self._view, self._view.add_task(name, total=None))
+            stage._bar = (self._view, self._view.add_task(name, total=None, stage=stage))
         beating: AbstractContextManager[None] = nullcontext()
         if self._view is None and not self._quiet:
             beating = self._heartbeat(stage)
@@ -135,6 +147,13 @@ class Progress:
             thread.join()
 
 
+def stage_times(results: Any) -> dict[str, float]:
+    """Stage → seconds, as far as an earlier run's results tell."""
+    rows = items(results, "stages") if isinstance(results, Mapping) else []
+    times = ((text(row.get("name")), row.get("seconds")) for row in rows)
+    return {name: seconds for name, seconds in times if is_number(seconds) and math.isfinite(seconds)}
+
+
 class _Count(bars.ProgressColumn):
     """done/total, or nothing while a stage only takes time."""
 
@@ -143,11 +162,10 @@ class _Count(bars.ProgressColumn):
 
 
 class _Remaining(bars.ProgressColumn):
-    """The time left at the recent speed, once there is one."""
+    """The time left, once it can be told."""
 
     def render(self, task: bars.Task) -> Text:
-        left = task.time_remaining if task.total else None
-        return Text("" if left is None else f"about {left:.0f} s left")
+        return Text(task.fields["stage"].remaining.strip())
 
 
 def _bars(console: Console) -> bars.Progress:

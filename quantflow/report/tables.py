@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeGuard
+from typing import Any
 
-MISSING = "-"
+from quantflow.report.fields import MISSING, number
+from quantflow.report.fields import is_number as _is_number
+from quantflow.report.fields import items as _list
+from quantflow.report.fields import section as _section
+from quantflow.report.fields import text as _text
 
 #: Name of the metric in the results → what people call it.
 METRIC_NAMES = {"top1": "top-1 accuracy", "spearman": "Spearman with ratings"}
@@ -46,6 +50,13 @@ def gates(results: Mapping[str, Any]) -> Table:
         for gate in _list(results, "gates")
     )
     return Table("Gates", ("gate", "outcome", "figure and limit"), rows)
+
+
+def baseline(results: Mapping[str, Any]) -> Table:
+    """The baseline's figures beside this run's, and how they changed; empty without one."""
+    before = _section(results, "baseline")
+    rows = tuple(row for row in _changes(before, results) if row[1:3] != (MISSING, MISSING)) if before else ()
+    return Table("Against the baseline", ("", "baseline", "this run", "change"), rows, frozenset({1, 2, 3}))
 
 
 def plan(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -122,13 +133,6 @@ def verdict(results: Mapping[str, Any]) -> str:
 # Figures as text, with their units
 
 
-def number(value: Any, digits: int = 4) -> str:
-    """A bare number with `digits` significant digits."""
-    if not _is_number(value):
-        return MISSING
-    return "NaN" if math.isnan(value) else f"{value:.{digits}g}"
-
-
 def db(value: Any) -> str:
     """A signal to noise ratio; infinite means no noise at all."""
     if not _is_number(value) or math.isnan(value):
@@ -177,6 +181,50 @@ def _accuracy(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         yield "NaN or infinite", _text(nonfinite.get("float")), _text(nonfinite.get("int8")), "output elements"
 
 
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    yield "verdict", _text(before.get("verdict")), _text(now.get("verdict")), ""
+    accuracies = [_section(side, "accuracy") for side in (before, now)]
+    metrics = [_section(accuracy, "metric") for accuracy in accuracies]
+    if metrics[0].get("name") == metrics[1].get("name") == "top1":
+        yield _change("top-1 accuracy", [metric.get("int8") for metric in metrics], percent, 100, " points")
+    elif metrics[1] and metrics[0].get("name") == metrics[1].get("name"):
+        label = METRIC_NAMES.get(str(metrics[1].get("name")), _text(metrics[1].get("name")))
+        yield _change(label, [metric.get("int8") for metric in metrics], number)
+    yield _change("same top-1 class", [accuracy.get("agreement") for accuracy in accuracies], percent, 100, " points")
+    yield _change("SQNR of the output", [accuracy.get("sqnr_db") for accuracy in accuracies], db, 1, " dB")
+    benchmarks = [_section(side, "benchmark") for side in (before, now)]
+    old = {str(config.get("batch_size")): config for config in _list(benchmarks[0], "configs")}
+    for config in _list(benchmarks[1], "configs"):
+        batch = str(config.get("batch_size"))
+        if batch in old:
+            sides = (old[batch], config)
+            yield _ratio(
+                f"latency, batch {_text(batch)}", [_section(side, "int8").get("median_ms") for side in sides], ms
+            )
+            yield _ratio("times as fast as float", [side.get("speedup") for side in sides], lambda x: number(x, 3))
+    yield _ratio("size on disk", [_section(benchmark, "size").get("int8_bytes") for benchmark in benchmarks], size)
+    proofs = [_section(side, "int8_proof") for side in (before, now)]
+    yield _change("int8 coverage", [proof.get("coverage") for proof in proofs], percent, 100, " points")
+
+
+def _change(
+    label: str, values: Sequence[Any], show: Callable[[Any], str], factor: float = 1, unit: str = ""
+) -> tuple[str, ...]:
+    """A row that says by how much the second value is above the first."""
+    old, new = values
+    changed = f"{factor * (new - old):+.4g}{unit}" if _is_number(old) and _is_number(new) else MISSING
+    changed = "same" if old == new else changed
+    return label, show(old), show(new), changed
+
+
+def _ratio(label: str, values: Sequence[Any], show: Callable[[Any], str]) -> tuple[str, ...]:
+    """A row that says how many percent the second value is above the first."""
+    old, new = values
+    changed = f"{100 * (new / old - 1):+.1f} %" if _is_number(old) and _is_number(new) and old else MISSING
+    changed = "same" if old == new else changed
+    return label, show(old), show(new), changed
+
+
 def _metric(metric: Mapping[str, Any]) -> tuple[str, ...]:
     name, drop, error = metric.get("name"), metric.get("drop"), metric.get("standard_error")
     label = METRIC_NAMES.get(str(name), _text(name))
@@ -191,7 +239,7 @@ def _metric(metric: Mapping[str, Any]) -> tuple[str, ...]:
 def _benchmark(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     benchmark = _section(results, "benchmark")
     for config in _list(benchmark, "configs"):
-        cells = [_latency(_section(config, name)) for name in ("float", "int8")]
+        cells = [latency(_section(config, name)) for name in ("float", "int8")]
         speedup = f"{number(config.get('speedup'), 3)}x as fast" if _is_number(config.get("speedup")) else MISSING
         yield f"latency, batch {_text(config.get('batch_size'))}", *cells, speedup
         rates = [_section(config, name).get("throughput_per_s") for name in ("float", "int8")]
@@ -218,7 +266,8 @@ def layer_times(results: Mapping[str, Any]) -> Table:
     return Table("Time per layer", ("layer", "op", "kernel", "ms", "share"), cells, frozenset({3, 4}), caption)
 
 
-def _latency(timing: Mapping[str, Any]) -> str:
+def latency(timing: Mapping[str, Any]) -> str:
+    """Median and interquartile range of a timing."""
     if not _is_number(timing.get("median_ms")):
         return MISSING
     spread = f" +- {number(timing['spread_ms'], 2)}" if _is_number(timing.get("spread_ms")) else ""
@@ -295,30 +344,3 @@ def _badness(layer: Mapping[str, Any]) -> float:
     """Sorts NaN before every number."""
     sqnr = layer.get("sqnr_db")
     return sqnr if _is_number(sqnr) and not math.isnan(sqnr) else -math.inf
-
-
-def _section(results: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    section = results.get(key)
-    return section if isinstance(section, Mapping) else {}
-
-
-def _list(section: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
-    items = section.get(key)
-    return [item for item in items if isinstance(item, Mapping)] if isinstance(items, (list, tuple)) else []
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _text(value: Any) -> str:
-    """One line of printable text: names come from users' models and may hold anything, terminal codes too."""
-    if value is None or value == "":
-        return MISSING
-    if isinstance(value, Mapping):
-        return ", ".join(f"{_text(key)}={_text(item)}" for key, item in value.items()) or MISSING
-    if isinstance(value, (list, tuple)):
-        return " ".join(_text(item) for item in value) or MISSING
-    if isinstance(value, float):
-        return number(value)
-    return "".join(character if character.isprintable() else " " for character in str(value))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
@@ -18,8 +19,10 @@ from quantflow.report.tables import Table
 
 #: Columns of the plan that go first where a screen is narrow. In a pipe and in the report all of them stay.
 DISPENSABLE = ("qparams", "group", "kernel", "op")
-#: As many of the worst layers as the summary shows; all of them are in the report.
-WORST_LAYERS = 3
+#: What the summary shows of layers and notices, so that it fits one screen; all of it is in the report.
+NAMED_LAYERS = 3
+MOST_NOTICES = 3
+LONGEST_NOTICE = 300
 
 #: Blanks between columns.
 GAP = 2
@@ -27,10 +30,21 @@ GAP = 2
 _COLOURS = {"passed": "green", "FAILED": "bold red", "failed": "bold red", "int8": "green", "float": "yellow"}
 
 
-def make_console(file: IO[str] | None = None) -> Console:
-    """A console on standard output, or on `file`. In a pipe: no colours, no wrapped lines."""
-    is_terminal = (file or sys.stdout).isatty()
-    return Console(file=file, highlight=False, soft_wrap=not is_terminal, no_color=not is_terminal or None)
+def make_console(file: IO[str] | None = None, *, plain: bool = False) -> Console:
+    """A console on standard output, or on `file`.
+
+    In a pipe, in a terminal without cursor control (TERM=dumb), or when `plain`: no bars, no control codes, no wrapped
+    lines. With NO_COLOR in the environment (https://no-color.org) a terminal gets bars and no colours.
+    """
+    moves = (file or sys.stdout).isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown") and not plain
+    is_coloured = moves and not os.environ.get("NO_COLOR")
+    return Console(
+        file=file,
+        highlight=False,
+        force_terminal=moves,
+        soft_wrap=not moves,
+        color_system="auto" if is_coloured else None,
+    )
 
 
 def print_plan(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -79,13 +93,14 @@ def print_summary(
         quiet: notices, gates and verdict only.
     """
     console.print(Text(tables.headline(results), style="bold"))
-    print_notices(console, tables.notices(results))
+    notices = tables.notices(results)
+    print_notices(console, [_cut(notice) for notice in notices[:MOST_NOTICES]])
+    if len(notices) > MOST_NOTICES:
+        console.print(Text(f"and {len(notices) - MOST_NOTICES} more notices, in the report", style="yellow"))
     if not quiet:
-        _print_table(console, tables.layer_times(results))
         _print_table(console, tables.figures(results))
-        worst = tables.layer_errors(results).rows[:WORST_LAYERS]
-        if worst:
-            console.print(Text("worst layers: " + ", ".join(f"{name} {sqnr}" for name, sqnr, _ in worst)))
+        _print_layers(console, "worst", [row[:2] for row in tables.layer_errors(results).rows])
+        _print_layers(console, "slowest", [(row[0], f"{row[3]} ms") for row in tables.layer_times(results).rows])
     print_gates(console, results)
     if results.get("verdict"):
         style = _COLOURS.get(str(results["verdict"]), "bold")
@@ -104,6 +119,16 @@ def print_sweep(console: Console, sweep: Mapping[str, Any], *, folder: str) -> N
     print_notices(console, [sweep["trouble"]] if sweep["trouble"] else [])
     console.print(Text(sweep_headline(sweep), style="bold green" if sweep["exit_code"] == EXIT_PASSED else "bold red"))
     console.print(Text(f"report in {folder}/sweep.html, sweep.md and sweep.json"))
+
+
+def _print_layers(console: Console, which: str, rows: Sequence[Sequence[str]]) -> None:
+    if rows:
+        named = ", ".join(f"{_cut(name, 60)} {figure}" for name, figure in rows[:NAMED_LAYERS])
+        console.print(Text(f"{which} layers: {named}"))
+
+
+def _cut(text: str, longest: int = LONGEST_NOTICE) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
 def print_gates(console: Console, results: Mapping[str, Any]) -> None:

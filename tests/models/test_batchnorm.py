@@ -12,7 +12,10 @@ from quantflow.models import estimate_batchnorm
 def test_statistics_are_the_average_over_the_batches() -> None:
     module = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout()).eval()
     x = torch.randn(6, 3, 4, 5) * 3 + 2
-    estimate_batchnorm(module, [Batch((x[:3],)), Batch((x[3:],))])
+    seen: list[tuple[int, int | None]] = []
+    batches = [Batch((x[:3],)), Batch((x[3:],))]
+    estimate_batchnorm(module, batches, lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 2), (2, 2)]
     means = torch.stack([part.mean((0, 2, 3)) for part in (x[:3], x[3:])])
     variances = torch.stack([part.var((0, 2, 3)) for part in (x[:3], x[3:])])
     torch.testing.assert_close(module[0].running_mean, means.mean(0))

@@ -24,7 +24,13 @@ def results() -> dict[str, Any]:
     plan.append({"name": "softmax", "op": "softmax", "precision": "float", "reason": "no int8 form", "kernel": None})
     return {
         "format": 1,
-        "recipe": {"name": "resnet18_sym_int8", "hash": "8f3a", "overrides": ["device=cpu"]},
+        "recipe": {
+            "name": "resnet18_sym_int8",
+            "description": "ResNet-18, symmetric int8",
+            "hash": "8f3a",
+            "overrides": ["device=cpu"],
+            "settings": {"name": "resnet18_sym_int8", "seed": 0, "layers": {"fc": "float"}},
+        },
         "verdict": "failed",
         "notices": ["weights are seeded random, not pretrained (no network): accuracy against labels means nothing"],
         "environment": {
@@ -48,6 +54,16 @@ def results() -> dict[str, Any]:
         "device": "cpu",
         "runtime": {"requested": "auto", "chosen": "torch", "reason": "native is not built"},
         "plan": plan,
+        "graph": {
+            "inputs": ["x"],
+            "nodes": [
+                {"name": "x.quantize", "op": "quantize", "precision": "between", "reads": [0]},
+                {"name": "layer1.0.conv1", "op": "conv_relu", "precision": "int8", "reads": [1]},
+                {"name": "layer1.1.conv1", "op": "conv_sum_relu", "precision": "int8", "reads": [2, 1]},
+                {"name": "softmax", "op": "softmax", "precision": "float", "reads": [3]},
+            ],
+            "outputs": [4],
+        },
         "int8_proof": {
             "int8_layers": 21,
             "int8_layers_run": 21,
@@ -83,9 +99,24 @@ def results() -> dict[str, Any]:
             },
             "per_layer": [
                 {"name": "conv1", "sqnr_db": 41.0, "max_error": 0.02},
+                {"name": "layer1.1.conv1", "sqnr_db": 35.0, "max_error": 0.1, "own_sqnr_db": 22.5},
                 {"name": "layer4.1.conv2", "sqnr_db": 24.0, "max_error": 0.4},
                 {"name": "fc", "sqnr_db": 28.4, "max_error": 0.31},
                 {"name": "layer1.0.conv1", "sqnr_db": math.nan, "max_error": math.inf},
+            ],
+            "histograms": [
+                {
+                    "name": "layer1.1.conv1",
+                    "input": {"low": 0.0, "high": 6.0, "counts": [90, 9, 0, 1], "clip": [-5.1, 5.0], "clipped": 0.01},
+                    "weight": {
+                        "low": -0.4,
+                        "high": 0.5,
+                        "counts": [1, 7, 6, 2],
+                        "clip": [-0.5, 0.5],
+                        "clipped": 0.0,
+                        "clip_narrowest": [-0.1, 0.1],
+                    },
+                }
             ],
         },
         "benchmark": {
@@ -100,6 +131,11 @@ def results() -> dict[str, Any]:
                 }
                 for size in (1, 16)
             ],
+            "per_layer": [
+                {"name": "x.quantize", "op": "quantize", "kernel": "host.quantize", "ms": 0.05},
+                {"name": "layer1.0.conv1", "op": "conv_relu", "kernel": "host.igemm", "ms": 0.25},
+                {"name": "layer1.1.conv1", "op": "conv_sum_relu", "kernel": "host.igemm", "ms": 0.75},
+            ],
             "size": {"float_bytes": 46_758_048, "int8_bytes": 11_812_345, "ratio": 0.2526},
             "peak_memory_bytes": 812_000_000,
         },
@@ -107,5 +143,17 @@ def results() -> dict[str, Any]:
             {"name": "min_sqnr_db", "limit": 20.0, "value": 28.4, "passed": True, "text": "28.4 dB >= 20 dB"},
             {"name": "min_speedup", "limit": 6.0, "value": 5.0, "passed": False, "text": "5.015x is not >= 6x"},
         ],
+        "baseline": {
+            "artifact": "outputs/before",
+            "verdict": "passed",
+            "accuracy": {"sqnr_db": 29.0, "agreement": 0.953125, "metric": {"name": "top1", "int8": 0.6959}},
+            "benchmark": {
+                "threads": 2,
+                "configs": [{"batch_size": 1, "int8": {"median_ms": 8.0, "spread_ms": 0.1}, "speedup": 4.0}],
+                "size": {"int8_bytes": 11_812_345},
+            },
+            "int8_proof": {"coverage": 0.95},
+            "differences": ["threads: 4 there, 2 here"],
+        },
         "stages": [{"name": "capture", "seconds": 2.1}, {"name": "calibrate", "seconds": 3.2}],
     }

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import contextlib
 import io
+import math
+import os
+import pty
 import re
+import subprocess
+import sys
 import time
 
 import pytest
 
-from quantflow.report import Progress, make_console, progress
+from quantflow.report import Progress, make_console, progress, stage_times
 
 
 class Terminal(io.StringIO):
@@ -70,3 +76,54 @@ def test_remaining_needs_a_total_and_a_start() -> None:
     assert (stage.remaining, stage.count) == ("", " 2")
     stage.update(4, 4)
     assert stage.remaining == ""
+
+
+def test_what_cannot_count_is_expected_to_take_as_long_as_last_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "HEARTBEAT_S", 0.02)
+    earlier = {"stages": [{"name": "capture", "seconds": 90.0}, {"name": "load", "seconds": math.nan}, "odd"]}
+    assert stage_times(earlier) == {"capture": 90.0}
+    assert stage_times(["not results"]) == {}
+    out = io.StringIO()
+    with Progress(make_console(out), expected=stage_times(earlier)) as shown:
+        with shown.stage("capture"):
+            time.sleep(0.1)
+        with shown.stage("compile"):
+            time.sleep(0.1)
+    assert re.search(r"capture +running +0 s +about (89|90) s left\n", out.getvalue())
+    assert re.search(r"compile +running +0 s\n", out.getvalue())
+
+
+def test_a_late_stage_promises_nothing() -> None:
+    assert progress.Stage("capture", expected=0.0).remaining == ""
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_real_terminal(plain: bool) -> None:
+    """Bars that count down in a pseudo terminal; whole lines without a control code when plain."""
+    ours, theirs = pty.openpty()
+    program = (
+        "import sys, time\n"
+        "from quantflow.report import Progress, make_console\n"
+        f"console = make_console(plain={plain})\n"
+        "with Progress(console) as shown, shown.stage('calibrate') as stage:\n"
+        "    for done in range(4):\n"
+        "        time.sleep(0.15)\n"
+        "        stage.update(done + 1, 4)\n"
+    )
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100"}
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
+        environment.pop(name, None)
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other end was closed
+        while part := os.read(ours, 4096):
+            shown += part
+    os.close(ours)
+    assert process.wait() == 0
+    text = shown.decode()
+    assert ("\x1b" in text) is not plain
+    assert ("s left" in text) is not plain
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "\n").split("calibrate    done")
+    assert len(last) == 2
+    assert "4/4" in last[1]

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from quantflow.report import make_console, markdown, print_gates, print_notices, print_plan, print_summary, tables
+from quantflow.report import html, make_console, markdown, print_gates, print_notices, print_plan, print_summary, tables
 from quantflow.report.tables import Table
 
 SECTIONS = [
     *("format", "recipe", "verdict", "notices", "environment", "model", "data", "mode", "device", "runtime", "plan"),
-    *("int8_proof", "calibration", "warmup", "accuracy", "benchmark", "gates", "stages"),
+    *("int8_proof", "calibration", "warmup", "accuracy", "benchmark", "gates", "stages", "graph", "baseline"),
 ]
 
 
@@ -74,13 +74,62 @@ def test_the_summary_says_what_matters(results: dict[str, Any]) -> None:
         assert part in shown
 
 
+def summary_lines(console: Console, results: dict[str, Any]) -> list[str]:
+    print_summary(console, results, artifact="outputs/x")
+    return re.sub(r"\x1b\[[0-9;]*m", "", text(console)).splitlines()
+
+
 def test_the_summary_fits_a_screen(results: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     console = screen(monkeypatch)
-    print_summary(console, results, artifact="outputs/x")
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", text(console)).splitlines()
+    lines = summary_lines(console, results)
     assert len(lines) <= 32
     assert max(map(len, lines)) <= 80
     assert "\x1b[" in text(console)
+
+
+def test_the_largest_summary_fits_a_screen(results: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = {"op": "conv2d", "kernel": "k" * 40, "ms": 1.0}
+    results["benchmark"]["per_layer"] = [{"name": f"block{i}." + "deep." * 40, **kernel} for i in range(500)]
+    results["notices"] = ["what must not be missed, " * 40] * 9
+    results["gates"] *= 4
+    lines = summary_lines(screen(monkeypatch, 100), results)
+    assert len(lines) <= 50
+    assert max(map(len, lines)) <= 100
+    assert "and 6 more notices, in the report" in lines
+    assert any(line.startswith("slowest layers: block0.") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("environment", "plain"), [({"TERM": "dumb"}, False), ({"TERM": "xterm", "FORCE_COLOR": "1"}, True)]
+)
+def test_no_control_codes_in_a_plain_terminal(
+    results: dict[str, Any], monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], plain: bool
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    console = make_console(Terminal(), plain=plain)
+    print_summary(console, results)
+    print_plan(console, results["plan"])
+    assert "\x1b" not in text(console)
+    assert text(console).isascii()
+
+
+def test_no_color_takes_every_style_away(results: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    screen(monkeypatch)
+    monkeypatch.setenv("NO_COLOR", "1")
+    console = make_console(Terminal())
+    print_summary(console, results)
+    assert "\x1b" not in text(console)
+    assert console.is_terminal
+
+
+def test_a_pipe_stays_plain_whatever_the_environment_asks(
+    results: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    console = piped()
+    print_summary(console, results)
+    assert "\x1b" not in text(console)
 
 
 def test_quiet_keeps_notices_gates_and_verdict(results: dict[str, Any]) -> None:
@@ -114,6 +163,7 @@ def test_any_section_may_be_missing_or_empty(results: dict[str, Any], missing: s
     print_summary(console, results)
     print_gates(console, results)
     markdown(results)
+    html(results)
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -133,6 +183,20 @@ def test_any_figure_may_be_missing_or_odd(results: dict[str, Any], value: Any) -
         section[last] = value
         print_summary(piped(), changed)
         markdown(changed)
+
+
+ODD = [None, math.nan, math.inf, "text", 10**400, []]
+
+
+@pytest.mark.parametrize("turn", range(3))
+def test_any_figure_of_the_page_may_be_missing_or_odd(results: dict[str, Any], turn: int) -> None:
+    for index, (*path, last) in enumerate(leaves(results)):
+        changed = copy.deepcopy(results)
+        section: Any = changed
+        for key in path:
+            section = section[key]
+        section[last] = ODD[(index + 2 * turn) % len(ODD)]
+        assert html(changed).endswith("</html>\n")
 
 
 HOSTILE = "a|b\n<script>*x*</script>[red]`y`\x1b[31m_z_"
@@ -160,7 +224,16 @@ def test_the_sample_has_every_section(results: dict[str, Any]) -> None:
 def test_markdown_has_every_section(results: dict[str, Any]) -> None:
     page = markdown(results)
     titles = re.findall(r"^## (.*)$", page, flags=re.MULTILINE)
-    assert titles == ["Gates", "Figures", "Plan", "Layers, worst first", "Stages", "Settings"]
+    assert titles == [
+        "Gates",
+        "Figures",
+        "Against the baseline",
+        "Plan",
+        "Layers, worst first",
+        "Time per layer",
+        "Stages",
+        "Settings",
+    ]
     assert "> **Notice:** weights are seeded random" in page
     assert "| min_speedup | FAILED | 5.015x is not >= 6x |" in page
     assert "| runtime | torch (asked for: auto): native is not built |" in page

@@ -3,7 +3,7 @@
   const all = (selector, root = document) => Array.from(root.querySelectorAll(selector));
 
   // Without a script the page is complete; what needs one is shown from here.
-  all("[data-needs-script]").forEach((element) => { element.hidden = false; });
+  all("[data-needs-script]").forEach((element) => element.removeAttribute("hidden"));
 
   const theme = document.getElementById("theme");
   const isDark = () => getComputedStyle(document.documentElement).colorScheme === "dark"
