@@ -434,7 +434,8 @@ def measure(
         sections["accuracy"] = _evaluated(source, program, call, progress, work, workers)
         if recipe.evaluate.per_layer and graph is not None:
             with progress.stage("layers") as stage:
-                layers = _kept(work, "layers", inputs, lambda: _layer_errors(graph, compiled, source, stage.update))
+                update = stage.update
+                layers = _kept(work, "layers", inputs, lambda: _layer_errors(graph, compiled, source, update))
             sections["accuracy"] = {**sections["accuracy"], **layers}
     if recipe.benchmark.enabled:
         with progress.stage("benchmark", alone=True) as stage:
@@ -783,6 +784,7 @@ def run(recipe: Recipe, overrides: Sequence[str] = (), workers: Workers = ONLY) 
             source = load_source(recipe, stage.update)
         report.print_notices(console, source.notices)
         model = execute(recipe, source, progress, work, overrides, workers, baseline, destination)
+        report.print_notices(console, work.notices)
     with Progress(console, quiet=recipe.report.quiet) as progress, progress.stage("save"):
         saved = model.record.save(destination)
     work.remove()

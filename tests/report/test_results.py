@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 from quantflow.report import from_json, to_json
 
+texts = st.text().filter(lambda text: text not in ("Infinity", "-Infinity", "NaN"))
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | texts,
     lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(), children, max_size=3),
     max_leaves=10,
-).filter(lambda value: value not in ("Infinity", "-Infinity", "NaN"))
+)
 
 
 @given(st.dictionaries(st.text(), values, max_size=4))
