@@ -221,7 +221,7 @@ def test_overlay_refuses_another_recipe() -> None:
         ("defaults: [resnet19]", "recipe", "'resnet19' is not known"),
         ("model: {kind: torchvison}", "model", "'torchvison' is not known; nearest: torchvision"),
         ("qconfig: sym_int9", "qconfig", "'sym_int9' is not known; nearest: sym_int8"),
-        ("seed: ${nowhere}", "command line", "Interpolation key 'nowhere' not found"),
+        ("seed: ${nowhere}", "seed", "Interpolation key 'nowhere' not found"),
         ("mdoel: {}", "mdoel", "nearest: model"),
         ("1: 2", "1", "no such setting"),
     ],

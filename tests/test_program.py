@@ -87,7 +87,7 @@ def _set(path: str, value: Any) -> Callable[[Any], None]:
     ("path", "value", "message"),
     [
         ("format", 2, "newer than this quantflow"),
-        ("format", "1", "TypeError"),
+        ("format", "1", "format .1. is not known"),
         ("nodes", ..., "'nodes'"),
         ("nodes", 3, "TypeError"),
         ("inputs/0/dtype", "object", "dtype 'object' is not known"),
