@@ -67,6 +67,7 @@ from quantflow.quantized import (
     QuantizedModule,
     QuantizedScript,
     Record,
+    as_script,
     load,
     weights_bytes,
 )
@@ -226,7 +227,7 @@ def _finished(
     if baseline is not None:
         results["baseline"] = beside(baseline, results)
     results["stages"] = progress.stages
-    graph_text = _graph_text(built, source) if recipe.report.graph_dump else None
+    graph_text = _graph_text(recipe, built, source) if recipe.report.graph_dump else None
     record = Record(
         recipe.to_dict(), built.plan.to_json(), built.table, built.program, results, graph_text, attached or {}
     )
@@ -1157,8 +1158,10 @@ def _runtime_section(choice: Choice) -> dict[str, str]:
     return {"requested": choice.requested, "chosen": choice.runtime.name, "reason": choice.reason}
 
 
-def _graph_text(built: Built, source: Source) -> str:
-    script = getattr(built.compiled.runner, "script", None)
+def _graph_text(recipe: Recipe, built: Built, source: Source) -> str:
+    """TorchScript's own graph where the result is one or runs as one, else a line per node of the program."""
+    is_script = recipe.mode.kind == "torchscript"
+    script = as_script(built.compiled) if is_script else getattr(built.compiled.runner, "script", None)
     if script is None:
         return (
             "\n".join(f"{node.output} = {node.fused_name}({', '.join(node.refs())})" for node in built.program.nodes)

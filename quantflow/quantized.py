@@ -197,6 +197,17 @@ class QuantizedModule(QuantizedModel):
         return int8_layers(self.module)
 
 
+def as_script(compiled: Compiled) -> torch.jit.ScriptModule:
+    """The compiled program as a ScriptModule; its runner is the native or the torch one."""
+    runner, program = compiled.runner, compiled.program
+    if isinstance(runner, TorchRunner):
+        return runner.script
+    # The file runs on any machine: natively where that is possible, else by the same fused ops of PyTorch.
+    script = build_script(program, calls_native=True)
+    adopt([program.tensors[name] for name in sorted(program.tensors)], runner)
+    return script
+
+
 class QuantizedScript(torch.jit.RecursiveScriptModule):  # type: ignore[misc]
     """TorchScript mode: a ScriptModule that also carries its record.
 
@@ -209,14 +220,8 @@ class QuantizedScript(torch.jit.RecursiveScriptModule):  # type: ignore[misc]
 
     @classmethod
     def adopt(cls, compiled: Compiled, record: Record) -> QuantizedScript:
-        """The compiled program as a ScriptModule of this class; its runner is the native or the torch one."""
-        runner, program = compiled.runner, compiled.program
-        if isinstance(runner, TorchRunner):
-            script = runner.script
-        else:
-            # The file runs on any machine: natively where that is possible, else by the same fused ops of PyTorch.
-            script = build_script(program, calls_native=True)
-            adopt([program.tensors[name] for name in sorted(program.tensors)], runner)
+        """The compiled program as a ScriptModule of this class."""
+        script = as_script(compiled)
         script.__class__ = cls
         script.__dict__["compiled"] = compiled
         script.__dict__["record"] = record

@@ -615,8 +615,8 @@ MODES = [
         "torchscript on the reference",
         [*RUN, "runtime=reference"],
         4,
-        "runtime: 'reference' can't be written as TorchScript",
-        "runtime=torch",
+        "runtime: 'reference' can't serve mode=torchscript",
+        "native, torch, auto",
     ),
     case(
         "a GPU that is not there",
