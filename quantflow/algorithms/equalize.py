@@ -70,6 +70,8 @@ def equalize(settings: EqualizeAlgorithm, graph: Graph, plan: Plan, material: Ma
         return graph, Outcome(MEASURE, (), skipped)
     measured = _Measured(graph, plan, sets, axes, batches, material)
     work = _Factors(graph, plan, sets, axes)
+    for s in sets:
+        work.estimate_unseen(s, measured)
     for _ in range(settings.iterations):
         if max(work.improve(s, measured, settings.clip_margin) for s in sets) < CONVERGED:
             break
@@ -187,6 +189,27 @@ class _Factors:
         rows = torch.as_tensor(self.rows(op), dtype=torch.float64).expand(groups * outputs)
         columns = torch.as_tensor(self.columns(op, groups * inputs), dtype=torch.float64).expand(groups * inputs)
         return matrix.size / rows.reshape(groups, outputs, 1) * columns.reshape(groups, 1, inputs)
+
+    def estimate_unseen(self, s: ChannelSet, measured: _Measured) -> None:
+        """Channels that were 0 on all samples get the range that their writers' rows suggest, beside the others'.
+
+        They may be large on other data; left as they came, one of them would then decide the whole tensor's range.
+        """
+        rows = torch.zeros(s.size, dtype=torch.float64)
+        for op in s.writers:
+            matrix = self.matrices.get(op)
+            if matrix is None:
+                continue
+            groups, _, inputs = matrix.size.shape
+            read = measured.ranges.get(id(self.reads[op])) if op in self.reads else None
+            entering = torch.ones(groups * inputs) if read is None else read
+            entering = entering.double().repeat_interleave(groups * inputs // entering.numel())
+            rows = torch.maximum(rows, (matrix.size * entering.reshape(groups, 1, inputs)).amax(2).flatten())
+        ranges = measured.ranges[id(s)]
+        known = (ranges > 0) & (rows > 0)
+        if bool(known.any()):
+            estimated = rows * (ranges[known] / rows[known]).median()
+            measured.ranges[id(s)] = torch.where(ranges > 0, ranges, estimated)
 
     def noise(self, s: ChannelSet, factors: torch.Tensor, measured: _Measured) -> float:
         """What rounding would do to the readers' outputs, relative to these; see the top of the file."""

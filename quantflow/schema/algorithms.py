@@ -34,7 +34,7 @@ class EqualizeAlgorithm(Settings):
 
     acts_on: ClassVar[ActsOn] = "graph"
     name: Literal["equalize"] = "equalize"
-    samples: Samples = 32
+    samples: Samples = 128
     iterations: Annotated[int, Field(ge=1, le=1000)] = 20
     clip_margin: Annotated[float, Field(ge=1, le=1000)] | None = None
 

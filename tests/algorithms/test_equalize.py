@@ -166,3 +166,17 @@ def test_iterations_and_samples_change_the_result(depthwise: nn.Module, images: 
     for settings in ({"iterations": 1}, {"samples": 2}):
         other, _ = equalized(graph, images, **settings)
         assert any(not torch.equal(base.constants[name], other.constants[name]) for name in base.constants)
+
+
+def test_a_channel_that_the_samples_never_woke_is_rescaled_by_its_weights(images: list[Batch]) -> None:
+    """Otherwise its scale, whatever it is, would decide the tensor's range as soon as other data wake it."""
+    model = chain(nn.ReLU())
+    with torch.no_grad():
+        model[0].bias[2] = -50 * model[0].weight[2].abs().sum()
+        model[0].weight[2].mul_(100)
+        model[0].bias[2].mul_(100)
+        model[3].weight[2].div_(100)
+    graph = captured(model, images[0])
+    better, _ = equalized(graph, images)
+    rows = better.constants["0.weight"].abs().flatten(1).amax(1)
+    assert float(rows[2] / rows.median()) < 10 < float(graph.constants["0.weight"][2].abs().max() / rows.median())
