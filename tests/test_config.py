@@ -89,7 +89,7 @@ def test_every_setting_can_be_overridden_without_a_plus() -> None:
     overrides = [
         "name=other", "output=out", "seed=3", "model.weights=random", "data.calibration=5", "layers={fc:float}",
         "algorithms=fast", "qconfig.activation.percentile=99", "qconfig.weight.observer=mse",
-        "qconfig.reduce_range=true",
+        "qconfig.reduce_range=true", "sensitivity.samples=8", "tune.subject_to.min_cosine=0.9",
         "mode.kind=torchscript", "mode.method=script", "runtime.kind=torch", "device.kind=cpu",
         "calibrate.resume=false", "warmup.iterations=2", "evaluate.per_layer=false", "benchmark.batch_sizes=[1,4]",
         "benchmark.threads=2", "gates.max_latency_ms=9", "report.quiet=true",
