@@ -153,11 +153,13 @@ class Search:
         setting = self._algorithms(self._codes(start))
         if not setting.algorithms:
             setting = self._whole_model(setting)
-        rows = self.sensitivity(setting, lambda: self._require_time("ranking"))["layers"]
+        if self._trial(setting).holds:
+            return
+        rows = self.sensitivity(setting, lambda: self._require_time("layer"))["layers"]
         if not setting.algorithms:
             setting = self._worst_layers(setting, [row["layer"] for row in rows[:WORST_LAYERS]])
-        if setting != start and self._trial(setting).holds:
-            return
+            if self._trial(setting).holds:
+                return
         steps = possible_steps(rows, self._start_ms(start) * LEAST_COST)
         for order in (by_ratio(steps), by_noise(steps)):
             self._fewest_steps(setting, order)

@@ -92,7 +92,7 @@ def test_every_setting_can_be_overridden_without_a_plus() -> None:
     overrides = [
         "name=other", "output=out", "seed=3", "model.weights=random", "data.calibration=5", "layers={fc:float}",
         "algorithms=fast", "qconfig.activation.percentile=99", "qconfig.weight.observer=mse",
-        "qconfig.reduce_range=true",
+        "qconfig.reduce_range=true", "sensitivity.samples=8", "tune.subject_to.min_cosine=0.9",
         "mode.kind=torchscript", "mode.method=script", "runtime.kind=torch", "device.kind=cpu",
         "resume=false", "sweep.objectives=[speedup]",
         "outliers.ratio=50", "policy.add=float",
