@@ -1197,8 +1197,8 @@ def _nothing_left_on_error(work: Work) -> Iterator[None]:
     except QuantflowError:
         if work.folder in created:
             work.remove()
-        with contextlib.suppress(OSError):
-            for path in created:
+        for path in created:
+            with contextlib.suppress(OSError):
                 path.rmdir()
         raise
 
