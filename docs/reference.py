@@ -46,6 +46,7 @@ def settings_page(schema: Mapping[str, Any]) -> str:
         "# Settings",
         "",
         "Every setting that a recipe or the command line may hold: `section.key=value`. Defaults are the schema's own.",
+        "Sections that have a kind or a name are alternatives. [Choices](choices.md) lists the names that a group takes.",
         "",
         "## The recipe itself",
         "",
@@ -106,7 +107,7 @@ def _type(field: Mapping[str, Any]) -> str:
     if "enum" in field:
         return ", ".join(f"`{_plain(value)}`" for value in field["enum"])
     if "$ref" in field:
-        return "a section, below"
+        return "section"
     if parts := field.get("anyOf") or field.get("oneOf"):
         return " or ".join(dict.fromkeys(_type(part) for part in parts))
     if field.get("type") == "array":
@@ -160,7 +161,11 @@ def choices_page() -> str:
 
 def python_page() -> str:
     """One entry of mkdocstrings for each name that the package promises."""
-    lines = ["# Python", "", "The public names of `import quantflow`.", ""]
+    lines = ["# Python", ""]
+    lines += [
+        "The public names of `import quantflow`. What a `Recipe` and a `QConfig` hold is in [Settings](settings.md).",
+        "",
+    ]
     for name in quantflow.__all__:
         value = getattr(quantflow, name)
         if inspect.isclass(value) or inspect.isfunction(value):

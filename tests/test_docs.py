@@ -16,6 +16,9 @@ from pathlib import Path
 
 import pytest
 
+import quantflow
+from quantflow.schema import Recipe
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
@@ -104,10 +107,12 @@ def test_the_site_builds_without_a_warning_and_holds_every_setting(tmp_path: Pat
     for page in PAGES:
         assert (tmp_path / page).with_suffix(".html").is_file()
     settings = (tmp_path / "reference/settings.html").read_text()
-    for place in ("qconfig.activation", "tune.subject_to", "model: entry", "algorithms: gptq"):
+    for place in (*Recipe.model_fields, "qconfig.activation", "tune.subject_to", "model: entry", "algorithms: gptq"):
         assert f">{place}<" in settings
-    assert "min_int8_coverage" in settings
+    row = "<td><code>smallest</code></td>\n<td>number (&gt; 0, &lt; 1)</td>\n<td><code>0.6</code></td>"
+    assert row in settings
+    assert ">model: given<" not in settings, "a record, which no recipe can ask for"
     python = (tmp_path / "reference/python.html").read_text()
-    for name in ("quantflow.quantize", "quantflow.Recipe", "quantflow.load"):
-        assert f'id="{name}"' in python
+    for name in quantflow.__all__:
+        assert f'id="quantflow.{name}"' in python or name == "PRESETS"
     assert "tune.subject_to" in (tmp_path / "reference/command-line.html").read_text()
