@@ -46,7 +46,7 @@ def settings_page(schema: Mapping[str, Any]) -> str:
         "# Settings",
         "",
         "Every setting that a recipe or the command line may hold: `section.key=value`. Defaults are the schema's own.",
-        "Sections that have a kind or a name are alternatives. [Choices](choices.md) lists the names that a group takes.",
+        "Sections that have a kind or a name are alternatives. [Choices](choices.md) lists the names a group takes.",
         "",
         "## The recipe itself",
         "",

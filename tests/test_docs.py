@@ -40,6 +40,7 @@ class Block:
 
 
 def blocks(page: str) -> list[Block]:
+    """What lies between the fences of a page; `page` is relative to docs/."""
     text = (DOCS / page).read_text()
     found = [
         Block(m["language"], m["text"], m["title"], m["reason"], text.count("\n", 0, m.start("text")))
@@ -91,6 +92,14 @@ def test_a_page_runs_from_top_to_bottom(page: str, tmp_path: Path, monkeypatch: 
                 ["bash", "-eu", "-c", block.text], env=variables, capture_output=True, text=True, check=False
             )
             assert done.returncode == 0, f"{place} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+
+
+def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    python = [block for block in blocks("../README.md") if block.language == "python"]
+    assert python
+    for block in python:
+        exec(compile("\n" * block.line + block.text, f"README.md:{block.line}", "exec"), {"__name__": "__main__"})
 
 
 def test_the_site_builds_without_a_warning_and_holds_every_setting(tmp_path: Path) -> None:
