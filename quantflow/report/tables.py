@@ -189,9 +189,9 @@ def comparison_figures(comparison: Mapping[str, Any]) -> Table:
 def comparison_layers(comparison: Mapping[str, Any], *, only_exceeding: bool = False) -> Table:
     """What changed in each layer, in the order of execution; the last column names the limits it exceeds."""
     rows = tuple(
-        (_text(row.get("name")), _change(row, "op"), _change(row, "precision"), _change(row, "sqnr_db", db),
-         _change(row, "scale", number), _change(row, "zero_point"), db(row.get("weight_sqnr_db")),
-         number(row.get("weight_scale_ratio")), _change(row, "ms", number), _text(row.get("exceeds")))
+        (_text(row.get("name")), _sides(row, "op"), _sides(row, "precision"), _sides(row, "sqnr_db", db),
+         _sides(row, "scale", number), _sides(row, "zero_point"), db(row.get("weight_sqnr_db")),
+         number(row.get("weight_scale_ratio")), _sides(row, "ms", number), _text(row.get("exceeds")))
         for row in _list(comparison, "layers")
         if row.get("exceeds") or not only_exceeding
     )  # fmt: skip
@@ -213,7 +213,7 @@ def _figure(row: Mapping[str, Any], side: str) -> str:
     return f"{number(value)} {unit}".rstrip() if _is_number(value) else MISSING
 
 
-def _change(row: Mapping[str, Any], key: str, form: Callable[[Any], str] | None = None) -> str:
+def _sides(row: Mapping[str, Any], key: str, form: Callable[[Any], str] | None = None) -> str:
     """Before and after, or one text where nothing changed."""
     before, after = ((form or _text)(_section(row, side).get(key)) for side in ("baseline", "candidate"))
     return after if before == after else f"{before} -> {after}"
