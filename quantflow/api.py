@@ -50,8 +50,8 @@ def quantize(
         algorithms: a preset ("none", "fast", "accurate", "best"), or an ordered list as in a recipe, such as
             ["equalize", {"name": "bias_correction", "method": "full"}].
         mode: "export", "torchscript" or "imperative"; {"kind": "torchscript", "method": "script"} to script.
-        runtime: "auto", "torch" or "reference".
-        device: "auto" or "cpu".
+        runtime: "auto", "native", "torch" or "reference".
+        device: "auto", "cpu" or "xpu".
         evaluation: input to compare int8 with float on; None compares on the calibration batches.
         benchmark: also time float and int8, interleaved.
         gates: limits as in a recipe; the verdict is in `model.results`, nothing is raised.

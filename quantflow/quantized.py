@@ -169,7 +169,7 @@ class QuantizedModel(nn.Module):
 
     @property
     def results(self) -> Mapping[str, Any]:
-        """What was measured, as in report.json."""
+        """What was measured, as in results.json."""
         return self.record.results
 
     def int8_layers(self) -> int:
@@ -239,7 +239,7 @@ class QuantizedScript(torch.jit.RecursiveScriptModule):  # type: ignore[misc]
 
     @property
     def results(self) -> Mapping[str, Any]:
-        """What was measured, as in report.json."""
+        """What was measured, as in results.json."""
         return self.record.results
 
     def int8_layers(self) -> int:
