@@ -236,8 +236,10 @@ def test_interrupted_by_the_user(nursery: Nursery, expected: dict[str, bytes]) -
     arguments = [sys.executable, "-m", "quantflow", *ARGUMENTS]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        arguments, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as process:
+        arguments, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        # A shell that starts the tests in the background has them ignore Ctrl-C, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:  # fmt: skip
         for _ in range(6000):
             if (folder / CHECKPOINT).exists():
                 break
