@@ -72,8 +72,10 @@ def test_takes_what_it_says(module: nn.Module, tmp_path: Path) -> None:
         "a DataLoader": torch.utils.data.DataLoader(torch.cat(list(batches())), batch_size=5),
     }
     for form, given in forms.items():
+        y = qf.quantize(module, given)(x)
         # Float sums over one row may round differently, and the ranges with them.
-        assert torch.allclose(qf.quantize(module, given)(x), wanted, rtol=0, atol=1e-4), form
+        alike = form == "one sample at a time" and torch.allclose(y, wanted, rtol=0, atol=1e-4)
+        assert alike or torch.equal(y, wanted), form
     model = qf.quantize(module, batches(), evaluation=batches(2), gates={"min_sqnr_db": 90}, benchmark=True, seed=3)
     assert model.results["verdict"] == "failed"
     assert model.results["accuracy"]["samples"] == 8
