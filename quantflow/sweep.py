@@ -42,6 +42,9 @@ from quantflow.schema import Recipe
 WORK = ".work"
 #: How often a job may take its launcher's process down with it.
 ATTEMPTS = 2
+#: A launcher that loses one of its processes ends the others, and not all at once: seconds after which what still runs
+#: was not meant.
+SETTLING = 2.0
 #: Launchers set these in their processes; a job gets what the sweep was started with, so that figures compare.
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -214,6 +217,8 @@ def run_one(job: Job, sweep: Sweep) -> float | list[float] | None:
         elif outcome is None:
             # Of those that were running when a launcher died, one may be to blame: they don't run together again.
             with _attempt(sweep.work / "suspects") if attempt.made else nullcontext():
+                if attempt.made:
+                    time.sleep(SETTLING)  # the lock may be free because its holder was killed: is this one next?
                 attempt.count()
                 outcome = _run(job, sweep, recipe)
         _write_outcome(sweep, outcome)
@@ -238,6 +243,8 @@ def _run(job: Job, sweep: Sweep, recipe: Recipe) -> Outcome:
     seconds = time.monotonic() - start
     if code == EXIT_INTERRUPTED:
         raise KeyboardInterrupt
+    if code < 0 and not job.is_alone:
+        time.sleep(SETTLING)  # the job may have been killed first, and this process is next
     told = _read(ending) or {}
     exit_code = told.get("exit_code", EXIT_CRASH)
     reason = str(told.get("reason", "")) or ("" if exit_code == EXIT_PASSED else _how_it_ended(code))
