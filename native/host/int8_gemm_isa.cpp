@@ -328,15 +328,45 @@ QF_INLINE Int tile_weights(const u8* w) {
     return quads;
 }
 
+// Rows `row` bytes apart, by one address per four rows: an address for each would not fit the general registers beside
+// the rest of a tile's loop.
+template <int kCount>
+struct TileRows {
+    static constexpr int kBases = (kCount + 3) / 4;
+    const u8* base[kBases];
+    i64 row, triple;
+
+    QF_INLINE_MEMBER TileRows(const u8* first, i64 bytes) : row(bytes), triple(3 * bytes) {
+        asm("" : "+r"(triple));
+        place(first);
+    }
+    QF_INLINE_MEMBER void place(const u8* first) {
+        base[0] = first;
+        for (int i = 1; i < kBases; ++i) base[i] = base[i - 1] + 4 * row;
+        advance(0);
+    }
+    QF_INLINE_MEMBER void advance(i64 bytes) {
+        for (int i = 0; i < kBases; ++i) {
+            base[i] += bytes;
+            // Unrelated as far as the compiler knows, which would make an address of each row of them.
+            asm("" : "+r"(base[i]));
+        }
+    }
+    template <int kRow>
+    QF_INLINE_MEMBER const u8* at() const {
+        constexpr int within = kRow % 4;
+        return base[kRow / 4] + (within == 3 ? triple : within * row);
+    }
+};
+
 // Accumulators are named by constants only, so that they live in registers: the compiler turns an array into
 // registers before it unrolls loops.
-template <class V, int kVectors, Product kProduct, bool kIsOdd, int... kIndex>
-QF_INLINE void tile_step(Int* __restrict sums, const u8* x, i64 x_row, const u8* w,
-                         std::integer_sequence<int, kIndex...>) {
+template <class V, int kVectors, Product kProduct, bool kIsOdd, class Rows, int... kIndex>
+QF_INLINE void tile_step(Int* __restrict sums, const Rows& x, const u8* w, std::integer_sequence<int, kIndex...>) {
     Int weights[kVectors], codes;
     const auto one = [&](auto index) __attribute__((always_inline)) {
         constexpr int i = decltype(index)::value, row = i / kVectors, v = i % kVectors;
-        if constexpr (v == 0) codes = V::quad(x + row * x_row);
+        if constexpr (v == 0) codes = V::quad(x.template at<row>() + (kIsOdd ? 4 : 0));
         if constexpr (row == 0) weights[v] = tile_weights<V, kProduct, kIsOdd>(w + v * 4 * kLanes);
         if constexpr (kProduct == Product::bytes)
             V::dot(sums[i], codes, weights[v]);
@@ -370,24 +400,39 @@ using Tile = void (*)(const TileJob&);
 
 template <int kVectors, Product kProduct, int... kIndex>
 QF_INLINE void tile_of(const TileJob& job, std::integer_sequence<int, kIndex...> indices) {
-    Int acc[sizeof...(kIndex)] = {
-        Vector::load(job.start + (kIndex / kVectors) * job.start_row + (kIndex % kVectors) * kLanes)...};
-    const u8 *w = job.w, *ahead = job.ahead;
-    const i64 x_row = job.x_row, steps = job.steps, ahead_step = job.ahead_step;
-    for (i64 run = 0; run < job.runs; ++run) {
-        const u8* x = job.x + job.offsets[run];
-#pragma GCC unroll 1
-        for (i64 q = 0; q < steps; ++q) {
-            __builtin_prefetch(ahead, 0, 2);
-            ahead += ahead_step;
-            tile_step<Vector, kVectors, kProduct, false>(acc, x, x_row, w, indices);
-            if constexpr (kProduct == Product::widened)
-                tile_step<Vector, kVectors, kProduct, true>(acc, x + 4, x_row, w, indices);
-            x += kProduct == Product::widened ? 8 : 4;
-            w += 4 * kColumns;
-        }
+    constexpr int kTileRows = static_cast<int>(sizeof...(kIndex)) / kVectors;
+    Int acc[sizeof...(kIndex)];
+    {
+        TileRows<kTileRows> start(reinterpret_cast<const u8*>(job.start), 4 * job.start_row);
+        ((acc[kIndex] = Vector::load(reinterpret_cast<const std::int32_t*>(start.template at<kIndex / kVectors>()) +
+                                     kIndex % kVectors * kLanes)),
+         ...);
     }
-    (Vector::store(job.sums + (kIndex / kVectors) * job.sums_row + (kIndex % kVectors) * kLanes, acc[kIndex]), ...);
+    const u8 *w = job.w, *ahead = job.ahead;
+    TileRows<kTileRows> x(job.x, job.x_row);
+    for (i64 run = 0; run < job.runs; ++run) {
+        x.place(job.x + job.offsets[run]);
+        const i64 ahead_step = job.ahead_step;
+#pragma GCC unroll 1
+        for (const u8* end = w + job.steps * 4 * kColumns; w != end;) {
+            __builtin_prefetch(ahead, 0, 2);
+            tile_step<Vector, kVectors, kProduct, false>(acc, x, w, indices);
+            if constexpr (kProduct == Product::widened)
+                tile_step<Vector, kVectors, kProduct, true>(acc, x, w, indices);
+            x.advance(kProduct == Product::widened ? 8 : 4);
+            ahead += ahead_step;
+            w += 4 * kColumns;
+            asm("" : "+r"(ahead), "+r"(w));
+        }
+        // What is needed between runs is read again, instead of kept in vector registers: getting it back from there
+        // would wait behind all products.
+        asm volatile("" : : : "memory");
+    }
+    TileRows<kTileRows> sums(reinterpret_cast<const u8*>(job.sums), 4 * job.sums_row);
+    (Vector::store(reinterpret_cast<std::int32_t*>(const_cast<u8*>(sums.template at<kIndex / kVectors>())) +
+                       kIndex % kVectors * kLanes,
+                   acc[kIndex]),
+     ...);
 }
 
 #if defined(QF_INT8_AMX)
