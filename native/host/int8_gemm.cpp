@@ -190,20 +190,43 @@ WinogradWeights pack_winograd_weights(const Int8Kernels& kernels, const Weights&
 // Where channel `c` of a depthwise block lies among four vectors: see "Block" in int8_vector.hpp.
 i64 block_position(const Int8Kernels& kernels, i64 c) { return c % 16 / 4 * kernels.lanes + c / 16 * 4 + c % 4; }
 
-PackedWeights pack_depthwise_weights(const Int8Kernels& kernels, const Weights& w, i64 channels, i64 taps) {
-    const i64 block = 4 * kernels.lanes, blocks = divide_up(channels, block);
-    const i64 tap_groups = divide_up(taps, kernels.tap_group);
-    PackedWeights packed{Aligned<std::int8_t>(blocks * tap_groups * block * 4), Aligned<std::int32_t>(blocks * block)};
+// The taps of a depthwise window in the order of the kernels' groups; -1: none.
+std::vector<i64> plain_taps(const Int8Kernels& kernels, i64 taps) {
+    std::vector<i64> order(static_cast<std::size_t>(round_up(taps, kernels.tap_group)), -1);
+    for (i64 t = 0; t < taps; ++t) order[static_cast<std::size_t>(t)] = t;
+    return order;
+}
+std::vector<i64> rolling_taps(const Int8Kernels& kernels, i64 size) {
+    std::vector<i64> order;
+    const i64 group = kernels.tap_group;
+    for (i64 row = 0; row < size; row += group) {
+        const bool is_last_alone = row + 1 == size;
+        for (i64 column = 0; column < size; column += is_last_alone ? group : 1)
+            for (i64 t = 0; t < group; ++t) {
+                const i64 y = is_last_alone ? row : row + t, x = is_last_alone ? column + t : column;
+                order.push_back(y < size && x < size ? y * size + x : -1);
+            }
+    }
+    return order;
+}
+
+PackedWeights pack_depthwise_weights(const Int8Kernels& kernels, const Weights& w, i64 channels, i64 taps,
+                                     const std::vector<i64>& order) {
+    const i64 block = 4 * kernels.lanes, blocks = divide_up(channels, block), group = kernels.tap_group;
+    const i64 places = static_cast<i64>(order.size()), groups = places / group;
+    PackedWeights packed{Aligned<std::int8_t>(blocks * groups * block * 4), Aligned<std::int32_t>(blocks * block)};
     for (i64 c = 0; c < channels; ++c) {
         const i64 b = c / block, at = block_position(kernels, c % block);
-        for (i64 t = 0; t < taps; ++t) {
-            const std::int8_t code = w.codes[c * taps + t];
-            std::int8_t* to = packed.codes.data() + ((b * tap_groups + t / kernels.tap_group) * block + at) * 4;
-            if (kernels.tap_group == 2) {
+        for (i64 place = 0; place < places; ++place) {
+            const i64 tap = order[static_cast<std::size_t>(place)], t = place % group;
+            if (tap < 0) continue;
+            const std::int8_t code = w.codes[c * taps + tap];
+            std::int8_t* to = packed.codes.data() + ((b * groups + place / group) * block + at) * 4;
+            if (group == 2) {
                 const std::int16_t wide = code;
-                std::memcpy(to + 2 * (t % 2), &wide, 2);
+                std::memcpy(to + 2 * t, &wide, 2);
             } else {
-                to[t % 4] = code;
+                to[t] = code;
             }
             packed.sums[b * block + at] += code;
         }
@@ -537,14 +560,24 @@ private:
 };
 
 class DepthwiseStep final : public Step {
+    static bool suits_rolling(const Int8Kernels& kernels, const Shape3& s) {
+        const bool is_flat = s.in[0] == 1 && s.out[0] == 1 && s.kernel[0] == 1;
+        return kernels.rolling != nullptr && is_flat && s.kernel[1] == s.kernel[2] &&
+               (s.kernel[1] == 3 || s.kernel[1] == 5) && s.dilation[2] == 1 && s.stride[2] <= 2;
+    }
+
 public:
     DepthwiseStep(ThreadPool& pool, const Weights& w, const Shape3& shape, const Tensor& x, const Tensor* residual,
                   const Epilogue& epilogue, const Tensor& y)
         : pool_(pool), kernels_(*int8_kernels_in_use()), x_(x), y_(y) {
         if (residual != nullptr) residual_ = *residual;
         const i64 channels = w.dims[0], taps = shape.taps(), block = 4 * kernels_.lanes;
-        std::vector<i64> key{address(w.codes), address(&kernels_), -1, channels, taps};
-        weights_ = shared_weights(key, [&] { return pack_depthwise_weights(kernels_, w, channels, taps); });
+        rolls_ = suits_rolling(kernels_, shape);
+        std::vector<i64> key{address(w.codes), address(&kernels_), -1, channels, taps, rolls_};
+        weights_ = shared_weights(key, [&] {
+            const auto order = rolls_ ? rolling_taps(kernels_, shape.kernel[1]) : plain_taps(kernels_, taps);
+            return pack_depthwise_weights(kernels_, w, channels, taps, order);
+        });
         constants_ = std::make_unique<ChannelConstants>(w, *x.q, weights_->sums, false, [&](i64 c) {
             return c / block * block + block_position(kernels_, c % block);
         });
@@ -592,11 +625,11 @@ public:
         job_.x_end = job_.x + x_.count();
         bind_output(job_.output, residual_, y_);
         const i64 line_tasks = divide_up(lines_, task_lines_), block_tasks = divide_up(job_.blocks, task_blocks_);
-        const i64 scratch = kernels_.depthwise_scratch(job_);
+        const i64 scratch = rolls_ ? kernels_.rolling_scratch(job_) : kernels_.depthwise_scratch(job_);
         pool_.run(line_tasks * block_tasks, [&](i64 task) {
             const i64 line = task / block_tasks * task_lines_, block = task % block_tasks * task_blocks_;
-            kernels_.depthwise(job_, line, std::min(task_lines_, lines_ - line), block,
-                               std::min(task_blocks_, job_.blocks - block), thread_scratch(scratch));
+            const i64 lines = std::min(task_lines_, lines_ - line), blocks = std::min(task_blocks_, job_.blocks - block);
+            (rolls_ ? kernels_.rolling : kernels_.depthwise)(job_, line, lines, block, blocks, thread_scratch(scratch));
         });
     }
 
@@ -612,6 +645,7 @@ private:
     TapTable taps_;
     Aligned<u8> outside_;
     Int8Depthwise job_;
+    bool rolls_ = false;
     i64 lines_ = 0, task_lines_ = 1, task_blocks_ = 1;
 };
 

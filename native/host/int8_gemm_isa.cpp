@@ -46,6 +46,10 @@ constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 4, kDepth = 1;
 #endif
 constexpr int kBlock = 4 * kLanes;  // channels of a depthwise block
 
+#if defined(__AVX512F__) || defined(QF_INT8_LANES)
+#define QF_INT8_ROLLING  // its sums take 20 registers
+#endif
+
 constexpr i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
 constexpr i64 round_up(i64 n, i64 step) { return (n + step - 1) / step * step; }
 
@@ -233,10 +237,7 @@ QF_INLINE void finish_block(const Int8Output& o, const OutputConstants& k, const
         const Int rounded[4] = {Vector::round(r[0]), Vector::round(r[1]), Vector::round(r[2]), Vector::round(r[3])};
         u8* y = static_cast<u8*>(o.y) + at;
         if (count == kBlock) return k.codes.store_block(y, rounded);
-        u8 part[kBlock];
-        k.codes.store_block(part, rounded);
-        std::memcpy(y, part, count);
-        return;
+        return k.codes.store_block(y, rounded, count);
     }
     for (int i = 0; i < 4; ++i)
         r[i] = real_of(sums[i], Vector::load(o.scale + block * kBlock + i * kLanes),
@@ -832,17 +833,25 @@ i64 gemm_scratch(const Int8Gemm& g, i64 rows, i64 panels) {
 i64 taps_bytes(const Int8Depthwise& d) { return round_up(d.taps * static_cast<i64>(sizeof(u8*)), 64); }
 i64 depthwise_scratch(const Int8Depthwise& d) { return taps_bytes(d) + 3 * d.blocks * kBlock; }
 
+constexpr i64 kTapBytes = 4 * kBlock;  // weights of a block's channels for one group of taps
+QF_INLINE Int tap_weights(const u8* w, int i) {
+    return Vector::load(reinterpret_cast<const std::int32_t*>(w) + i * kLanes);
+}
+
 // Block b of the pixel at y's element `at`; taps lie `offset` bytes beyond their addresses.
 template <int kActivation>
 QF_INLINE void depthwise_block(const Int8Depthwise& d, const OutputConstants& constants, const u8* const* taps,
                                i64 offset, i64 b, i64 at) {
-    constexpr i64 kTapBytes = 4 * 4 * kLanes;
     const i64 groups = d.taps / Vector::kTapGroup;
-    Int sums[4];
+    Int sums[4], codes[4];
     for (int i = 0; i < 4; ++i) sums[i] = Vector::load(d.start + b * kBlock + i * kLanes);
     const u8* w = d.weights + b * groups * kTapBytes;
-    for (i64 t = 0; t < groups; ++t, w += kTapBytes)
-        Vector::depthwise(sums, taps + t * Vector::kTapGroup, offset + b * kBlock, w);
+    for (i64 t = 0; t < groups; ++t, w += kTapBytes) {
+        const u8* group[Vector::kTapGroup];
+        for (int i = 0; i < Vector::kTapGroup; ++i) group[i] = taps[t * Vector::kTapGroup + i] + offset + b * kBlock;
+        Vector::interleave(group, codes);
+        for (int i = 0; i < 4; ++i) Vector::dot_taps(sums[i], codes[i], tap_weights(w, i));
+    }
     finish_block<kActivation>(d.output, constants, sums, b, at + b * kBlock, smaller(kBlock, d.channels - b * kBlock));
 }
 
@@ -907,6 +916,13 @@ void depthwise(const Int8Depthwise& d, i64 line, i64 lines, i64 block, i64 block
     depthwise_for(d, line, lines, block, blocks, scratch, std::make_integer_sequence<int, kInt8Linear + 1>{});
 }
 
+#if defined(QF_INT8_ROLLING)
+#include "int8_rolling.inc"
+#else
+constexpr decltype(Int8Kernels::rolling) rolling = nullptr;
+constexpr decltype(Int8Kernels::rolling_scratch) rolling_scratch = nullptr;
+#endif
+
 #if defined(QF_INT8_WINOGRAD)
 #include "int8_winograd.inc"
 #else
@@ -919,6 +935,6 @@ constexpr decltype(Int8Kernels::winograd_scratch) winograd_scratch = nullptr;
 extern const Int8Kernels int8_kernels;
 const Int8Kernels int8_kernels = {
     kName, kLanes, kRows, kColumns, kDepth, Vector::kIsExact, Vector::kTapGroup, gemm, gemm_scratch, line_bytes,
-    depthwise, depthwise_scratch, winograd, winograd_scratch};
+    depthwise, depthwise_scratch, rolling, rolling_scratch, winograd, winograd_scratch};
 
 }  // namespace quantflow::host::QF_ISA_NAMESPACE

@@ -81,7 +81,7 @@ struct Int8Depthwise {
     std::int64_t taps = 0;  // padded to a multiple of `tap_group`
     std::int64_t real_taps = 0;
     const std::int32_t *tap_z = nullptr, *tap_y = nullptr, *tap_x = nullptr;  // dilation * tap - padding
-    const std::uint8_t* weights = nullptr;  // [block][taps / tap_group][4][lane], four bytes each
+    const std::uint8_t* weights = nullptr;  // [block][group of taps][4][lane], four bytes each
     const std::int32_t* start = nullptr;    // [block][4][lane]
     Int8Output output;                      // scale, bias: [block][4][lane]
 };
@@ -117,6 +117,12 @@ struct Int8Kernels {
     void (*depthwise)(const Int8Depthwise&, std::int64_t line, std::int64_t lines, std::int64_t block,
                       std::int64_t blocks, std::uint8_t* scratch);
     std::int64_t (*depthwise_scratch)(const Int8Depthwise&);
+    // The same for windows of 3x3 or 5x5 that slide by 1 or 2, undilated. Groups of taps: those of `tap_group` rows,
+    // column by column; of a last row by itself, of as many columns. Null where there are too few registers.
+    // Reads a line and a block of `outside`.
+    void (*rolling)(const Int8Depthwise&, std::int64_t line, std::int64_t lines, std::int64_t block,
+                    std::int64_t blocks, std::uint8_t* scratch);
+    std::int64_t (*rolling_scratch)(const Int8Depthwise&);
     // Tiles [tile, tile + tiles) over (batch, rows, columns). Null where `dot` on bytes is the faster way.
     void (*winograd)(const Int8Winograd&, std::int64_t tile, std::int64_t tiles, std::int64_t panel,
                      std::int64_t panels, std::uint8_t* scratch);

@@ -3,7 +3,8 @@
 //
 // "Quad": four bytes of the reduction in one lane. dot(acc, x, w): acc[lane] += sum of 4 products u8 * s8.
 // "Block": 4 * kLanes bytes of adjacent channels, widened to four vectors. Widening works within 128 bits, so vector
-// i, lane 4 * L + e holds channel 16 * L + 4 * i + e of the block.
+// i, lane 4 * L + e holds channel 16 * L + 4 * i + e of the block. interleave(): the same for kTapGroup blocks, whose
+// codes lie side by side in a lane; dot_taps(acc, x, w): acc[lane] += sum of kTapGroup products of such lanes.
 #pragma once
 
 #include <cstdint>
@@ -123,6 +124,12 @@ struct PortableVector {
             const Int all[4] = {of(v[0]), of(v[1]), of(v[2]), of(v[3])};
             PortableVector::store_block(p, all);
         }
+        // The first n bytes.
+        QF_INLINE_MEMBER void store_block(std::uint8_t* p, const Int (&v)[4], std::int64_t n) const {
+            std::uint8_t bytes[4 * Lanes];
+            store_block(bytes, v);
+            std::memcpy(p, bytes, static_cast<std::size_t>(n));
+        }
     };
     // The first n bytes, the rest anything.
     QF_INLINE void load_bytes(const std::uint8_t* p, std::int64_t n, Int& a, Int& b) {
@@ -165,19 +172,14 @@ struct PortableVector {
         for (int i = 0; i < 4; ++i)
             for (int l = 0; l < Lanes; ++l) p[16 * (l / 4) + 4 * i + l % 4] = v[i][l];
     }
-    QF_INLINE void depthwise(Int (&acc)[4], const std::uint8_t* const* p, std::int64_t offset,
-                             const std::uint8_t* w) {
-        const std::int8_t* weight = reinterpret_cast<const std::int8_t*>(w);
-        for (int i = 0; i < 4; ++i) {
-            std::int32_t sum[Lanes];
-            for (int l = 0; l < Lanes; ++l) {
-                const std::int64_t c = offset + 16 * (l / 4) + 4 * i + l % 4;
-                const std::int8_t* wl = weight + (i * Lanes + l) * 4;
-                sum[l] = p[0][c] * wl[0] + p[1][c] * wl[1] + p[2][c] * wl[2] + p[3][c] * wl[3];
-            }
-            acc[i] = add(acc[i], load(sum));
-        }
+    QF_INLINE void interleave(const std::uint8_t* const (&p)[kTapGroup], Int (&to)[4]) {
+        std::uint8_t bytes[4][4 * Lanes];
+        for (int i = 0; i < 4; ++i)
+            for (int l = 0; l < Lanes; ++l)
+                for (int t = 0; t < kTapGroup; ++t) bytes[i][4 * l + t] = p[t][16 * (l / 4) + 4 * i + l % 4];
+        for (int i = 0; i < 4; ++i) to[i] = load_as<Int>(bytes[i]);
     }
+    QF_INLINE void dot_taps(Int& acc, Int taps, Int w) { dot(acc, taps, w); }
 };
 
 #if defined(__AVX2__)
@@ -253,6 +255,11 @@ struct Vector256 {
         }
         QF_INLINE_MEMBER void store_block(std::uint8_t* p, const Int (&v)[4]) const {
             _mm256_storeu_si256(reinterpret_cast<Int*>(p), of(v[0], v[1], v[2], v[3]));
+        }
+        QF_INLINE_MEMBER void store_block(std::uint8_t* p, const Int (&v)[4], std::int64_t n) const {
+            std::uint8_t bytes[32];
+            store_block(bytes, v);
+            std::memcpy(p, bytes, static_cast<std::size_t>(n));
         }
     };
     QF_INLINE void load_bytes(const std::uint8_t* p, std::int64_t n, Int& a, Int& b) {
@@ -334,16 +341,15 @@ struct Avx2Vector : Vector256 {
         _mm256_storeu_si256(reinterpret_cast<Int*>(to + 32), _mm256_permute2x128_si256(low, high, 0x31));
     }
 
-    QF_INLINE void depthwise(Int (&acc)[4], const std::uint8_t* const* p, std::int64_t offset,
-                             const std::uint8_t* w) {
-        const Int zero = _mm256_setzero_si256();
-        const Int a = load_block(p[0] + offset), b = load_block(p[1] + offset);
+    QF_INLINE void interleave(const std::uint8_t* const (&p)[kTapGroup], Int (&to)[4]) {
+        const Int zero = _mm256_setzero_si256(), a = load_block(p[0]), b = load_block(p[1]);
         const Int low = _mm256_unpacklo_epi8(a, b), high = _mm256_unpackhi_epi8(a, b);
-        const Int x[4] = {_mm256_unpacklo_epi8(low, zero), _mm256_unpackhi_epi8(low, zero),
-                          _mm256_unpacklo_epi8(high, zero), _mm256_unpackhi_epi8(high, zero)};
-        for (int i = 0; i < 4; ++i)
-            acc[i] = _mm256_add_epi32(acc[i], _mm256_madd_epi16(x[i], load_block(w + 32 * i)));
+        to[0] = _mm256_unpacklo_epi8(low, zero);
+        to[1] = _mm256_unpackhi_epi8(low, zero);
+        to[2] = _mm256_unpacklo_epi8(high, zero);
+        to[3] = _mm256_unpackhi_epi8(high, zero);
     }
+    QF_INLINE void dot_taps(Int& acc, Int taps, Int w) { acc = _mm256_add_epi32(acc, _mm256_madd_epi16(taps, w)); }
 };
 #endif
 
@@ -356,17 +362,16 @@ struct AvxVnniVector : Vector256 {
     QF_INLINE void copy(std::uint8_t* to, const std::uint8_t* from) {
         _mm256_storeu_si256(reinterpret_cast<Int*>(to), load_block(from));
     }
-    QF_INLINE void depthwise(Int (&acc)[4], const std::uint8_t* const* p, std::int64_t offset,
-                             const std::uint8_t* w) {
-        const Int a = load_block(p[0] + offset), b = load_block(p[1] + offset);
-        const Int c = load_block(p[2] + offset), d = load_block(p[3] + offset);
+    QF_INLINE void interleave(const std::uint8_t* const (&p)[kTapGroup], Int (&to)[4]) {
+        const Int a = load_block(p[0]), b = load_block(p[1]), c = load_block(p[2]), d = load_block(p[3]);
         const Int ab0 = _mm256_unpacklo_epi8(a, b), ab1 = _mm256_unpackhi_epi8(a, b);
         const Int cd0 = _mm256_unpacklo_epi8(c, d), cd1 = _mm256_unpackhi_epi8(c, d);
-        dot(acc[0], _mm256_unpacklo_epi16(ab0, cd0), load_block(w));
-        dot(acc[1], _mm256_unpackhi_epi16(ab0, cd0), load_block(w + 32));
-        dot(acc[2], _mm256_unpacklo_epi16(ab1, cd1), load_block(w + 64));
-        dot(acc[3], _mm256_unpackhi_epi16(ab1, cd1), load_block(w + 96));
+        to[0] = _mm256_unpacklo_epi16(ab0, cd0);
+        to[1] = _mm256_unpackhi_epi16(ab0, cd0);
+        to[2] = _mm256_unpacklo_epi16(ab1, cd1);
+        to[3] = _mm256_unpackhi_epi16(ab1, cd1);
     }
+    QF_INLINE void dot_taps(Int& acc, Int taps, Int w) { dot(acc, taps, w); }
 };
 #endif
 
@@ -448,6 +453,10 @@ struct Avx512Vector {
         QF_INLINE_MEMBER void store_block(std::uint8_t* p, const Int (&v)[4]) const {
             _mm512_storeu_si512(p, of(v[0], v[1], v[2], v[3]));
         }
+        QF_INLINE_MEMBER void store_block(std::uint8_t* p, const Int (&v)[4], std::int64_t n) const {
+            const __mmask64 first = (std::uint64_t{1} << n) - 1;
+            _mm512_mask_storeu_epi8(p, first, of(v[0], v[1], v[2], v[3]));
+        }
     };
     QF_INLINE void load_bytes(const std::uint8_t* p, std::int64_t n, Int& a, Int& b) {
         const __mmask32 first = static_cast<__mmask32>((std::uint64_t{1} << n) - 1);
@@ -482,17 +491,16 @@ struct Avx512Vector {
             _mm_storeu_ps(p + 48 + 4 * i, _mm512_extractf32x4_ps(v[i], 3));
         }
     }
-    QF_INLINE void depthwise(Int (&acc)[4], const std::uint8_t* const* p, std::int64_t offset,
-                             const std::uint8_t* w) {
-        const Int a = load_block(p[0] + offset), b = load_block(p[1] + offset);
-        const Int c = load_block(p[2] + offset), d = load_block(p[3] + offset);
+    QF_INLINE void interleave(const std::uint8_t* const (&p)[kTapGroup], Int (&to)[4]) {
+        const Int a = load_block(p[0]), b = load_block(p[1]), c = load_block(p[2]), d = load_block(p[3]);
         const Int ab0 = _mm512_unpacklo_epi8(a, b), ab1 = _mm512_unpackhi_epi8(a, b);
         const Int cd0 = _mm512_unpacklo_epi8(c, d), cd1 = _mm512_unpackhi_epi8(c, d);
-        dot(acc[0], _mm512_unpacklo_epi16(ab0, cd0), load_block(w));
-        dot(acc[1], _mm512_unpackhi_epi16(ab0, cd0), load_block(w + 64));
-        dot(acc[2], _mm512_unpacklo_epi16(ab1, cd1), load_block(w + 128));
-        dot(acc[3], _mm512_unpackhi_epi16(ab1, cd1), load_block(w + 192));
+        to[0] = _mm512_unpacklo_epi16(ab0, cd0);
+        to[1] = _mm512_unpackhi_epi16(ab0, cd0);
+        to[2] = _mm512_unpacklo_epi16(ab1, cd1);
+        to[3] = _mm512_unpackhi_epi16(ab1, cd1);
     }
+    QF_INLINE void dot_taps(Int& acc, Int taps, Int w) { dot(acc, taps, w); }
 };
 #endif
 
