@@ -589,8 +589,9 @@ public:
             job_.out[i] = shape.out[i];
             job_.stride[i] = shape.stride[i];
         }
-        // As long as a line, so that lines at the edge are no special case; very long lines are.
-        const i64 line_bytes = std::min<i64>(shape.out[2] * shape.stride[2] * channels, 64 * 1024);
+        // As long as a line, so that lines at the edge are no special case; very long lines are, but where windows roll.
+        const i64 line_bytes = rolls_ ? shape.in[2] * channels
+                                      : std::min<i64>(shape.out[2] * shape.stride[2] * channels, 64 * 1024);
         outside_ = Aligned<u8>(job_.blocks * block + line_bytes);
         std::memset(outside_.data(), x.q->zero_point, static_cast<std::size_t>(outside_.size()));
         job_.outside = outside_.data();

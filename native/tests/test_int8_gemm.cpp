@@ -449,6 +449,18 @@ int main() {
         group("depthwise convolutions", [] {
             test_convolutions(200, [](Case& c) { c.groups = c.in_channels = c.out_channels = pick(1, 150); });
         });
+        group("depthwise 3x3 and 5x5", [] {
+            test_convolutions(150, [](Case& c) {
+                const i64 size = 3 + 2 * pick(0, 1);
+                c.kernel = {size, size};
+                // Lines above 64 KiB, too, and of fewer columns than a window has.
+                c.in = {pick(1, 9), pick(0, 9) == 0 ? 600 : pick(1, 24)};
+                c.stride = {pick(1, 3), pick(1, 2)};
+                c.padding = {pick(size - 3, size - 1), pick(size - 3, size + 1)};
+                c.dilation = {pick(1, 2), 1};
+                c.groups = c.in_channels = c.out_channels = pick(0, 3) == 0 ? 64 * pick(1, 2) : pick(1, 150);
+            });
+        });
         group("usual convolutions", test_usual_convolutions);
         group("3x3 convolutions", [] {
             test_convolutions(60, [](Case& c) {
