@@ -316,7 +316,7 @@ struct ChannelConstants {
         bool fits = true;  // beyond that rounding to an integer would overflow; false for NaN
         for (i64 i = 0; i < scale.size(); ++i) {
             code_scale[i] = static_cast<float>(scale[i] / y_scale);
-            code_bias[i] = static_cast<float>(bias[i] / y_scale - o.residual_zero * residual_step);
+            code_bias[i] = static_cast<float>(bias[i] / y_scale);
             fits = fits && largest * code_scale[i] + std::fabs(code_bias[i]) + 255 * residual_step < 1 << 30;
         }
         if (!fits) return;

@@ -274,6 +274,7 @@ void finish_codes(const Int8Output& o, const std::int32_t* sums, i64 stride, i64
                   i64 count) {
     const Vector::Codes codes(o.zero, o.low_code, o.high_code);
     const Float residual_step = Vector::set(o.residual_step);
+    const Int residual_zero = Vector::set(o.residual_zero);
     const Float scale0 = Vector::load(o.code_scale + padded), scale1 = Vector::load(o.code_scale + padded + kLanes);
     const Float bias0 = Vector::load(o.code_bias + padded), bias1 = Vector::load(o.code_bias + padded + kLanes);
     u8* y = static_cast<u8*>(o.y) + row * o.row + channel;
@@ -284,8 +285,8 @@ void finish_codes(const Int8Output& o, const std::int32_t* sums, i64 stride, i64
         if constexpr (kHasResidual) {
             Int q0, q1;
             Vector::load_bytes(residual + m * o.row, count, q0, q1);
-            r0 = Vector::multiply_add(Vector::to_float(q0), residual_step, r0);
-            r1 = Vector::multiply_add(Vector::to_float(q1), residual_step, r1);
+            r0 = Vector::multiply_add(Vector::to_float(Vector::sub(q0, residual_zero)), residual_step, r0);
+            r1 = Vector::multiply_add(Vector::to_float(Vector::sub(q1, residual_zero)), residual_step, r1);
         }
         a = Vector::round(r0);
         b = Vector::round(r1);

@@ -28,8 +28,9 @@ struct Int8Output {
     std::int32_t zero = 0;
     int activation = kInt8None;
     float a = 0, b = 0;
-    // Codes at once, for activations that only clamp: round(sum * code_scale[c] + code_bias[c] (+ residual *
-    // residual_step)) + zero, clamped to [low_code, high_code]. The constants are divided by y's scale beforehand.
+    // Codes at once, for activations that only clamp: round(sum * code_scale[c] + code_bias[c] (+ (residual -
+    // residual_zero) * residual_step)) + zero, clamped to [low_code, high_code]. The constants are divided by y's scale
+    // beforehand, and each product is added with one rounding: equal to the reference runtime to the bit.
     bool is_linear = false;
     const float *code_scale = nullptr, *code_bias = nullptr;
     float residual_step = 0;

@@ -5,6 +5,7 @@ Every other runtime is compared with it, node by node, on the same codes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from quantflow.program import LINEAR_OPS, Node, Program, Ref, TensorRef, aten_op
 #: Ops that compute a real number per element; every other op moves codes, or is float by itself.
 _COMPUTED = ("quantize", *LINEAR_OPS, "matmul", "add", "mul", "avg_pool")
 _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+#: Activations that are a clamp, on codes as on real numbers.
+_CLAMPS = ("relu", "hardtanh")
 
 
 class ReferenceRunner:
@@ -66,7 +69,10 @@ def resolve(program: Program, argument: Any, values: Mapping[str, Any]) -> Any:
 def run_node(program: Program, node: Node, values: Mapping[str, Any]) -> Any:
     """One node's value, by the formulas in `quantflow.program`."""
     if node.op in _COMPUTED:
-        r, out = _real(program, node, values), qparams_of(program, node.output)
+        out = qparams_of(program, node.output)
+        if out is not None and (steps := _steps(program, node, values, out)) is not None:
+            return _coded(steps, node.epilogue, out)
+        r = _real(program, node, values)
         return r if out is None else quantize(r, out)
     args = resolve(program, node.args, values)
     kwargs = resolve(program, dict(node.kwargs), values)
@@ -91,7 +97,10 @@ def unrounded(program: Program, node: Node, values: Mapping[str, Any]) -> torch.
     out = qparams_of(program, node.output)
     if node.op not in _COMPUTED or out is None:
         return None
-    return _real(program, node, values).to(torch.float64) / out.scale + out.zero_point
+    if (steps := _steps(program, node, values, out)) is None:
+        return _real(program, node, values).to(torch.float64) / out.scale + out.zero_point
+    low, high = _bounds(node.epilogue, out)
+    return steps.to(torch.float64).clamp(low, high) + out.zero_point
 
 
 def _real(program: Program, node: Node, values: Mapping[str, Any]) -> torch.Tensor:
@@ -165,11 +174,24 @@ def apply_epilogue(r: torch.Tensor, epilogue: Epilogue | None) -> torch.Tensor:
 
 def _linear(program: Program, node: Node, args: Any, operands: Sequence[QParams | None]) -> torch.Tensor:
     """acc * (scale_x * scale_w[c]) + bias[c] (+ the dequantized residual), float32."""
-    x, residual = args
+    acc, scale, bias = _sums(program, node, args, operands)
+    r = _scaled(acc, scale)
+    if bias is not None:
+        r = r + bias
+    if args[1] is not None:
+        r = r + dequantize(args[1], _known(operands[1]))
+    return r
+
+
+def _sums(
+    program: Program, node: Node, args: Any, operands: Sequence[QParams | None]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(exact sums in float64, scale_x * scale_w, bias) of a convolution or linear; the last two float32 and in the sums'
+    shape."""
     qx, attrs = _known(operands[0]), node.attrs
     weight = program.tensors[attrs["weight"]].to(torch.float64)
     scale = program.tensors[attrs["weight_scale"]] * qx.scale
-    centered = _centered(x, qx)
+    centered = _centered(args[0], qx)
     if node.op == "linear":
         acc, channel = F.linear(centered, weight), -1
     else:
@@ -179,12 +201,51 @@ def _linear(program: Program, node: Node, args: Any, operands: Sequence[QParams 
         channel = 1
     shape = [1] * acc.dim()
     shape[channel] = -1
-    r = _scaled(acc, scale.reshape(shape) if scale.numel() > 1 else scale)
-    if attrs["bias"] is not None:
-        r = r + program.tensors[attrs["bias"]].reshape(shape)
-    if residual is not None:
-        r = r + dequantize(residual, _known(operands[1]))
-    return r
+    bias = None if attrs["bias"] is None else program.tensors[attrs["bias"]].reshape(shape)
+    return acc, scale.reshape(shape) if scale.numel() > 1 else scale, bias
+
+
+def _steps(program: Program, node: Node, values: Mapping[str, Any], out: QParams) -> torch.Tensor | None:
+    """A convolution's or linear's result in steps of its output's scale, before it is clamped and rounded; float32.
+
+        t = fma(acc, scale_x * scale_w[c] / scale_y, bias[c] / scale_y),  t = fma(q_r - zp_r, scale_r / scale_y, t)
+
+    None where an activation that is no clamp comes first, or a constant leaves float32's range.
+    """
+    if node.op not in LINEAR_OPS or (node.epilogue is not None and node.epilogue.kind not in _CLAMPS):
+        return None
+    args = resolve(program, node.args, values)
+    operands = [qparams_of(program, a.name) if isinstance(a, Ref) else None for a in node.args]
+    acc, scale, bias = _sums(program, node, args, operands)
+    factor = (scale.to(torch.float64) / out.scale).to(torch.float32)
+    constant = _float32(0.0) if bias is None else (bias.to(torch.float64) / out.scale).to(torch.float32)
+    if not bool(factor.isfinite().all() & constant.isfinite().all()):
+        return None
+    t = _fused_multiply_add(acc.to(torch.float32), factor, constant)
+    if args[1] is None:
+        return t
+    residual = _known(operands[1])
+    return _fused_multiply_add(_centered(args[1], residual), _float32(residual.scale / out.scale), t)
+
+
+def _fused_multiply_add(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """a * b + c, rounded to float32 once: the product of two float32 is exact in float64."""
+    return (a.to(torch.float64) * b.to(torch.float64) + c.to(torch.float64)).to(torch.float32)
+
+
+def _bounds(epilogue: Epilogue | None, out: QParams) -> tuple[float, float]:
+    """The least and the largest number of steps that the codes and the activation allow."""
+    low, high = (float(bound - out.zero_point) for bound in out.range)
+    if epilogue is None:
+        return low, high
+    a, b = (0.0, math.inf) if epilogue.kind == "relu" else epilogue.values
+    steps = [float(torch.round(_float32(bound) / _float32(out.scale))) for bound in (a, b)]
+    return min(max(steps[0], low), high), min(max(steps[1], low), high)
+
+
+def _coded(steps: torch.Tensor, epilogue: Epilogue | None, out: QParams) -> torch.Tensor:
+    low, high = _bounds(epilogue, out)
+    return (torch.round(steps).clamp_(low, high) + out.zero_point).to(out.torch_dtype)
 
 
 def _centered(q: torch.Tensor, qparams: QParams) -> torch.Tensor:
