@@ -53,6 +53,7 @@ from quantflow.graph import Graph, interpret
 from quantflow.imperative import called_modules, carry_over, fixed_constants, swap_modules
 from quantflow.joins import Join, join_costs, join_notices
 from quantflow.journal import Journal
+from quantflow.kept import NOTHING_KEPT, KeptAlgorithms
 from quantflow.layer_errors import own_errors
 from quantflow.layer_sensitivity import SEARCHED, measure_sensitivity, plot_ready
 from quantflow.models import LoadedModel, estimate_batchnorm, load_model
@@ -272,7 +273,8 @@ def build(
     choice = choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind)
     example = _first_batch(source)
     module = source.model.module
-    graph, rewritten, imperative = captured(recipe, source, choice, example, progress)
+    kept = _kept_algorithms(recipe, source, choice, work, workers)
+    graph, rewritten, imperative = captured(recipe, source, choice, example, progress, kept)
     with progress.stage("plan"):
         plan = plan_for(recipe, graph, choice, module, example)
     with progress.stage("outliers") as stage:
@@ -284,7 +286,9 @@ def build(
         prepared: Prepared = prepare(graph, plan, imperative)
     with progress.stage("calibrate") as stage:
         table = _calibrated(recipe, source, prepared, work, stage.update, workers)
-    refined, improved = refine(recipe.algorithms, prepared, table, _material(recipe, source, graph), progress.stage)
+    refined, improved = refine(
+        recipe.algorithms, prepared, table, _material(recipe, source, graph), progress.stage, kept.numbers(prepared)
+    )
     joins = ()
     if recipe.evaluate.enabled and recipe.evaluate.per_layer:
         joins = join_costs(prepared, refined, _material(recipe, source, graph).first(LAYER_SAMPLES))
@@ -327,16 +331,27 @@ def _made_ready(
 
 
 def captured(
-    recipe: Recipe, source: Source, choice: Choice, example: Batch, progress: Progress
+    recipe: Recipe,
+    source: Source,
+    choice: Choice,
+    example: Batch,
+    progress: Progress,
+    kept: KeptAlgorithms = NOTHING_KEPT,
 ) -> tuple[Graph, tuple[Applied, ...], nn.Module | None]:
     """capture → rewrite: the graph that is quantized, and in imperative mode the module that computes the same."""
     with progress.stage("capture"):
         original = capture(source.model.module, example, recipe.mode)
-    return _rewritten(recipe, source, choice, example, original, progress)
+    return _rewritten(recipe, source, choice, example, original, progress, kept)
 
 
 def _rewritten(
-    recipe: Recipe, source: Source, choice: Choice, example: Batch, original: Graph, progress: Progress
+    recipe: Recipe,
+    source: Source,
+    choice: Choice,
+    example: Batch,
+    original: Graph,
+    progress: Progress,
+    kept: KeptAlgorithms,
 ) -> tuple[Graph, tuple[Applied, ...], nn.Module | None]:
     module = source.model.module
     imperative = module if recipe.mode.kind == "imperative" and isinstance(module, nn.Module) else None
@@ -347,8 +362,19 @@ def _rewritten(
         lambda graph: plan_for(recipe, graph, choice, module, example),
         replace(_material(recipe, source, original), fixed=fixed, may_insert=imperative is None),
         progress.stage,
+        kept.graphs(),
     )
     return graph, applied, None if imperative is None else carry_over(imperative, original, graph)
+
+
+def _kept_algorithms(
+    recipe: Recipe, source: Source, choice: Choice, work: Work | None, workers: Workers = ONLY
+) -> KeptAlgorithms:
+    """What an interrupted run's algorithms have finished. Every worker reads it; the first one writes."""
+    if work is None or not (workers.is_first or recipe.resume):
+        return NOTHING_KEPT
+    inputs = json.dumps([choice.runtime.name, choice.device, source.data.identity], sort_keys=True)
+    return KeptAlgorithms(work, inputs, writes=workers.is_first)
 
 
 def _material(recipe: Recipe, source: Source, graph: Graph) -> Material:
@@ -503,9 +529,9 @@ def judge(recipe: Recipe, results: Mapping[str, Any]) -> dict[str, Any]:
 # --- sensitivity and search
 
 
-def analyse(recipe: Recipe, source: Source, progress: Progress, checkpoint: Path | None = None) -> dict[str, Any]:
+def analyse(recipe: Recipe, source: Source, progress: Progress, work: Work | None = None) -> dict[str, Any]:
     """Each layer's sensitivity, from the cache as far as it was measured before: see `measure_sensitivity`."""
-    bench = _workbench(recipe, source, progress, checkpoint)
+    bench = _workbench(recipe, source, progress, work)
     with (
         timing.threads(recipe.benchmark.threads),
         _sensitivity_cache(recipe, source, bench) as journal,
@@ -516,17 +542,18 @@ def analyse(recipe: Recipe, source: Source, progress: Progress, checkpoint: Path
 
 
 def _workbench(
-    recipe: Recipe, source: Source, progress: Progress, checkpoint: Path | None, *, judges: bool = False
+    recipe: Recipe, source: Source, progress: Progress, work: Work | None, *, judges: bool = False
 ) -> Workbench:
     """capture → calibrate, for any number of settings. `judges`: float also runs over the evaluation data."""
     choice = choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind)
     example, module = _first_batch(source), source.model.module
+    checkpoint, kept = _checkpoint(work), _kept_algorithms(recipe, source, choice, work)
     with progress.stage("capture"):
         original = capture(module, example, recipe.mode)
 
     def variants_of(algorithms: tuple[Algorithm, ...]) -> Variants:
         asked = recipe.model_copy(update={"algorithms": algorithms})
-        graph, applied, imperative = _rewritten(asked, source, choice, example, original, progress)
+        graph, applied, imperative = _rewritten(asked, source, choice, example, original, progress, kept)
         material = _material(recipe, source, graph)
         variants = Variants(
             graph,
@@ -534,7 +561,9 @@ def _workbench(
             lambda qconfig, layers: plan_for(
                 asked.model_copy(update={"qconfig": qconfig, "layers": dict(layers)}), graph, choice, module, example
             ),
-            lambda prepared, table: refine(algorithms, prepared, table, material, progress.stage),
+            lambda prepared, table: refine(
+                algorithms, prepared, table, material, progress.stage, kept.numbers(prepared)
+            ),
             rewritten=applied,
             imperative=imperative,
             key=asked.calibration_key(),
@@ -580,7 +609,7 @@ def _measurement_key(recipe: Recipe, source: Source, bench: Workbench, more: Map
     found, choice = environment(), bench.choice
     depends_on = {
         "calibration": recipe.calibration_key(),
-        "model": bench.variants(bench.start).digest,
+        "model": bench.variants(bench.start).graph.digest,
         "data": source.data.identity,
         "runtime": [choice.runtime.name, choice.device],
         "timed": [recipe.benchmark.batch_sizes[0], recipe.benchmark.threads],
@@ -601,7 +630,7 @@ def _tuned(
 ) -> Quantized:
     """The search of `quantflow.tune`, and the model of the recipe that it finds."""
     began = time.perf_counter()
-    bench = _workbench(recipe, source, progress, _checkpoint(work), judges=True)
+    bench = _workbench(recipe, source, progress, work, judges=True)
     limits = {"tune": recipe.tune.model_dump(mode="json", exclude={"time_budget_s"})}
     key = _measurement_key(recipe, source, bench, {**limits, "samples": recipe.sensitivity.samples})
     file = None if destination is None else _tune_journal(destination)
@@ -954,7 +983,7 @@ def _sensitivity(recipe: Recipe, _overrides: Sequence[str]) -> int:
         with progress.stage("load"):
             source = load_source(recipe)
         report.print_notices(console, source.notices)
-        found = analyse(recipe, source, progress, _checkpoint(work))
+        found = analyse(recipe, source, progress, work)
     partial = destination.with_name(f".{destination.name}.partial")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
