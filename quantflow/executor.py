@@ -10,7 +10,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,14 +26,14 @@ from quantflow.algorithms import NO_OUTLIERS, Applied, Material, Outliers, find_
 from quantflow.artifact import RESULTS, add_files, check_destination, write_artifact
 from quantflow.baseline import beside, read_baseline
 from quantflow.calibrate import CalibrationTable, calibrate, require_complete
-from quantflow.capture import Model, capture, plain
+from quantflow.capture import Model, capture, likely_seconds, plain
 from quantflow.compare import compare
 from quantflow.compile import Compiled, compile_program
 from quantflow.config import group_choices, overlay
 from quantflow.convert import convert
 from quantflow.data import Batch, Data, ImagePreprocess, TextPreprocess, load_data
 from quantflow.doctor import diagnose
-from quantflow.environment import environment
+from quantflow.environment import cache_folder, environment
 from quantflow.errors import (
     EXIT_GATE,
     EXIT_PASSED,
@@ -80,7 +79,7 @@ from quantflow.selftest import selftest
 from quantflow.tune import Outcome, Search, Trial, judged
 from quantflow.variants import Variant, Variants
 from quantflow.warmup import Warmup, warmup
-from quantflow.work import Work
+from quantflow.work import Work, write_whole
 from quantflow.workbench import Setting, Workbench, Yardstick
 from quantflow.workers import Workers, joined, rank_and_count
 
@@ -339,7 +338,8 @@ def captured(
     kept: KeptAlgorithms = NOTHING_KEPT,
 ) -> tuple[Graph, tuple[Applied, ...], nn.Module | None]:
     """capture → rewrite: the graph that is quantized, and in imperative mode the module that computes the same."""
-    with progress.stage("capture"):
+    with progress.stage("capture") as stage:
+        stage.expect(likely_seconds(source.model.module, recipe.mode))
         original = capture(source.model.module, example, recipe.mode)
     return _rewritten(recipe, source, choice, example, original, progress, kept)
 
@@ -548,7 +548,8 @@ def _workbench(
     choice = choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind)
     example, module = _first_batch(source), source.model.module
     checkpoint, kept = _checkpoint(work), _kept_algorithms(recipe, source, choice, work)
-    with progress.stage("capture"):
+    with progress.stage("capture") as stage:
+        stage.expect(likely_seconds(module, recipe.mode))
         original = capture(module, example, recipe.mode)
 
     def variants_of(algorithms: tuple[Algorithm, ...]) -> Variants:
@@ -600,8 +601,7 @@ def _head(batches: Iterable[Batch], samples: int, can_cut: bool) -> Iterator[Bat
 def _sensitivity_cache(recipe: Recipe, source: Source, bench: Workbench) -> Journal:
     """The journal of a model's sensitivities, in the user's cache: later runs on the same model and data read it."""
     key = _measurement_key(recipe, source, bench, {"samples": recipe.sensitivity.samples})
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Journal(base / "quantflow" / "sensitivity" / f"{key[:32]}.jsonl", key)
+    return Journal(cache_folder() / "sensitivity" / f"{key[:32]}.jsonl", key)
 
 
 def _measurement_key(recipe: Recipe, source: Source, bench: Workbench, more: Mapping[str, Any]) -> str:
@@ -806,7 +806,7 @@ def run(recipe: Recipe, overrides: Sequence[str] = (), workers: Workers = ONLY) 
     baseline = _baseline(recipe)
     work = Work(destination, recipe.work_key(), resume=recipe.resume)
     with (
-        Progress(console, quiet=recipe.report.quiet, expected=_earlier_times(destination)) as progress,
+        Progress(console, quiet=recipe.report.quiet, expected=_earlier_times(recipe, destination)) as progress,
         _seeded(recipe.seed),
         _nothing_left_on_error(work),
     ):
@@ -815,6 +815,7 @@ def run(recipe: Recipe, overrides: Sequence[str] = (), workers: Workers = ONLY) 
         report.print_notices(console, source.notices)
         model = execute(recipe, source, progress, work, overrides, workers, baseline, destination)
         report.print_notices(console, work.notices)
+    _remember_times(recipe, progress)
     with Progress(console, quiet=recipe.report.quiet) as progress, progress.stage("save"):
         saved = model.record.save(destination)
     work.remove()
@@ -827,7 +828,7 @@ def load_source(recipe: Recipe, update: Update | None = None) -> Source:
     """Model and data of a recipe; random weights get BatchNorm statistics from the calibration data."""
     if recipe.model is None:
         raise UsageError("model: is required; choose one (model=torchvision model.name=resnet50) or a recipe that does")
-    model = load_model(recipe.model, recipe.seed)
+    model = load_model(recipe.model, recipe.seed, update)
     data = load_data(recipe.data, model.preprocess, recipe.seed)
     if model.batchnorm_to_estimate and isinstance(model.module, nn.Module):
         estimate_batchnorm(model.module, data.calibration, update)
@@ -1248,12 +1249,28 @@ def _baseline(recipe: Recipe) -> dict[str, Any] | None:
     return None if recipe.report.baseline is None else read_baseline(recipe.report.baseline)
 
 
-def _earlier_times(directory: Path) -> dict[str, float]:
-    """Stage → seconds, of the run whose artifact is in the output folder; nothing where it can't be read."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        earlier = report.from_json((directory / RESULTS).read_bytes())
-        return report.stage_times(earlier)
-    return {}
+def _earlier_times(recipe: Recipe, directory: Path) -> dict[str, float]:
+    """Stage → seconds, of this machine's last run on the model, and of the one whose artifact is in the output folder.
+
+    Nothing of what can't be read.
+    """
+    times: dict[str, float] = {}
+    for file in (_times_file(recipe), directory / RESULTS):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            times |= report.stage_times(report.from_json(file.read_bytes()))
+    return times
+
+
+def _remember_times(recipe: Recipe, progress: Progress) -> None:
+    """For the next run on the same model, whatever else differs in its recipe."""
+    with contextlib.suppress(ArtifactError):
+        write_whole(_times_file(recipe), report.to_json({"stages": progress.stages}))
+
+
+def _times_file(recipe: Recipe) -> Path:
+    settings = recipe.to_dict()
+    depends_on = json.dumps({section: settings[section] for section in ("model", "data", "mode")}, sort_keys=True)
+    return cache_folder() / "stages" / f"{hashlib.sha256(depends_on.encode()).hexdigest()[:16]}.json"
 
 
 def _shown(path: Path) -> str:

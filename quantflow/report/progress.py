@@ -25,7 +25,7 @@ HEARTBEAT_S = 10.0
 class Stage:
     """One running stage. `update` is what a stage calls with (done, total); total may be unknown.
 
-    `expected`: the seconds it is likely to take, where it can't count.
+    `expected`: the seconds it took last time, or is likely to take, where it can't count.
     """
 
     name: str
@@ -40,6 +40,10 @@ class Stage:
         if self._bar is not None:
             view, task = self._bar
             view.update(task, completed=done, total=total)
+
+    def expect(self, seconds: float | None) -> None:
+        """What it is likely to take, where no earlier run tells."""
+        self.expected = seconds if self.expected is None else self.expected
 
     @property
     def seconds(self) -> float:

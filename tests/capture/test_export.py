@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from quantflow.capture import at_least_two, capture_export, plain
+from quantflow.capture import EXPORT_S, at_least_two, capture_export, likely_seconds, plain
 from quantflow.capture.export import plain_attention
 from quantflow.data.batch import Batch
 from quantflow.errors import CaptureError
 from quantflow.graph import Graph, interpret, is_aten
+from quantflow.schema import ModeSettings
 
 
 class Block(nn.Module):
@@ -154,3 +155,12 @@ def test_plain_keeps_the_nesting_and_drops_empty_entries() -> None:
     x = torch.zeros(1)
     output = OrderedDict(a=x, b=None, c=(x, [x, {"d": x}]))
     assert plain(output) == {"a": x, "c": (x, [x, {"d": x}])}
+
+
+def test_how_long_it_will_take_grows_with_the_modules() -> None:
+    model = Block()
+    assert likely_seconds(model, ModeSettings(kind="export")) == pytest.approx(8 * EXPORT_S)
+    assert likely_seconds(model, ModeSettings(kind="imperative")) == pytest.approx(8 * EXPORT_S)
+    assert likely_seconds(model, ModeSettings(kind="torchscript")) is None
+    program = torch.export.export(model.eval(), (torch.randn(2, 3, 8, 8),))
+    assert likely_seconds(program, ModeSettings(kind="export")) is None
