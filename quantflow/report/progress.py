@@ -33,10 +33,12 @@ class Stage:
     done: int = 0
     total: int | None = None
     _started: float = field(default_factory=time.perf_counter)
+    _first: tuple[float, int] | None = None  # seconds and count at the first update
     _bar: tuple[bars.Progress, bars.TaskID] | None = None
 
     def update(self, done: int, total: int | None = None) -> None:
         self.done, self.total = done, total
+        self._first = self._first or (self.seconds, done)
         if self._bar is not None:
             view, task = self._bar
             view.update(task, completed=done, total=total)
@@ -55,9 +57,12 @@ class Stage:
 
     @property
     def remaining(self) -> str:
-        """At the speed so far; without a count, what is left of the time that was expected."""
+        """At the speed since counting began; without a count, what is left of the time that was expected."""
         if self.total:
-            left = self.seconds * (self.total - self.done) / self.done if 0 < self.done < self.total else None
+            since, first = self._first or (0.0, 0)
+            since, first = (since, first) if self.done > first else (0.0, 0)
+            todo, counted = self.total - self.done, self.done - first
+            left = (self.seconds - since) * todo / counted if counted and todo > 0 else None
         else:
             left = self.expected - self.seconds if self.expected is not None else None
         return f"  about {left:.0f} s left" if left is not None and left > 0 else ""

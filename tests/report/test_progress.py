@@ -81,6 +81,19 @@ def test_remaining_needs_a_total_and_a_start() -> None:
     assert stage.remaining == ""
 
 
+def test_remaining_is_told_by_the_speed_of_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever came before the first count, a resumed run's batches among it, says nothing about the speed."""
+    stage, now = progress.Stage("calibrate"), 0.0
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now)
+    stage._started = 0.0
+    now = 30.0
+    stage.update(50, 100)
+    assert "about 30 s left" in stage.remaining, "nothing else is known yet"
+    now = 35.0
+    stage.update(60, 100)
+    assert "about 20 s left" in stage.remaining
+
+
 def test_what_cannot_count_is_expected_to_take_as_long_as_last_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "HEARTBEAT_S", 0.02)
     earlier = {"stages": [{"name": "capture", "seconds": 90.0}, {"name": "load", "seconds": math.nan}, "odd"]}
