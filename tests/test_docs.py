@@ -171,11 +171,11 @@ def uncommented(line: str) -> str:
     return re.sub(r" +# .*", "", line).strip()
 
 
-def ending(said: str) -> int:
-    """What a README's command ends with here."""
+def endings(said: str) -> set[int]:
+    """What a README's command may end with here."""
     if "device=xpu" in said and not FOUND["an Intel GPU"]():
-        return EXIT_UNAVAILABLE
-    return EXIT_GATE if "tune.subject_to" in said else EXIT_PASSED  # not to be had within a second
+        return {EXIT_UNAVAILABLE}
+    return {EXIT_PASSED, EXIT_GATE} if "tune.subject_to" in said else {EXIT_PASSED}  # a search has one second
 
 
 def small(arguments: list[str], folder: Path) -> list[str]:
@@ -215,7 +215,7 @@ def test_the_readmes_commands_run(
     assert len(commands) > 15
     for command in filter(None, commands):
         code = cli.run(small(shlex.split(command), tmp_path))
-        assert code == ending(command), f"{command}\n{capsys.readouterr().err}"
+        assert code in endings(command), f"{command}\n{capsys.readouterr().err}"
 
 
 def test_what_is_installed_exists() -> None:
