@@ -60,6 +60,7 @@ quantflow: one recipe in, a real int8 model out, measured against the float mode
   quantflow model=entry model.entry=package.module:callable data=folder data.path=DIR
   quantflow task=benchmark artifact=DIR
   quantflow task=selftest device=xpu
+  python -m quantflow.torchrun --nproc-per-node 4 -m quantflow recipe=…   (torchrun, with the exit codes below)
 
 Tasks (task=NAME)
 {tasks}

@@ -49,6 +49,11 @@ _STORED = "_stored"
 _OWN = ".own"
 #: What asks for a sweep.
 _MULTIRUN = frozenset(("-m", "--multirun", "hydra.mode=MULTIRUN"))
+#: Hydra's options that are followed by a value.
+_WITH_VALUE = frozenset(
+    ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
+     "--experimental-rerun")
+)  # fmt: skip
 #: Settings that say how a sweep is run, and not what is swept.
 _LAUNCHING = re.compile(r"hydra/launcher|hydra\.launcher\..*|resume")
 
@@ -156,18 +161,25 @@ def run_app(arguments: Sequence[str], job: Callable[[Job], Any], sweep: Path | N
     Raises:
         RecipeError: the command line can't be composed.
     """
-    prepared = _prepare(arguments)
+    prepared = _prepare(_ordered(arguments))
     name = _requested_recipe(prepared)
 
     def run_one(cfg: DictConfig) -> Any:
         return job(_job(cfg, sweep))
 
     if sweep is not None:
-        # Among the user's: argparse takes no values on both sides of an option.
-        place = next((index for index, argument in enumerate(prepared) if _key(argument)), len(prepared))
-        prepared[place:place] = _sweeper_arguments(prepared, sweep)
+        prepared[:0] = _sweeper_arguments(prepared, sweep)
     with _explained(name, prepared), _program(prepared):
         hydra.main(str(shipped("conf")), "config", VERSION_BASE)(run_one)()
+
+
+def _ordered(arguments: Sequence[str]) -> list[str]:
+    """Overrides first, then options with their values: argparse takes no overrides on both sides of an option."""
+    overrides, options = list[str](), list[str]()
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        is_value = before in _WITH_VALUE or (before in ("--info", "-i") and not _key(argument))
+        (options if is_value or argument.startswith("-") else overrides).append(argument)
+    return [*overrides, *options]
 
 
 def is_multirun(arguments: Sequence[str]) -> bool:
@@ -358,6 +370,9 @@ def _misused_group(argument: str) -> Problem | None:
     """What Hydra would take for a plain value, or refuse without naming the group."""
     key, word = _key(argument), argument.partition("=")[2]
     section = key.removesuffix(".kind")
+    if key in group_choices() and word.startswith("["):
+        legal = ", ".join(group_choices()[key])
+        return Problem(key, f"takes one name here ({legal}); a list belongs in the recipe's file")
     if section != key and section in _UNIONS:
         return Problem(key, f"a kind brings its own settings; choose it as {section}={word}")
     if key in group_choices() and re.fullmatch(r"|null|true|false|[\d.]+", word):

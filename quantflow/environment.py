@@ -16,6 +16,11 @@ _EXACT_ISA = frozenset(("avx512_vnni", "avx_vnni", "amx_int8"))
 DISTRIBUTIONS = ("quantflow", "torch", "torchvision", "transformers", "safetensors", "numpy")
 
 
+def cache_folder() -> Path:
+    """Where this user's machine keeps what it has found out once: $XDG_CACHE_HOME/quantflow."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantflow"
+
+
 def versions() -> dict[str, str]:
     """Python's version and that of every distribution in `DISTRIBUTIONS` that is installed."""
     found = {"python": platform.python_version()}

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,14 +26,14 @@ from quantflow.algorithms import NO_OUTLIERS, Applied, Material, Outliers, find_
 from quantflow.artifact import RESULTS, add_files, check_destination, write_artifact
 from quantflow.baseline import beside, read_baseline
 from quantflow.calibrate import CalibrationTable, calibrate, require_complete
-from quantflow.capture import Model, capture, plain
+from quantflow.capture import Model, capture, likely_seconds, plain
 from quantflow.compare import compare
 from quantflow.compile import Compiled, compile_program
 from quantflow.config import group_choices, overlay
 from quantflow.convert import convert
 from quantflow.data import Batch, Data, ImagePreprocess, TextPreprocess, load_data
 from quantflow.doctor import diagnose
-from quantflow.environment import environment
+from quantflow.environment import cache_folder, environment
 from quantflow.errors import (
     EXIT_GATE,
     EXIT_PASSED,
@@ -53,6 +52,7 @@ from quantflow.graph import Graph, interpret
 from quantflow.imperative import called_modules, carry_over, fixed_constants, swap_modules
 from quantflow.joins import Join, join_costs, join_notices
 from quantflow.journal import Journal
+from quantflow.kept import NOTHING_KEPT, KeptAlgorithms
 from quantflow.layer_errors import own_errors
 from quantflow.layer_sensitivity import SEARCHED, measure_sensitivity, plot_ready
 from quantflow.models import LoadedModel, estimate_batchnorm, load_model
@@ -79,7 +79,7 @@ from quantflow.selftest import selftest
 from quantflow.tune import Outcome, Search, Trial, judged
 from quantflow.variants import Variant, Variants
 from quantflow.warmup import Warmup, warmup
-from quantflow.work import Work
+from quantflow.work import Work, write_whole
 from quantflow.workbench import Setting, Workbench, Yardstick
 from quantflow.workers import Workers, joined, rank_and_count
 
@@ -272,7 +272,8 @@ def build(
     choice = choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind)
     example = _first_batch(source)
     module = source.model.module
-    graph, rewritten, imperative = captured(recipe, source, choice, example, progress)
+    kept = _kept_algorithms(recipe, source, choice, work, workers)
+    graph, rewritten, imperative = captured(recipe, source, choice, example, progress, kept)
     with progress.stage("plan"):
         plan = plan_for(recipe, graph, choice, module, example)
     with progress.stage("outliers") as stage:
@@ -284,7 +285,9 @@ def build(
         prepared: Prepared = prepare(graph, plan, imperative)
     with progress.stage("calibrate") as stage:
         table = _calibrated(recipe, source, prepared, work, stage.update, workers)
-    refined, improved = refine(recipe.algorithms, prepared, table, _material(recipe, source, graph), progress.stage)
+    refined, improved = refine(
+        recipe.algorithms, prepared, table, _material(recipe, source, graph), progress.stage, kept.numbers(prepared)
+    )
     joins = ()
     if recipe.evaluate.enabled and recipe.evaluate.per_layer:
         joins = join_costs(prepared, refined, _material(recipe, source, graph).first(LAYER_SAMPLES))
@@ -327,16 +330,28 @@ def _made_ready(
 
 
 def captured(
-    recipe: Recipe, source: Source, choice: Choice, example: Batch, progress: Progress
+    recipe: Recipe,
+    source: Source,
+    choice: Choice,
+    example: Batch,
+    progress: Progress,
+    kept: KeptAlgorithms = NOTHING_KEPT,
 ) -> tuple[Graph, tuple[Applied, ...], nn.Module | None]:
     """capture → rewrite: the graph that is quantized, and in imperative mode the module that computes the same."""
-    with progress.stage("capture"):
+    with progress.stage("capture") as stage:
+        stage.expect(likely_seconds(source.model.module, recipe.mode))
         original = capture(source.model.module, example, recipe.mode)
-    return _rewritten(recipe, source, choice, example, original, progress)
+    return _rewritten(recipe, source, choice, example, original, progress, kept)
 
 
 def _rewritten(
-    recipe: Recipe, source: Source, choice: Choice, example: Batch, original: Graph, progress: Progress
+    recipe: Recipe,
+    source: Source,
+    choice: Choice,
+    example: Batch,
+    original: Graph,
+    progress: Progress,
+    kept: KeptAlgorithms,
 ) -> tuple[Graph, tuple[Applied, ...], nn.Module | None]:
     module = source.model.module
     imperative = module if recipe.mode.kind == "imperative" and isinstance(module, nn.Module) else None
@@ -347,8 +362,19 @@ def _rewritten(
         lambda graph: plan_for(recipe, graph, choice, module, example),
         replace(_material(recipe, source, original), fixed=fixed, may_insert=imperative is None),
         progress.stage,
+        kept.graphs(),
     )
     return graph, applied, None if imperative is None else carry_over(imperative, original, graph)
+
+
+def _kept_algorithms(
+    recipe: Recipe, source: Source, choice: Choice, work: Work | None, workers: Workers = ONLY
+) -> KeptAlgorithms:
+    """What an interrupted run's algorithms have finished. Every worker reads it; the first one writes."""
+    if work is None or not (workers.is_first or recipe.resume):
+        return NOTHING_KEPT
+    inputs = json.dumps([choice.runtime.name, choice.device, source.data.identity], sort_keys=True)
+    return KeptAlgorithms(work, inputs, writes=workers.is_first)
 
 
 def _material(recipe: Recipe, source: Source, graph: Graph) -> Material:
@@ -503,9 +529,9 @@ def judge(recipe: Recipe, results: Mapping[str, Any]) -> dict[str, Any]:
 # --- sensitivity and search
 
 
-def analyse(recipe: Recipe, source: Source, progress: Progress, checkpoint: Path | None = None) -> dict[str, Any]:
+def analyse(recipe: Recipe, source: Source, progress: Progress, work: Work | None = None) -> dict[str, Any]:
     """Each layer's sensitivity, from the cache as far as it was measured before: see `measure_sensitivity`."""
-    bench = _workbench(recipe, source, progress, checkpoint)
+    bench = _workbench(recipe, source, progress, work)
     with (
         timing.threads(recipe.benchmark.threads),
         _sensitivity_cache(recipe, source, bench) as journal,
@@ -516,17 +542,19 @@ def analyse(recipe: Recipe, source: Source, progress: Progress, checkpoint: Path
 
 
 def _workbench(
-    recipe: Recipe, source: Source, progress: Progress, checkpoint: Path | None, *, judges: bool = False
+    recipe: Recipe, source: Source, progress: Progress, work: Work | None, *, judges: bool = False
 ) -> Workbench:
     """capture → calibrate, for any number of settings. `judges`: float also runs over the evaluation data."""
     choice = choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind)
     example, module = _first_batch(source), source.model.module
-    with progress.stage("capture"):
+    checkpoint, kept = _checkpoint(work), _kept_algorithms(recipe, source, choice, work)
+    with progress.stage("capture") as stage:
+        stage.expect(likely_seconds(module, recipe.mode))
         original = capture(module, example, recipe.mode)
 
     def variants_of(algorithms: tuple[Algorithm, ...]) -> Variants:
         asked = recipe.model_copy(update={"algorithms": algorithms})
-        graph, applied, imperative = _rewritten(asked, source, choice, example, original, progress)
+        graph, applied, imperative = _rewritten(asked, source, choice, example, original, progress, kept)
         material = _material(recipe, source, graph)
         variants = Variants(
             graph,
@@ -534,7 +562,9 @@ def _workbench(
             lambda qconfig, layers: plan_for(
                 asked.model_copy(update={"qconfig": qconfig, "layers": dict(layers)}), graph, choice, module, example
             ),
-            lambda prepared, table: refine(algorithms, prepared, table, material, progress.stage),
+            lambda prepared, table: refine(
+                algorithms, prepared, table, material, progress.stage, kept.numbers(prepared)
+            ),
             rewritten=applied,
             imperative=imperative,
             key=asked.calibration_key(),
@@ -571,8 +601,7 @@ def _head(batches: Iterable[Batch], samples: int, can_cut: bool) -> Iterator[Bat
 def _sensitivity_cache(recipe: Recipe, source: Source, bench: Workbench) -> Journal:
     """The journal of a model's sensitivities, in the user's cache: later runs on the same model and data read it."""
     key = _measurement_key(recipe, source, bench, {"samples": recipe.sensitivity.samples})
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Journal(base / "quantflow" / "sensitivity" / f"{key[:32]}.jsonl", key)
+    return Journal(cache_folder() / "sensitivity" / f"{key[:32]}.jsonl", key)
 
 
 def _measurement_key(recipe: Recipe, source: Source, bench: Workbench, more: Mapping[str, Any]) -> str:
@@ -580,7 +609,7 @@ def _measurement_key(recipe: Recipe, source: Source, bench: Workbench, more: Map
     found, choice = environment(), bench.choice
     depends_on = {
         "calibration": recipe.calibration_key(),
-        "model": bench.variants(bench.start).digest,
+        "model": bench.variants(bench.start).graph.digest,
         "data": source.data.identity,
         "runtime": [choice.runtime.name, choice.device],
         "timed": [recipe.benchmark.batch_sizes[0], recipe.benchmark.threads],
@@ -601,7 +630,7 @@ def _tuned(
 ) -> Quantized:
     """The search of `quantflow.tune`, and the model of the recipe that it finds."""
     began = time.perf_counter()
-    bench = _workbench(recipe, source, progress, _checkpoint(work), judges=True)
+    bench = _workbench(recipe, source, progress, work, judges=True)
     limits = {"tune": recipe.tune.model_dump(mode="json", exclude={"time_budget_s"})}
     key = _measurement_key(recipe, source, bench, {**limits, "samples": recipe.sensitivity.samples})
     file = None if destination is None else _tune_journal(destination)
@@ -777,7 +806,7 @@ def run(recipe: Recipe, overrides: Sequence[str] = (), workers: Workers = ONLY) 
     baseline = _baseline(recipe)
     work = Work(destination, recipe.work_key(), resume=recipe.resume)
     with (
-        Progress(console, quiet=recipe.report.quiet, expected=_earlier_times(destination)) as progress,
+        Progress(console, quiet=recipe.report.quiet, expected=_earlier_times(recipe, destination)) as progress,
         _seeded(recipe.seed),
         _nothing_left_on_error(work),
     ):
@@ -786,6 +815,7 @@ def run(recipe: Recipe, overrides: Sequence[str] = (), workers: Workers = ONLY) 
         report.print_notices(console, source.notices)
         model = execute(recipe, source, progress, work, overrides, workers, baseline, destination)
         report.print_notices(console, work.notices)
+    _remember_times(recipe, progress)
     with Progress(console, quiet=recipe.report.quiet) as progress, progress.stage("save"):
         saved = model.record.save(destination)
     work.remove()
@@ -798,7 +828,7 @@ def load_source(recipe: Recipe, update: Update | None = None) -> Source:
     """Model and data of a recipe; random weights get BatchNorm statistics from the calibration data."""
     if recipe.model is None:
         raise UsageError("model: is required; choose one (model=torchvision model.name=resnet50) or a recipe that does")
-    model = load_model(recipe.model, recipe.seed)
+    model = load_model(recipe.model, recipe.seed, update)
     data = load_data(recipe.data, model.preprocess, recipe.seed)
     if model.batchnorm_to_estimate and isinstance(model.module, nn.Module):
         estimate_batchnorm(model.module, data.calibration, update)
@@ -954,7 +984,7 @@ def _sensitivity(recipe: Recipe, _overrides: Sequence[str]) -> int:
         with progress.stage("load"):
             source = load_source(recipe)
         report.print_notices(console, source.notices)
-        found = analyse(recipe, source, progress, _checkpoint(work))
+        found = analyse(recipe, source, progress, work)
     partial = destination.with_name(f".{destination.name}.partial")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -1219,12 +1249,28 @@ def _baseline(recipe: Recipe) -> dict[str, Any] | None:
     return None if recipe.report.baseline is None else read_baseline(recipe.report.baseline)
 
 
-def _earlier_times(directory: Path) -> dict[str, float]:
-    """Stage → seconds, of the run whose artifact is in the output folder; nothing where it can't be read."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        earlier = report.from_json((directory / RESULTS).read_bytes())
-        return report.stage_times(earlier)
-    return {}
+def _earlier_times(recipe: Recipe, directory: Path) -> dict[str, float]:
+    """Stage → seconds, of this machine's last run on the model, and of the one whose artifact is in the output folder.
+
+    Nothing of what can't be read.
+    """
+    times: dict[str, float] = {}
+    for file in (_times_file(recipe), directory / RESULTS):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            times |= report.stage_times(report.from_json(file.read_bytes()))
+    return times
+
+
+def _remember_times(recipe: Recipe, progress: Progress) -> None:
+    """For the next run on the same model, whatever else differs in its recipe."""
+    with contextlib.suppress(ArtifactError):
+        write_whole(_times_file(recipe), report.to_json({"stages": progress.stages}))
+
+
+def _times_file(recipe: Recipe) -> Path:
+    settings = recipe.to_dict()
+    depends_on = json.dumps({section: settings[section] for section in ("model", "data", "mode")}, sort_keys=True)
+    return cache_folder() / "stages" / f"{hashlib.sha256(depends_on.encode()).hexdigest()[:16]}.json"
 
 
 def _shown(path: Path) -> str:

@@ -13,6 +13,7 @@ Conventions, kept by `quantflow.capture` and relied on everywhere:
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -58,6 +59,15 @@ class Graph:
 
     def with_notes(self, *notes: str) -> Graph:
         return replace(self, notes=(*self.notes, *notes))
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the ops and of every constant."""
+        digest = hashlib.sha256(str(self).encode())
+        for name, tensor in sorted(self.constants.items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def __str__(self) -> str:
         return "\n".join(node.format_node() or "" for node in self.fx.nodes)

@@ -35,7 +35,16 @@ from quantflow import config, report
 from quantflow.artifact import MANIFEST, RESULTS
 from quantflow.config import Job
 from quantflow.environment import distribution_version
-from quantflow.errors import EXIT_CRASH, EXIT_GATE, EXIT_INTERRUPTED, EXIT_PASSED, QuantflowError, UsageError, worst
+from quantflow.errors import (
+    EXIT_CRASH,
+    EXIT_GATE,
+    EXIT_INTERRUPTED,
+    EXIT_PASSED,
+    QuantflowError,
+    UnavailableError,
+    UsageError,
+    worst,
+)
 from quantflow.machine import CORES, INHERITED
 from quantflow.schema import Recipe
 
@@ -365,10 +374,24 @@ def _launch(arguments: Sequence[str], sweep: Sweep) -> str:
         except Exception as error:  # the launcher's, not a job's: those don't raise
             if _progress(sweep) == before:
                 if not before[0]:
+                    _require_slurm(arguments)
                     raise
                 traceback.print_exc()
                 return f"the launcher failed: {_first_line(error)}"
             print(f"the launcher failed and is started again for what is left: {_first_line(error)}", file=sys.stderr)
+
+
+def _require_slurm(arguments: Sequence[str]) -> None:
+    """Why submitit could not start, where that is the reason.
+
+    Raises:
+        UnavailableError: Slurm was asked for, and is not here.
+    """
+    if "hydra/launcher=submitit_slurm" in arguments and shutil.which("srun") is None:
+        raise UnavailableError(
+            "hydra/launcher: submitit_slurm hands jobs to Slurm, and there is no srun on this machine; start the sweep "
+            "on a node of the cluster, or choose joblib, submitit_local or ray"
+        )
 
 
 def _progress(sweep: Sweep) -> tuple[int, int]:

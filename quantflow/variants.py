@@ -6,7 +6,6 @@ and a pass more is only made for a range that is to be measured in another way.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,15 +103,6 @@ class Variants:
         specs = {name: plan.specs[root] for name, root in plan.codes.items()}
         possible = [(name, specs.get(name, qconfig.activation)) for name in _codable(self.graph, plan)]
         self._measure(dict.fromkeys((*prepare(self.graph, plan).observed.items(), *possible)), progress)
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the captured model: its ops and every weight."""
-        digest = hashlib.sha256(str(self.graph).encode())
-        for name, tensor in sorted(self.graph.constants.items()):
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
 
     def build(self, qconfig: QConfig, layers: Layers, changed: Layers | None = None) -> Variant:
         """The variant's products.

@@ -1,7 +1,8 @@
 """What a run that is not finished yet keeps beside its output, so that the next one goes on from there.
 
     outputs/NAME            the artifact, whole or absent
-    outputs/.NAME.work/     products of finished stages, and the calibration's checkpoint; gone when the run is saved
+    outputs/.NAME.work/     products of finished stages, tensors beside their JSON, and the calibration's checkpoint;
+                            gone when the run is saved
 
 Every product says what it depends on. One that does not fit, is damaged or is not ours is not used, and a notice
 says so.
@@ -24,7 +25,10 @@ from quantflow.report.results import from_json, to_json
 
 FORMAT = 1
 #: Files in the folder that are ours.
-_OURS = re.compile(r"[a-z]+\.json|calibration(-\d+-of-\d+)?\.safetensors|\..*\.\d+\.partial")
+_OURS = re.compile(
+    r"[a-z_]+(-[0-9a-f]{12})?\.(json|safetensors)|calibration(-\d+-of-\d+)?\.safetensors|\..*\.\d+\.partial"
+)
+_DAMAGED = "it was changed or damaged after it was written"
 
 
 class Work:
@@ -56,32 +60,51 @@ class Work:
         """A product that an earlier run has finished, or None.
 
         Args:
+            name: a word, and after a dash 12 hexadecimal digits where there are several of its kind.
             inputs: what it depends on besides the key; the one given to `put` must be the same.
         """
-        path = self.folder / f"{name}.json"
+        found = self.get_tensors(name, inputs)
+        return None if found is None else found[0]
+
+    def get_tensors(self, name: str, inputs: str) -> tuple[dict[str, Any], bytes] | None:
+        """A product with the file of tensors that `put` was given for it."""
+        path, word = self._path(name), name.partition("-")[0]
         if not path.exists():
             return None
+        tensors = b""
         try:
             record = from_json(path.read_bytes())
             reason = self._misfit(record, inputs)
             content = record.get("content")
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+            if not reason and record["tensors"] is not None:
+                tensors = path.with_suffix(".safetensors").read_bytes()
+                reason = "" if hashlib.sha256(tensors).hexdigest() == record["tensors"] else _DAMAGED
+        except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
             reason, content = f"it can't be read ({' '.join(str(error).split())})", None
         if reason or not isinstance(content, dict):
-            self.notices.append(f"{name} is computed again: '{path}' does not fit, {reason or 'it holds no product'}")
+            self.notices.append(f"{word} is computed again: '{path}' does not fit, {reason or 'it holds no product'}")
             return None
-        self.notices.append(f"{name} resumed: taken from an earlier run that was interrupted ({path})")
-        self.resumed.append(name)
-        return content
+        self.notices.append(f"{word} resumed: taken from an earlier run that was interrupted ({path})")
+        self.resumed.append(word)
+        return content, tensors
 
-    def put(self, name: str, inputs: str, content: Mapping[str, Any]) -> None:
-        """Keeps a finished product.
+    def put(self, name: str, inputs: str, content: Mapping[str, Any], tensors: bytes | None = None) -> None:
+        """Keeps a finished product, with a .safetensors file where it has tensors.
 
         Raises:
             ArtifactError: it can't be written.
         """
-        record = {"format": FORMAT, "key": self._full_key(inputs), "content": content, "sha256": _digest(content)}
-        write_whole(self.folder / f"{name}.json", to_json(record))
+        path = self._path(name)
+        if tensors is not None:
+            write_whole(path.with_suffix(".safetensors"), tensors)
+        record = {
+            "format": FORMAT,
+            "key": self._full_key(inputs),
+            "content": content,
+            "sha256": _digest(content),
+            "tensors": None if tensors is None else hashlib.sha256(tensors).hexdigest(),
+        }
+        write_whole(path, to_json(record))
 
     def remove(self) -> None:
         """Takes away what is ours, and the folder where nothing else is in it."""
@@ -91,13 +114,16 @@ class Work:
                     path.unlink(missing_ok=True)
             self.folder.rmdir()
 
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
+
     def _misfit(self, record: Mapping[str, Any], inputs: str) -> str:
         if record.get("format") != FORMAT:
             return f"its format is {record.get('format')!r}, not {FORMAT}"
         if record.get("key") != self._full_key(inputs):
             return "it belongs to another recipe, model, data, machine or version"
         if record.get("sha256") != _digest(record.get("content")):
-            return "it was changed or damaged after it was written"
+            return _DAMAGED
         return ""
 
     def _full_key(self, inputs: str) -> str:

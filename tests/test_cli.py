@@ -95,6 +95,7 @@ BAD = [
     ("recipe=mine.yaml", "recipe: no such file; known recipes are: efficientnet_lite0_affine_uint8"),
     (f"{RECIPE} qconfg=sym_int8", "qconfg: no such setting; nearest: qconfig"),
     (f"{RECIPE} qconfig=sym_int", "qconfig: 'sym_int' is not known; nearest: sym_int8"),
+    (f"{RECIPE} algorithms=[equalize,gptq]", "algorithms: takes one name here (accurate, best, fast, none); a list"),
     (f"{RECIPE} qconfig=7", "qconfig: '7' is not known; legal: affine_int8"),
     (f"{RECIPE} observer=null", "observer: 'null' is not known; legal: entropy"),
     (f"{RECIPE} model.kind=minilm", "model.kind: a kind brings its own settings; choose it as model=minilm"),
@@ -234,6 +235,28 @@ def test_help_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["--version"]) == 0
     assert capsys.readouterr().out.startswith("quantflow ")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--cfg job --package qconfig.activation RECIPE seed=3",
+        "RECIPE --cfg job seed=3 -p qconfig.activation",
+        "RECIPE -c job --config-dir recipes=mine seed=3 -p qconfig.activation",
+    ],
+)
+def test_options_may_stand_anywhere(
+    executor: Executor, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str
+) -> None:
+    (tmp_path / "recipes=mine").mkdir()
+    assert cli.run(line.replace("RECIPE", RECIPE).split()) == 0
+    assert capsys.readouterr().out.startswith("# @package qconfig.activation\n")
+    assert executor.calls == []
+
+
+def test_a_sweep_may_be_asked_for_behind_what_is_swept(executor: Executor) -> None:
+    assert cli.run([RECIPE, "seed=1,2", "-m", "task=plan", "hydra.sweep.dir=sw"]) == 0
+    assert [(recipe.seed, recipe.task) for recipe, _ in executor.calls] == [(1, "plan"), (2, "plan")]
 
 
 def test_cfg_job_shows_what_runs_and_runs_nothing(

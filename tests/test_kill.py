@@ -291,6 +291,30 @@ def test_killed_while_it_times_goes_on_with_what_is_finished(nursery: Nursery, e
         clean(folder)
 
 
+#: The last one takes long enough to be killed in.
+ALGORITHMS = "algorithms: [equalize, gptq, {name: adaround, iterations: 2500}]\n"
+
+
+@pytest.mark.slow
+def test_killed_in_an_algorithm_goes_on_with_those_before_it(nursery: Nursery) -> None:
+    folder, more = nursery.folder, ["recipe=listed.yaml", "evaluate.per_layer=false"]
+    (folder / "listed.yaml").write_text(ALGORITHMS)
+    clean(folder)
+    assert nursery.run(more=more)[0] == 0, nursery.log()
+    expected = files(folder)
+    assert strays(folder) == []
+    for force in ([], ["--force"]):
+        clean(folder)
+        exit_code, _ = nursery.run(lambda _: any((folder / WORK).glob("gptq-*.json")), more=more)
+        assert exit_code == -signal.SIGKILL
+        assert not list((folder / WORK).glob("adaround-*"))
+        assert nursery.run(more=[*more, *force])[0] == 0, nursery.log()
+        assert Record.load(folder / "art").results["resumed"] == ([] if force else ["equalize", "gptq"])
+        assert ("gptq resumed: taken from an earlier run" in nursery.log()) is not bool(force)
+        assert files(folder) == expected
+        assert strays(folder) == []
+
+
 def test_leftovers_of_another_recipe_are_computed_again(nursery: Nursery, expected: dict[str, bytes]) -> None:
     folder = nursery.folder
     clean(folder)

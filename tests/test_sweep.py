@@ -16,7 +16,16 @@ import pytest
 
 from quantflow import cli, config, sweep
 from quantflow.config import Job
-from quantflow.errors import EXIT_CRASH, EXIT_GATE, EXIT_INTERRUPTED, EXIT_PASSED, EXIT_USAGE, UsageError, worst
+from quantflow.errors import (
+    EXIT_CRASH,
+    EXIT_GATE,
+    EXIT_INTERRUPTED,
+    EXIT_PASSED,
+    EXIT_UNAVAILABLE,
+    EXIT_USAGE,
+    UsageError,
+    worst,
+)
 from quantflow.schema import OBJECTIVES
 from quantflow.sweep import Outcome, Sweep, figures, pareto, read_outcomes, run_one
 
@@ -166,6 +175,16 @@ def test_a_launcher_that_can_not_work_is_reported(endings: list[int], monkeypatc
     assert cli.run(["-m", *PLAN, "seed=1,2", "hydra.sweep.dir=sw"]) == EXIT_CRASH
     assert report_of("sw")["trouble"] == "the launcher failed: the cluster is gone"
     assert len(report_of("sw")["jobs"]) == 1
+
+
+def test_slurm_where_there_is_none(
+    endings: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert endings == []
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cli.run(["-m", *PLAN, "seed=1,2", "hydra/launcher=submitit_slurm"]) == EXIT_UNAVAILABLE
+    assert "there is no srun on this machine; start the sweep on a node of the cluster" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_sweep_at_a_time_in_a_folder(endings: list[int], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -73,3 +74,50 @@ def test_the_hook_as_pre_commit_runs_it(files: Path) -> None:
             env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=files, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == code, done.stderr
+
+
+def test_pre_commit_itself_stops_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repository that uses the hook: a commit with a good recipe is made, one with a bad recipe is not."""
+    found = shutil.which("pre-commit", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if found is None:
+        reason = "pre-commit is not installed (extra `test`)"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin/quantflow-validate"
+    command.write_text(f"#!{sys.executable}\nfrom quantflow.validate import main\n\nmain()\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{command.parent}{os.pathsep}{Path(found).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PRE_COMMIT_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+
+    def git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+        return subprocess.run(
+            ["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=False
+        )  # fmt: skip
+
+    hooks, mine = tmp_path / "quantflow", tmp_path / "mine"
+    hooks.mkdir()
+    shutil.copy(ROOT / ".pre-commit-hooks.yaml", hooks)
+    for arguments in (("init", "-q"), ("add", "-A"), ("commit", "-qm", "hooks")):
+        assert git(hooks, *arguments).returncode == 0
+    revision = git(hooks, "rev-parse", "HEAD").stdout.strip()
+    (mine / "recipes").mkdir(parents=True)
+    using = {"repo": str(hooks), "rev": revision, "hooks": [{"id": "quantflow-validate"}]}
+    (mine / ".pre-commit-config.yaml").write_text(yaml.safe_dump({"repos": [using]}))
+    (mine / "recipes/good.yaml").write_text(GOOD)
+    git(mine, "init", "-q")
+    subprocess.run([found, "install"], cwd=mine, capture_output=True, check=True)
+    git(mine, "add", "-A")
+    good = git(mine, "commit", "-m", "good")
+    assert good.returncode == 0, good.stderr
+    assert "quantflow recipes" in good.stdout + good.stderr
+    (mine / "recipes/bad.yaml").write_text(BAD)
+    git(mine, "add", "-A")
+    bad = git(mine, "commit", "-m", "bad")
+    assert bad.returncode == 1
+    assert "nearest: min_sqnr_db" in bad.stdout + bad.stderr
+    assert git(mine, "log", "--format=%s").stdout == "good\n"

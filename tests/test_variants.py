@@ -89,7 +89,7 @@ def test_fewer_int8_layers_need_no_second_pass(graph: Graph) -> None:
 def test_the_digest_names_the_model(graph: Graph) -> None:
     def digest(make: Callable[[], nn.Module], seed: int) -> str:
         torch.manual_seed(seed)
-        return variants(fold_batch_norms(capture_export(make().eval(), batches()[0])), batches()).digest
+        return variants(fold_batch_norms(capture_export(make().eval(), batches()[0])), batches()).graph.digest
 
-    assert digest(own_models.net, 0) == variants(graph, batches()).digest
-    assert digest(own_models.net, 1) != variants(graph, batches()).digest
+    assert digest(own_models.net, 0) == variants(graph, batches()).graph.digest
+    assert digest(own_models.net, 1) != variants(graph, batches()).graph.digest

@@ -78,6 +78,8 @@ def test_a_run_that_starts_afresh_throws_it_away(tmp_path: Path) -> None:
 
 def test_only_what_is_ours_is_removed(tmp_path: Path) -> None:
     again = kept(tmp_path)
+    again.put("clip_weights-0123456789ab", "inputs", CONTENT, b"tensors")
+    assert again.get_tensors("clip_weights-0123456789ab", "inputs") == (CONTENT, b"tensors")
     for name in ("calibration.safetensors", "calibration-1-of-4.safetensors", ".accuracy.json.123.partial"):
         (again.folder / name).touch()
     (again.folder / "notes.txt").write_text("mine")

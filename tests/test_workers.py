@@ -143,10 +143,12 @@ ARGUMENTS = [
 ]  # fmt: skip
 
 
-def torchrun(folder: Path, count: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    folder: Path, count: int, *arguments: str, launcher: str = "torch.distributed.run"
+) -> subprocess.CompletedProcess[str]:
     (folder / "mine.py").write_text(MINE)
     paths = os.pathsep.join(map(str, (ROOT, folder, ROOT / "tests")))
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(count)] if count > 1 else []
+    launch = ["-m", launcher, "--nproc-per-node", str(count)] if count > 1 else []
     return subprocess.run(
         [sys.executable, *launch, "-m", "quantflow", *arguments],
         cwd=folder, env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
@@ -173,19 +175,30 @@ def test_four_workers_save_what_one_saves(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "message"),
     [
-        (["model.kwargs={fail:1}"], "raised RuntimeError"),
-        (["model.kwargs={kill:1}"], "worker 0 of 2: "),
-        (["model.kwargs={broken:1}"], "NaN"),
+        (["model.kwargs={fail:1}"], 2, "raised RuntimeError"),
+        (["model.kwargs={kill:1}"], 1, "worker 0 of 2: "),
+        (["model.kwargs={broken:1}"], 2, "NaN"),
     ],
     ids=["one can't load", "one is killed", "one has other weights"],
 )
-def test_one_worker_fails_and_all_end_with_one_error(tmp_path: Path, arguments: list[str], message: str) -> None:
-    done = torchrun(tmp_path, 2, *ARGUMENTS, *arguments, "output=art")
-    assert done.returncode != 0
+def test_one_worker_fails_and_all_end_with_one_error(
+    tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    done = torchrun(tmp_path, 2, *ARGUMENTS, *arguments, "output=art", launcher="quantflow.torchrun")
+    assert done.returncode == code, done.stderr
     assert done.stderr.count(message) == 1, done.stderr
     assert not (tmp_path / "art").exists()
+
+
+@pytest.mark.slow
+def test_a_failed_gate_is_an_exit_code_of_3_though_torchruns_is_1(tmp_path: Path) -> None:
+    """torchrun's own exit code says that a worker failed, and not how."""
+    for launcher, code in (("torch.distributed.run", 1), ("quantflow.torchrun", 3)):
+        done = torchrun(tmp_path, 2, *ARGUMENTS, "gates.min_sqnr_db=200", "output=art", launcher=launcher)
+        assert done.returncode == code, done.stderr
+        assert json.loads((tmp_path / "art" / "results.json").read_text())["verdict"] == "failed"
 
 
 def test_a_sweep_under_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from quantflow.algorithms.activation_scale import activation_scale
 from quantflow.algorithms.adaround import adaround
@@ -73,22 +74,44 @@ class Applied:
         return {"name": settings.pop("name"), "settings": settings, "seconds": self.seconds, **self.outcome.to_json()}
 
 
+T = TypeVar("T")
+
+
+class Keep(Protocol[T]):
+    """Carries one algorithm out on a product of type T, or brings what it made of the same product before."""
+
+    def __call__(
+        self, settings: Algorithm, before: T, carry_out: Callable[[], tuple[T, Applied]]
+    ) -> tuple[T, Applied]: ...
+
+
+def afresh(_settings: Algorithm, _before: T, carry_out: Callable[[], tuple[T, Applied]]) -> tuple[T, Applied]:
+    """Keeps nothing."""
+    return carry_out()
+
+
 def rewrite(
     algorithms: Sequence[Algorithm],
     graph: Graph,
     plan_of: Callable[[Graph], Plan],
     material: Material,
     open_stage: OpenStage,
+    keep: Keep[Graph] = afresh,
 ) -> tuple[Graph, tuple[Applied, ...]]:
     """The graph after those of the algorithms that act on it. `plan_of`: what would be decided about a graph."""
     applied = []
+
+    def carry_out(settings: Algorithm, graph: Graph, stage: Stage) -> tuple[Graph, Applied]:
+        started = time.perf_counter()
+        work = replace(material, update=stage.update)
+        graph, outcome = GRAPH_ALGORITHMS[settings.name](settings, graph, plan_of(graph), work)
+        return graph, Applied(settings, time.perf_counter() - started, outcome)
+
     for settings in algorithms:
         if settings.acts_on == "graph":
             with open_stage(settings.name) as stage:
-                started = time.perf_counter()
-                work = replace(material, update=stage.update)
-                graph, outcome = GRAPH_ALGORITHMS[settings.name](settings, graph, plan_of(graph), work)
-                applied.append(Applied(settings, time.perf_counter() - started, outcome))
+                graph, done = keep(settings, graph, partial(carry_out, settings, graph, stage))
+                applied.append(done)
     return graph, tuple(applied)
 
 
@@ -98,16 +121,22 @@ def refine(
     table: CalibrationTable,
     material: Material,
     open_stage: OpenStage,
+    keep: Keep[Refined] = afresh,
 ) -> tuple[Refined, tuple[Applied, ...]]:
     """The numbers after those of the algorithms that act on them; without any, the plain ones."""
     refined, applied = unrefined(prepared, table), []
+
+    def carry_out(settings: Algorithm, refined: Refined, stage: Stage) -> tuple[Refined, Applied]:
+        started = time.perf_counter()
+        work = replace(material, update=stage.update)
+        refined, outcome = NUMBER_ALGORITHMS[settings.name](settings, prepared, refined, work)
+        return refined, Applied(settings, time.perf_counter() - started, outcome)
+
     for settings in algorithms:
         if settings.acts_on == "numbers":
             with open_stage(settings.name) as stage:
-                started = time.perf_counter()
-                work = replace(material, update=stage.update)
-                refined, outcome = NUMBER_ALGORITHMS[settings.name](settings, prepared, refined, work)
-                applied.append(Applied(settings, time.perf_counter() - started, outcome))
+                refined, done = keep(settings, refined, partial(carry_out, settings, refined, stage))
+                applied.append(done)
     return refined, tuple(applied)
 
 
@@ -117,9 +146,11 @@ __all__ = [
     "NUMBER_ALGORITHMS",
     "Applied",
     "Change",
+    "Keep",
     "Material",
     "Outcome",
     "Outliers",
+    "afresh",
     "find_outliers",
     "refine",
     "rewrite",

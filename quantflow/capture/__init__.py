@@ -17,6 +17,10 @@ from quantflow.schema import ModeSettings
 
 Model = nn.Module | torch.jit.ScriptModule | torch.export.ExportedProgram
 
+#: What torch.export takes in a process, and per module: within a quarter of the times of five tested networks of 118 to
+#: 213 modules, and of one of 5, on a core of a Xeon with AMX. Traces differ by a factor of ten.
+EXPORT_FIRST_S, EXPORT_MODULE_S = 1.5, 0.02
+
 
 def capture(model: Model, example: Batch, mode: ModeSettings) -> Graph:
     """The model's graph, normalized, with BatchNorm folded where it directly follows a linear op.
@@ -38,6 +42,13 @@ def capture(model: Model, example: Batch, mode: ModeSettings) -> Graph:
     if not any(isinstance(leaf, fx.Node) for leaf in pytree.tree_leaves(graph.fx.output_node().args[0])):
         raise _no_output(model)
     return graph
+
+
+def likely_seconds(model: Model, mode: ModeSettings) -> float | None:
+    """About how long torch.export will take over an nn.Module; None where something else captures it."""
+    if mode.kind == "torchscript" or not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        return None
+    return EXPORT_FIRST_S + EXPORT_MODULE_S * sum(1 for _ in model.modules())
 
 
 def _captured(model: Model, example: Batch, mode: ModeSettings) -> Graph:
@@ -121,4 +132,4 @@ def _form(x: torch.Tensor) -> str:
     return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
 
 
-__all__ = ["Model", "at_least_two", "capture", "capture_export", "capture_torchscript", "plain"]
+__all__ = ["Model", "at_least_two", "capture", "capture_export", "capture_torchscript", "likely_seconds", "plain"]

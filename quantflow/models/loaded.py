@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,9 @@ import torch
 from torch import nn
 
 from quantflow.data.preprocess import ImagePreprocess, TextPreprocess
+
+#: Called with (steps done, steps in all).
+Progress = Callable[[int, int | None], None]
 
 
 def eval_mode(module: nn.Module) -> nn.Module:

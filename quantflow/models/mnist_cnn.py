@@ -18,8 +18,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from quantflow.data.digits import DIGITS_PREPROCESS, load_digits
+from quantflow.environment import cache_folder
 from quantflow.errors import ModelError, UnavailableError
-from quantflow.models.loaded import LoadedModel
+from quantflow.models.loaded import LoadedModel, Progress
 from quantflow.models.weights import AUTO, RANDOM, apply_state, is_path, load_state, random_notice, seeded
 
 logger = logging.getLogger(__name__)
@@ -50,10 +51,13 @@ class MnistCnn(nn.Module):
         return self.fc(torch.flatten(self.pool(x), 1))
 
 
-def load_mnist_cnn(weights: str, seed: int) -> LoadedModel:
+def load_mnist_cnn(weights: str, seed: int, progress: Progress | None = None) -> LoadedModel:
     """The small CNN: trained here (weights=auto or pretrained), random, or from a file.
 
     Training takes seconds and happens once per seed; the result lies in $XDG_CACHE_HOME/quantflow.
+
+    Args:
+        progress: called with (steps of training done, steps in all).
 
     Raises:
         ModelError: a weights file that does not fit.
@@ -71,7 +75,7 @@ def load_mnist_cnn(weights: str, seed: int) -> LoadedModel:
         notices, estimate = (random_notice("mnist_cnn", seed, None),), True
     else:
         try:
-            state, used = _trained(seed)
+            state, used = _trained(seed, progress)
             apply_state(module, state, used)
         except UnavailableError as problem:
             if weights != AUTO:
@@ -89,9 +93,9 @@ def load_mnist_cnn(weights: str, seed: int) -> LoadedModel:
     )
 
 
-def _trained(seed: int) -> tuple[dict[str, torch.Tensor], str]:
+def _trained(seed: int, progress: Progress | None) -> tuple[dict[str, torch.Tensor], str]:
     key = hashlib.sha256(json.dumps(_TRAINING | {"seed": seed}, sort_keys=True).encode()).hexdigest()[:16]
-    file = _cache_directory() / f"mnist_cnn-{key}.safetensors"
+    file = cache_folder() / f"mnist_cnn-{key}.safetensors"
     used = f"trained on {len(load_digits('train').labels)} digits (seed {seed})"
     if file.is_file():
         try:
@@ -102,7 +106,7 @@ def _trained(seed: int) -> tuple[dict[str, torch.Tensor], str]:
         else:
             return state, used
     logger.info("training the digit CNN (a few seconds, once); it will be kept as %s", file)
-    module = train(seed)
+    module = train(seed, progress)
     state = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
     try:
         _write(file, save(state))
@@ -111,10 +115,13 @@ def _trained(seed: int) -> tuple[dict[str, torch.Tensor], str]:
     return state, used
 
 
-def train(seed: int) -> MnistCnn:
+def train(seed: int, progress: Progress | None = None) -> MnistCnn:
     """Trains on the digits' train part with AdamW, a one-cycle learning rate and random shifts.
 
     One thread: the order of float additions, and with it the weights, would follow the number of threads.
+
+    Args:
+        progress: called with (steps done, steps in all).
     """
     digits = load_digits("train")
     inputs = DIGITS_PREPROCESS.normalize(digits.pixels)
@@ -125,13 +132,15 @@ def train(seed: int) -> MnistCnn:
         module = MnistCnn().train()
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, weight_decay=0.01)
         rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, _TRAINING["max_lr"], epochs=epochs, steps_per_epoch=steps)
-        for _ in range(epochs):
-            for chosen in torch.randperm(len(labels)).split(size):
+        for epoch in range(epochs):
+            for step, chosen in enumerate(torch.randperm(len(labels)).split(size), start=1):
                 loss = F.cross_entropy(module(_shifted(inputs[chosen], shift)), labels[chosen])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 rate.step()
+                if progress is not None:
+                    progress(epoch * steps + step, epochs * steps)
     return module.eval().requires_grad_(False)
 
 
@@ -142,10 +151,6 @@ def _shifted(images: torch.Tensor, most: int) -> torch.Tensor:
     rows = (torch.arange(height) - down) % height
     columns = (torch.arange(width) - right) % width
     return images[torch.arange(count)[:, None, None], 0, rows[:, :, None], columns[:, None, :]].unsqueeze(1)
-
-
-def _cache_directory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantflow"
 
 
 def _write(file: Path, content: bytes) -> None:

@@ -25,7 +25,7 @@ HEARTBEAT_S = 10.0
 class Stage:
     """One running stage. `update` is what a stage calls with (done, total); total may be unknown.
 
-    `expected`: the seconds it is likely to take, where it can't count.
+    `expected`: the seconds it took last time, or is likely to take, where it can't count.
     """
 
     name: str
@@ -33,13 +33,19 @@ class Stage:
     done: int = 0
     total: int | None = None
     _started: float = field(default_factory=time.perf_counter)
+    _first: tuple[float, int] | None = None  # seconds and count at the first update
     _bar: tuple[bars.Progress, bars.TaskID] | None = None
 
     def update(self, done: int, total: int | None = None) -> None:
         self.done, self.total = done, total
+        self._first = self._first or (self.seconds, done)
         if self._bar is not None:
             view, task = self._bar
             view.update(task, completed=done, total=total)
+
+    def expect(self, seconds: float | None) -> None:
+        """What it is likely to take, where no earlier run tells."""
+        self.expected = seconds if self.expected is None else self.expected
 
     @property
     def seconds(self) -> float:
@@ -51,9 +57,12 @@ class Stage:
 
     @property
     def remaining(self) -> str:
-        """At the speed so far; without a count, what is left of the time that was expected."""
+        """At the speed since counting began; without a count, what is left of the time that was expected."""
         if self.total:
-            left = self.seconds * (self.total - self.done) / self.done if 0 < self.done < self.total else None
+            since, first = self._first or (0.0, 0)
+            since, first = (since, first) if self.done > first else (0.0, 0)
+            todo, counted = self.total - self.done, self.done - first
+            left = (self.seconds - since) * todo / counted if counted and todo > 0 else None
         else:
             left = self.expected - self.seconds if self.expected is not None else None
         return f"  about {left:.0f} s left" if left is not None and left > 0 else ""

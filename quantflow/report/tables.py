@@ -142,7 +142,7 @@ def settings(results: Mapping[str, Any]) -> Table:
 def headline(results: Mapping[str, Any]) -> str:
     """One line: recipe, model and weights, mode, runtime, device."""
     recipe, model, runtime = (_section(results, key) for key in ("recipe", "model", "runtime"))
-    weights = f" ({_text(model['weights_used'])} weights)" if model.get("weights_used") else ""
+    weights = f" (weights: {_text(model['weights_used'])})" if model.get("weights_used") else ""
     parts = [
         _text(recipe.get("name")),
         f"{_text(model['name'])}{weights}" if model.get("name") else "",

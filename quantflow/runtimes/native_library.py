@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from quantflow.environment import cache_folder
 from quantflow.errors import ArtifactError, UnavailableError
 
 ABI_VERSION = 1
@@ -204,12 +205,6 @@ def backend(kind: str, threads: int) -> Handle:
                     raise UnavailableError(f"device: {error}") from error
             _backends[key] = made
         return _backends[key]
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept between processes."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "quantflow"
 
 
 @cache

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from quantflow.capture import at_least_two, capture_export, plain
+from quantflow.capture import at_least_two, capture_export, likely_seconds, plain
 from quantflow.capture.export import plain_attention
 from quantflow.data.batch import Batch
 from quantflow.errors import CaptureError
 from quantflow.graph import Graph, interpret, is_aten
+from quantflow.schema import ModeSettings
 
 
 class Block(nn.Module):
@@ -154,3 +155,15 @@ def test_plain_keeps_the_nesting_and_drops_empty_entries() -> None:
     x = torch.zeros(1)
     output = OrderedDict(a=x, b=None, c=(x, [x, {"d": x}]))
     assert plain(output) == {"a": x, "c": (x, [x, {"d": x}])}
+
+
+def test_how_long_it_will_take_grows_with_the_modules() -> None:
+    export = ModeSettings(kind="export")
+    times = [likely_seconds(nn.Sequential(*(nn.ReLU() for _ in range(count))), export) for count in (10, 110, 210)]
+    assert times[0] is not None
+    assert times[1] - times[0] == pytest.approx(2.0)
+    assert times[2] - times[1] == pytest.approx(2.0)
+    model = Block()
+    assert likely_seconds(model, ModeSettings(kind="imperative")) == likely_seconds(model, export)
+    assert likely_seconds(model, ModeSettings(kind="torchscript")) is None
+    assert likely_seconds(torch.export.export(model.eval(), (torch.randn(2, 3, 8, 8),)), export) is None

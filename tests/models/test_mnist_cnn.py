@@ -27,7 +27,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LoadedMo
 
 @pytest.fixture
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: int) -> None:
+    def fail(*_: object) -> None:
         raise AssertionError("trained again")
 
     monkeypatch.setattr(mnist_cnn, "train", fail)
@@ -63,7 +63,7 @@ def test_the_cache_is_used_and_keyed_by_the_seed(
 @pytest.mark.parametrize("content", [b"half a file", None])
 def test_a_broken_cache_is_trained_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(mnist_cnn, "train", lambda _: mnist_cnn.MnistCnn())
+    monkeypatch.setattr(mnist_cnn, "train", lambda *_: mnist_cnn.MnistCnn())
     load()
     (file,) = (tmp_path / "quantflow").iterdir()
     if content is None:
@@ -78,7 +78,7 @@ def test_a_broken_cache_is_trained_anew(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_cache_that_can_not_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "quantflow").write_text("a file where the directory should be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(mnist_cnn, "train", lambda _: mnist_cnn.MnistCnn())
+    monkeypatch.setattr(mnist_cnn, "train", lambda *_: mnist_cnn.MnistCnn())
     assert load().weights_used.startswith("trained")
 
 
@@ -103,8 +103,9 @@ def test_without_the_digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 def test_training_gives_the_threads_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(mnist_cnn._TRAINING, "epochs", 1)
     monkeypatch.setitem(mnist_cnn._TRAINING, "batch_size", 500)
-    threads = torch.get_num_threads()
+    threads, seen = torch.get_num_threads(), list[tuple[int, int]]()
     with torch.inference_mode():
-        first, second = mnist_cnn.train(0), mnist_cnn.train(0)
+        first, second = mnist_cnn.train(0), mnist_cnn.train(0, lambda done, total: seen.append((done, total)))
+    assert seen == [(step, 7) for step in range(1, 8)]
     assert torch.get_num_threads() == threads
     assert torch.equal(first.fc.weight, second.fc.weight)

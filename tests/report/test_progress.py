@@ -9,9 +9,12 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from quantflow import executor
+from quantflow.config import load_recipe
 from quantflow.report import Progress, make_console, progress, stage_times
 
 
@@ -78,6 +81,19 @@ def test_remaining_needs_a_total_and_a_start() -> None:
     assert stage.remaining == ""
 
 
+def test_remaining_is_told_by_the_speed_of_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever came before the first count, a resumed run's batches among it, says nothing about the speed."""
+    stage, now = progress.Stage("calibrate"), 0.0
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now)
+    stage._started = 0.0
+    now = 30.0
+    stage.update(50, 100)
+    assert "about 30 s left" in stage.remaining, "nothing else is known yet"
+    now = 35.0
+    stage.update(60, 100)
+    assert "about 20 s left" in stage.remaining
+
+
 def test_what_cannot_count_is_expected_to_take_as_long_as_last_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "HEARTBEAT_S", 0.02)
     earlier = {"stages": [{"name": "capture", "seconds": 90.0}, {"name": "load", "seconds": math.nan}, "odd"]}
@@ -91,6 +107,37 @@ def test_what_cannot_count_is_expected_to_take_as_long_as_last_time(monkeypatch:
             time.sleep(0.1)
     assert re.search(r"capture +running +0 s +about (89|90) s left\n", out.getvalue())
     assert re.search(r"compile +running +0 s\n", out.getvalue())
+
+
+def test_what_a_stage_expects_itself_counts_where_no_earlier_run_tells() -> None:
+    stage = progress.Stage("capture")
+    stage.expect(None)
+    assert stage.remaining == ""
+    stage.expect(50.0)
+    assert "about 50 s left" in stage.remaining
+    stage.expect(70.0)
+    assert "about 50 s left" in stage.remaining
+
+
+def test_a_run_is_expected_to_take_as_long_as_the_last_one_on_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    random = [
+        "model=entry", "model.entry=torch.nn:Linear", "model.kwargs={in_features:8,out_features:4}", "data=random",
+        "data.shape=[[8]]", "data.calibration=4", "data.evaluation=4",
+    ]  # fmt: skip
+    recipe, other = load_recipe("template", random), load_recipe("template", [*random, "mode=torchscript"])
+    assert executor._earlier_times(recipe, Path("nowhere")) == {}
+    executor.run(recipe)
+    (Path("outputs/template/results.json")).unlink()
+    again = load_recipe("template", [*random, "qconfig=affine_uint8"])
+    assert {"load", "capture", "compile"} <= executor._earlier_times(again, Path("outputs/template")).keys()
+    assert executor._earlier_times(other, Path("nowhere")) == {}
+    (file,) = (tmp_path / "cache/quantflow/stages").iterdir()
+    file.write_bytes(b"[" * 10)
+    assert executor._earlier_times(recipe, Path("nowhere")) == {}
 
 
 def test_a_late_stage_promises_nothing() -> None:

@@ -67,7 +67,7 @@ def test_the_summary_says_what_matters(results: dict[str, Any]) -> None:
     print_summary(console, results, artifact="outputs/x")
     shown = text(console)
     for part in (
-        "resnet18_sym_int8, resnet18 (random weights), mode export, runtime torch, device cpu",
+        "resnet18_sym_int8, resnet18 (weights: random), mode export, runtime torch, device cpu",
         "NOTICE  weights are seeded random",
         "drop +0.27 +- 0.40 points",
         "28.41 dB",
