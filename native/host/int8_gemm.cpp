@@ -609,7 +609,6 @@ public:
         job_.start = constants_->start.data();
         job_.output = output_of(residual, epilogue, y, channels);
         constants_->bind(job_.output, taps, *x.q, y.q);
-        job_.output.is_linear = job_.output.is_linear && residual == nullptr;
         lines_ = y.dims[0] * shape.out[0] * shape.out[1];
         // Lines first: tasks that share a line both compute its taps' addresses.
         const double cycles = static_cast<double>(lines_ * shape.out[2] * job_.blocks * (3 * taps + 20));

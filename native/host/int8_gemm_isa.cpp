@@ -229,11 +229,25 @@ template <int kActivation>
 QF_INLINE void finish_block(const Int8Output& o, const OutputConstants& k, const Int (&sums)[4], i64 block, i64 at,
                             i64 count) {
     Float r[4];
+    Int residual[4];
+    if (o.residual != nullptr) {
+        if (count == kBlock) {
+            Vector::load_block(o.residual + at, residual);
+        } else {
+            u8 part[kBlock] = {};
+            std::memcpy(part, o.residual + at, count);
+            Vector::load_block(part, residual);
+        }
+    }
     if constexpr (kActivation == kInt8Linear) {
         for (int i = 0; i < 4; ++i)
             r[i] = Vector::multiply_add(Vector::to_float(sums[i]),
                                         Vector::load(o.code_scale + block * kBlock + i * kLanes),
                                         Vector::load(o.code_bias + block * kBlock + i * kLanes));
+        if (o.residual != nullptr)
+            for (int i = 0; i < 4; ++i)
+                r[i] = Vector::multiply_add(Vector::to_float(Vector::sub(residual[i], k.residual_zero)),
+                                            Vector::set(o.residual_step), r[i]);
         const Int rounded[4] = {Vector::round(r[0]), Vector::round(r[1]), Vector::round(r[2]), Vector::round(r[3])};
         u8* y = static_cast<u8*>(o.y) + at;
         if (count == kBlock) return k.codes.store_block(y, rounded);
@@ -242,17 +256,8 @@ QF_INLINE void finish_block(const Int8Output& o, const OutputConstants& k, const
     for (int i = 0; i < 4; ++i)
         r[i] = real_of(sums[i], Vector::load(o.scale + block * kBlock + i * kLanes),
                        Vector::load(o.bias + block * kBlock + i * kLanes));
-    if (o.residual != nullptr) {
-        Int codes[4];
-        if (count == kBlock) {
-            Vector::load_block(o.residual + at, codes);
-        } else {
-            u8 part[kBlock] = {};
-            std::memcpy(part, o.residual + at, count);
-            Vector::load_block(part, codes);
-        }
-        for (int i = 0; i < 4; ++i) r[i] = add_residual(r[i], codes[i], k);
-    }
+    if (o.residual != nullptr)
+        for (int i = 0; i < 4; ++i) r[i] = add_residual(r[i], residual[i], k);
     for (int i = 0; i < 4; ++i) r[i] = activate<kActivation>(r[i], k.a, k.b);
     if (o.is_float) {
         float* y = static_cast<float*>(o.y) + at;

@@ -10,7 +10,7 @@ namespace quantflow::host {
 enum Int8Activation : int {
     kInt8None, kInt8Relu, kInt8Hardtanh, kInt8Hardswish, kInt8Hardsigmoid, kInt8Silu, kInt8Sigmoid, kInt8Gelu,
     kInt8GeluTanh, kInt8LeakyRelu, kInt8Tanh, kInt8Activations,
-    kInt8Linear = kInt8Activations,  // see Int8Output::is_linear; of depthwise convolutions without a residual
+    kInt8Linear = kInt8Activations,  // see Int8Output::is_linear; of depthwise convolutions
 };
 
 // What happens to an exact sum: r = sum * scale[c] + bias[c] (+ residual), the activation, then codes or float32.

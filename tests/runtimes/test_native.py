@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import quantflow
+from quantflow.environment import isa
 from quantflow.errors import ArtifactError, UnavailableError
 from quantflow.graph import Input
 from quantflow.numerics.affine import QParams
@@ -149,6 +150,8 @@ def _compare_linear(
             actual, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max() if expected.numel() else 1)
         )
         return
+    if (epilogue is None or epilogue.kind in ("relu", "hardtanh")) and "avx512_vnni" in isa():
+        assert torch.equal(expected, actual), f"{int((expected != actual).sum())} of {expected.numel()} codes differ"
     tolerance = tie_tolerance(epilogue.kind if epilogue else None)
     illegal, worst = disagreement(expected, actual, unrounded(chosen, chosen.nodes[0], inputs), tolerance)
     assert not illegal, f"{illegal} of {expected.numel()} codes differ, up to {worst} codes from a tie"
