@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -66,7 +67,6 @@ def bind(inputs: tuple[Input, ...], args: tuple[Any, ...], kwargs: Mapping[str, 
     Raises:
         DataError: too few or too many arguments, an unknown keyword, or something that is not a tensor.
     """
-    expected = ", ".join(f"{i.keyword or i.name}: {i.dtype}{_shape(i.shape)}" for i in inputs)
     remaining, named, bound = list(args), dict(kwargs), []
     for item in inputs:
         name = item.keyword or item.name
@@ -75,10 +75,10 @@ def bind(inputs: tuple[Input, ...], args: tuple[Any, ...], kwargs: Mapping[str, 
         elif remaining:
             bound.append(remaining.pop(0))
         else:
-            raise DataError(f"input '{name}' is missing; the model takes ({expected})")
+            raise DataError(f"input '{name}' is missing; the model takes ({_expected(inputs)})")
     if remaining or named:
         extra = f"{len(remaining)} more positional" if remaining else f"unknown keyword {', '.join(named)}"
-        raise DataError(f"the call has {extra} arguments; the model takes ({expected})")
+        raise DataError(f"the call has {extra} arguments; the model takes ({_expected(inputs)})")
     for item, value in zip(inputs, bound, strict=True):
         if not isinstance(value, torch.Tensor):
             raise DataError(f"input '{item.keyword or item.name}' is a {type(value).__name__}, not a tensor")
@@ -93,12 +93,20 @@ def bind(inputs: tuple[Input, ...], args: tuple[Any, ...], kwargs: Mapping[str, 
                     f"input '{item.keyword or item.name}' has shape {tuple(value.shape)}; "
                     f"the model was captured for {_shape(item.shape)}"
                 )
-        if str(value.dtype).removeprefix("torch.") != item.dtype:
+        if _name(value.dtype) != item.dtype:
             raise DataError(
-                f"input '{item.keyword or item.name}' is {str(value.dtype).removeprefix('torch.')}; "
-                f"the model takes {item.dtype}"
+                f"input '{item.keyword or item.name}' is {_name(value.dtype)}; the model takes {item.dtype}"
             )
     return bound
+
+
+@cache
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _expected(inputs: tuple[Input, ...]) -> str:
+    return ", ".join(f"{i.keyword or i.name}: {i.dtype}{_shape(i.shape)}" for i in inputs)
 
 
 def _shape(shape: tuple[int | None, ...]) -> str:

@@ -10,7 +10,7 @@ What the int8 ops compute (see design: "The numbers, decided once"):
     conv, linear  acc = sum (q_x - zp_x) * q_w;  r = acc * (scale_x * scale_w[c]) + bias[c];
                   r += (q_r - zp_r) * scale_r;  r = epilogue(r);  then quantized, or left float32.
                   Codes without an activation or behind one that clamps: scales and bias are divided by the output's
-                  scale beforehand, and each product is added with one rounding, so that a kernel can be equal to the bit
+                  scale beforehand, and each product is added with one rounding: kernels can be equal to the bit
     matmul        acc = sum (q_a - zp_a) * (q_b - zp_b);  r = acc * (scale_a * scale_b)
     add, mul      r = a + b or a * b of the dequantized operands;  r = epilogue(r);  quantized
     avg_pool      r = exact mean of the dequantized operand;  quantized

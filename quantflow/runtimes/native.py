@@ -14,6 +14,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -169,7 +170,7 @@ class NativeRunner:
     def _run_all(self, inputs: Sequence[torch.Tensor], threads: int) -> dict[str, Any]:
         program = self.program
         values: dict[str, Any] = {i.name: x for i, x in zip(program.inputs, inputs, strict=True)}
-        with torch.inference_mode():
+        with nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode():
             while True:
                 try:
                     for part in self._parts:

@@ -150,6 +150,16 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
+class _Errors(threading.local):
+    """A buffer for messages per thread, because making one takes longer than the rest of a call."""
+
+    def __init__(self) -> None:
+        self.buffer = ctypes.create_string_buffer(_CAPACITY)
+
+
+_errors = _Errors()
+
+
 def call(name: str, *args: Any) -> None:
     """Call a function that reports errors.
 
@@ -157,7 +167,7 @@ def call(name: str, *args: Any) -> None:
         Unsupported: a node has no kernel for these shapes.
         ArtifactError: what the library refused, with its place.
     """
-    error = ctypes.create_string_buffer(_CAPACITY)
+    error = _errors.buffer
     status = getattr(library(), name)(*args, error, ctypes.c_size_t(_CAPACITY))
     if status:
         text = error.value.decode(errors="replace")

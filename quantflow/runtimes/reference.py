@@ -186,8 +186,7 @@ def _linear(program: Program, node: Node, args: Any, operands: Sequence[QParams 
 def _sums(
     program: Program, node: Node, args: Any, operands: Sequence[QParams | None]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(exact sums in float64, scale_x * scale_w, bias) of a convolution or linear; the last two float32 and in the sums'
-    shape."""
+    """(exact sums in float64, scale_x * scale_w, bias) of a convolution or linear; the last two fit the sums' shape."""
     qx, attrs = _known(operands[0]), node.attrs
     weight = program.tensors[attrs["weight"]].to(torch.float64)
     scale = program.tensors[attrs["weight_scale"]] * qx.scale
