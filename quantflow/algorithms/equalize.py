@@ -34,7 +34,7 @@ import torch
 from torch import fx
 
 from quantflow.algorithms.channels import ChannelSet, find_sets
-from quantflow.algorithms.outcome import Change, Material, Outcome
+from quantflow.algorithms.outcome import Change, Material, Outcome, Rewriting
 from quantflow.graph import Graph, arguments, interpret, is_aten
 from quantflow.numerics.measures import sqnr_db
 from quantflow.passes.units import CORE, LINEAR_OPS, as_epilogue
@@ -58,8 +58,8 @@ WORTH = 0.98
 SMALLEST, LARGEST = 1e-8, 1e8
 
 
-def equalize(settings: EqualizeAlgorithm, graph: Graph, plan: Plan, material: Material) -> tuple[Graph, Outcome]:
-    """Rescale channels in the graph's constants; its nodes stay as they are."""
+def equalize(settings: EqualizeAlgorithm, graph: Graph, plan: Plan, material: Material) -> Rewriting:
+    """Rescale channels in the graph's constants; its nodes stay as they are. A set of channels is a part."""
     sets, axes = find_sets(graph, plan, NAME, material.fixed)
     skipped = tuple((s.title, s.obstacle) for s in sets if s.writers and s.obstacle)
     sets = [
@@ -67,7 +67,7 @@ def equalize(settings: EqualizeAlgorithm, graph: Graph, plan: Plan, material: Ma
     ]
     batches = material.first(settings.samples)
     if not sets or not batches:
-        return graph, Outcome(MEASURE, (), skipped)
+        return Rewriting((), lambda _: (graph, Outcome(MEASURE, (), skipped)))
     measured = _Measured(graph, plan, sets, axes, batches, material)
     work = _Factors(graph, plan, sets, axes)
     for s in sets:
@@ -79,11 +79,20 @@ def equalize(settings: EqualizeAlgorithm, graph: Graph, plan: Plan, material: Ma
     found = min(sqnr_db(*pair) for pair in zip(measured.outputs, _outputs(rescaled, batches[0]), strict=True))
     if not found >= MIN_SQNR_DB:
         notice = f"equalize: undone, because the rescaled float model differs from the original ({found:.1f} dB)"
-        return graph, Outcome(MEASURE, (), skipped, (notice,))
-    changes = [
-        Change(s.title, _spread(measured.ranges[id(s)]), _spread(measured.ranges[id(s)] / work.of[id(s)])) for s in sets
-    ]
-    return rescaled, Outcome(MEASURE, tuple(changes), skipped)
+        return Rewriting((), lambda _: (graph, Outcome(MEASURE, (), skipped, (notice,))))
+    factors = dict(work.of)
+    changes = tuple(
+        Change(s.title, _spread(measured.ranges[id(s)]), _spread(measured.ranges[id(s)] / factors[id(s)])) for s in sets
+    )
+
+    def make(chosen: Sequence[int]) -> tuple[Graph, Outcome]:
+        work.of = {
+            id(s): factors[id(s)] if part in chosen else torch.ones_like(factors[id(s)]) for part, s in enumerate(sets)
+        }
+        rescaled = replace(graph, constants=work.constants())
+        return rescaled, Outcome(MEASURE, tuple(changes[part] for part in chosen), skipped)
+
+    return Rewriting(changes, make)
 
 
 class _Measured:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from quantflow.algorithms.outcome import Change, Material, Outcome, db
+from quantflow.algorithms.outcome import Change, Material, Outcome, Rewriting, db
 from quantflow.graph import Graph, arguments, copied, interpret, is_aten
 from quantflow.numerics.affine import activation_qparams, dequantize_weight, quantize_weight, weight_scale
 from quantflow.observers import make_observer, weight_max_abs
@@ -38,6 +38,7 @@ from quantflow.schema import ActivationSpec, SmoothAlgorithm, WeightSpec
 
 aten = torch.ops.aten
 
+MEASURE = "SQNR of the linears' outputs, dB"
 #: Rows of x that errors are measured on: at most this many numbers, and within these limits.
 ROW_NUMBERS = 2**19
 FEWEST_ROWS, MOST_ROWS = 128, 2048
@@ -100,6 +101,15 @@ class _Source:
 
 
 @dataclass(frozen=True)
+class _Part:
+    """A group and its factors; without a source they are multiplied at run time."""
+
+    group: _Group
+    source: _Source | None
+    factors: torch.Tensor
+
+
+@dataclass(frozen=True)
 class _Choice:
     """The best of the candidates: alpha None leaves the group as it is."""
 
@@ -109,15 +119,15 @@ class _Choice:
     after_db: float
 
 
-def smooth(settings: SmoothAlgorithm, graph: Graph, plan: Plan, material: Material) -> tuple[Graph, Outcome]:
+def smooth(settings: SmoothAlgorithm, graph: Graph, plan: Plan, material: Material) -> Rewriting:
     """The same float function with smoother inputs of its int8 linears.
 
     Returns:
-        The graph and, per group of linears, the SQNR of their outputs (rounded input and weight) before and after.
+        A part per group of linears, with the SQNR of their outputs (rounded input and weight) before and after.
     """
-    graph = replace(graph, fx=copied(graph.fx), constants=dict(graph.constants))
-    groups, skipped = _groups(graph, plan, material.fixed)
+    groups, skipped = _groups(plan, material.fixed)
     sizes, shapes = _observe(groups, graph, material.first(settings.samples), material.seed)
+    parts: list[_Part] = []
     changes: list[Change] = []
     for done, group in enumerate(groups, start=1):
         source = _find_source(graph, group, sizes, shapes, material.fixed)
@@ -132,33 +142,35 @@ def smooth(settings: SmoothAlgorithm, graph: Graph, plan: Plan, material: Materi
         elif source is None and gain < settings.min_gain_db:
             skipped.append((group.name, f"a multiplication at run time would gain only {gain:.1f} dB"))
         else:
-            _apply(graph, group, source, choice.factors)
+            parts.append(_Part(group, source, choice.factors))
             where = f"folded into {source.node.meta['layer']}" if source else "multiplied at run time"
-            note = f"alpha {choice.alpha:g}, {where}"
-            changes.append(Change(group.name, choice.before_db, choice.after_db, note))
+            changes.append(Change(group.name, choice.before_db, choice.after_db, f"alpha {choice.alpha:g}, {where}"))
         group.rows.clear()
         material.update(done, len(groups))
-    inserted = sum("run time" in change.note for change in changes)
-    notices = (
-        (
+
+    def make(chosen: Sequence[int]) -> tuple[Graph, Outcome]:
+        smoothed = replace(graph, fx=copied(graph.fx), constants=dict(graph.constants))
+        for part in chosen:
+            _apply(smoothed, parts[part])
+        inserted = sum(parts[part].source is None for part in chosen)
+        notice = (
             f"smooth: {inserted} of {len(groups)} inputs are multiplied by factors per channel at run time, because "
-            "nothing in front of them can take these up (algorithms: smooth with insert: false leaves them out)",
+            "nothing in front of them can take these up (algorithms: smooth with insert: false leaves them out)"
         )
-        if inserted
-        else ()
-    )
-    return graph, Outcome("SQNR of the linears' outputs, dB", tuple(changes), tuple(skipped), notices)
+        kept = tuple(changes[part] for part in chosen)
+        return smoothed, Outcome(MEASURE, kept, tuple(skipped), (notice,) if inserted else ())
+
+    return Rewriting(tuple(changes), make)
 
 
-def _groups(graph: Graph, plan: Plan, fixed: frozenset[str]) -> tuple[list[_Group], list[tuple[str, str]]]:
+def _groups(plan: Plan, fixed: frozenset[str]) -> tuple[list[_Group], list[tuple[str, str]]]:
     """Every value that int8 linears read, with them; and the linears that can't take part."""
-    nodes = {node.name: node for node in graph.fx.nodes}
     groups: dict[fx.Node, _Group] = {}
     skipped = []
     for planned in plan.units:
         if planned.unit.kind != CORE or not planned.is_int8 or planned.unit.op != "linear":
             continue
-        linear = nodes[planned.unit.anchor.name]
+        linear = planned.unit.anchor
         x, weight = linear.args[0], linear.args[1]
         assert isinstance(x, fx.Node)
         assert isinstance(weight, fx.Node)
@@ -281,11 +293,17 @@ def _rounded_weight(weight: torch.Tensor, spec: WeightSpec) -> torch.Tensor:
 # --- where the factors go
 
 
-def _apply(graph: Graph, group: _Group, source: _Source | None, factors: torch.Tensor) -> None:
-    """Multiply the linears' columns by s, and divide the source, or x itself, by it."""
-    constants = graph.constants
+def _apply(graph: Graph, part: _Part) -> None:
+    """Multiply the linears' columns by s, and divide the source, or x itself, by it.
+
+    Args:
+        graph: a copy of the one that the part was found in.
+    """
+    constants, factors, source = graph.constants, part.factors, part.source
     assert isinstance(constants, dict)
-    for linear in group.linears:
+    nodes = {node.name: node for node in graph.fx.nodes}
+    linears = [nodes[linear.name] for linear in part.group.linears]
+    for linear in linears:
         weight = str(linear.args[1].target)  # type: ignore[union-attr]
         constants[weight] = constants[weight] * factors
     if source is not None:
@@ -295,17 +313,17 @@ def _apply(graph: Graph, group: _Group, source: _Source | None, factors: torch.T
             value = constants[name]
             constants[name] = value * inverse.reshape(-1, *[1] * (value.dim() - 1))
         return
-    first = group.linears[0]
+    first, x = linears[0], nodes[part.group.x.name]
     inverse = add_constant(graph.fx, constants, first, f"{first.meta['layer']}.smooth", 1 / factors)  # type: ignore[assignment]
     with graph.fx.inserting_before(first):
-        product = graph.fx.call_function(aten.mul.Tensor, (group.x, inverse))
+        product = graph.fx.call_function(aten.mul.Tensor, (x, inverse))
     product.meta = {
-        "shape": group.x.meta["shape"],
+        "shape": x.meta["shape"],
         "dtype": torch.float32,
         "layer": f"{first.meta['layer']}.smooth_mul",
     }
     inverse.meta["layer"] = f"{first.meta['layer']}.smooth"  # type: ignore[attr-defined]
-    for linear in group.linears:
+    for linear in linears:
         linear.args = (product, *linear.args[1:])
 
 

@@ -30,7 +30,7 @@ def equalized(
     graph: Graph, batches: list[Batch], layers: Any = None, fixed: frozenset[str] = frozenset(), **settings: Any
 ) -> tuple[Graph, Any]:
     plan = make_plan(graph, PRESETS["sym_int8"], layers)
-    return equalize(EqualizeAlgorithm(**settings), graph, plan, Material(batches, fixed=fixed))
+    return equalize(EqualizeAlgorithm(**settings), graph, plan, Material(batches, fixed=fixed)).whole()
 
 
 def rescaled(model: nn.Sequential, first: int, second: int, seed: int = 0) -> None:
@@ -72,7 +72,7 @@ def test_bad_scales_are_undone(ready: Prepare, images: list[Batch], granularity:
             rescaled(model, *pair, seed=pair[0])
         graph = captured(model, images[0])
         plan = make_plan(graph, qconfig)
-        better, outcome = equalize(EqualizeAlgorithm(), graph, plan, Material(images))
+        better, outcome = equalize(EqualizeAlgorithm(), graph, plan, Material(images)).whole()
         assert sqnr_db(interpret(graph, images[0].args), interpret(better, images[0].args)) > 90
         before, after = (ready(g, images, qconfig) for g in (graph, better))
         found[name] = before.db(before.refined), after.db(after.refined)

@@ -148,7 +148,7 @@ def smoothed(
 ) -> tuple[Graph, Graph, Outcome]:
     graph = capture_export(model.eval(), batch())
     plan = make_plan(graph, QConfig(), layers)
-    after, outcome = smooth(settings or SmoothAlgorithm(), graph, plan, Material([batch()], **material))
+    after, outcome = smooth(settings or SmoothAlgorithm(), graph, plan, Material([batch()], **material)).whole()
     return graph, after, outcome
 
 
@@ -272,7 +272,8 @@ def test_samples_are_those_that_it_looks_at() -> None:
     graph = capture_export(model.eval(), batch())
     plan, material = make_plan(graph, QConfig()), Material([Batch((quiet,)), Batch((loud,))])
     few, all_of_them = (
-        smooth(SmoothAlgorithm(samples=count, min_gain_db=0), graph, plan, replace(material))[1] for count in (4, 8)
+        smooth(SmoothAlgorithm(samples=count, min_gain_db=0), graph, plan, replace(material)).whole()[1]
+        for count in (4, 8)
     )
     assert all_of_them.changes[0].before != (few.changes[0].before if few.changes else None)
 
