@@ -1,14 +1,19 @@
 """SmoothQuant: the outliers of a linear op's input move into its weight (Xiao et al. 2022, arXiv:2211.10438).
 
-    y = x W^T = (x / s) (W s)^T,   s_j = max|x_j|^alpha / max|W_j|^(1 - alpha)
+    y = x W^T = (x / s) (W s)^T,   s_j = max|x_j|^alpha / max|W_j|^(1 - alpha)    or    s_j = max(max|x_j|, phi max|x|)
 
 with j the input channels, shared by all linears that read x. The activation has one scale for all channels and the
 weight one per row, so that a channel of x that is far larger than the others costs all of them their codes. For each
-group of linears that read one value, alpha is the one of a grid with the smallest error of what the group computes,
+group of linears that read one value, alpha or phi is the one of a grid with the smallest error of what it computes,
 
-    e(alpha) = sum_i |Q(x / s) Q(W_i s)^T - x W_i^T|^2 / |x W_i^T|^2
+    e(s) = sum_i |Q(x / s) Q(W_i s)^T - x W_i^T|^2 / |x W_i^T|^2
 
-on a sample of rows of x; no smoothing is one of the candidates.
+on a sample of rows of x; no smoothing is one of the candidates. phi only lowers what is far larger than the rest and
+leaves the rest of the weight's columns as they are.
+
+alpha makes the whole range of each channel depend on the rows that were seen: of n rows' values, the next one is
+larger than all with probability 1 / (n + 1). It is therefore left out where one clipped channel or more per row would
+have to be expected, channels > n.
 
 1 / s is folded into what makes x, where that can take it up: the weight and bias of a LayerNorm or RMSNorm, the rows of
 a linear that reaches x through ops that treat channels alike (data movement, ReLU, the probabilities' side of an
@@ -42,8 +47,9 @@ MEASURE = "SQNR of the linears' outputs, dB"
 #: Rows of x that errors are measured on: at most this many numbers, and within these limits.
 ROW_NUMBERS = 2**19
 FEWEST_ROWS, MOST_ROWS = 128, 2048
-#: Steps of the first grid of alphas over 0..1.
-STEPS = 4
+#: The first grids: of alpha, and of -log2(phi).
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+OCTAVES = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
 #: A channel counts as at least this share of the largest one; zero channels of x and W would give s = 0 or infinity.
 SMALLEST_SHARE = 1e-5
 #: What an attention does to V's channels is the same for every key.
@@ -60,7 +66,8 @@ class _Group:
     Attributes:
         x: the value.
         linears: its readers.
-        low, high: extremes of each channel.
+        low, high: extremes of each channel over all rows seen.
+        seen: how many these were.
         rows: a sample of x, (rows, channels).
     """
 
@@ -71,6 +78,7 @@ class _Group:
     reduce_range: bool
     low: torch.Tensor | None = None
     high: torch.Tensor | None = None
+    seen: int = 0
     rows: list[torch.Tensor] = field(default_factory=list)
 
     @property
@@ -81,7 +89,7 @@ class _Group:
     def observe(self, x: torch.Tensor, count: int, generator: torch.Generator) -> None:
         """Take in one batch's value and keep `count` of its rows."""
         rows = x.detach().reshape(-1, x.shape[-1])
-        low, high = rows.amin(0), rows.amax(0)
+        low, high, self.seen = rows.amin(0), rows.amax(0), self.seen + len(rows)
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
         self.rows.append(rows[torch.randperm(len(rows), generator=generator)[:count]].clone())
@@ -111,9 +119,9 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Choice:
-    """The best of the candidates: alpha None leaves the group as it is."""
+    """The best of the candidates: an empty `how` leaves the group as it is."""
 
-    alpha: float | None
+    how: str
     factors: torch.Tensor
     before_db: float
     after_db: float
@@ -133,8 +141,8 @@ def smooth(settings: SmoothAlgorithm, graph: Graph, plan: Plan, material: Materi
         source = _find_source(graph, group, sizes, shapes, material.fixed)
         choice = _search(settings, graph, group, source)
         gain = choice.after_db - choice.before_db
-        if choice.alpha is None or gain <= 0:
-            skipped.append((group.name, "no alpha lowers the error"))
+        if not choice.how:
+            skipped.append((group.name, "no factors lower the error"))
         elif source is None and not settings.insert:
             skipped.append((group.name, "nothing in front of it can take up the factors"))
         elif source is None and not material.may_insert:
@@ -144,7 +152,7 @@ def smooth(settings: SmoothAlgorithm, graph: Graph, plan: Plan, material: Materi
         else:
             parts.append(_Part(group, source, choice.factors))
             where = f"folded into {source.node.meta['layer']}" if source else "multiplied at run time"
-            changes.append(Change(group.name, choice.before_db, choice.after_db, f"alpha {choice.alpha:g}, {where}"))
+            changes.append(Change(group.name, choice.before_db, choice.after_db, f"{choice.how}, {where}"))
         group.rows.clear()
         material.update(done, len(groups))
 
@@ -233,30 +241,40 @@ def _search(settings: SmoothAlgorithm, graph: Graph, group: _Group, source: _Sou
             total += float((found - output).square().sum() / output.square().sum().clamp_min(1e-30))
         return total / len(weights)
 
-    def factors_of(alpha: float) -> torch.Tensor:
-        s = reach.pow(alpha) / heaviest.pow(1 - alpha)
+    def by_alpha(alpha: float) -> torch.Tensor:
+        return spread(reach.pow(alpha) / heaviest.pow(1 - alpha))
+
+    def by_floor(share: float) -> torch.Tensor:
+        return spread(reach.clamp_min(float(reach.max()) * share))
+
+    def spread(s: torch.Tensor) -> torch.Tensor:
         s = s / s.log().mean().exp()
         return s if source is None else s[source.channels]
 
     plain = torch.ones(x.shape[1])
     with torch.inference_mode():
         before = error(plain)
-        alpha, after = _best_alpha(lambda alpha: error(factors_of(alpha)), settings)
-        if after >= before:
-            return _Choice(None, plain, db(1.0, before), db(1.0, before))
-        return _Choice(alpha, factors_of(alpha).clone(), db(1.0, before), db(1.0, after))
+        found = [(before, "", plain)]
+        if settings.alpha != "search":
+            found.append((error(by_alpha(settings.alpha)), f"alpha {settings.alpha:g}", by_alpha(settings.alpha)))
+        else:
+            if group.seen >= x.shape[1]:
+                alpha, after = _best(lambda alpha: error(by_alpha(alpha)), ALPHAS, settings.refinements)
+                found.append((after, f"alpha {alpha:g}", by_alpha(alpha)))
+            octave, after = _best(lambda octave: error(by_floor(2**-octave)), OCTAVES, settings.refinements)
+            found.append((after, f"phi {2**-octave:.2g}", by_floor(2**-octave)))
+        after, how, factors = min(found, key=lambda each: each[0])
+        return _Choice(how, factors.clone(), db(1.0, before), db(1.0, after))
 
 
-def _best_alpha(error: Callable[[float], float], settings: SmoothAlgorithm) -> tuple[float, float]:
-    """(alpha, its error): the best of a grid over 0..1, then of its neighbours at half the distance, and so on."""
-    if settings.alpha != "search":
-        return settings.alpha, error(settings.alpha)
-    found = {step / STEPS: error(step / STEPS) for step in range(STEPS + 1)}
-    reach = 1 / STEPS
-    for _ in range(settings.refinements):
+def _best(error: Callable[[float], float], grid: Sequence[float], refinements: int) -> tuple[float, float]:
+    """(place, its error): the best of an even grid, then of its neighbours at half the distance, and so on."""
+    found = {place: error(place) for place in grid}
+    reach = grid[1] - grid[0]
+    for _ in range(refinements):
         reach /= 2
         center = min(found, key=found.__getitem__)
-        found |= {a: error(a) for a in (center - reach, center + reach) if 0 <= a <= 1}
+        found |= {p: error(p) for p in (center - reach, center + reach) if grid[0] <= p <= grid[-1]}
     best = min(found, key=found.__getitem__)
     return best, found[best]
 

@@ -48,8 +48,8 @@ class EqualizeAlgorithm(_Guarded):
 class SmoothAlgorithm(_Guarded):
     """SmoothQuant: outlier channels of a linear's input move into its weight.
 
-    alpha is searched for each group of linears on a grid over 0..1 that is refined `refinements` times around the best;
-    a number takes that alpha wherever it helps. `insert`: whether an input may be multiplied at run time where nothing
+    Factors are searched per group of linears on a grid that is refined `refinements` times around the best; a number
+    for alpha takes that wherever it helps. `insert`: whether an input may be multiplied at run time where nothing
     in front of it can take up the factors, and `min_gain_db` what that must gain.
     """
 
