@@ -44,7 +44,7 @@ def main() -> int:
     found = show_machine()
     results: dict[str, list[dict[str, Any]]] = {}
     for name in options.model:
-        module, data, qconfig, outputs = _MODELS[name](options.smoke)
+        module, data, qconfig, outputs = MODELS[name](options.smoke)
         rows = results[name] = []
         for label, algorithms in _questions(options.smoke, options.only):
             rows.append({"algorithms": label} | _row(module, data, qconfig, outputs, algorithms))
@@ -101,7 +101,7 @@ def _minilm(smoke: bool) -> tuple[torch.nn.Module, Data, str, str]:
     return float_module(loaded), data, "sym_int8", EMBEDDING
 
 
-_MODELS: dict[str, Callable[[bool], tuple[torch.nn.Module, Data, str, str]]] = {"lite0": _lite0, "minilm": _minilm}
+MODELS: dict[str, Callable[[bool], tuple[torch.nn.Module, Data, str, str]]] = {"lite0": _lite0, "minilm": _minilm}
 
 
 if __name__ == "__main__":

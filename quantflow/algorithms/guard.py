@@ -6,8 +6,9 @@ each one, on a few samples that it did not see,
     db(model) = -10 log10 mean_o (sum |y_o - y'_o|^2 / sum |y_o|^2)         over the model's outputs o
 
 is measured, y float and y' simulated int8, and what it did is kept if db does not fall by more than MARGIN_DB. Of an
-algorithm on the graph, whose parts are independent, halves that do harm are looked for and the rest is kept. Graphs are
-judged with nearest codes in the ranges of those samples: calibration comes later.
+algorithm on the graph, whose parts are independent, halves that do harm are looked for and the rest is kept; parts that
+cost time at run time must raise db by more than MARGIN_DB. Graphs are judged with nearest codes in the ranges of those
+samples: calibration comes later.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from quantflow.algorithms.outcome import Material, Outcome, Rewriting
+from quantflow.algorithms.outcome import Change, Material, Outcome, Rewriting
 from quantflow.algorithms.simulate import simulate
 from quantflow.calibrate import calibrate
 from quantflow.data.batch import Batch
@@ -33,6 +34,8 @@ from quantflow.schema import Algorithm
 SAMPLES, SHARE = 16, 4
 #: What the model may lose: less than what another choice of samples changes.
 MARGIN_DB = 0.1
+_HARM = "rolled back, because it makes the whole model worse"
+_NO_WORTH = "rolled back, because it costs time and gains the whole model next to nothing"
 #: How many combinations of parts are measured at most; what is undecided by then is rolled back.
 MOST_TRIALS = 12
 
@@ -52,21 +55,19 @@ class Effect:
     after_db: float
     all_db: float | None = None
 
-    def notices(self, name: str, outcome: Outcome, parts: int) -> tuple[str, ...]:
-        """What the user must hear of a rollback. `parts`: how many there were."""
+    def notices(self, name: str, parts: int, kept: int) -> tuple[str, ...]:
+        """What the user must hear of a rollback."""
         if self.all_db is None:
             return ()
-        what = (
-            f"all of its {parts} changes"
-            if not outcome.changes
-            else f"{parts - len(outcome.changes)} of its {parts} changes"
-        )
-        kept = f"; with the others it has {self.after_db:.1f} dB" if outcome.changes else ""
-        return (
-            f"{name}: {what} were rolled back, because with them the whole model falls from {self.before_db:.1f} to "
-            f"{self.all_db:.1f} dB on {self.samples} held-out calibration samples{kept} (algorithms: {name} with "
-            "guard: false keeps them)",
-        )
+        what = f"{'all' if not kept else parts - kept} of its {parts} changes were rolled back"
+        where = f"on {self.samples} held-out calibration samples"
+        cure = f"(algorithms: {name} with guard: false keeps them)"
+        if not _is_harm(self.before_db, self.all_db):
+            gain = f"they cost time at run time and gain the whole model only {self.all_db - self.after_db:.2f} dB"
+            return (f"{name}: {what}, because {gain} {where} {cure}",)
+        fall = f"with them the whole model falls from {self.before_db:.1f} to {self.all_db:.1f} dB"
+        others = f"; with the others it has {self.after_db:.1f} dB" if kept else ""
+        return (f"{name}: {what}, because {fall} {where}{others} {cure}",)
 
 
 class Guard:
@@ -99,30 +100,31 @@ class Guard:
             prepared = prepare(candidate, plan_of(candidate))
             return self._db(prepared, unrefined(prepared, calibrate(prepared, self._batches)))
 
-        before, after = self._known(graph, lambda: judged(graph)), judged(whole)
-        if not _is_harm(before, after):
-            self._current = (whole, after)
-            return whole, outcome, Effect(self.samples, before, after)
-        kept, found, trials = list[int](), before, 0
-        pending = [list(range(parts))]
-        while pending and trials < MOST_TRIALS:
-            tried = pending.pop()
-            if len(tried) < parts:
-                trials += 1
-                value = judged(rewriting.make(sorted([*kept, *tried]))[0])
-                if not _is_harm(found, value):
-                    kept, found = [*kept, *tried], value
-                    continue
-            if len(tried) > 1:
-                pending += [tried[len(tried) // 2 :], tried[: len(tried) // 2]]
-        result, outcome = rewriting.make(sorted(kept))
-        result = result if kept else graph
-        reason = "rolled back, because it makes the whole model worse"
-        undone = tuple((change.layer, reason) for i, change in enumerate(rewriting.changes) if i not in kept)
-        effect = Effect(self.samples, before, found, after)
-        self._current = (result, found)
-        notices = (*outcome.notices, *effect.notices(settings.name, outcome, parts))
-        return result, replace(outcome, skipped=(*outcome.skipped, *undone), notices=notices), effect
+        before, all_db = self._known(graph, lambda: judged(graph)), judged(whole)
+        kept, found = list(range(parts)), all_db
+        if _is_harm(before, all_db):
+            kept, found = _harmless(parts, before, lambda some: judged(rewriting.make(some)[0]))
+        cheap = [part for part in kept if part not in rewriting.costly]
+        if len(cheap) < len(kept):
+            without = judged(rewriting.make(cheap)[0]) if cheap else before
+            if not found > without + MARGIN_DB:
+                kept, found = cheap, without
+        undone = [part for part in range(parts) if part not in kept]
+        if undone:
+            whole, outcome = rewriting.make(kept)
+        self._current = (whole if kept else graph, found)
+        reason = _HARM if _is_harm(before, all_db) else _NO_WORTH
+        effect = Effect(self.samples, before, found, all_db if undone else None)
+        return (
+            whole if kept else graph,
+            _told(
+                outcome,
+                [rewriting.changes[part] for part in undone],
+                reason,
+                effect.notices(settings.name, parts, len(kept)),
+            ),
+            effect,
+        )
 
     def refined(
         self, settings: Algorithm, prepared: Prepared, before: Refined, after: Refined, outcome: Outcome
@@ -134,17 +136,9 @@ class Guard:
         if not _is_harm(was, now):
             self._current = (after, now)
             return after, outcome, Effect(self.samples, was, now)
-        self._current = (before, was)
-        effect, parts = Effect(self.samples, was, was, now), len(outcome.changes)
-        undone = tuple(
-            (change.layer, "rolled back, because it makes the whole model worse") for change in outcome.changes
-        )
-        outcome = replace(outcome, changes=(), skipped=(*outcome.skipped, *undone))
-        return (
-            before,
-            replace(outcome, notices=(*outcome.notices, *effect.notices(settings.name, outcome, parts))),
-            effect,
-        )
+        effect, undone = Effect(self.samples, was, was, now), outcome.changes
+        notices = effect.notices(settings.name, len(undone), 0)
+        return before, _told(replace(outcome, changes=()), undone, _HARM, notices), effect
 
     def _known(self, product: object, measure: Callable[[], float]) -> float:
         if self._current is None or self._current[0] is not product:
@@ -165,6 +159,28 @@ class Guard:
         shares = [n / s if s > 0 else math.inf if n > 0 else 0.0 for s, n in zip(signal, noise, strict=True)]
         share = sum(shares) / max(len(shares), 1)
         return -10 * math.log10(share) if share > 0 else math.inf
+
+
+def _harmless(parts: int, before_db: float, judged: Callable[[Sequence[int]], float]) -> tuple[list[int], float]:
+    """Those of the parts that together do no harm, found by halving, and what the model has with them."""
+    kept, found = list[int](), before_db
+    pending = [list(range(parts // 2, parts)), list(range(parts // 2))] if parts > 1 else []
+    for _ in range(MOST_TRIALS):
+        if not pending:
+            break
+        tried = pending.pop()
+        value = judged(sorted([*kept, *tried]))
+        if not _is_harm(found, value):
+            kept, found = sorted([*kept, *tried]), value
+        elif len(tried) > 1:
+            pending += [tried[len(tried) // 2 :], tried[: len(tried) // 2]]
+    return kept, found
+
+
+def _told(outcome: Outcome, undone: Sequence[Change], reason: str, notices: Sequence[str]) -> Outcome:
+    """The outcome with what was rolled back."""
+    skipped = (*outcome.skipped, *((change.layer, reason) for change in undone))
+    return replace(outcome, skipped=skipped, notices=(*outcome.notices, *notices))
 
 
 def _is_harm(before_db: float, after_db: float) -> bool:

@@ -53,10 +53,12 @@ class Rewriting:
     Attributes:
         changes: one per part.
         make: the numbers of parts → the graph with those changed, and what was done.
+        costly: the parts that make the model slower.
     """
 
     changes: tuple[Change, ...]
     make: Callable[[Sequence[int]], tuple[Graph, Outcome]]
+    costly: frozenset[int] = frozenset()
 
     def whole(self) -> tuple[Graph, Outcome]:
         """All parts."""

@@ -168,7 +168,8 @@ def smooth(settings: SmoothAlgorithm, graph: Graph, plan: Plan, material: Materi
         kept = tuple(changes[part] for part in chosen)
         return smoothed, Outcome(MEASURE, kept, tuple(skipped), (notice,) if inserted else ())
 
-    return Rewriting(tuple(changes), make)
+    costly = frozenset(number for number, part in enumerate(parts) if part.source is None)
+    return Rewriting(tuple(changes), make, costly)
 
 
 def _groups(plan: Plan, fixed: frozenset[str]) -> tuple[list[_Group], list[tuple[str, str]]]:

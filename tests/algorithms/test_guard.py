@@ -111,6 +111,32 @@ def test_the_parts_of_a_rewriting_that_do_harm_are_left_out(
     assert f"to {effect.all_db:.1f} dB on 16 held-out calibration samples" in notice
 
 
+@pytest.mark.parametrize(
+    ("factor", "costly", "kept"), [(1.0, {0, 2}, (1,)), (1.0, {0, 1, 2}, ()), (1.0, set(), (0, 1, 2))]
+)
+def test_parts_that_cost_time_must_gain_something(
+    chain: tuple[Graph, list[Batch]], factor: float, costly: set[int], kept: tuple[int, ...]
+) -> None:
+    graph, batches = chain
+    rewriting = replace(rewriting_of(graph, (factor,) * 3), costly=frozenset(costly))
+    guard = Guard([EqualizeAlgorithm()], graph, Material(batches))
+    _, outcome, effect = guard.rewritten(EqualizeAlgorithm(), graph, rewriting, plan_of)
+    assert outcome.changes == tuple(rewriting.changes[part] for part in kept)
+    assert effect is not None
+    assert (effect.all_db is None) is not bool(costly)
+    assert all("costs time" in reason for _, reason in outcome.skipped)
+    assert all("cost time at run time and gain the whole model only 0.00 dB" in notice for notice in outcome.notices)
+    assert len(outcome.notices) == bool(costly)
+    bad = rescaled(graph, 1e3, PAIRS[0])
+    mending = replace(rewriting_of(bad, (1e-3, 1.0, 1.0)), costly=frozenset({0}))
+    _, outcome, effect = Guard([EqualizeAlgorithm()], bad, Material(batches)).rewritten(
+        EqualizeAlgorithm(), bad, mending, plan_of
+    )
+    assert len(outcome.changes) == 3, "the first part mends the model"
+    assert effect is not None
+    assert effect.after_db > effect.before_db + 3
+
+
 def test_a_large_rewriting_is_searched_in_bounded_time(chain: tuple[Graph, list[Batch]]) -> None:
     graph, batches = chain
     made: list[Sequence[int]] = []
