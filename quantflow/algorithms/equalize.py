@@ -125,13 +125,15 @@ class _Measured:
         def on_value(node: fx.Node, x: Any) -> None:
             if node not in owner and node not in clamped:
                 return
-            rows = x.movedim(axes[node], 0).flatten(1)
+            others = [d for d in range(x.dim()) if d != axes[node] % x.dim()]
+            high = x.amax(others)
             if node in owner:
                 seen = self.ranges[id(owner[node])]
-                torch.maximum(seen, torch.maximum(rows.amax(1), -rows.amin(1)).double(), out=seen)
-                self.power[id(owner[node])] += rows.square().mean(1) / len(batches)
+                torch.maximum(seen, torch.maximum(high, -x.amin(others)).double(), out=seen)
+                power = torch.linalg.vector_norm(x, dim=others).double().square() * high.numel() / x.numel()
+                self.power[id(owner[node])] += power / len(batches)
             for clip in clamped.get(node, ()):
-                torch.maximum(self.clipped[clip], rows.amax(1).double(), out=self.clipped[clip])
+                torch.maximum(self.clipped[clip], high.double(), out=self.clipped[clip])
 
         with torch.inference_mode():
             for done, batch in enumerate(batches, start=1):
