@@ -2,7 +2,8 @@
 
 EfficientNet-Lite0 (random crops of photos, affine uint8) and all-MiniLM-L6-v2 (Lee documents, symmetric int8), real
 weights, every convolution and linear int8: SQNR of the model's output against float's, top-1 agreement (Lite0) or the
-smallest cosine (MiniLM), and the seconds that the algorithms took. Then the same for the presets.
+smallest cosine (MiniLM), the seconds that the algorithms took, and how many layers' changes the guard rolled back. Then
+the same for the presets.
 
     python -m bench.ablation --json ablation.json
 """
@@ -25,14 +26,17 @@ from quantflow.models.efficientnet_lite0 import load_efficientnet_lite0
 from quantflow.models.transformers_zoo import load_minilm
 from quantflow.schema import ALGORITHM_PRESETS, Algorithm
 
-COLUMNS = ("algorithms", "sqnr_db", "gain_db", "top1_agreement", "cosine_min", "algorithms_s", "layers changed")
-#: Combinations beside each algorithm alone: those that make up the presets, one more at a time.
+COLUMNS = ("algorithms", "sqnr_db", "gain_db", "agreement", "cosine_min", "algorithms_s", "layers changed", "rolled back")
+#: Combinations beside each algorithm alone and those that are presets.
 TOGETHER = (
     ("equalize", "bias_correction"),
-    ("clip_weights", "bias_correction"),
-    ("gptq", "batchnorm"),
+    ("smooth", "bias_correction"),
+    ("equalize", "gptq"),
+    ("smooth", "gptq"),
     ("activation_scale", "gptq"),
-    ("activation_scale", "adaround"),
+    ("gptq", "bias_correction"),
+    ("gptq", "adaround"),
+    ("gptq", "batchnorm"),
 )
 
 
@@ -81,9 +85,11 @@ def _row(module: torch.nn.Module, data: Data, qconfig: str, outputs: str, algori
         "sqnr_db": figures["sqnr_db"],
         "algorithms_s": sum(entry["seconds"] for entry in section),
         "layers changed": sum(len(entry["layers"]) for entry in section),
+        "rolled back": sum("rolled back" in each["reason"] for entry in section for each in entry["skipped"]),
+        "effects": [entry["model"] for entry in section],
         "notices": model.results["notices"],
     }
-    return row | {key: figures[key] for key in ("top1_agreement", "cosine_min") if key in figures}
+    return row | {key: figures[key] for key in ("agreement", "cosine_min") if key in figures}
 
 
 def _lite0(smoke: bool) -> tuple[torch.nn.Module, Data, str, str]:

@@ -147,14 +147,8 @@ Algorithm = Annotated[
 ALGORITHM_PRESETS: dict[str, tuple[Mapping[str, Any], ...]] = {
     "none": (),
     "fast": ({"name": "equalize"}, {"name": "smooth"}, {"name": "bias_correction"}),
-    "accurate": ({"name": "equalize"}, {"name": "smooth"}, {"name": "activation_scale"}, {"name": "gptq"}),
-    "best": (
-        {"name": "equalize"},
-        {"name": "smooth"},
-        {"name": "activation_scale", "samples": 64},
-        {"name": "gptq", "samples": 128},
-        {"name": "adaround", "samples": 128},
-    ),
+    "accurate": ({"name": "equalize"}, {"name": "smooth"}, {"name": "gptq"}),
+    "best": ({"name": "equalize"}, {"name": "smooth"}, {"name": "gptq", "samples": 128, "sweeps": 10}),
 }
 
 
