@@ -21,22 +21,29 @@ from bench.photo_models import float_module, photos
 from bench.reporting import arguments, console, show, show_machine, write
 from quantflow.data import Data, TextPreprocess
 from quantflow.data.text import load_lee
-from quantflow.evaluate import EMBEDDING, evaluate
+from quantflow.evaluate import EMBEDDING
 from quantflow.models.efficientnet_lite0 import load_efficientnet_lite0
 from quantflow.models.transformers_zoo import load_minilm
 from quantflow.schema import ALGORITHM_PRESETS, Algorithm
+from quantflow.workbench import Yardstick
 
-COLUMNS = ("algorithms", "sqnr_db", "gain_db", "agreement", "cosine_min", "algorithms_s", "layers changed", "rolled back")
+COLUMNS = (
+    "algorithms",
+    "sqnr_db",
+    "gain_db",
+    "agreement",
+    "cosine_min",
+    "algorithms_s",
+    "layers changed",
+    "rolled back",
+)
 #: Combinations beside each algorithm alone and those that are presets.
 TOGETHER = (
     ("equalize", "bias_correction"),
-    ("smooth", "bias_correction"),
     ("equalize", "gptq"),
-    ("smooth", "gptq"),
     ("activation_scale", "gptq"),
     ("gptq", "bias_correction"),
     ("gptq", "adaround"),
-    ("gptq", "batchnorm"),
 )
 
 
@@ -49,9 +56,10 @@ def main() -> int:
     results: dict[str, list[dict[str, Any]]] = {}
     for name in options.model:
         module, data, qconfig, outputs = MODELS[name](options.smoke)
+        yardstick = Yardstick(module, list(data.evaluation), outputs=outputs)
         rows = results[name] = []
         for label, algorithms in _questions(options.smoke, options.only):
-            rows.append({"algorithms": label} | _row(module, data, qconfig, outputs, algorithms))
+            rows.append({"algorithms": label} | _row(module, data, qconfig, yardstick, algorithms))
             rows[-1]["gain_db"] = rows[-1]["sqnr_db"] - rows[0]["sqnr_db"]
             console.print(f"{name} {label}: {rows[-1]['sqnr_db']:.2f} dB")
         samples = [sum(batch.size for batch in part) for part in (data.calibration, data.evaluation)]
@@ -75,11 +83,11 @@ def _questions(smoke: bool, only: Sequence[str] | None) -> list[tuple[str, Any]]
     return [q for q in questions if only is None or q[0] in wanted or q[0].removeprefix("preset ") in wanted]
 
 
-def _row(module: torch.nn.Module, data: Data, qconfig: str, outputs: str, algorithms: Any) -> dict[str, Any]:
+def _row(module: torch.nn.Module, data: Data, qconfig: str, yardstick: Yardstick, algorithms: Any) -> dict[str, Any]:
     model = quantflow.quantize(
         module, data.calibration, evaluation=list(data.calibration)[:1], qconfig=qconfig, algorithms=algorithms
     )
-    figures = evaluate(module, model, data.evaluation, outputs=outputs)
+    figures = yardstick.errors(model)
     section = model.results["algorithms"]
     row = {
         "sqnr_db": figures["sqnr_db"],
