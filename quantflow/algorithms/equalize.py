@@ -20,7 +20,8 @@ This is Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization a
 measured ranges in r1 (which makes their absorption of high biases unnecessary), and with a residual stream as one set
 of channels that all its writers and readers share.
 
-A clamp to [0, m] is not homogeneous. A tensor m per channel is divided by s, too. A number m (ReLU6) would have to
+A clamp to [0, m] is not homogeneous. A tensor m per channel is divided by s, too, and is what r1 takes for the largest
+|x| where any channel comes near it: other data may reach what the samples did not. A number m (ReLU6) would have to
 become one, so its channels stay as they are; `clip_margin` rescales those that keep so far below it on the samples.
 """
 
@@ -54,6 +55,8 @@ CONVERGED = 1e-3
 #: The exponents tried, and how much less noise one must promise.
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
 WORTH = 0.98
+#: A channel is near its bound when it reaches this part of it.
+NEAR = 2
 #: Factors stay within this range, far from float32's ends.
 SMALLEST, LARGEST = 1e-8, 1e8
 
@@ -72,6 +75,7 @@ def equalize(settings: EqualizeAlgorithm, graph: Graph, plan: Plan, material: Ma
     work = _Factors(graph, plan, sets, axes)
     for s in sets:
         work.estimate_unseen(s, measured)
+        work.expect_bounds(s, measured)
     for _ in range(settings.iterations):
         if max(work.improve(s, measured, settings.clip_margin) for s in sets) < CONVERGED:
             break
@@ -221,6 +225,13 @@ class _Factors:
         if bool(known.any()):
             estimated = rows * (ranges[known] / rows[known]).median()
             measured.ranges[id(s)] = torch.where(ranges > 0, ranges, estimated)
+
+    def expect_bounds(self, s: ChannelSet, measured: _Measured) -> None:
+        """Where channels come near bounds of their own, every channel may: samples only show what they did reach."""
+        for _, bound in s.bounds:
+            limits = self.graph.constants[str(bound.target)].double().flatten().expand(s.size)
+            if bool((measured.ranges[id(s)] >= limits / NEAR).any()):
+                measured.ranges[id(s)] = torch.maximum(measured.ranges[id(s)], limits)
 
     def noise(self, s: ChannelSet, factors: torch.Tensor, measured: _Measured) -> float:
         """What rounding would do to the readers' outputs, relative to these; see the top of the file."""

@@ -116,6 +116,20 @@ def test_a_bound_per_channel_is_rescaled_with_its_channels(images: list[Batch]) 
     assert sqnr_db(interpret(graph, images[0].args), interpret(better, images[0].args)) > 90
 
 
+def test_bounds_that_are_reached_say_what_a_channel_may_hold(images: list[Batch]) -> None:
+    """Channels that stay far below their bound on the samples are not blown up to it: other data may reach it."""
+    model = chain(nn.ReLU())
+    bound = torch.tensor([0.1, 0.1, 0.2, 0.2, 5.0, 6.0, 7.0, 8.0])
+    model[1] = BoundPerChannel(bound)
+    graph = captured(model, images[0])
+    better, _ = equalized(graph, images)
+    equal = better.constants["1.bound"].flatten()
+    torch.testing.assert_close(equal / equal[0], torch.ones(8), rtol=0.05, atol=0)
+    model[1] = BoundPerChannel(100 * bound)
+    far, _ = equalized(captured(model, images[0]), images)
+    assert far.constants["1.bound"].max() > 2 * far.constants["1.bound"].min(), "no channel comes near: ranges count"
+
+
 def test_relu6_is_left_alone_unless_a_margin_is_given(images: list[Batch]) -> None:
     model = chain(nn.ReLU6())
     with torch.no_grad():
