@@ -154,7 +154,7 @@ ALGORITHM_PRESETS: dict[str, tuple[Mapping[str, Any], ...]] = {
     "none": (),
     "fast": ({"name": "equalize"}, {"name": "smooth"}, {"name": "bias_correction"}),
     "accurate": ({"name": "equalize"}, {"name": "smooth"}, {"name": "gptq"}),
-    "best": ({"name": "equalize"}, {"name": "smooth"}, {"name": "gptq", "samples": 128, "sweeps": 10, "refit": True}),
+    "best": ({"name": "equalize"}, {"name": "smooth"}, {"name": "gptq", "samples": 128}),
 }
 
 
