@@ -2,7 +2,8 @@
 
 EfficientNet-Lite0 (random crops of photos, affine uint8) and all-MiniLM-L6-v2 (Lee documents, symmetric int8), real
 weights, every convolution and linear int8: SQNR of the model's output against float's, top-1 agreement (Lite0) or the
-smallest cosine (MiniLM), and the seconds that the algorithms took. Then the same for the presets.
+smallest cosine (MiniLM), the seconds that the algorithms took, and how many layers' changes the guard rolled back. Then
+the same for the presets.
 
     python -m bench.ablation --json ablation.json
 """
@@ -20,19 +21,29 @@ from bench.photo_models import float_module, photos
 from bench.reporting import arguments, console, show, show_machine, write
 from quantflow.data import Data, TextPreprocess
 from quantflow.data.text import load_lee
-from quantflow.evaluate import EMBEDDING, evaluate
+from quantflow.evaluate import EMBEDDING
 from quantflow.models.efficientnet_lite0 import load_efficientnet_lite0
 from quantflow.models.transformers_zoo import load_minilm
 from quantflow.schema import ALGORITHM_PRESETS, Algorithm
+from quantflow.workbench import Yardstick
 
-COLUMNS = ("algorithms", "sqnr_db", "gain_db", "top1_agreement", "cosine_min", "algorithms_s", "layers changed")
-#: Combinations beside each algorithm alone: those that make up the presets, one more at a time.
+COLUMNS = (
+    "algorithms",
+    "sqnr_db",
+    "gain_db",
+    "agreement",
+    "cosine_min",
+    "algorithms_s",
+    "layers changed",
+    "rolled back",
+)
+#: Combinations beside each algorithm alone and those that are presets.
 TOGETHER = (
     ("equalize", "bias_correction"),
-    ("clip_weights", "bias_correction"),
-    ("gptq", "batchnorm"),
+    ("equalize", "gptq"),
     ("activation_scale", "gptq"),
-    ("activation_scale", "adaround"),
+    ("gptq", "bias_correction"),
+    ("gptq", "adaround"),
 )
 
 
@@ -44,10 +55,11 @@ def main() -> int:
     found = show_machine()
     results: dict[str, list[dict[str, Any]]] = {}
     for name in options.model:
-        module, data, qconfig, outputs = _MODELS[name](options.smoke)
+        module, data, qconfig, outputs = MODELS[name](options.smoke)
+        yardstick = Yardstick(module, list(data.evaluation), outputs=outputs)
         rows = results[name] = []
         for label, algorithms in _questions(options.smoke, options.only):
-            rows.append({"algorithms": label} | _row(module, data, qconfig, outputs, algorithms))
+            rows.append({"algorithms": label} | _row(module, data, qconfig, yardstick, algorithms))
             rows[-1]["gain_db"] = rows[-1]["sqnr_db"] - rows[0]["sqnr_db"]
             console.print(f"{name} {label}: {rows[-1]['sqnr_db']:.2f} dB")
         samples = [sum(batch.size for batch in part) for part in (data.calibration, data.evaluation)]
@@ -71,19 +83,21 @@ def _questions(smoke: bool, only: Sequence[str] | None) -> list[tuple[str, Any]]
     return [q for q in questions if only is None or q[0] in wanted or q[0].removeprefix("preset ") in wanted]
 
 
-def _row(module: torch.nn.Module, data: Data, qconfig: str, outputs: str, algorithms: Any) -> dict[str, Any]:
+def _row(module: torch.nn.Module, data: Data, qconfig: str, yardstick: Yardstick, algorithms: Any) -> dict[str, Any]:
     model = quantflow.quantize(
         module, data.calibration, evaluation=list(data.calibration)[:1], qconfig=qconfig, algorithms=algorithms
     )
-    figures = evaluate(module, model, data.evaluation, outputs=outputs)
+    figures = yardstick.errors(model)
     section = model.results["algorithms"]
     row = {
         "sqnr_db": figures["sqnr_db"],
         "algorithms_s": sum(entry["seconds"] for entry in section),
         "layers changed": sum(len(entry["layers"]) for entry in section),
+        "rolled back": sum("rolled back" in each["reason"] for entry in section for each in entry["skipped"]),
+        "effects": [entry["model"] for entry in section],
         "notices": model.results["notices"],
     }
-    return row | {key: figures[key] for key in ("top1_agreement", "cosine_min") if key in figures}
+    return row | {key: figures[key] for key in ("agreement", "cosine_min") if key in figures}
 
 
 def _lite0(smoke: bool) -> tuple[torch.nn.Module, Data, str, str]:
@@ -101,7 +115,7 @@ def _minilm(smoke: bool) -> tuple[torch.nn.Module, Data, str, str]:
     return float_module(loaded), data, "sym_int8", EMBEDDING
 
 
-_MODELS: dict[str, Callable[[bool], tuple[torch.nn.Module, Data, str, str]]] = {"lite0": _lite0, "minilm": _minilm}
+MODELS: dict[str, Callable[[bool], tuple[torch.nn.Module, Data, str, str]]] = {"lite0": _lite0, "minilm": _minilm}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 Random crops of natural photos: 96 of four photos to calibrate, 400 of five others to evaluate. Everybody gets the same
 tensors and is compared with the float model's own outputs; nothing is trained. Per-channel weights, minmax observers.
+`seconds` is all of `quantize`, warm-up and verification included.
 
 ONNX Runtime runs with `--peer` where `onnxruntime` and `onnx` can be imported, or in another interpreter that has them
 (and torch) with `--peer-python PATH`.
@@ -14,7 +15,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+import time
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ from quantflow.models.efficientnet_lite0 import load_efficientnet_lite0
 from quantflow.numerics.measures import sqnr_db, top1_agreement
 
 PEER = Path(__file__).with_name("peer_onnxruntime.py")
-COLUMNS = ("what", "sqnr_db", "top1_agreement", "top5_overlap", "kl", "max_error", "int8/core")
+COLUMNS = ("what", "sqnr_db", "top1_agreement", "top5_overlap", "kl", "max_error", "int8/core", "seconds")
 #: #2 asks for an SQNR that is at most this far below ONNX Runtime's.
 MARGIN_DB = 0.5
 
@@ -37,6 +40,7 @@ def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("--qconfig", nargs="+", default=["affine_uint8", "sym_int8"], help="presets' names")
     parser.add_argument("--observer", nargs="+", default=["minmax"], help="activation observers, each with each preset")
+    parser.add_argument("--algorithms", nargs="+", default=["none"], help="presets' names, each with each of these")
     parser.add_argument("--mode", default="export", choices=("export", "torchscript", "imperative"))
     parser.add_argument("--calibration", type=int, default=96, help="samples")
     parser.add_argument("--evaluation", type=int, default=400, help="samples")
@@ -55,18 +59,24 @@ def main() -> int:
     with torch.inference_mode():
         real = torch.cat([module(x) for x in evaluation])
 
-    rows = []
-    for preset in options.qconfig:
-        for observer in options.observer:
-            qconfig = quantflow.PRESETS[preset].model_dump()
-            qconfig["activation"]["observer"] = observer
-            model = quantflow.quantize(module, data.calibration, qconfig=qconfig, mode=options.mode)
-            with torch.inference_mode():
-                row = _compare(real, torch.cat([model(x) for x in evaluation]))
-            proof = model.results["int8_proof"]
-            layers = f"{proof['int8_layers_run']}/{proof['core_layers']}"
-            rows.append({"what": f"quantflow {preset} {observer}"} | row | {"int8/core": layers})
-            console.print(f"{rows[-1]['what']}: {row['sqnr_db']:.2f} dB")
+    rows: list[dict[str, Any]] = []
+    probe = data.evaluation[0].head(1)
+    for preset, observer, algorithms in product(options.qconfig, options.observer, options.algorithms):
+        qconfig = quantflow.PRESETS[preset].model_dump()
+        qconfig["activation"]["observer"] = observer
+        started = time.perf_counter()
+        model = quantflow.quantize(
+            module, data.calibration, qconfig=qconfig, mode=options.mode, algorithms=algorithms, evaluation=[probe]
+        )
+        seconds = time.perf_counter() - started
+        with torch.inference_mode():
+            row = _compare(real, torch.cat([model(x) for x in evaluation]))
+        proof = model.results["int8_proof"]
+        layers = f"{proof['int8_layers_run']}/{proof['core_layers']}"
+        what = f"quantflow {preset} {observer}{'' if algorithms == 'none' else f' {algorithms}'}"
+        rows.append({"what": what} | row | {"int8/core": layers, "seconds": seconds})
+        rows[-1]["algorithms"] = model.results["algorithms"]
+        console.print(f"{what}: {row['sqnr_db']:.2f} dB")
     if options.peer or options.peer_python:
         calibration = torch.cat([batch.args[0] for batch in data.calibration])
         outputs = _peer(options.peer_python or sys.executable, module, calibration, torch.cat(evaluation))

@@ -92,11 +92,7 @@ def test_attention_products_become_int8_on_request(make: Callable[[Any], nn.Modu
     assert results["accuracy"]["sqnr_db"] > 20
 
 
-#: Each group's own error falls, the model's does not: smoothing does not look beyond the linears that it smooths.
-LLAMA = pytest.param(llama, marks=pytest.mark.xfail(reason="the sum of the groups' gains is a loss here", strict=False))
-
-
-@pytest.mark.parametrize("make", [LLAMA, vit], ids=["llama", "vit"])
+@pytest.mark.parametrize("make", [llama, vit], ids=["llama", "vit"])
 def test_smoothing_folds_into_the_blocks(make: Callable[[Any], nn.Module]) -> None:
     model, batches = build(make, "sdpa")
     with torch.no_grad():

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -25,7 +25,8 @@ from quantflow.algorithms.bias_correction import bias_correction
 from quantflow.algorithms.clip_weights import clip_weights
 from quantflow.algorithms.equalize import equalize
 from quantflow.algorithms.gptq import gptq
-from quantflow.algorithms.outcome import Change, Material, Outcome
+from quantflow.algorithms.guard import Effect, Guard
+from quantflow.algorithms.outcome import Change, Material, Outcome, Rewriting
 from quantflow.algorithms.outliers import NO_OUTLIERS, Outliers, find_outliers
 from quantflow.algorithms.smooth import smooth
 from quantflow.calibrate import CalibrationTable
@@ -35,8 +36,8 @@ from quantflow.prepare import Prepared
 from quantflow.refined import Refined, unrefined
 from quantflow.schema import Algorithm
 
-#: Before calibration: (settings, graph, plan, material) → (graph, outcome).
-GRAPH_ALGORITHMS: dict[str, Callable[[Any, Graph, Plan, Material], tuple[Graph, Outcome]]] = {
+#: Before calibration: (settings, graph, plan, material) → parts of another graph.
+GRAPH_ALGORITHMS: dict[str, Callable[[Any, Graph, Plan, Material], Rewriting]] = {
     "equalize": equalize,
     "smooth": smooth,
 }
@@ -63,15 +64,22 @@ OpenStage = Callable[[str], AbstractContextManager[Stage]]
 
 @dataclass(frozen=True)
 class Applied:
-    """One algorithm that ran."""
+    """One algorithm that ran. `effect`: on the whole model, where the guard measured it."""
 
     settings: Algorithm
     seconds: float
     outcome: Outcome
+    effect: Effect | None = None
 
     def to_json(self) -> dict[str, Any]:
         settings = self.settings.model_dump(mode="json")
-        return {"name": settings.pop("name"), "settings": settings, "seconds": self.seconds, **self.outcome.to_json()}
+        return {
+            "name": settings.pop("name"),
+            "settings": settings,
+            "seconds": self.seconds,
+            "model": None if self.effect is None else asdict(self.effect),
+            **self.outcome.to_json(),
+        }
 
 
 T = TypeVar("T")
@@ -99,13 +107,14 @@ def rewrite(
     keep: Keep[Graph] = afresh,
 ) -> tuple[Graph, tuple[Applied, ...]]:
     """The graph after those of the algorithms that act on it. `plan_of`: what would be decided about a graph."""
-    applied = []
+    applied, guard = [], Guard(algorithms, graph, material)
 
     def carry_out(settings: Algorithm, graph: Graph, stage: Stage) -> tuple[Graph, Applied]:
         started = time.perf_counter()
-        work = replace(material, update=stage.update)
-        graph, outcome = GRAPH_ALGORITHMS[settings.name](settings, graph, plan_of(graph), work)
-        return graph, Applied(settings, time.perf_counter() - started, outcome)
+        work = replace(guard.material, update=stage.update)
+        rewriting = GRAPH_ALGORITHMS[settings.name](settings, graph, plan_of(graph), work)
+        graph, outcome, effect = guard.rewritten(settings, graph, rewriting, plan_of)
+        return graph, Applied(settings, time.perf_counter() - started, outcome, effect)
 
     for settings in algorithms:
         if settings.acts_on == "graph":
@@ -124,13 +133,14 @@ def refine(
     keep: Keep[Refined] = afresh,
 ) -> tuple[Refined, tuple[Applied, ...]]:
     """The numbers after those of the algorithms that act on them; without any, the plain ones."""
-    refined, applied = unrefined(prepared, table), []
+    refined, applied, guard = unrefined(prepared, table), [], Guard(algorithms, prepared.graph, material)
 
     def carry_out(settings: Algorithm, refined: Refined, stage: Stage) -> tuple[Refined, Applied]:
         started = time.perf_counter()
-        work = replace(material, update=stage.update)
-        refined, outcome = NUMBER_ALGORITHMS[settings.name](settings, prepared, refined, work)
-        return refined, Applied(settings, time.perf_counter() - started, outcome)
+        work = replace(guard.material, update=stage.update)
+        found, outcome = NUMBER_ALGORITHMS[settings.name](settings, prepared, refined, work)
+        refined, outcome, effect = guard.refined(settings, prepared, refined, found, outcome)
+        return refined, Applied(settings, time.perf_counter() - started, outcome, effect)
 
     for settings in algorithms:
         if settings.acts_on == "numbers":

@@ -87,9 +87,10 @@ def _fast(
 
     def on_value(node: fx.Node, x: torch.Tensor) -> None:
         if node in axes:
-            rows = x.movedim(axes[node], 0).flatten(1)
-            sums[node] = sums.get(node, 0) + rows.sum(1, dtype=torch.float64)
-            counts[node] = counts.get(node, 0) + rows.shape[1]
+            places = x.flatten(2).sum(2) if axes[node] == 1 else x.flatten(0, -2)
+            total = places.sum(0, dtype=torch.float64)
+            sums[node] = sums.get(node, 0) + total
+            counts[node] = counts.get(node, 0) + x.numel() // total.numel()
 
     batches = material.first(settings.samples)
     with torch.inference_mode():

@@ -20,7 +20,8 @@ This is Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization a
 measured ranges in r1 (which makes their absorption of high biases unnecessary), and with a residual stream as one set
 of channels that all its writers and readers share.
 
-A clamp to [0, m] is not homogeneous. A tensor m per channel is divided by s, too. A number m (ReLU6) would have to
+A clamp to [0, m] is not homogeneous. A tensor m per channel is divided by s, too, and is what r1 takes for the largest
+|x| where any channel comes near it: other data may reach what the samples did not. A number m (ReLU6) would have to
 become one, so its channels stay as they are; `clip_margin` rescales those that keep so far below it on the samples.
 """
 
@@ -34,7 +35,7 @@ import torch
 from torch import fx
 
 from quantflow.algorithms.channels import ChannelSet, find_sets
-from quantflow.algorithms.outcome import Change, Material, Outcome
+from quantflow.algorithms.outcome import Change, Material, Outcome, Rewriting
 from quantflow.graph import Graph, arguments, interpret, is_aten
 from quantflow.numerics.measures import sqnr_db
 from quantflow.passes.units import CORE, LINEAR_OPS, as_epilogue
@@ -54,12 +55,14 @@ CONVERGED = 1e-3
 #: The exponents tried, and how much less noise one must promise.
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
 WORTH = 0.98
+#: A channel is near its bound when it reaches this part of it.
+NEAR = 2
 #: Factors stay within this range, far from float32's ends.
 SMALLEST, LARGEST = 1e-8, 1e8
 
 
-def equalize(settings: EqualizeAlgorithm, graph: Graph, plan: Plan, material: Material) -> tuple[Graph, Outcome]:
-    """Rescale channels in the graph's constants; its nodes stay as they are."""
+def equalize(settings: EqualizeAlgorithm, graph: Graph, plan: Plan, material: Material) -> Rewriting:
+    """Rescale channels in the graph's constants; its nodes stay as they are. A set of channels is a part."""
     sets, axes = find_sets(graph, plan, NAME, material.fixed)
     skipped = tuple((s.title, s.obstacle) for s in sets if s.writers and s.obstacle)
     sets = [
@@ -67,11 +70,12 @@ def equalize(settings: EqualizeAlgorithm, graph: Graph, plan: Plan, material: Ma
     ]
     batches = material.first(settings.samples)
     if not sets or not batches:
-        return graph, Outcome(MEASURE, (), skipped)
+        return Rewriting((), lambda _: (graph, Outcome(MEASURE, (), skipped)))
     measured = _Measured(graph, plan, sets, axes, batches, material)
     work = _Factors(graph, plan, sets, axes)
     for s in sets:
         work.estimate_unseen(s, measured)
+        work.expect_bounds(s, measured)
     for _ in range(settings.iterations):
         if max(work.improve(s, measured, settings.clip_margin) for s in sets) < CONVERGED:
             break
@@ -79,11 +83,20 @@ def equalize(settings: EqualizeAlgorithm, graph: Graph, plan: Plan, material: Ma
     found = min(sqnr_db(*pair) for pair in zip(measured.outputs, _outputs(rescaled, batches[0]), strict=True))
     if not found >= MIN_SQNR_DB:
         notice = f"equalize: undone, because the rescaled float model differs from the original ({found:.1f} dB)"
-        return graph, Outcome(MEASURE, (), skipped, (notice,))
-    changes = [
-        Change(s.title, _spread(measured.ranges[id(s)]), _spread(measured.ranges[id(s)] / work.of[id(s)])) for s in sets
-    ]
-    return rescaled, Outcome(MEASURE, tuple(changes), skipped)
+        return Rewriting((), lambda _: (graph, Outcome(MEASURE, (), skipped, (notice,))))
+    factors = dict(work.of)
+    changes = tuple(
+        Change(s.title, _spread(measured.ranges[id(s)]), _spread(measured.ranges[id(s)] / factors[id(s)])) for s in sets
+    )
+
+    def make(chosen: Sequence[int]) -> tuple[Graph, Outcome]:
+        work.of = {
+            id(s): factors[id(s)] if part in chosen else torch.ones_like(factors[id(s)]) for part, s in enumerate(sets)
+        }
+        rescaled = replace(graph, constants=work.constants())
+        return rescaled, Outcome(MEASURE, tuple(changes[part] for part in chosen), skipped)
+
+    return Rewriting(changes, make)
 
 
 class _Measured:
@@ -116,13 +129,15 @@ class _Measured:
         def on_value(node: fx.Node, x: Any) -> None:
             if node not in owner and node not in clamped:
                 return
-            rows = x.movedim(axes[node], 0).flatten(1)
+            others = [d for d in range(x.dim()) if d != axes[node] % x.dim()]
+            high = x.amax(others)
             if node in owner:
                 seen = self.ranges[id(owner[node])]
-                torch.maximum(seen, torch.maximum(rows.amax(1), -rows.amin(1)).double(), out=seen)
-                self.power[id(owner[node])] += rows.square().mean(1) / len(batches)
+                torch.maximum(seen, torch.maximum(high, -x.amin(others)).double(), out=seen)
+                power = torch.linalg.vector_norm(x, dim=others).double().square() * high.numel() / x.numel()
+                self.power[id(owner[node])] += power / len(batches)
             for clip in clamped.get(node, ()):
-                torch.maximum(self.clipped[clip], rows.amax(1).double(), out=self.clipped[clip])
+                torch.maximum(self.clipped[clip], high.double(), out=self.clipped[clip])
 
         with torch.inference_mode():
             for done, batch in enumerate(batches, start=1):
@@ -210,6 +225,13 @@ class _Factors:
         if bool(known.any()):
             estimated = rows * (ranges[known] / rows[known]).median()
             measured.ranges[id(s)] = torch.where(ranges > 0, ranges, estimated)
+
+    def expect_bounds(self, s: ChannelSet, measured: _Measured) -> None:
+        """Where channels come near bounds of their own, every channel may: samples only show what they did reach."""
+        for _, bound in s.bounds:
+            limits = self.graph.constants[str(bound.target)].double().flatten().expand(s.size)
+            if bool((measured.ranges[id(s)] >= limits / NEAR).any()):
+                measured.ranges[id(s)] = torch.maximum(measured.ranges[id(s)], limits)
 
     def noise(self, s: ChannelSet, factors: torch.Tensor, measured: _Measured) -> float:
         """What rounding would do to the readers' outputs, relative to these; see the top of the file."""

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from quantflow.data.batch import Batch
+from quantflow.graph import Graph
 
 Update = Callable[[int, int | None], None]
 
@@ -43,6 +44,25 @@ class Outcome:
             "layers": [asdict(change) for change in self.changes],
             "skipped": [{"layer": layer, "reason": reason} for layer, reason in self.skipped],
         }
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """What a graph algorithm would change, in parts: with any of them alone, too, the float function stays.
+
+    Attributes:
+        changes: one per part.
+        make: the numbers of parts → the graph with those changed, and what was done.
+        costly: the parts that make the model slower.
+    """
+
+    changes: tuple[Change, ...]
+    make: Callable[[Sequence[int]], tuple[Graph, Outcome]]
+    costly: frozenset[int] = frozenset()
+
+    def whole(self) -> tuple[Graph, Outcome]:
+        """All parts."""
+        return self.make(range(len(self.changes)))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Each sees H of its layer (see `gram.py`) on the inputs that the int8 layers before it give, and returns codes. The mean
 of what is left goes into the bias. The last part of the samples is held out: a layer keeps the codes it had where new
-ones are no better there.
+ones are no better there. With `refit` those that are better are then found again, on all samples.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ class Limits(Protocol):
 
     @property
     def samples(self) -> int: ...
+    @property
+    def refit(self) -> bool: ...
     @property
     def max_seconds(self) -> float: ...
 
@@ -70,6 +72,9 @@ def round_layers(
         kept = now < was
         note = "" if kept else "kept the codes it had: new ones were no better on held-out samples"
         changes.append(Change(layer.name, db(signal, was), db(signal, min(was, now)), note))
+        if kept and limits.refit:
+            fit = gram_of(layer, layer.inputs, generator)
+            found = solve(fit.h, weight, scale, found)
         return _with_bias(before, found, found * scale - weight, fit, bias) if kept else None
 
     result = walk(prepared, refined, material.first(limits.samples), on_layer, material.update)

@@ -1,8 +1,8 @@
 """Two streams through the planned graph: what float computes, and what the integers would.
 
 The second one computes in float32 on quantized values (x' = (q - zero_point) scale, w' = q_w scale), which is the
-integer result up to float32's rounding. Both run layer by layer over all batches at once, so that an algorithm can
-change a layer's numbers before anything behind it is computed.
+integer result up to float32's rounding. `walk` runs both layer by layer over all batches at once, so that an algorithm
+can change a layer's numbers before anything behind it is computed; `simulate` runs the second one alone on a batch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from quantflow.numerics.affine import QParams
 from quantflow.passes.units import CORE
 from quantflow.plan import PlannedUnit
 from quantflow.prepare import Prepared, bind
-from quantflow.refined import LayerNumbers, Refined
+from quantflow.refined import LayerNumbers, Refined, float_numbers
 
 Values = dict[fx.Node, Any]
 
@@ -79,7 +79,7 @@ def walk(
                     stream.run(node)
             else:
                 for stream in streams:
-                    stream.code_operands(node, planned, plan.codes, refined.qparams)
+                    _code_operands(node, planned, plan.codes, refined.qparams, stream.simulated, stream.coded)
                 if planned.unit.kind == CORE and node is planned.unit.anchor:
                     for stream in streams:
                         stream.run_float(node)
@@ -98,7 +98,7 @@ def walk(
                     update(done, total)
                 else:
                     for stream in streams:
-                        stream.run(node)
+                        stream.run(node, planned)
                 if node is planned.unit.output and planned.writes_codes:
                     qparams = refined.qparams[plan.codes[node.name]]
                     for stream in streams:
@@ -107,6 +107,74 @@ def walk(
                 for stream in streams:
                     stream.forget(dead)
     return refined
+
+
+def simulate(prepared: Prepared, refined: Refined, batch: Batch) -> Any:
+    """What the int8 model returns for a batch: the second stream of `walk` alone."""
+    graph, plan = prepared.graph, prepared.plan
+    unit_of = {node: planned for planned in plan.units if planned.is_int8 for node in planned.unit.nodes}
+    inputs = iter(bind(graph.inputs, batch.args, batch.kwargs))
+    frees = last_uses(graph.fx)
+    values: Values = {}
+    coded: Values = {}
+    with torch.inference_mode():
+        for node in graph.fx.nodes:
+            planned = unit_of.get(node)
+            if node.op == "output":
+                break
+            if node.op == "placeholder":
+                values[node] = next(inputs)
+            elif node.op == "get_attr":
+                values[node] = graph.constants[str(node.target)]
+            elif planned is None:
+                values[node] = _call(node, values.__getitem__)
+            else:
+                _code_operands(node, planned, plan.codes, refined.qparams, values, coded)
+                if planned.unit.kind == CORE and node is planned.unit.anchor:
+                    weight, bias = _weight_and_bias(prepared, planned, refined)
+                    values[node] = linear_op(node, coded[planned.unit.inputs[0]], weight, bias)
+                else:
+                    values[node] = _call(node, _reader(planned, values, coded))
+                if node is planned.unit.output and planned.writes_codes:
+                    coded[node] = values[node] = on_grid(values[node], refined.qparams[plan.codes[node.name]])
+            for dead in frees.get(node, ()):
+                values.pop(dead, None)
+                coded.pop(dead, None)
+    return fx.map_arg(node.args[0], values.__getitem__)
+
+
+def _weight_and_bias(
+    prepared: Prepared, planned: PlannedUnit, refined: Refined
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the int8 layer multiplies with. Two terms give the float weight back but for 1 part in 60000."""
+    if planned.qconfig.weight.terms == 2:
+        return float_numbers(prepared.graph, planned)
+    numbers = refined.layers[planned.unit.name]
+    return numbers.weight(), numbers.bias
+
+
+def _code_operands(
+    node: fx.Node,
+    planned: PlannedUnit,
+    codes: Mapping[str, str],
+    qparams: Mapping[str, QParams],
+    values: Values,
+    coded: Values,
+) -> None:
+    """Put what an int8 unit's node reads on its grid, where that is not done yet."""
+    for source in node.all_input_nodes:
+        if source in _operands(planned) and source not in coded:
+            coded[source] = on_grid(values[source], qparams[codes[source.name]])
+
+
+def _operands(planned: PlannedUnit) -> set[fx.Node | None]:
+    return {*planned.unit.inputs, planned.unit.residual}
+
+
+def _reader(planned: PlannedUnit, values: Values, coded: Values) -> Callable[[fx.Node], Any]:
+    """An int8 unit reads codes; others read the value itself, though some int8 unit may read its codes."""
+    operands = _operands(planned)
+    return lambda n: coded[n] if n in operands else values[n]
 
 
 class _Stream:
@@ -119,13 +187,17 @@ class _Stream:
         self.simulated: Values = {}
         self.coded: Values = {}
 
-    def run(self, node: fx.Node) -> None:
-        """Both values of a node; the simulated one is the float one until something was quantized."""
+    def run(self, node: fx.Node, planned: PlannedUnit | None = None) -> None:
+        """Both values of a node; the simulated one is the float one until something was quantized.
+
+        Args:
+            planned: the int8 unit that the node belongs to.
+        """
         self.run_float(node)
         if node.op not in ("call_function", "output"):
             self.simulated[node] = self.float[node]
         elif node.op == "call_function":
-            read = lambda n: self.coded.get(n, self.simulated[n])  # noqa: E731
+            read = _reader(planned, self.simulated, self.coded) if planned else self.simulated.__getitem__
             same = all(read(n) is self.float[n] for n in node.all_input_nodes)
             self.simulated[node] = self.float[node] if same else _call(node, read)
 
@@ -136,14 +208,6 @@ class _Stream:
             self.float[node] = self.constants[str(node.target)]
         elif node.op == "call_function":
             self.float[node] = _call(node, self.float.__getitem__)
-
-    def code_operands(
-        self, node: fx.Node, planned: PlannedUnit, codes: Mapping[str, str], qparams: Mapping[str, QParams]
-    ) -> None:
-        operands = {*planned.unit.inputs, planned.unit.residual}
-        for source in node.all_input_nodes:
-            if source in operands and source not in self.coded:
-                self.coded[source] = on_grid(self.simulated[source], qparams[codes[source.name]])
 
     def write_codes(self, node: fx.Node, qparams: QParams) -> None:
         self.coded[node] = self.simulated[node] = on_grid(self.simulated[node], qparams)

@@ -1,14 +1,19 @@
 """SmoothQuant: the outliers of a linear op's input move into its weight (Xiao et al. 2022, arXiv:2211.10438).
 
-    y = x W^T = (x / s) (W s)^T,   s_j = max|x_j|^alpha / max|W_j|^(1 - alpha)
+    y = x W^T = (x / s) (W s)^T,   s_j = max|x_j|^alpha / max|W_j|^(1 - alpha)    or    s_j = max(max|x_j|, phi max|x|)
 
 with j the input channels, shared by all linears that read x. The activation has one scale for all channels and the
 weight one per row, so that a channel of x that is far larger than the others costs all of them their codes. For each
-group of linears that read one value, alpha is the one of a grid with the smallest error of what the group computes,
+group of linears that read one value, alpha or phi is the one of a grid with the smallest error of what it computes,
 
-    e(alpha) = sum_i |Q(x / s) Q(W_i s)^T - x W_i^T|^2 / |x W_i^T|^2
+    e(s) = sum_i |Q(x / s) Q(W_i s)^T - x W_i^T|^2 / |x W_i^T|^2
 
-on a sample of rows of x; no smoothing is one of the candidates.
+on a sample of rows of x; no smoothing is one of the candidates. phi only lowers what is far larger than the rest and
+leaves the rest of the weight's columns as they are.
+
+alpha makes the whole range of each channel depend on the rows that were seen: of n rows' values, the next one is
+larger than all with probability 1 / (n + 1). It is therefore left out where one clipped channel or more per row would
+have to be expected, channels > n.
 
 1 / s is folded into what makes x, where that can take it up: the weight and bias of a LayerNorm or RMSNorm, the rows of
 a linear that reaches x through ops that treat channels alike (data movement, ReLU, the probabilities' side of an
@@ -26,7 +31,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from quantflow.algorithms.outcome import Change, Material, Outcome, db
+from quantflow.algorithms.outcome import Change, Material, Outcome, Rewriting, db
 from quantflow.graph import Graph, arguments, copied, interpret, is_aten
 from quantflow.numerics.affine import activation_qparams, dequantize_weight, quantize_weight, weight_scale
 from quantflow.observers import make_observer, weight_max_abs
@@ -38,11 +43,13 @@ from quantflow.schema import ActivationSpec, SmoothAlgorithm, WeightSpec
 
 aten = torch.ops.aten
 
+MEASURE = "SQNR of the linears' outputs, dB"
 #: Rows of x that errors are measured on: at most this many numbers, and within these limits.
 ROW_NUMBERS = 2**19
 FEWEST_ROWS, MOST_ROWS = 128, 2048
-#: Steps of the first grid of alphas over 0..1.
-STEPS = 4
+#: The first grids: of alpha, and of -log2(phi).
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+OCTAVES = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
 #: A channel counts as at least this share of the largest one; zero channels of x and W would give s = 0 or infinity.
 SMALLEST_SHARE = 1e-5
 #: What an attention does to V's channels is the same for every key.
@@ -59,7 +66,8 @@ class _Group:
     Attributes:
         x: the value.
         linears: its readers.
-        low, high: extremes of each channel.
+        low, high: extremes of each channel over all rows seen.
+        seen: how many these were.
         rows: a sample of x, (rows, channels).
     """
 
@@ -70,6 +78,7 @@ class _Group:
     reduce_range: bool
     low: torch.Tensor | None = None
     high: torch.Tensor | None = None
+    seen: int = 0
     rows: list[torch.Tensor] = field(default_factory=list)
 
     @property
@@ -80,7 +89,7 @@ class _Group:
     def observe(self, x: torch.Tensor, count: int, generator: torch.Generator) -> None:
         """Take in one batch's value and keep `count` of its rows."""
         rows = x.detach().reshape(-1, x.shape[-1])
-        low, high = rows.amin(0), rows.amax(0)
+        low, high, self.seen = rows.amin(0), rows.amax(0), self.seen + len(rows)
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
         self.rows.append(rows[torch.randperm(len(rows), generator=generator)[:count]].clone())
@@ -100,31 +109,40 @@ class _Source:
 
 
 @dataclass(frozen=True)
-class _Choice:
-    """The best of the candidates: alpha None leaves the group as it is."""
+class _Part:
+    """A group and its factors; without a source they are multiplied at run time."""
 
-    alpha: float | None
+    group: _Group
+    source: _Source | None
+    factors: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The best of the candidates: an empty `how` leaves the group as it is."""
+
+    how: str
     factors: torch.Tensor
     before_db: float
     after_db: float
 
 
-def smooth(settings: SmoothAlgorithm, graph: Graph, plan: Plan, material: Material) -> tuple[Graph, Outcome]:
+def smooth(settings: SmoothAlgorithm, graph: Graph, plan: Plan, material: Material) -> Rewriting:
     """The same float function with smoother inputs of its int8 linears.
 
     Returns:
-        The graph and, per group of linears, the SQNR of their outputs (rounded input and weight) before and after.
+        A part per group of linears, with the SQNR of their outputs (rounded input and weight) before and after.
     """
-    graph = replace(graph, fx=copied(graph.fx), constants=dict(graph.constants))
-    groups, skipped = _groups(graph, plan, material.fixed)
+    groups, skipped = _groups(plan, material.fixed)
     sizes, shapes = _observe(groups, graph, material.first(settings.samples), material.seed)
+    parts: list[_Part] = []
     changes: list[Change] = []
     for done, group in enumerate(groups, start=1):
         source = _find_source(graph, group, sizes, shapes, material.fixed)
         choice = _search(settings, graph, group, source)
         gain = choice.after_db - choice.before_db
-        if choice.alpha is None or gain <= 0:
-            skipped.append((group.name, "no alpha lowers the error"))
+        if not choice.how:
+            skipped.append((group.name, "no factors lower the error"))
         elif source is None and not settings.insert:
             skipped.append((group.name, "nothing in front of it can take up the factors"))
         elif source is None and not material.may_insert:
@@ -132,33 +150,36 @@ def smooth(settings: SmoothAlgorithm, graph: Graph, plan: Plan, material: Materi
         elif source is None and gain < settings.min_gain_db:
             skipped.append((group.name, f"a multiplication at run time would gain only {gain:.1f} dB"))
         else:
-            _apply(graph, group, source, choice.factors)
+            parts.append(_Part(group, source, choice.factors))
             where = f"folded into {source.node.meta['layer']}" if source else "multiplied at run time"
-            note = f"alpha {choice.alpha:g}, {where}"
-            changes.append(Change(group.name, choice.before_db, choice.after_db, note))
+            changes.append(Change(group.name, choice.before_db, choice.after_db, f"{choice.how}, {where}"))
         group.rows.clear()
         material.update(done, len(groups))
-    inserted = sum("run time" in change.note for change in changes)
-    notices = (
-        (
+
+    def make(chosen: Sequence[int]) -> tuple[Graph, Outcome]:
+        smoothed = replace(graph, fx=copied(graph.fx), constants=dict(graph.constants))
+        for part in chosen:
+            _apply(smoothed, parts[part])
+        inserted = sum(parts[part].source is None for part in chosen)
+        notice = (
             f"smooth: {inserted} of {len(groups)} inputs are multiplied by factors per channel at run time, because "
-            "nothing in front of them can take these up (algorithms: smooth with insert: false leaves them out)",
+            "nothing in front of them can take these up (algorithms: smooth with insert: false leaves them out)"
         )
-        if inserted
-        else ()
-    )
-    return graph, Outcome("SQNR of the linears' outputs, dB", tuple(changes), tuple(skipped), notices)
+        kept = tuple(changes[part] for part in chosen)
+        return smoothed, Outcome(MEASURE, kept, tuple(skipped), (notice,) if inserted else ())
+
+    costly = frozenset(number for number, part in enumerate(parts) if part.source is None)
+    return Rewriting(tuple(changes), make, costly)
 
 
-def _groups(graph: Graph, plan: Plan, fixed: frozenset[str]) -> tuple[list[_Group], list[tuple[str, str]]]:
+def _groups(plan: Plan, fixed: frozenset[str]) -> tuple[list[_Group], list[tuple[str, str]]]:
     """Every value that int8 linears read, with them; and the linears that can't take part."""
-    nodes = {node.name: node for node in graph.fx.nodes}
     groups: dict[fx.Node, _Group] = {}
     skipped = []
     for planned in plan.units:
         if planned.unit.kind != CORE or not planned.is_int8 or planned.unit.op != "linear":
             continue
-        linear = nodes[planned.unit.anchor.name]
+        linear = planned.unit.anchor
         x, weight = linear.args[0], linear.args[1]
         assert isinstance(x, fx.Node)
         assert isinstance(weight, fx.Node)
@@ -221,30 +242,40 @@ def _search(settings: SmoothAlgorithm, graph: Graph, group: _Group, source: _Sou
             total += float((found - output).square().sum() / output.square().sum().clamp_min(1e-30))
         return total / len(weights)
 
-    def factors_of(alpha: float) -> torch.Tensor:
-        s = reach.pow(alpha) / heaviest.pow(1 - alpha)
+    def by_alpha(alpha: float) -> torch.Tensor:
+        return spread(reach.pow(alpha) / heaviest.pow(1 - alpha))
+
+    def by_floor(share: float) -> torch.Tensor:
+        return spread(reach.clamp_min(float(reach.max()) * share))
+
+    def spread(s: torch.Tensor) -> torch.Tensor:
         s = s / s.log().mean().exp()
         return s if source is None else s[source.channels]
 
     plain = torch.ones(x.shape[1])
     with torch.inference_mode():
         before = error(plain)
-        alpha, after = _best_alpha(lambda alpha: error(factors_of(alpha)), settings)
-        if after >= before:
-            return _Choice(None, plain, db(1.0, before), db(1.0, before))
-        return _Choice(alpha, factors_of(alpha).clone(), db(1.0, before), db(1.0, after))
+        found = [(before, "", plain)]
+        if settings.alpha != "search":
+            found.append((error(by_alpha(settings.alpha)), f"alpha {settings.alpha:g}", by_alpha(settings.alpha)))
+        else:
+            if group.seen >= x.shape[1]:
+                alpha, after = _best(lambda alpha: error(by_alpha(alpha)), ALPHAS, settings.refinements)
+                found.append((after, f"alpha {alpha:g}", by_alpha(alpha)))
+            octave, after = _best(lambda octave: error(by_floor(2**-octave)), OCTAVES, settings.refinements)
+            found.append((after, f"phi {2**-octave:.2g}", by_floor(2**-octave)))
+        after, how, factors = min(found, key=lambda each: each[0])
+        return _Choice(how, factors.clone(), db(1.0, before), db(1.0, after))
 
 
-def _best_alpha(error: Callable[[float], float], settings: SmoothAlgorithm) -> tuple[float, float]:
-    """(alpha, its error): the best of a grid over 0..1, then of its neighbours at half the distance, and so on."""
-    if settings.alpha != "search":
-        return settings.alpha, error(settings.alpha)
-    found = {step / STEPS: error(step / STEPS) for step in range(STEPS + 1)}
-    reach = 1 / STEPS
-    for _ in range(settings.refinements):
+def _best(error: Callable[[float], float], grid: Sequence[float], refinements: int) -> tuple[float, float]:
+    """(place, its error): the best of an even grid, then of its neighbours at half the distance, and so on."""
+    found = {place: error(place) for place in grid}
+    reach = grid[1] - grid[0]
+    for _ in range(refinements):
         reach /= 2
         center = min(found, key=found.__getitem__)
-        found |= {a: error(a) for a in (center - reach, center + reach) if 0 <= a <= 1}
+        found |= {p: error(p) for p in (center - reach, center + reach) if grid[0] <= p <= grid[-1]}
     best = min(found, key=found.__getitem__)
     return best, found[best]
 
@@ -281,11 +312,17 @@ def _rounded_weight(weight: torch.Tensor, spec: WeightSpec) -> torch.Tensor:
 # --- where the factors go
 
 
-def _apply(graph: Graph, group: _Group, source: _Source | None, factors: torch.Tensor) -> None:
-    """Multiply the linears' columns by s, and divide the source, or x itself, by it."""
-    constants = graph.constants
+def _apply(graph: Graph, part: _Part) -> None:
+    """Multiply the linears' columns by s, and divide the source, or x itself, by it.
+
+    Args:
+        graph: a copy of the one that the part was found in.
+    """
+    constants, factors, source = graph.constants, part.factors, part.source
     assert isinstance(constants, dict)
-    for linear in group.linears:
+    nodes = {node.name: node for node in graph.fx.nodes}
+    linears = [nodes[linear.name] for linear in part.group.linears]
+    for linear in linears:
         weight = str(linear.args[1].target)  # type: ignore[union-attr]
         constants[weight] = constants[weight] * factors
     if source is not None:
@@ -295,17 +332,17 @@ def _apply(graph: Graph, group: _Group, source: _Source | None, factors: torch.T
             value = constants[name]
             constants[name] = value * inverse.reshape(-1, *[1] * (value.dim() - 1))
         return
-    first = group.linears[0]
+    first, x = linears[0], nodes[part.group.x.name]
     inverse = add_constant(graph.fx, constants, first, f"{first.meta['layer']}.smooth", 1 / factors)  # type: ignore[assignment]
     with graph.fx.inserting_before(first):
-        product = graph.fx.call_function(aten.mul.Tensor, (group.x, inverse))
+        product = graph.fx.call_function(aten.mul.Tensor, (x, inverse))
     product.meta = {
-        "shape": group.x.meta["shape"],
+        "shape": x.meta["shape"],
         "dtype": torch.float32,
         "layer": f"{first.meta['layer']}.smooth_mul",
     }
     inverse.meta["layer"] = f"{first.meta['layer']}.smooth"  # type: ignore[attr-defined]
-    for linear in group.linears:
+    for linear in linears:
         linear.args = (product, *linear.args[1:])
 
 

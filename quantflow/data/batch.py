@@ -40,13 +40,21 @@ class Batch:
 
     def head(self, size: int) -> Batch:
         """The first `size` samples; the batch itself where its inputs do not share a first dimension."""
-        if size >= self.size or any(t.dim() == 0 or t.shape[0] != self.size for t in self.tensors):
+        return self._cut(slice(size))
+
+    def tail(self, size: int) -> Batch:
+        """The last `size` samples; the batch itself where its inputs do not share a first dimension."""
+        return self._cut(slice(max(self.size - size, 0), None))
+
+    def _cut(self, part: slice) -> Batch:
+        is_whole = len(range(self.size)[part]) == self.size
+        if is_whole or any(t.dim() == 0 or t.shape[0] != self.size for t in self.tensors):
             return self
         return Batch(
-            args=tuple(t[:size] for t in self.args),
-            kwargs={name: t[:size] for name, t in self.kwargs.items()},
-            labels=None if self.labels is None else self.labels[:size],
-            ids=self.ids[:size],
+            args=tuple(t[part] for t in self.args),
+            kwargs={name: t[part] for name, t in self.kwargs.items()},
+            labels=None if self.labels is None else self.labels[part],
+            ids=self.ids[part],
         )
 
 

@@ -95,6 +95,7 @@ def _page(results: Mapping[str, Any], layers: Sequence[Layer], most: int) -> str
         tiles=list(_tiles(results)),
         latencies=_latencies(results),
         figures=_plain("figures", tables.figures(results)),
+        algorithms=_plain("algorithms", tables.algorithms(results)),
         baseline=_plain("baseline", tables.baseline(results)),
         baseline_name=shortened(text(section(results, "baseline").get("artifact"))),
         differences=[shortened(text(d)) for d in _texts(section(results, "baseline").get("differences"))[:NAMED]],

@@ -68,6 +68,7 @@ def _blocks(results: Mapping[str, Any]) -> Iterator[str]:
         yield _escape(tables.plan_summary(plan)) + "."
         yield markdown_table(tables.plan(plan))
     for table in (
+        tables.algorithms(results),
         tables.layer_errors(results),
         tables.layer_times(results),
         tables.stages(results),

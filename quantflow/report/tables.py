@@ -134,6 +134,34 @@ def stages(results: Mapping[str, Any]) -> Table:
     return Table("Stages", ("stage", "time"), rows, frozenset({1}))
 
 
+def algorithms(results: Mapping[str, Any]) -> Table:
+    """What each accuracy algorithm did, and what the whole model had before and after it, where that was measured."""
+    rows = []
+    for applied in _list(results, "algorithms"):
+        model = _section(applied, "model")
+        undone = sum("rolled back" in _text(each.get("reason")) for each in _list(applied, "skipped"))
+        changed = len(_list(applied, "layers"))
+        figures = (
+            db(model.get("before_db")),
+            db(model.get("all_db") or model.get("after_db")),
+            db(model.get("after_db")),
+        )
+        rows.append((_text(applied.get("name")), seconds(applied.get("seconds")), str(changed), str(undone), *figures))
+    headers = (
+        "algorithm",
+        "time",
+        "changes kept",
+        "rolled back",
+        "model before",
+        "with all of it",
+        "with what was kept",
+    )
+    caption = (
+        "SQNR of the whole model, simulated, on calibration samples that the algorithm did not see" if rows else ""
+    )
+    return Table("Accuracy algorithms", headers, tuple(rows), frozenset(range(1, 7)), caption)
+
+
 def settings(results: Mapping[str, Any]) -> Table:
     """What ran, on what: recipe, model, data, mode, runtime, device, calibration, machine."""
     return Table("Settings", ("", ""), tuple(_settings(results)))

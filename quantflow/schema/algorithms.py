@@ -25,7 +25,13 @@ AlgorithmName = Literal[
 ]
 
 
-class EqualizeAlgorithm(Settings):
+class _Guarded(Settings):
+    """guard: whether it is rolled back where it makes the whole model worse on held-out calibration samples."""
+
+    guard: bool = True
+
+
+class EqualizeAlgorithm(_Guarded):
     """Cross-layer equalization: channels are rescaled between linear ops, so that all of them use the codes.
 
     Channels behind a ReLU6 stay as they are, because a rescaled bound is another function. `clip_margin` rescales those
@@ -39,11 +45,11 @@ class EqualizeAlgorithm(Settings):
     clip_margin: Annotated[float, Field(ge=1, le=1000)] | None = None
 
 
-class SmoothAlgorithm(Settings):
+class SmoothAlgorithm(_Guarded):
     """SmoothQuant: outlier channels of a linear's input move into its weight.
 
-    alpha is searched for each group of linears on a grid over 0..1 that is refined `refinements` times around the best;
-    a number takes that alpha wherever it helps. `insert`: whether an input may be multiplied at run time where nothing
+    Factors are searched per group of linears on a grid that is refined `refinements` times around the best; a number
+    for alpha takes that wherever it helps. `insert`: whether an input may be multiplied at run time where nothing
     in front of it can take up the factors, and `min_gain_db` what that must gain.
     """
 
@@ -56,7 +62,7 @@ class SmoothAlgorithm(Settings):
     min_gain_db: Annotated[float, Field(ge=0, le=100)] = 1.0
 
 
-class BiasCorrectionAlgorithm(Settings):
+class BiasCorrectionAlgorithm(_Guarded):
     """The bias takes up the mean of what rounding does to a layer's output.
 
     fast: from the float model's mean inputs, all layers at once; full: layer after layer, on quantized inputs.
@@ -68,11 +74,12 @@ class BiasCorrectionAlgorithm(Settings):
     samples: Samples = 32
 
 
-class GptqAlgorithm(Settings):
+class GptqAlgorithm(_Guarded):
     """Weights rounded to codes that give the layer's output back, rather than each weight.
 
     `damping`: what is added to the diagonal, as a share of its mean; more trusts the samples less. `sweeps`: passes
-    over all codes that set each to its best one, the others given.
+    over all codes that set each to its best one, the others given. `refit`: codes that are better on held-out samples
+    are found again on all of them, which takes twice the time.
     """
 
     acts_on: ClassVar[ActsOn] = "numbers"
@@ -80,11 +87,15 @@ class GptqAlgorithm(Settings):
     samples: Samples = 64
     damping: Annotated[float, Field(gt=0, le=10)] = 0.01
     sweeps: Annotated[int, Field(ge=0, le=1000)] = 3
+    refit: bool = False
     max_seconds: Seconds = 300.0
 
 
-class AdaroundAlgorithm(Settings):
-    """Whether each weight is rounded up or down is learned, for what the layer computes. Settings of the optimizer."""
+class AdaroundAlgorithm(_Guarded):
+    """Whether each weight is rounded up or down is learned, for what the layer computes. Settings of the optimizer.
+
+    `refit`: codes that are better on held-out samples are learned again on all of them, which takes twice the time.
+    """
 
     acts_on: ClassVar[ActsOn] = "numbers"
     name: Literal["adaround"] = "adaround"
@@ -93,10 +104,11 @@ class AdaroundAlgorithm(Settings):
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 0.05
     regularization: Annotated[float, Field(ge=0, le=1000)] = 0.5
     damping: Annotated[float, Field(gt=0, le=10)] = 0.01
+    refit: bool = False
     max_seconds: Seconds = 300.0
 
 
-class ActivationScaleAlgorithm(Settings):
+class ActivationScaleAlgorithm(_Guarded):
     """Each activation's range is cut where the layers that read it then compute a smaller squared error.
 
     `smallest`: the shortest range that is tried, as a share of the measured one; `steps`: how many on the way there.
@@ -109,14 +121,14 @@ class ActivationScaleAlgorithm(Settings):
     steps: Annotated[int, Field(ge=1, le=100)] = 8
 
 
-class ClipWeightsAlgorithm(Settings):
+class ClipWeightsAlgorithm(_Guarded):
     """Weight scales that minimise the squared error of the weights, whatever `qconfig.weight.observer` says."""
 
     acts_on: ClassVar[ActsOn] = "numbers"
     name: Literal["clip_weights"] = "clip_weights"
 
 
-class BatchNormAlgorithm(Settings):
+class BatchNormAlgorithm(_Guarded):
     """BatchNorm statistics re-estimated behind the int8 layers they were folded into."""
 
     acts_on: ClassVar[ActsOn] = "numbers"
@@ -137,20 +149,12 @@ Algorithm = Annotated[
     Field(discriminator="name"),
 ]
 
-#: Without multiplications at run time: what they gain at their linears, a whole model was seen to lose and more.
-_FOLDED_SMOOTH: Mapping[str, Any] = {"name": "smooth", "insert": False}
 #: The names that `algorithms: NAME` and `quantize(algorithms="NAME")` accept, each with what it stands for.
 ALGORITHM_PRESETS: dict[str, tuple[Mapping[str, Any], ...]] = {
     "none": (),
-    "fast": ({"name": "equalize"}, _FOLDED_SMOOTH, {"name": "bias_correction"}),
-    "accurate": ({"name": "equalize"}, _FOLDED_SMOOTH, {"name": "activation_scale"}, {"name": "gptq"}),
-    "best": (
-        {"name": "equalize"},
-        _FOLDED_SMOOTH,
-        {"name": "activation_scale", "samples": 64},
-        {"name": "gptq", "samples": 128},
-        {"name": "adaround", "samples": 128},
-    ),
+    "fast": ({"name": "equalize"}, {"name": "smooth"}, {"name": "bias_correction"}),
+    "accurate": ({"name": "equalize"}, {"name": "smooth"}, {"name": "gptq"}),
+    "best": ({"name": "equalize"}, {"name": "smooth"}, {"name": "gptq", "samples": 128}),
 }
 
 

@@ -30,7 +30,7 @@ def equalized(
     graph: Graph, batches: list[Batch], layers: Any = None, fixed: frozenset[str] = frozenset(), **settings: Any
 ) -> tuple[Graph, Any]:
     plan = make_plan(graph, PRESETS["sym_int8"], layers)
-    return equalize(EqualizeAlgorithm(**settings), graph, plan, Material(batches, fixed=fixed))
+    return equalize(EqualizeAlgorithm(**settings), graph, plan, Material(batches, fixed=fixed)).whole()
 
 
 def rescaled(model: nn.Sequential, first: int, second: int, seed: int = 0) -> None:
@@ -72,7 +72,7 @@ def test_bad_scales_are_undone(ready: Prepare, images: list[Batch], granularity:
             rescaled(model, *pair, seed=pair[0])
         graph = captured(model, images[0])
         plan = make_plan(graph, qconfig)
-        better, outcome = equalize(EqualizeAlgorithm(), graph, plan, Material(images))
+        better, outcome = equalize(EqualizeAlgorithm(), graph, plan, Material(images)).whole()
         assert sqnr_db(interpret(graph, images[0].args), interpret(better, images[0].args)) > 90
         before, after = (ready(g, images, qconfig) for g in (graph, better))
         found[name] = before.db(before.refined), after.db(after.refined)
@@ -114,6 +114,20 @@ def test_a_bound_per_channel_is_rescaled_with_its_channels(images: list[Batch]) 
     assert outcome.changes[0].after < outcome.changes[0].before
     assert not torch.equal(graph.constants["1.bound"].flatten(), better.constants["1.bound"].flatten())
     assert sqnr_db(interpret(graph, images[0].args), interpret(better, images[0].args)) > 90
+
+
+def test_bounds_that_are_reached_say_what_a_channel_may_hold(images: list[Batch]) -> None:
+    """Channels that stay far below their bound on the samples are not blown up to it: other data may reach it."""
+    model = chain(nn.ReLU())
+    bound = torch.tensor([0.1, 0.1, 0.2, 0.2, 5.0, 6.0, 7.0, 8.0])
+    model[1] = BoundPerChannel(bound)
+    graph = captured(model, images[0])
+    better, _ = equalized(graph, images)
+    equal = better.constants["1.bound"].flatten()
+    torch.testing.assert_close(equal / equal[0], torch.ones(8), rtol=0.05, atol=0)
+    model[1] = BoundPerChannel(100 * bound)
+    far, _ = equalized(captured(model, images[0]), images)
+    assert far.constants["1.bound"].max() > 2 * far.constants["1.bound"].min(), "no channel comes near: ranges count"
 
 
 def test_relu6_is_left_alone_unless_a_margin_is_given(images: list[Batch]) -> None:

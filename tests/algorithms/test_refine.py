@@ -17,8 +17,12 @@ from quantflow.schema import Algorithm, Recipe
 from quantflow.schema.algorithms import AlgorithmName
 
 EVERY = [
-    "equalize", "activation_scale", "clip_weights", {"name": "bias_correction", "method": "full"}, "gptq",
-    {"name": "adaround", "iterations": 20}, "batchnorm",
+    {"guard": False} | settings
+    for settings in (
+        {"name": "equalize"}, {"name": "activation_scale"}, {"name": "clip_weights"},
+        {"name": "bias_correction", "method": "full"}, {"name": "gptq"}, {"name": "adaround", "iterations": 20},
+        {"name": "batchnorm"},
+    )
 ]  # fmt: skip
 
 
@@ -43,7 +47,7 @@ def test_all_together_in_every_mode(depthwise: nn.Module, images: list[Batch], m
     model = quantize(depthwise, images, mode=mode, algorithms=EVERY)
     assert plain.results["algorithms"] == []
     section = model.results["algorithms"]
-    assert [entry["name"] for entry in section] == [e if isinstance(e, str) else e["name"] for e in EVERY]
+    assert [entry["name"] for entry in section] == [settings["name"] for settings in EVERY]
     assert all(entry["seconds"] >= 0 and entry["measure"] and entry["layers"] for entry in section)
     assert section[3]["settings"]["method"] == "full"
     assert {stage["name"] for stage in model.results["stages"]} >= {entry["name"] for entry in section}
@@ -56,7 +60,8 @@ def test_all_together_in_every_mode(depthwise: nn.Module, images: list[Batch], m
 
 @pytest.mark.parametrize("algorithm", ["equalize", "gptq"])
 def test_imperative_modules_hold_the_refined_weights(depthwise: nn.Module, images: list[Batch], algorithm: str) -> None:
-    plain, better = (quantize(depthwise, images, mode="imperative", algorithms=a) for a in ("none", [algorithm]))
+    algorithms = [{"name": algorithm, "guard": False}]
+    plain, better = (quantize(depthwise, images, mode="imperative", algorithms=a) for a in ("none", algorithms))
     names = [f"module.{name}" for name in ("stem", "depthwise", "project", "expand", "back", "head")]
     before, after = ([dict(m.named_modules())[name] for name in names] for m in (plain, better))
     assert all(type(layer).__name__ == "Int8Layer" for layer in after)
@@ -85,6 +90,8 @@ def test_the_artifact_tells_what_was_done(depthwise: nn.Module, images: list[Bat
 
 
 def test_a_layer_can_be_left_alone(depthwise: nn.Module, images: list[Batch]) -> None:
-    model = quantize(depthwise, images, algorithms=["gptq"], layers={"head": {"without": ["gptq"]}})
+    model = quantize(
+        depthwise, images, algorithms=[{"name": "gptq", "guard": False}], layers={"head": {"without": ["gptq"]}}
+    )
     (section,) = model.results["algorithms"]
     assert section["skipped"] == [{"layer": "head", "reason": "the recipe says so"}]

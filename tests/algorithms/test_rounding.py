@@ -117,6 +117,10 @@ def test_settings_change_the_result(ready: Prepare, depthwise: nn.Module, images
     for changed in ({"samples": 8}, {"damping": 1.0}, other, *own):
         found, _ = run(SETTINGS[name].model_copy(update=changed), start.prepared, start.refined, start.material)
         assert any(not torch.equal(found.layers[n].codes, base.layers[n].codes) for n in base.layers), changed
+    again, _ = run(SETTINGS[name].model_copy(update={"refit": True}), start.prepared, start.refined, start.material)
+    assert any(not torch.equal(again.layers[n].bias, base.layers[n].bias) for n in base.layers), (
+        "the mean of all samples"
+    )
 
 
 @pytest.mark.parametrize("name", SETTINGS)

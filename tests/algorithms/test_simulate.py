@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from quantflow.algorithms.simulate import Layer, on_grid, walk
+from quantflow.algorithms.simulate import Layer, on_grid, simulate, walk
 from quantflow.convert import convert
 from quantflow.data.batch import Batch
 from quantflow.graph import interpret
 from quantflow.numerics.affine import dequantize, quantize
 from quantflow.refined import LayerNumbers
 from quantflow.runtimes.reference import ReferenceRunner
+from quantflow.schema import LayerOverride
 
 Prepare = Callable[..., Any]
 
@@ -50,6 +51,57 @@ def test_every_layer_sees_what_the_integer_program_computes(
 
     assert walk(start.prepared, start.refined, images[:1], on_layer) == start.refined
     assert seen == ["stem", "depthwise", "project", "expand", "back", "head"]
+
+
+class PostNorm(nn.Module):
+    """A value that a linear reads as codes and an addition as it is, an int8 layer in two terms, several outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        y = self.norm(x)
+        return {"sum": y + self.a(y).tanh(), "b": self.b(y).relu(), "norm": y}
+
+
+@pytest.mark.parametrize("qconfig", ["sym_int8", "affine_uint8"])
+def test_a_simulated_batch_is_what_the_integer_program_returns(ready: Prepare, qconfig: str) -> None:
+    torch.manual_seed(0)
+    batch = Batch((torch.randn(16, 8),))
+    start = ready(PostNorm().eval(), [batch], qconfig, {"b": LayerOverride.model_validate({"weight": {"terms": 2}})})
+    expected = ReferenceRunner(convert(start.prepared, start.table, start.refined))(batch.args)
+    found = simulate(start.prepared, start.refined, batch)
+    assert found.keys() == expected.keys()
+    torch.testing.assert_close(found["sum"], expected["sum"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found["b"], expected["b"], rtol=0, atol=2e-2)
+    torch.testing.assert_close(found["norm"], PostNorm().eval().norm(*batch.args))
+    with torch.inference_mode():
+        assert not torch.equal(found["sum"], interpret(start.graph, batch.args)["sum"])
+
+
+def test_walking_gives_an_addition_the_value_itself(ready: Prepare) -> None:
+    torch.manual_seed(0)
+
+    class Behind(PostNorm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            y = self.norm(x)
+            return self.b(y + self.a(y).tanh())  # type: ignore[no-any-return]
+
+    batch = Batch((torch.randn(16, 8),))
+    start = ready(Behind().eval(), [batch])
+    seen: dict[str, torch.Tensor] = {}
+    walk(start.prepared, start.refined, [batch], lambda layer: seen.update({layer.name: layer.inputs[0]}))
+    runner, program = ReferenceRunner, convert(start.prepared, start.table, start.refined)
+    inputs: dict[str, torch.Tensor] = {}
+
+    def on_value(node: Any, values: Any) -> None:
+        if node.op == "linear":
+            name = node.args[0].name
+            inputs[node.name] = dequantize(values[name], program.values[name].qparams)
+
+    runner(program)(batch.args, on_value)
+    torch.testing.assert_close(seen["b"], inputs["b"])
 
 
 def test_numbers_that_change_reach_the_layers_behind(ready: Prepare, depthwise: nn.Module, images: list[Batch]) -> None:

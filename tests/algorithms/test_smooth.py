@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from torch import nn
 
 import quantflow as qf
 from quantflow.algorithms import Material, Outcome
-from quantflow.algorithms.smooth import smooth
+from quantflow.algorithms.smooth import ALPHAS, OCTAVES, smooth
 from quantflow.capture import capture_export
 from quantflow.data.batch import Batch
 from quantflow.graph import Graph, interpret, is_aten
@@ -148,7 +147,7 @@ def smoothed(
 ) -> tuple[Graph, Graph, Outcome]:
     graph = capture_export(model.eval(), batch())
     plan = make_plan(graph, QConfig(), layers)
-    after, outcome = smooth(settings or SmoothAlgorithm(), graph, plan, Material([batch()], **material))
+    after, outcome = smooth(settings or SmoothAlgorithm(), graph, plan, Material([batch()], **material)).whole()
     return graph, after, outcome
 
 
@@ -235,7 +234,25 @@ def test_alpha_is_searched_or_taken_as_given() -> None:
     assert searched.after > given.after
     coarse = smoothed(model, SmoothAlgorithm(refinements=0))[2].changes[0]
     assert coarse.after <= searched.after
-    assert coarse.note.startswith(("alpha 0.25", "alpha 0.5", "alpha 0.75", "alpha 1"))
+    assert coarse.note.split(",")[0] in {*(f"alpha {a:g}" for a in ALPHAS), *(f"phi {2**-o:.2g}" for o in OCTAVES)}
+
+
+def test_each_channels_range_is_trusted_to_many_rows_only() -> None:
+    """The factors of alpha make every channel clip what exceeds the rows seen; those of phi only the loud ones."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 64)).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(10 ** torch.linspace(0, 3, WIDTH))
+        model[1].weight /= model[0].weight
+    for rows, family in ((64, "alpha"), (WIDTH - 1, "phi")):
+        x = torch.randn(rows, WIDTH)
+        graph = capture_export(model, Batch((x,)))
+        material = Material([Batch((x,))])
+        smoother, outcome = smooth(SmoothAlgorithm(), graph, make_plan(graph, QConfig()), material).whole()
+        assert outcome.changes[0].note.startswith(f"{family} ")
+        factors = graph.constants["0.weight"] / smoother.constants["0.weight"]
+        quiet = factors[:3] / factors[0]
+        assert torch.allclose(quiet, torch.ones(3)) is (family == "phi")
 
 
 def test_run_time_products_can_be_refused() -> None:
@@ -272,7 +289,7 @@ def test_samples_are_those_that_it_looks_at() -> None:
     graph = capture_export(model.eval(), batch())
     plan, material = make_plan(graph, QConfig()), Material([Batch((quiet,)), Batch((loud,))])
     few, all_of_them = (
-        smooth(SmoothAlgorithm(samples=count, min_gain_db=0), graph, plan, replace(material))[1] for count in (4, 8)
+        smooth(SmoothAlgorithm(samples=count, min_gain_db=0), graph, plan, material).whole()[1] for count in (4, 8)
     )
     assert all_of_them.changes[0].before != (few.changes[0].before if few.changes else None)
 

@@ -54,6 +54,14 @@ def test_one_batch_is_no_iterable_of_batches(whole: object) -> None:
         as_batches(whole)  # type: ignore[arg-type]
 
 
+def test_tail_cuts_everything_per_sample() -> None:
+    whole = Batch((torch.arange(3),), {"k": torch.arange(3)}, torch.arange(3), ("a", "b", "c"))
+    batch = whole.tail(2)
+    assert [t.tolist() for t in (*batch.tensors, batch.labels)] == [[1, 2]] * 3  # type: ignore[union-attr]
+    assert batch.ids == ("b", "c")
+    assert whole.tail(3) is whole
+
+
 def test_head_cuts_everything_alike() -> None:
     batch = Batch((torch.arange(3),), {"k": torch.arange(3)}, torch.arange(3), ("a", "b", "c")).head(2)
     assert (batch.size, len(batch.kwargs["k"]), len(batch.labels), batch.ids) == (2, 2, 2, ("a", "b"))
@@ -62,3 +70,4 @@ def test_head_cuts_everything_alike() -> None:
 def test_head_leaves_inputs_of_different_lengths_alone() -> None:
     batch = Batch((torch.arange(3), torch.arange(5)))
     assert batch.head(2) is batch
+    assert batch.tail(2) is batch

@@ -155,5 +155,25 @@ def results() -> dict[str, Any]:
             "int8_proof": {"coverage": 0.95},
             "differences": ["threads: 4 there, 2 here"],
         },
+        "algorithms": [
+            {
+                "name": "equalize",
+                "settings": {"samples": 128},
+                "seconds": 2.5,
+                "model": {"samples": 16, "before_db": 17.07, "after_db": 17.5, "all_db": None},
+                "measure": "spread",
+                "layers": [{"layer": "conv1", "before": 9.0, "after": 2.0, "note": ""}],
+                "skipped": [],
+            },
+            {
+                "name": "gptq",
+                "settings": {"samples": 64},
+                "seconds": 14.0,
+                "model": {"samples": 16, "before_db": 17.5, "after_db": 17.5, "all_db": 11.25},
+                "measure": "SQNR",
+                "layers": [],
+                "skipped": [{"layer": "fc", "reason": "rolled back, because it makes the whole model worse"}],
+            },
+        ],
         "stages": [{"name": "capture", "seconds": 2.1}, {"name": "calibrate", "seconds": 3.2}],
     }

@@ -25,6 +25,7 @@ from quantflow.report.tables import Table
 SECTIONS = [
     *("format", "recipe", "verdict", "notices", "environment", "model", "data", "mode", "device", "runtime", "plan"),
     *("int8_proof", "calibration", "warmup", "accuracy", "benchmark", "gates", "stages", "graph", "baseline"),
+    "algorithms",
 ]
 
 
@@ -48,6 +49,18 @@ def screen(monkeypatch: pytest.MonkeyPatch, width: int = 80) -> Console:
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", str(width))
     return make_console(Terminal())
+
+
+def test_what_algorithms_did_to_the_model_is_a_table(results: dict[str, Any]) -> None:
+    table = tables.algorithms(results)
+    assert table.rows == (
+        ("equalize", "2.5 s", "1", "0", "17.07 dB", "17.50 dB", "17.50 dB"),
+        ("gptq", "14.0 s", "0", "1", "17.50 dB", "11.25 dB", "17.50 dB"),
+    )
+    assert "with what was kept" in markdown(results)
+    results["algorithms"][1]["model"] = None
+    assert tables.algorithms(results).rows[1][4:] == ("-", "-", "-")
+    assert not tables.algorithms({}).rows
 
 
 def test_a_pipe_gets_plain_whole_lines(results: dict[str, Any]) -> None:
@@ -239,6 +252,7 @@ def test_markdown_has_every_section(results: dict[str, Any]) -> None:
         "Figures",
         "Against the baseline",
         "Plan",
+        "Accuracy algorithms",
         "Layers, worst first",
         "Time per layer",
         "Stages",

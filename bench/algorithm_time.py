@@ -1,0 +1,125 @@
+"""How long do the presets of accuracy algorithms take, beside NNCF's quantize on the same model and samples?
+
+EfficientNet-Lite0 on 96 crops of photos and all-MiniLM-L6-v2 on 64 documents, real weights. `seconds` is the time from
+the float module to the integer program: capture, calibration, algorithms, conversion. NNCF's is that of `nncf.quantize`
+alone on a model that is converted already (`convert_s` says how long that took), with its defaults for the kind of
+model. Both take turns; medians over the rounds. `cpu_s`, all threads' processor time, depends less on what else the
+machine does: ours is that of all of `quantize`, NNCF's that of `nncf.quantize`.
+
+    OMP_NUM_THREADS=2 python -m bench.algorithm_time --peer-python PATH/bin/python --json algorithm_time.json
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import quantflow
+from bench.ablation import MODELS
+from bench.reporting import arguments, console, show, show_machine, write
+from quantflow.data import Data
+from quantflow.evaluate import EMBEDDING
+from quantflow.schema import ALGORITHM_PRESETS
+
+PEER = Path(__file__).with_name("peer_nncf.py")
+COLUMNS = ("model", "what", "seconds", "least", "most", "to NNCF", "cpu_s", "all of quantize", "convert_s")
+#: #4: `fast` may take this many times NNCF's time, and `best` so many seconds.
+MOST, MOST_S = 1.5, 600.0
+
+
+def main() -> int:
+    parser = arguments(__doc__)
+    parser.add_argument("--model", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument(
+        "--algorithms", nargs="+", default=["fast"], choices=[n for n in ALGORITHM_PRESETS if n != "none"]
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peer-python", metavar="PATH", help="an interpreter with nncf, openvino and torch")
+    options = parser.parse_args()
+    if options.smoke:
+        options.rounds, options.model = 1, ["minilm"]
+    found = show_machine()
+    rows: list[dict[str, Any]] = []
+    for name in options.model:
+        module, data, qconfig, outputs = MODELS[name](options.smoke)
+        times: dict[str, list[dict[str, float]]] = {preset: [] for preset in options.algorithms}
+        with tempfile.TemporaryDirectory() as folder:
+            peer = _peer(options.peer_python, Path(folder), module, data, outputs) if options.peer_python else None
+            for _ in range(options.rounds):
+                if peer is not None:
+                    times.setdefault("NNCF", []).append(_asked(peer))
+                for preset in options.algorithms:
+                    times[preset].append(_timed(module, data, qconfig, preset))
+            if peer is not None:
+                peer.communicate()
+        theirs = statistics.median(t["seconds"] for t in times["NNCF"]) if "NNCF" in times else None
+        rows += [_row(name, what, measured, theirs) for what, measured in times.items()]
+    show(f"median of {options.rounds} rounds, {torch.get_num_threads()} threads", rows, COLUMNS)
+    broken = [f"{row['model']} {row['what']}" for row in rows if not row["holds"]]
+    console.print(f"not within the limits: {', '.join(broken)}" if broken else "all within the limits")
+    write(options.json, {"question": "algorithm_time", "machine": found, "results": rows})
+    return 1 if broken and not options.smoke else 0
+
+
+def _row(model: str, what: str, measured: list[dict[str, float]], theirs: float | None) -> dict[str, Any]:
+    seconds = [each["seconds"] for each in measured]
+    row = {key: statistics.median(each[key] for each in measured) for key in measured[0] if key != "seconds"} | {
+        "model": model,
+        "what": what,
+        "seconds": statistics.median(seconds),
+        "least": min(seconds),
+        "most": max(seconds),
+    }
+    ratio = None if theirs is None else row["seconds"] / theirs
+    slow = what == "fast" and ratio is not None and ratio > MOST
+    return row | {"to NNCF": ratio, "holds": not slow and row["seconds"] <= MOST_S, "rounds": seconds}
+
+
+def _timed(module: torch.nn.Module, data: Data, qconfig: str, preset: str) -> dict[str, float]:
+    """Seconds of the stages up to the program, and of everything that `quantize` does."""
+    started, cpu = time.perf_counter(), time.process_time()
+    model = quantflow.quantize(
+        module, data.calibration, evaluation=[data.calibration[0].head(1)], qconfig=qconfig, algorithms=preset
+    )
+    whole, cpu = time.perf_counter() - started, time.process_time() - cpu
+    stages = {stage["name"]: stage["seconds"] for stage in model.results["stages"]}
+    names = list(stages)
+    made = names[: names.index("convert") + 1]
+    return {"seconds": sum(stages[name] for name in made), "all of quantize": whole, "cpu_s": cpu}
+
+
+def _peer(python: str, folder: Path, module: torch.nn.Module, data: Data, outputs: str) -> subprocess.Popen[str]:
+    batches = list(data.calibration)
+    inputs = [torch.cat(same) for same in zip(*(batch.tensors for batch in batches), strict=True)]
+    with torch.no_grad():
+        torch.jit.trace(module, tuple(x[:2] for x in inputs)).save(str(folder / "model.pt"))  # type: ignore[no-untyped-call]
+    np.savez(folder / "data.npz", **{str(i): x.numpy() for i, x in enumerate(inputs)})
+    command = [python, str(PEER), str(folder), *(["--transformer"] if outputs == EMBEDDING else [])]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+
+
+def _asked(peer: subprocess.Popen[str]) -> dict[str, float]:
+    assert peer.stdin is not None
+    assert peer.stdout is not None
+    peer.stdin.write("quantize\n")
+    peer.stdin.flush()
+    line = peer.stdout.readline()
+    if not line:
+        raise SystemExit("the peer ended without an answer; run bench/peer_nncf.py by itself to see why")
+    found = json.loads(line)
+    return {"seconds": found["quantize_s"], "convert_s": found["convert_s"], "cpu_s": found["cpu_s"]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
