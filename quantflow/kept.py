@@ -20,7 +20,8 @@ from pydantic import TypeAdapter
 from safetensors.torch import load, save
 
 from quantflow.algorithms import Applied, Keep, afresh
-from quantflow.graph import Graph
+from quantflow.algorithms.smooth import multiply_input
+from quantflow.graph import Graph, copied, is_aten
 from quantflow.numerics.affine import QParams
 from quantflow.prepare import Prepared
 from quantflow.refined import LayerNumbers, Refined
@@ -103,15 +104,31 @@ class _Kept(Generic[T]):
         return after, applied
 
 
-def _pack_graph(before: Graph, after: Graph) -> tuple[None, Tensors] | None:
-    """Constants that differ. A graph with other ops is not kept: SmoothQuant's, where it multiplies at run time."""
-    if str(after) != str(before):
-        return None
-    return None, {name: t for name, t in after.constants.items() if t is not before.constants.get(name)}
+def _pack_graph(before: Graph, after: Graph) -> tuple[Any, Tensors] | None:
+    """Constants that differ, and the inputs that SmoothQuant multiplies at run time. Other ops are not kept."""
+    known = {node.name for node in before.fx.nodes}
+    product = [
+        {
+            "input": node.args[0].name,
+            "factors": str(node.args[1].target),
+            "readers": [reader.name for reader in node.users],
+        }
+        for node in after.fx.nodes
+        if node.name not in known and is_aten(node, "mul") and node.args[1].op == "get_attr"
+    ]
+    tensors = {name: t for name, t in after.constants.items() if t is not before.constants.get(name)}
+    return (product, tensors) if str(_unpack_graph(before, product, tensors)) == str(after) else None
 
 
-def _unpack_graph(before: Graph, _: None, tensors: Tensors) -> Graph:
-    return replace(before, constants={**before.constants, **tensors})
+def _unpack_graph(before: Graph, product: Any, tensors: Tensors) -> Graph:
+    inserted = {row["factors"] for row in product}
+    constants = {**before.constants, **{name: t for name, t in tensors.items() if name not in inserted}}
+    graph = replace(before, fx=copied(before.fx), constants=constants)
+    nodes = {node.name: node for node in graph.fx.nodes}
+    for row in product:
+        readers = [nodes[name] for name in row["readers"]]
+        multiply_input(graph, nodes[row["input"]], readers, tensors[row["factors"]])
+    return graph
 
 
 def _pack_numbers(before: Refined, after: Refined) -> tuple[dict[str, Any], Tensors]:

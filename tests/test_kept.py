@@ -18,8 +18,8 @@ from quantflow.algorithms import Applied, Material, refine, rewrite
 from quantflow.calibrate import calibrate
 from quantflow.capture import capture_export
 from quantflow.data.batch import Batch
-from quantflow.graph import Graph
-from quantflow.kept import KeptAlgorithms
+from quantflow.graph import Graph, copied, is_aten
+from quantflow.kept import KeptAlgorithms, _pack_graph
 from quantflow.passes.fold_batchnorm import fold_batch_norms
 from quantflow.plan import Plan, make_plan
 from quantflow.prepare import prepare
@@ -166,14 +166,27 @@ def test_what_is_damaged_is_computed_again(graph: Graph, tmp_path: Path, damage:
     assert numbers(found[1]) == numbers(expected[1])
 
 
-def test_a_graph_with_other_ops_is_not_kept(graph: Graph, tmp_path: Path) -> None:
-    mine = work(tmp_path)
-    with Progress(make_console(), quiet=True) as progress:
-        inserting = listed([{"name": "smooth", "insert": True, "min_gain_db": 0}])
-        keep = KeptAlgorithms(mine).graphs()
-        rewritten, _ = rewrite(inserting, graph, plan_of, Material(batches()), progress.stage, keep)
-    assert str(rewritten) != str(graph)
-    assert not mine.folder.exists()
+def test_multiplications_at_run_time_are_kept(graph: Graph, tmp_path: Path) -> None:
+    inserting = listed([{"name": "smooth", "insert": True, "min_gain_db": 0, "guard": False}])
+    found = []
+    for _ in range(2):
+        mine = work(tmp_path)
+        with Progress(make_console(), quiet=True) as progress:
+            keep = KeptAlgorithms(mine).graphs()
+            rewritten, _ = rewrite(inserting, graph, plan_of, Material(batches()), progress.stage, keep)
+        found.append(rewritten)
+    assert mine.resumed == ["smooth"]
+    assert str(found[0]) != str(graph)
+    assert found[0].digest == found[1].digest
+    assert [node.meta.get("layer") for node in found[0].fx.nodes] == [n.meta.get("layer") for n in found[1].fx.nodes]
+
+
+def test_a_graph_with_other_ops_is_not_kept(graph: Graph) -> None:
+    other = replace(graph, fx=copied(graph.fx))
+    relu = next(node for node in other.fx.nodes if is_aten(node, "relu"))
+    with other.fx.inserting_after(relu):
+        other.fx.call_function(torch.ops.aten.neg.default, (relu,))
+    assert _pack_graph(graph, other) is None
 
 
 def test_a_worker_that_only_reads(graph: Graph, tmp_path: Path) -> None:

@@ -332,18 +332,24 @@ def _apply(graph: Graph, part: _Part) -> None:
             value = constants[name]
             constants[name] = value * inverse.reshape(-1, *[1] * (value.dim() - 1))
         return
-    first, x = linears[0], nodes[part.group.x.name]
-    inverse = add_constant(graph.fx, constants, first, f"{first.meta['layer']}.smooth", 1 / factors)  # type: ignore[assignment]
+    multiply_input(graph, nodes[part.group.x.name], linears, 1 / factors)
+
+
+def multiply_input(graph: Graph, x: fx.Node, readers: Sequence[fx.Node], factors: torch.Tensor) -> None:
+    """Have linears read x * factors, per channel. The graph's ops and constants are changed."""
+    constants, first = graph.constants, readers[0]
+    assert isinstance(constants, dict)
+    constant = add_constant(graph.fx, constants, first, f"{first.meta['layer']}.smooth", factors)
+    constant.meta["layer"] = f"{first.meta['layer']}.smooth"
     with graph.fx.inserting_before(first):
-        product = graph.fx.call_function(aten.mul.Tensor, (x, inverse))
+        product = graph.fx.call_function(aten.mul.Tensor, (x, constant))
     product.meta = {
         "shape": x.meta["shape"],
         "dtype": torch.float32,
         "layer": f"{first.meta['layer']}.smooth_mul",
     }
-    inverse.meta["layer"] = f"{first.meta['layer']}.smooth"  # type: ignore[attr-defined]
-    for linear in linears:
-        linear.args = (product, *linear.args[1:])
+    for reader in readers:
+        reader.args = (product, *reader.args[1:])
 
 
 def _find_source(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from quantflow.capture import at_least_two, capture_export, likely_seconds, plain
+from quantflow.capture import SCRIPT_S, at_least_two, capture_export, likely_seconds, plain
 from quantflow.capture.export import plain_attention
 from quantflow.data.batch import Batch
 from quantflow.errors import CaptureError
@@ -165,5 +165,5 @@ def test_how_long_it_will_take_grows_with_the_modules() -> None:
     assert times[2] - times[1] == pytest.approx(2.0)
     model = Block()
     assert likely_seconds(model, ModeSettings(kind="imperative")) == likely_seconds(model, export)
-    assert likely_seconds(model, ModeSettings(kind="torchscript")) is None
-    assert likely_seconds(torch.export.export(model.eval(), (torch.randn(2, 3, 8, 8),)), export) is None
+    exported = torch.export.export(model.eval(), (torch.randn(2, 3, 8, 8),))
+    assert likely_seconds(model, ModeSettings(kind="torchscript")) == likely_seconds(exported, export) == SCRIPT_S
