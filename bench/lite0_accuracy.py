@@ -15,16 +15,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-import time
 from importlib.util import find_spec
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-import quantflow
+from bench.accuracy import variants
 from bench.photo_models import float_module, photos
 from bench.reporting import arguments, console, show, show_machine, write
 from quantflow.models.efficientnet_lite0 import load_efficientnet_lite0
@@ -60,15 +58,7 @@ def main() -> int:
         real = torch.cat([module(x) for x in evaluation])
 
     rows: list[dict[str, Any]] = []
-    probe = data.evaluation[0].head(1)
-    for preset, observer, algorithms in product(options.qconfig, options.observer, options.algorithms):
-        qconfig = quantflow.PRESETS[preset].model_dump()
-        qconfig["activation"]["observer"] = observer
-        started = time.perf_counter()
-        model = quantflow.quantize(
-            module, data.calibration, qconfig=qconfig, mode=options.mode, algorithms=algorithms, evaluation=[probe]
-        )
-        seconds = time.perf_counter() - started
+    for preset, observer, algorithms, model, seconds in variants(module, data, options):
         with torch.inference_mode():
             row = _compare(real, torch.cat([model(x) for x in evaluation]))
         proof = model.results["int8_proof"]

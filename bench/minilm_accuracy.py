@@ -10,11 +10,9 @@ int8's embedding of each document. Calibration: 64 of Lee's background documents
 from __future__ import annotations
 
 import sys
-import time
-from itertools import product
 from typing import Any
 
-import quantflow
+from bench.accuracy import variants
 from bench.photo_models import float_module
 from bench.reporting import arguments, console, show, show_machine, write
 from quantflow.data import TextPreprocess
@@ -49,16 +47,8 @@ def main() -> int:
     module = float_module(loaded)
     assert isinstance(loaded.preprocess, TextPreprocess)
     data = load_lee(loaded.preprocess, options.max_length, options.calibration, options.evaluation, 16, 0)
-    probe = data.evaluation[0].head(1)
     rows: list[dict[str, Any]] = []
-    for preset, observer, algorithms in product(options.qconfig, options.observer, options.algorithms):
-        qconfig = quantflow.PRESETS[preset].model_dump()
-        qconfig["activation"]["observer"] = observer
-        started = time.perf_counter()
-        model = quantflow.quantize(
-            module, data.calibration, qconfig=qconfig, mode=options.mode, algorithms=algorithms, evaluation=[probe]
-        )
-        seconds = time.perf_counter() - started
+    for preset, observer, algorithms, model, seconds in variants(module, data, options):
         figures = evaluate(module, model, data.evaluation, metric=SPEARMAN, outputs=EMBEDDING)
         proof, metric = model.results["int8_proof"], figures["metric"]
         rows.append(
