@@ -43,7 +43,7 @@ class Stage:
             view, task = self._bar
             view.update(task, completed=done, total=total)
 
-    def expect(self, seconds: float | None) -> None:
+    def expect(self, seconds: float) -> None:
         """What it is likely to take, where no earlier run tells."""
         self.expected = seconds if self.expected is None else self.expected
 

@@ -141,11 +141,8 @@ def algorithms(results: Mapping[str, Any]) -> Table:
         model = _section(applied, "model")
         undone = sum("rolled back" in _text(each.get("reason")) for each in _list(applied, "skipped"))
         changed = len(_list(applied, "layers"))
-        figures = (
-            db(model.get("before_db")),
-            db(model.get("all_db") or model.get("after_db")),
-            db(model.get("after_db")),
-        )
+        before, after, whole = (model.get(key) for key in ("before_db", "after_db", "all_db"))
+        figures = (db(before), db(after if whole is None else whole), db(after))
         rows.append((_text(applied.get("name")), seconds(applied.get("seconds")), str(changed), str(undone), *figures))
     headers = (
         "algorithm",
