@@ -369,7 +369,8 @@ def _launch(arguments: Sequence[str], sweep: Sweep) -> str:
     while True:
         before = _progress(sweep)
         try:
-            config.run_app(arguments, partial(run_one, sweep=sweep), Path(sweep.folder))
+            with _grid_without_stop() if "hydra/sweeper=optuna" in arguments else nullcontext():
+                config.run_app(arguments, partial(run_one, sweep=sweep), Path(sweep.folder))
             return ""
         except Exception as error:  # the launcher's, not a job's: those don't raise
             if _progress(sweep) == before:
@@ -379,6 +380,25 @@ def _launch(arguments: Sequence[str], sweep: Sweep) -> str:
                 traceback.print_exc()
                 return f"the launcher failed: {_first_line(error)}"
             print(f"the launcher failed and is started again for what is left: {_first_line(error)}", file=sys.stderr)
+
+
+@contextmanager
+def _grid_without_stop() -> Iterator[None]:
+    """Keeps Optuna's grid sampler from stopping the study, which Hydra's sweeper ends by itself.
+
+    The sweeper knows that `Study.stop` raises when the grid's last trial is told, but only where that trial passed.
+    """
+    try:
+        from optuna.samplers import BaseSampler, GridSampler
+    except ImportError:  # Hydra says so
+        yield
+        return
+    stops = GridSampler.after_trial
+    GridSampler.after_trial = BaseSampler.after_trial
+    try:
+        yield
+    finally:
+        GridSampler.after_trial = stops
 
 
 def _require_slurm(arguments: Sequence[str]) -> None:

@@ -407,6 +407,25 @@ def test_a_sweep_that_is_killed_goes_on(tmp_path: Path) -> None:
     assert [job["exit_code"] for job in report_of(str(tmp_path / "sw"))["jobs"]] == [0, 0]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Optuna's own, on import
+def test_a_grid_whose_last_trial_fails_ends_in_peace() -> None:
+    """Which trial comes last is the grid sampler's dice; Optuna can stop a study only inside its own loop."""
+    import optuna
+
+    def fail_the_only_trial() -> None:
+        study = optuna.create_study(sampler=optuna.samplers.GridSampler({"x": [1]}))
+        trial = study.ask()
+        trial.suggest_categorical("x", [1])
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+
+    with pytest.raises(RuntimeError, match=r"Study\.stop"):
+        fail_the_only_trial()
+    with sweep._grid_without_stop():
+        fail_the_only_trial()
+    with pytest.raises(RuntimeError, match=r"Study\.stop"):
+        fail_the_only_trial()
+
+
 @pytest.mark.slow
 def test_optuna_finds_what_is_better_by_the_returned_figures(tmp_path: Path) -> None:
     """Two objectives, whose directions follow from their names; a failed trial does not end the study."""
