@@ -24,10 +24,9 @@ from quantflow.passes.units import (
     MUL,
     SHAPE,
     SIZE,
-    Epilogue,
     as_epilogue,
 )
-from quantflow.plan import PlannedUnit
+from quantflow.plan import PlannedUnit, nonnegative_values
 from quantflow.prepare import Prepared
 from quantflow.program import Node, Program, Ref, TensorRef, Value
 from quantflow.refined import LayerNumbers, Refined, float_numbers, left_over, product_qparams, unrefined
@@ -57,6 +56,7 @@ class _Converter:
         self._values: dict[str, Value] = {}
         self._tensors: dict[str, torch.Tensor] = {}
         self._converted: set[str] = set()
+        self._nonnegative = nonnegative_values(prepared.plan)
 
     def run(self) -> Program:
         emit = {CORE: self._linear, MATMUL: self._pair, ADD: self._pair, MUL: self._pair, CLAMP: self._clamp}
@@ -106,18 +106,14 @@ class _Converter:
             self._nodes.append(Node(f"{node.meta['layer']}.dequantize", "dequantize", name, (Ref(node.name),)))
         return Ref(name)
 
-    def _define(self, planned: PlannedUnit, nonnegative: bool) -> str:
+    def _define(self, planned: PlannedUnit) -> str:
         """Name the unit's output and, if it is written as codes, record how."""
         name = planned.unit.output.name
         if planned.writes_codes:
             qparams = self._qparams[self._plan.codes[name]]
             symmetric = qparams.dtype == "int8" and qparams.zero_point == 0
-            self._values[name] = Value(qparams, nonnegative and symmetric)
+            self._values[name] = Value(qparams, symmetric and name in self._nonnegative)
         return name
-
-    def _nonnegative(self, node: fx.Node) -> bool:
-        value = self._values.get(node.name)
-        return value is not None and value.is_nonnegative
 
     # -- int8 units
 
@@ -138,7 +134,7 @@ class _Converter:
             attrs["groups"] = ops["groups"]
         x = self._as_codes(unit.inputs[0])
         residual = None if unit.residual is None else self._as_codes(unit.residual)
-        output = self._define(planned, _is_nonnegative(unit.epilogue, False))
+        output = self._define(planned)
         op = "linear" if unit.op == "linear" else "conv"
         if low is not None:
             residual = self._second_term(planned, op, low, x, residual, attrs)
@@ -178,8 +174,7 @@ class _Converter:
     def _pair(self, planned: PlannedUnit) -> None:
         unit = planned.unit
         args = tuple(self._as_codes(value) for value in unit.inputs)
-        operands = all(self._nonnegative(value) for value in unit.inputs)
-        output = self._define(planned, _is_nonnegative(unit.epilogue, operands))
+        output = self._define(planned)
         self._nodes.append(Node(unit.name, unit.kind, output, args, epilogue=unit.epilogue))
 
     def _clamp(self, planned: PlannedUnit) -> None:
@@ -188,7 +183,7 @@ class _Converter:
         assert epilogue is not None
         x = self._as_codes(unit.inputs[0])
         low, high = epilogue.values if epilogue.values else (0.0, float("inf"))
-        output = self._define(planned, _is_nonnegative(epilogue, self._nonnegative(unit.inputs[0])))
+        output = self._define(planned)
         bounds = quantize(torch.tensor([low, high]), self._values[output].qparams)  # type: ignore[arg-type]
         attrs = {"low": int(bounds[0]), "high": int(bounds[1])}
         self._nodes.append(Node(unit.name, "clamp", output, (x,), attrs=attrs))
@@ -199,7 +194,7 @@ class _Converter:
         operands = set(unit.inputs)
         args = fx.map_arg(node.args, lambda n: self._as_codes(n) if n in operands else Ref(n.name))
         kwargs = fx.map_arg(node.kwargs, lambda n: self._as_codes(n) if n in operands else Ref(n.name))
-        output = self._define(planned, all(self._nonnegative(value) for value in unit.inputs))
+        output = self._define(planned)
         target = _target(node)
         if op_name(node) in ("constant_pad_nd", "pad"):
             fill = float(arguments(node).get("value") or 0.0)
@@ -207,8 +202,6 @@ class _Converter:
             assert qparams is not None
             args = (args[0], args[1], int(quantize(torch.tensor(fill), qparams)))
             kwargs, target = {}, "constant_pad_nd.default"
-            if fill < 0:
-                self._values[output] = Value(qparams)
         op = {CAT: "cat", MAX_POOL: "max_pool", AVG_POOL: "avg_pool", SHAPE: "shape"}[unit.kind]
         self._nodes.append(Node(unit.name, op, output, tuple(args), dict(kwargs), target=target))
 
@@ -234,13 +227,6 @@ class _Converter:
     def _store(self, name: str, tensor: torch.Tensor) -> str:
         self._tensors[name] = tensor.contiguous()
         return name
-
-
-def _is_nonnegative(epilogue: Epilogue | None, operands: bool) -> bool:
-    """Whether an op's result has no negative values; `operands`: whether it has none before the epilogue."""
-    if epilogue is None:
-        return operands
-    return epilogue.is_nonnegative or (operands and epilogue.keeps_nonnegative)
 
 
 def _target(node: fx.Node) -> str:

@@ -55,6 +55,7 @@ from quantflow.journal import Journal
 from quantflow.kept import NOTHING_KEPT, KeptAlgorithms
 from quantflow.layer_errors import own_errors
 from quantflow.layer_sensitivity import SEARCHED, measure_sensitivity, plot_ready
+from quantflow.machine import reused_memory
 from quantflow.models import LoadedModel, estimate_batchnorm, load_model
 from quantflow.plan import Plan, make_plan
 from quantflow.prepare import Prepared, bind, prepare
@@ -260,6 +261,7 @@ def _opening(
     }
 
 
+@reused_memory()
 def build(
     recipe: Recipe,
     source: Source,

@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from quantflow.errors import NothingQuantizedError, Problem, RecipeError, nearest
-from quantflow.graph import Graph
+from quantflow.graph import Graph, arguments, op_name
 from quantflow.numerics.affine import MAX_REDUCTION
 from quantflow.passes.units import (
     ADD,
@@ -28,6 +28,7 @@ from quantflow.passes.units import (
     SHAPE,
     SIZE,
     Unit,
+    as_epilogue,
     find_units,
     fuse_residual,
     without_epilogue,
@@ -170,6 +171,22 @@ def make_plan(
     rows = tuple(_row(p, codes, layer_of, kernel_of) for p in planned if p.unit.kind not in (SHAPE, SIZE))
     notes = (*graph.notes, *overrides.without_effect({p.unit.name for p in deciding.values()}))
     return Plan(rows, tuple(planned), codes, specs, reduce_range, notes)
+
+
+def nonnegative_values(plan: Plan) -> frozenset[str]:
+    """The values that int8 units compute and that are never negative, whatever the data."""
+    found: set[str] = set()
+    for planned in plan.units:
+        unit, node = planned.unit, planned.unit.anchor
+        epilogue = as_epilogue(node) if unit.kind == CLAMP else unit.epilogue
+        operands = unit.kind != CORE and bool(unit.inputs) and all(value.name in found for value in unit.inputs)
+        if unit.kind == SHAPE and op_name(node) in ("constant_pad_nd", "pad"):
+            operands = operands and float(arguments(node).get("value") or 0.0) >= 0
+        if epilogue is not None:
+            operands = epilogue.is_nonnegative or (operands and epilogue.keeps_nonnegative)
+        if operands and planned.is_int8:
+            found.add(unit.output.name)
+    return frozenset(found)
 
 
 class _Overrides:

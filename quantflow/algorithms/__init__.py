@@ -29,6 +29,7 @@ from quantflow.algorithms.guard import Effect, Guard
 from quantflow.algorithms.outcome import Change, Material, Outcome, Rewriting
 from quantflow.algorithms.outliers import NO_OUTLIERS, Outliers, find_outliers
 from quantflow.algorithms.smooth import smooth
+from quantflow.algorithms.unsigned import unsigned
 from quantflow.calibrate import CalibrationTable
 from quantflow.graph import Graph
 from quantflow.plan import Plan
@@ -43,6 +44,7 @@ GRAPH_ALGORITHMS: dict[str, Callable[[Any, Graph, Plan, Material], Rewriting]] =
 }
 #: After calibration: (settings, prepared, refined, material) → (refined, outcome).
 NUMBER_ALGORITHMS: dict[str, Callable[[Any, Prepared, Refined, Material], tuple[Refined, Outcome]]] = {
+    "unsigned": unsigned,
     "activation_scale": activation_scale,
     "clip_weights": clip_weights,
     "bias_correction": bias_correction,

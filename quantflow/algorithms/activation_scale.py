@@ -59,8 +59,9 @@ def activation_scale(
             continue
         old, spec = refined.qparams[root], plan.specs[root]
         fit, held_out = ([(seen[p.unit.name][part], _rows(prepared, p)) for p in units] for part in (0, 1))
-        ranged = partial(activation_qparams, dtype=spec.dtype, qscheme=spec.qscheme, reduce_range=plan.reduce_range)
-        best = _searched(settings, old, spec.qscheme == "symmetric", ranged, fit)
+        qscheme = spec.qscheme if old.dtype == spec.dtype else "affine"  # the other dtype: made unsigned before
+        ranged = partial(activation_qparams, dtype=old.dtype, qscheme=qscheme, reduce_range=plan.reduce_range)
+        best = _searched(settings, old, qscheme == "symmetric", ranged, fit)
         was, now = (_error(held_out, qparams) for qparams in (old, best))
         if now < was:
             refined = refined.with_qparams(root, best)

@@ -32,6 +32,7 @@ import torch
 from torch import fx
 
 from quantflow.algorithms.outcome import Change, Material, Outcome, Rewriting, db
+from quantflow.data.batch import Batch
 from quantflow.graph import Graph, arguments, copied, interpret, is_aten
 from quantflow.numerics.affine import activation_qparams, dequantize_weight, quantize_weight, weight_scale
 from quantflow.observers import make_observer, weight_max_abs
@@ -57,6 +58,7 @@ _ATTENTIONS = ("matmul", "bmm", "scaled_dot_product_attention")
 _ACTIVATIONS = ("relu", "leaky_relu")
 #: A channel index in padding: zeros may belong to any channel.
 _ANY = -1
+_NO_SOURCE = "nothing in front of it can take up the factors"
 
 
 @dataclass
@@ -134,19 +136,22 @@ def smooth(settings: SmoothAlgorithm, graph: Graph, plan: Plan, material: Materi
         A part per group of linears, with the SQNR of their outputs (rounded input and weight) before and after.
     """
     groups, skipped = _groups(plan, material.fixed)
-    sizes, shapes = _observe(groups, graph, material.first(settings.samples), material.seed)
+    batches = material.first(settings.samples)
+    sources = _sources(graph, groups, batches, material)
+    if not (settings.insert and material.may_insert):
+        obstacle = _NO_SOURCE + ("" if material.may_insert else ", and this mode inserts no op")
+        skipped += [(group.name, obstacle) for group in groups if sources[group.x] is None]
+        groups = [group for group in groups if sources[group.x] is not None]
+    if groups:
+        _observe(groups, graph, batches, material.seed)
     parts: list[_Part] = []
     changes: list[Change] = []
     for done, group in enumerate(groups, start=1):
-        source = _find_source(graph, group, sizes, shapes, material.fixed)
+        source = sources[group.x]
         choice = _search(settings, graph, group, source)
         gain = choice.after_db - choice.before_db
         if not choice.how:
             skipped.append((group.name, "no factors lower the error"))
-        elif source is None and not settings.insert:
-            skipped.append((group.name, "nothing in front of it can take up the factors"))
-        elif source is None and not material.may_insert:
-            skipped.append((group.name, "nothing in front of it can take up the factors, and this mode inserts no op"))
         elif source is None and gain < settings.min_gain_db:
             skipped.append((group.name, f"a multiplication at run time would gain only {gain:.1f} dB"))
         else:
@@ -195,28 +200,40 @@ def _groups(plan: Plan, fixed: frozenset[str]) -> tuple[list[_Group], list[tuple
     return list(groups.values()), skipped
 
 
-def _observe(
-    groups: Sequence[_Group], graph: Graph, batches: Sequence[Any], seed: int
-) -> tuple[dict[fx.Node, Any], dict[fx.Node, torch.Size]]:
-    """Run the batches; fill the groups, and return the first batch's numbers and shapes."""
-    group_of = {group.x: group for group in groups}
-    generator = torch.Generator().manual_seed(seed)
+def _sources(
+    graph: Graph, groups: Sequence[_Group], batches: Sequence[Batch], material: Material
+) -> dict[fx.Node, _Source | None]:
+    """What can take up each group's factors, by the group's value."""
+    if not groups:
+        return {}
+    sample = batches[0].head(1) if material.batch_is_dynamic else batches[0]
     sizes: dict[fx.Node, Any] = {}
     shapes: dict[fx.Node, torch.Size] = {}
-    for index, batch in enumerate(batches):
 
-        def on_value(node: fx.Node, value: Any, is_first: bool = index == 0) -> None:
-            if is_first and not isinstance(value, torch.Tensor):
-                sizes[node] = value
-            elif is_first:
-                shapes[node] = value.shape
-            if node in group_of:
-                wanted = min(max(ROW_NUMBERS // value.shape[-1], FEWEST_ROWS), MOST_ROWS)
-                group_of[node].observe(value, -(-wanted // len(batches)), generator)
+    def on_value(node: fx.Node, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            shapes[node] = value.shape
+        else:
+            sizes[node] = value
 
-        with torch.inference_mode():
+    with torch.inference_mode():
+        interpret(graph, bind(graph.inputs, sample.args, sample.kwargs), on_value)
+    return {group.x: _find_source(graph, group, sizes, shapes, material.fixed) for group in groups}
+
+
+def _observe(groups: Sequence[_Group], graph: Graph, batches: Sequence[Batch], seed: int) -> None:
+    """Run the batches and fill the groups."""
+    group_of = {group.x: group for group in groups}
+    generator = torch.Generator().manual_seed(seed)
+
+    def on_value(node: fx.Node, value: Any) -> None:
+        if node in group_of:
+            wanted = min(max(ROW_NUMBERS // value.shape[-1], FEWEST_ROWS), MOST_ROWS)
+            group_of[node].observe(value, -(-wanted // len(batches)), generator)
+
+    with torch.inference_mode():
+        for batch in batches:
             interpret(graph, bind(graph.inputs, batch.args, batch.kwargs), on_value)
-    return sizes, shapes
 
 
 # --- alpha

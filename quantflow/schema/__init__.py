@@ -11,6 +11,7 @@ from quantflow.schema.algorithms import (
     EqualizeAlgorithm,
     GptqAlgorithm,
     SmoothAlgorithm,
+    UnsignedAlgorithm,
 )
 from quantflow.schema.data import (
     DataSettings,
@@ -118,6 +119,7 @@ __all__ = [
     "TorchvisionModel",
     "TransformersModel",
     "TuneSettings",
+    "UnsignedAlgorithm",
     "WarmupSettings",
     "WeightOverride",
     "WeightSpec",

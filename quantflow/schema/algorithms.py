@@ -21,7 +21,15 @@ Iterations = Annotated[int, Field(ge=1, le=1_000_000)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 ActsOn = Literal["graph", "numbers"]
 AlgorithmName = Literal[
-    "equalize", "smooth", "activation_scale", "clip_weights", "bias_correction", "gptq", "adaround", "batchnorm"
+    "equalize",
+    "smooth",
+    "unsigned",
+    "activation_scale",
+    "clip_weights",
+    "bias_correction",
+    "gptq",
+    "adaround",
+    "batchnorm",
 ]
 
 
@@ -60,6 +68,13 @@ class SmoothAlgorithm(_Guarded):
     refinements: Annotated[int, Field(ge=0, le=10)] = 2
     insert: bool = True
     min_gain_db: Annotated[float, Field(ge=0, le=100)] = 1.0
+
+
+class UnsignedAlgorithm(_Guarded):
+    """Symmetric int8 activations that are never negative, as after ReLU, use 256 codes: uint8 with zero point 0."""
+
+    acts_on: ClassVar[ActsOn] = "numbers"
+    name: Literal["unsigned"] = "unsigned"
 
 
 class BiasCorrectionAlgorithm(_Guarded):
@@ -140,6 +155,7 @@ class BatchNormAlgorithm(_Guarded):
 Algorithm = Annotated[
     EqualizeAlgorithm
     | SmoothAlgorithm
+    | UnsignedAlgorithm
     | ActivationScaleAlgorithm
     | ClipWeightsAlgorithm
     | BiasCorrectionAlgorithm
@@ -152,9 +168,9 @@ Algorithm = Annotated[
 #: The names that `algorithms: NAME` and `quantize(algorithms="NAME")` accept, each with what it stands for.
 ALGORITHM_PRESETS: dict[str, tuple[Mapping[str, Any], ...]] = {
     "none": (),
-    "fast": ({"name": "equalize"}, {"name": "smooth"}, {"name": "bias_correction"}),
-    "accurate": ({"name": "equalize"}, {"name": "smooth"}, {"name": "gptq"}),
-    "best": ({"name": "equalize"}, {"name": "smooth"}, {"name": "gptq", "samples": 128}),
+    "fast": ({"name": "equalize"}, {"name": "smooth"}, {"name": "unsigned"}, {"name": "bias_correction"}),
+    "accurate": ({"name": "equalize"}, {"name": "smooth"}, {"name": "unsigned"}, {"name": "gptq"}),
+    "best": ({"name": "equalize"}, {"name": "smooth"}, {"name": "unsigned"}, {"name": "gptq", "samples": 128}),
 }
 
 
