@@ -28,6 +28,7 @@ def quantize(
     qconfig: str | Mapping[str, Any] = "sym_int8",
     layers: Mapping[str, Any] | None = None,
     algorithms: str | Sequence[Any] = "none",
+    policy: Mapping[str, str] | None = None,
     mode: str | Mapping[str, Any] = "export",
     runtime: str = "auto",
     device: str = "auto",
@@ -49,6 +50,7 @@ def quantize(
         layers: overrides by exact name, glob or op type: {"layer4.*": {"activation": {...}}, "fc": "float"}.
         algorithms: a preset ("none", "fast", "accurate", "best"), or an ordered list as in a recipe, such as
             ["equalize", {"name": "bias_correction", "method": "full"}].
+        policy: which ops beside convolutions and linears may be int8, such as {"matmul": "int8", "embedding": "int8"}.
         mode: "export", "torchscript" or "imperative"; {"kind": "torchscript", "method": "script"} to script.
         runtime: "auto", "native", "torch" or "reference".
         device: "auto", "cpu" or "xpu".
@@ -77,6 +79,7 @@ def quantize(
             "qconfig": _qconfig(qconfig),
             "layers": dict(layers or {}),
             "algorithms": algorithms,
+            "policy": dict(policy or {}),
             "mode": {"kind": mode} if isinstance(mode, str) else dict(mode),
             "runtime": {"kind": runtime},
             "device": {"kind": device},

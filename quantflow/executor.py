@@ -57,6 +57,7 @@ from quantflow.layer_errors import own_errors
 from quantflow.layer_sensitivity import SEARCHED, measure_sensitivity, plot_ready
 from quantflow.machine import reused_memory
 from quantflow.models import LoadedModel, estimate_batchnorm, load_model
+from quantflow.passes.int8_embeddings import int8_embeddings
 from quantflow.plan import Plan, make_plan
 from quantflow.prepare import Prepared, bind, prepare
 from quantflow.program import Program
@@ -344,8 +345,14 @@ def captured(
     """capture → rewrite: the graph that is quantized, and in imperative mode the module that computes the same."""
     with progress.stage("capture") as stage:
         stage.expect(likely_seconds(source.model.module, recipe.mode))
-        original = capture(source.model.module, example, recipe.mode)
+        original = _graph_of(recipe, source.model.module, example)
     return _rewritten(recipe, source, choice, example, original, progress, kept)
+
+
+def _graph_of(recipe: Recipe, module: Model, example: Batch) -> Graph:
+    """The captured graph, with what the policy asks for before anything is planned."""
+    graph = capture(module, example, recipe.mode)
+    return int8_embeddings(graph) if recipe.policy.embedding == "int8" else graph
 
 
 def _rewritten(
@@ -554,7 +561,7 @@ def _workbench(
     checkpoint, kept = _checkpoint(work), _kept_algorithms(recipe, source, choice, work)
     with progress.stage("capture") as stage:
         stage.expect(likely_seconds(module, recipe.mode))
-        original = capture(module, example, recipe.mode)
+        original = _graph_of(recipe, module, example)
 
     def variants_of(algorithms: tuple[Algorithm, ...]) -> Variants:
         asked = recipe.model_copy(update={"algorithms": algorithms})
@@ -870,7 +877,7 @@ def _plan(recipe: Recipe, _overrides: Sequence[str]) -> int:
         model = load_model(recipe.model, recipe.seed)
         report.print_notices(console, model.notices)
         example = _example(model) or next(iter(load_data(recipe.data, model.preprocess, recipe.seed).calibration))
-        plan = plan_for(recipe, capture(model.module, example, recipe.mode), choice, model.module, example)
+        plan = plan_for(recipe, _graph_of(recipe, model.module, example), choice, model.module, example)
     report.print_plan(console, plan.to_json()["rows"])
     report.print_notices(console, plan.notes)
     console.print(Text(f"runtime {choice.runtime.name} on {choice.device} ({choice.reason})"))

@@ -43,6 +43,8 @@ _ALGORITHMS: TypeAdapter[tuple[Algorithm, ...]] = TypeAdapter(Algorithms)
 MET, NOT_MET = "met", "not met"
 #: Layers whose observers are tried one by one.
 WORST_LAYERS = 6
+#: Of the budget, for an algorithm that can be stopped.
+ALGORITHM_SHARE = 0.25
 #: SQNR that another observer must win.
 WORTHWHILE_DB = 0.05
 #: SQNR that other activation codes must win.
@@ -183,11 +185,18 @@ class Search:
         """The preset of algorithms that gives the least error, where the recipe asks for none."""
         best, least = start, self._ranking_db(start)
         for preset in self.settings.algorithms if not start.algorithms else ():
-            tried = replace(start, algorithms=_ALGORITHMS.validate_python(preset))
+            tried = replace(start, algorithms=tuple(map(self._bounded, _ALGORITHMS.validate_python(preset))))
             sqnr_db = self._ranking_db(tried)
             if sqnr_db > least + WORTHWHILE_DB:
                 best, least = tried, sqnr_db
         return best
+
+    def _bounded(self, algorithm: Algorithm) -> Algorithm:
+        """The algorithm, which may take no more than its share of the budget where it can be told so."""
+        if "max_seconds" not in type(algorithm).model_fields:
+            return algorithm
+        most = min(algorithm.max_seconds, self.settings.time_budget_s * ALGORITHM_SHARE)
+        return algorithm.model_copy(update={"max_seconds": most})
 
     def _whole_model(self, start: Setting) -> Setting:
         """The observers for all activations and all weights that give the least error."""

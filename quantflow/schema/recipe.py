@@ -97,7 +97,7 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        fields = {"task", "artifact", "baseline", "candidate", "model", "mode", "tune"}
+        fields = {"task", "artifact", "baseline", "candidate", "model", "mode", "tune", "policy"}
         problems = _conflicts(self.model_dump(include=fields))
         if problems:
             raise PydanticCustomError("conflict", "{text}", {"text": "; ".join(str(problem) for problem in problems)})
@@ -167,7 +167,15 @@ def _conflicts(settings: Mapping[str, Any]) -> list[Problem]:
         )
     if isinstance(mode, Mapping) and mode.get("method") == "script" and mode.get("kind", "export") != "torchscript":
         problems.append(Problem("mode.method", "script is possible in mode=torchscript only; use trace"))
+    policy = settings.get("policy")
+    if isinstance(policy, Mapping) and policy.get("embedding") == "int8" and _is_imperative(mode):
+        why = "int8 has no place in mode=imperative, where embeddings stay the model's own"
+        problems.append(Problem("policy.embedding", f"{why}; leave it float, or use mode=export or mode=torchscript"))
     return problems
+
+
+def _is_imperative(mode: Any) -> bool:
+    return isinstance(mode, Mapping) and mode.get("kind") == "imperative"
 
 
 def _has_limit(tune: Any) -> bool:

@@ -40,13 +40,15 @@ class PolicySettings(Settings):
     """Which ops beside convolutions and linears may run in int8 where codes are at hand; `layers` has precedence.
 
     An int8 add, mul or cat spares conversions and costs accuracy (`joins` in the results shows both). An int8 matmul is
-    one of two activations, as in attention.
+    one of two activations, as in attention. An int8 embedding is a table in a quarter of the bytes, whose rows are
+    dequantized as they are looked up; mode=imperative can't have it.
     """
 
     add: Precision = "int8"
     mul: Precision = "int8"
     cat: Precision = "int8"
     matmul: Precision = "float"
+    embedding: Precision = "float"
 
 
 class CalibrateSettings(Settings):
@@ -167,7 +169,10 @@ class TuneSettings(Settings):
     qconfigs: Annotated[
         tuple[Literal["sym_int8", "affine_uint8", "sym_uint8", "affine_int8"], ...], Field(strict=False)
     ] = ("affine_uint8",)
-    algorithms: Annotated[tuple[Literal["fast", "accurate", "best"], ...], Field(strict=False)] = ("fast",)
+    algorithms: Annotated[tuple[Literal["fast", "accurate", "best"], ...], Field(strict=False)] = (
+        "fast",
+        "accurate",
+    )
     observers: Annotated[tuple[Literal["minmax", "mse", "percentile"], ...], Field(strict=False)] = ("mse",)
     time_budget_s: Annotated[float, Field(gt=0, le=31_536_000)] = 600.0
 
