@@ -1,9 +1,9 @@
 """What does each accuracy algorithm give, alone and together, on a convolutional net and on a transformer?
 
-EfficientNet-Lite0 (random crops of photos, affine uint8) and all-MiniLM-L6-v2 (Lee documents, symmetric int8), real
-weights, every convolution and linear int8: SQNR of the model's output against float's, top-1 agreement (Lite0) or the
-smallest cosine (MiniLM), the seconds that the algorithms took, and how many layers' changes the guard rolled back. Then
-the same for the presets.
+EfficientNet-Lite0 (random crops of photos) and all-MiniLM-L6-v2 (Lee documents), real weights, affine uint8 unless
+--qconfig says otherwise, every convolution and linear int8: SQNR of the model's output against float's, top-1 agreement
+(Lite0) or the smallest cosine (MiniLM), the seconds that the algorithms took, and how many layers' changes the guard
+rolled back. Then the same for the presets.
 
     python -m bench.ablation --json ablation.json
 """
@@ -51,19 +51,20 @@ def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("--model", nargs="+", default=["lite0", "minilm"], choices=("lite0", "minilm"))
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these algorithms and presets alone")
+    parser.add_argument("--qconfig", default="affine_uint8", help="a preset's name")
     options = parser.parse_args()
     found = show_machine()
     results: dict[str, list[dict[str, Any]]] = {}
     for name in options.model:
-        module, data, qconfig, outputs = MODELS[name](options.smoke)
+        module, data, outputs = MODELS[name](options.smoke)
         yardstick = Yardstick(module, list(data.evaluation), outputs=outputs)
         rows = results[name] = []
         for label, algorithms in _questions(options.smoke, options.only):
-            rows.append({"algorithms": label} | _row(module, data, qconfig, yardstick, algorithms))
+            rows.append({"algorithms": label} | _row(module, data, options.qconfig, yardstick, algorithms))
             rows[-1]["gain_db"] = rows[-1]["sqnr_db"] - rows[0]["sqnr_db"]
             console.print(f"{name} {label}: {rows[-1]['sqnr_db']:.2f} dB")
         samples = [sum(batch.size for batch in part) for part in (data.calibration, data.evaluation)]
-        show(f"{name}, {qconfig}, {samples[0]} samples to calibrate, {samples[1]} to evaluate", rows, COLUMNS)
+        show(f"{name}, {options.qconfig}, {samples[0]} samples to calibrate, {samples[1]} to evaluate", rows, COLUMNS)
     write(options.json, {"question": "ablation", "machine": found, "results": results})
     return 0
 
@@ -100,22 +101,22 @@ def _row(module: torch.nn.Module, data: Data, qconfig: str, yardstick: Yardstick
     return row | {key: figures[key] for key in ("agreement", "cosine_min") if key in figures}
 
 
-def _lite0(smoke: bool) -> tuple[torch.nn.Module, Data, str, str]:
+def _lite0(smoke: bool) -> tuple[torch.nn.Module, Data, str]:
     loaded = load_efficientnet_lite0("pretrained", seed=0)
     calibration, evaluation = (4, 8) if smoke else (96, 400)
     data = photos(loaded, calibration=calibration, evaluation=evaluation)
-    return float_module(loaded), data, "affine_uint8", loaded.outputs
+    return float_module(loaded), data, loaded.outputs
 
 
-def _minilm(smoke: bool) -> tuple[torch.nn.Module, Data, str, str]:
+def _minilm(smoke: bool) -> tuple[torch.nn.Module, Data, str]:
     length = 16 if smoke else 128
     loaded = load_minilm("pretrained", length, seed=0)
     assert isinstance(loaded.preprocess, TextPreprocess)
     data = load_lee(loaded.preprocess, length, *((4, 6) if smoke else (64, 50)), 16, 0)
-    return float_module(loaded), data, "sym_int8", EMBEDDING
+    return float_module(loaded), data, EMBEDDING
 
 
-MODELS: dict[str, Callable[[bool], tuple[torch.nn.Module, Data, str, str]]] = {"lite0": _lite0, "minilm": _minilm}
+MODELS: dict[str, Callable[[bool], tuple[torch.nn.Module, Data, str]]] = {"lite0": _lite0, "minilm": _minilm}
 
 
 if __name__ == "__main__":

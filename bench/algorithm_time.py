@@ -50,7 +50,7 @@ def main() -> int:
     found = show_machine()
     rows: list[dict[str, Any]] = []
     for name in options.model:
-        module, data, qconfig, outputs = MODELS[name](options.smoke)
+        module, data, outputs = MODELS[name](options.smoke)
         times: dict[str, list[dict[str, float]]] = {preset: [] for preset in options.algorithms}
         with tempfile.TemporaryDirectory() as folder:
             peer = _peer(options.peer_python, Path(folder), module, data, outputs) if options.peer_python else None
@@ -58,7 +58,7 @@ def main() -> int:
                 if peer is not None:
                     times.setdefault("NNCF", []).append(_asked(peer))
                 for preset in options.algorithms:
-                    times[preset].append(_timed(module, data, qconfig, preset))
+                    times[preset].append(_timed(module, data, preset))
             if peer is not None:
                 peer.communicate()
         theirs = statistics.median(t["seconds"] for t in times["NNCF"]) if "NNCF" in times else None
@@ -84,11 +84,15 @@ def _row(model: str, what: str, measured: list[dict[str, float]], theirs: float 
     return row | {"to NNCF": ratio, "holds": not slow and row["seconds"] <= MOST_S, "rounds": seconds}
 
 
-def _timed(module: torch.nn.Module, data: Data, qconfig: str, preset: str) -> dict[str, float]:
+def _timed(module: torch.nn.Module, data: Data, preset: str) -> dict[str, float]:
     """Seconds of the stages up to the program, and of everything that `quantize` does."""
     started, cpu = time.perf_counter(), time.process_time()
     model = quantflow.quantize(
-        module, data.calibration, evaluation=[data.calibration[0].head(1)], qconfig=qconfig, algorithms=preset
+        module,
+        data.calibration,
+        evaluation=[data.calibration[0].head(1)],
+        qconfig="affine_uint8",
+        algorithms=preset,
     )
     whole, cpu = time.perf_counter() - started, time.process_time() - cpu
     stages = {stage["name"]: stage["seconds"] for stage in model.results["stages"]}

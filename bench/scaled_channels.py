@@ -25,6 +25,7 @@ from bench.reporting import arguments, console, show, show_machine, write
 from quantflow.evaluate import evaluate
 from quantflow.numerics.measures import sqnr_db
 
+QCONFIG = "affine_uint8"
 COLUMNS = ("channels", "algorithms", "sqnr_db", "agreement", "to unscaled", "float sqnr_db")
 #: #4: with `fast`, the scaled model may lose so much against the unscaled one.
 MOST_LOSS_DB = 1.0
@@ -102,7 +103,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     found = show_machine()
-    module, data, qconfig, outputs = MODELS["lite0"](options.smoke)
+    module, data, outputs = MODELS["lite0"](options.smoke)
     modules = {"as they are": module} | {
         name: scaled(module, name == "everything", options.seed) for name in ("streams", "everything")
     }
@@ -113,7 +114,7 @@ def main() -> int:
             same = sqnr_db(module(probe), each(probe))
         for preset in options.algorithms:
             model = quantflow.quantize(
-                each, data.calibration, evaluation=[data.calibration[0].head(1)], qconfig=qconfig, algorithms=preset
+                each, data.calibration, evaluation=[data.calibration[0].head(1)], qconfig=QCONFIG, algorithms=preset
             )
             figures = evaluate(module, model, data.evaluation, outputs=outputs)
             unscaled = next((r["sqnr_db"] for r in rows if r["algorithms"] == preset), figures["sqnr_db"])
@@ -123,7 +124,7 @@ def main() -> int:
                 | {"float sqnr_db": same, "notices": model.results["notices"]}
             )
             console.print(f"{name}, {preset}: {figures['sqnr_db']:.2f} dB")
-    show(f"EfficientNet-Lite0, {qconfig}, seed {options.seed}", rows, COLUMNS)
+    show(f"EfficientNet-Lite0, {QCONFIG}, seed {options.seed}", rows, COLUMNS)
     worst = min((row["to unscaled"] for row in rows if row["algorithms"] == "fast"), default=math.inf)
     write(options.json, {"question": "scaled_channels", "machine": found, "results": rows})
     return 1 if worst < -MOST_LOSS_DB and not options.smoke else 0

@@ -7,7 +7,7 @@ Kernels are compared on random and on nasty input (odd sizes, size 1, extremes, 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,12 +158,14 @@ def _compare_model(row: Row, module: nn.Module, x: torch.Tensor, backend: str) -
         row.failures.append(f"left to torch: {runner.in_torch}")
 
 
-def quantized_program(module: nn.Module, x: torch.Tensor, qconfig: QConfig | None = None) -> Program:
-    """The int8 program of a small module, calibrated on x alone."""
+def quantized_program(
+    module: nn.Module, x: torch.Tensor, qconfig: QConfig | None = None, layers: Mapping[str, str] | None = None
+) -> Program:
+    """The int8 program of a small module, calibrated on x alone; `layers` as in a recipe."""
     batches = list(as_batches([x]))
     qconfig = qconfig or QConfig()
     graph = capture(module.eval(), batches[0], ModeSettings())
-    plan = make_plan(graph, qconfig, {}, mode="export", kernel_of=kernel_of, recipe_name="selftest")
+    plan = make_plan(graph, qconfig, layers, mode="export", kernel_of=kernel_of, recipe_name="selftest")
     prepared = prepare(graph, plan, None)
     return convert(prepared, calibrate(prepared, batches, key="selftest"))
 
@@ -332,6 +334,7 @@ def _float_cases() -> Iterator[Case]:
     image, rows, heads = torch.randn(2, 6, 9, 7), torch.randn(3, 17, 96), torch.randn(2, 3, 33, 32)
     weights = {"g": torch.randn(96), "h": torch.randn(96), "c": torch.rand(6) + 0.5, "d": torch.randn(6)}
     weights |= {"table": torch.randn(50, 24), "lw": torch.randn(40, 96), "lb": torch.randn(40)}
+    weights |= {"cw": torch.randn(8, 6, 3, 3), "cb": torch.randn(8), "dw": torch.randn(6, 1, 3, 3)}
 
     def aten(kernel: str, target: str, *args: Any, **inputs: torch.Tensor) -> Case:
         node = Node("op", "aten", "y", args, target=target)
@@ -348,6 +351,12 @@ def _float_cases() -> Iterator[Case]:
     yield aten("matmul", "matmul.default", Ref("a"), Ref("b"), a=heads, b=heads.transpose(2, 3).contiguous())
     yield aten("matmul", "matmul.default", Ref("a"), Ref("b"), a=torch.randn(5, 7), b=torch.randn(7))
     yield aten("float linear", "linear.default", Ref("x"), TensorRef("lw"), TensorRef("lb"), x=rows)
+    yield aten(
+        "float convolution", "conv2d.default", Ref("x"), TensorRef("cw"), TensorRef("cb"), [2, 1], [1, 0], x=image
+    )
+    yield aten(
+        "float convolution", "conv2d.default", Ref("x"), TensorRef("dw"), None, [1, 1], [1, 1], [1, 1], 6, x=image
+    )
     yield aten("batch_norm", "batch_norm.default", Ref("x"), c, d, d, c, False, 0.1, 1e-5, True, x=image)
     yield aten("embedding", "embedding.default", TensorRef("table"), Ref("i"), i=torch.randint(0, 50, (2, 9)))
     for name in ("relu", "gelu", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "exp", "neg", "abs", "erf"):

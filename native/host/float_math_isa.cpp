@@ -270,6 +270,38 @@ static void gemm(const GemmBlock& g) {
     }
 }
 
+// Depthwise convolutions ---------------------------------------------------------------------------------------
+
+constexpr Int kHeldTaps = 25;  // of a 5 x 5 window: in registers or the first level cache
+
+// `n`: channels of this vector, W or fewer; known at compile time where it is W.
+template <bool is_full>
+static inline void depthwise_channels(const DepthwiseRun& r, Int c, int n) {
+    const auto load = [n](const float* p) { return is_full ? V::load(p) : V::load(p, n, zero()); };
+    const F start = r.bias != nullptr ? load(r.bias + c) : zero();
+    for (Int first = 0; first == 0 || first < r.taps; first += kHeldTaps) {
+        const Int taps = smaller<Int>(kHeldTaps, r.taps - first);
+        F w[kHeldTaps];
+        for (Int t = 0; t < taps; ++t) w[t] = load(r.w + r.w_offsets[first + t] + c);
+        for (Int p = 0; p < r.pixels; ++p) {
+            float* const y = r.y + p * r.y_step + c;
+            const float* const x = r.x + p * r.x_step + c;
+            F sum = first == 0 ? start : load(y);
+            for (Int t = 0; t < taps; ++t) sum = V::fma(w[t], load(x + r.x_offsets[first + t]), sum);
+            if (is_full)
+                V::store(y, sum);
+            else
+                V::store(y, sum, n);
+        }
+    }
+}
+
+static void depthwise(const DepthwiseRun& r) {
+    Int c = 0;
+    for (; c + W <= r.channels; c += W) depthwise_channels<true>(r, c, W);
+    if (c < r.channels) depthwise_channels<false>(r, c, static_cast<int>(r.channels - c));
+}
+
 // Attention ----------------------------------------------------------------------------------------------------
 
 // Keys are taken in blocks, so that their panels, their values and the scores of some rows stay in the second level
@@ -628,7 +660,7 @@ static void map(Elementary function, const float* x, Int n, float* y) {
 
 const FloatKernels& float_kernels() {
     static constexpr FloatKernels kernels = {
-        kRows,       kColumns,        load,           store, pack, gemm, attention_scratch, attention,
+        kRows,       kColumns,        load,           store, pack, gemm, depthwise, attention_scratch, attention,
         softmax_row, softmax_columns, layer_norm_row, map,
     };
     return kernels;

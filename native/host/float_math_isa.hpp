@@ -38,6 +38,18 @@ struct GemmBlock {
     const float* bias;  // n, or null
 };
 
+// y[p][c] = bias[c] + sum_t w[w_offsets[t] + c] * x[p * x_step + x_offsets[t] + c] for dense channels c.
+struct DepthwiseRun {
+    const float* x;
+    std::int64_t x_step;
+    const float* w;
+    const std::int64_t *x_offsets, *w_offsets;
+    std::int64_t taps;
+    const float* bias;  // channels, or null
+    float* y;
+    std::int64_t y_step, pixels, channels;
+};
+
 enum class Mask : std::uint8_t { none, f32, b8 };
 
 // One head of softmax(scale * q @ k.T + mask) @ v, over rows of q, mask and y.
@@ -64,6 +76,7 @@ struct FloatKernels {
     // B (k, n) into panels of (k, tile_columns), the last one filled up with 0.
     void (*pack)(const RealMatrix& b, std::int64_t k, std::int64_t n, float* panels);
     void (*gemm)(const GemmBlock&);
+    void (*depthwise)(const DepthwiseRun&);
 
     // Floats of scratch memory that `attention` needs for at most `rows` rows.
     std::int64_t (*attention_scratch)(const AttentionHead&, std::int64_t rows);

@@ -43,6 +43,10 @@ public:
                                        const Tensor& y) override {
         return host::make_float_linear(pool_, x, w, bias, y);
     }
+    std::unique_ptr<Step> float_conv(const ConvGeometry& g, const Tensor& x, const Tensor& w, const Tensor* bias,
+                                     const Tensor& y) override {
+        return host::make_float_conv(pool_, g, x, w, bias, y);
+    }
     std::unique_ptr<Step> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor* mask, bool causal,
                                     float scale, const Tensor& y) override {
         return host::make_attention(pool_, q, k, v, mask, causal, scale, y);

@@ -18,6 +18,8 @@ StepPtr make_int8_matmul(ThreadPool&, const Tensor& a, const Tensor& b, float al
 // float_math.cpp
 StepPtr make_float_matmul(ThreadPool&, const Tensor& a, const Tensor& b, float alpha, const Tensor& y);
 StepPtr make_float_linear(ThreadPool&, const Tensor& x, const Tensor& w, const Tensor* bias, const Tensor& y);
+StepPtr make_float_conv(ThreadPool&, const ConvGeometry&, const Tensor& x, const Tensor& w, const Tensor* bias,
+                        const Tensor& y);
 StepPtr make_attention(ThreadPool&, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor* mask, bool causal,
                        float scale, const Tensor& y);
 StepPtr make_softmax(ThreadPool&, const Tensor& x, int axis, const Tensor& y);

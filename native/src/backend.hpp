@@ -113,6 +113,10 @@ public:
     // f32 linear: y = x @ w.T + bias. x (*, in) f32 row-major, w (out, in) and bias (out) constant or null, y f32.
     virtual std::unique_ptr<Step> float_linear(const Tensor& x, const Tensor& w, const Tensor* bias,
                                                const Tensor& y) = 0;
+    // f32 convolution over 1 to 3 spatial dimensions: x and y channels_last, w (out, in / groups, *kernel) row-major and
+    // bias (out) constant or null.
+    virtual std::unique_ptr<Step> float_conv(const ConvGeometry&, const Tensor& x, const Tensor& w, const Tensor* bias,
+                                             const Tensor& y) = 0;
     // softmax(scale * q @ k.T + mask) @ v. q (..., L, E), k (..., S, E), v (..., S, F), real operands of any strides
     // with equal batch dimensions; mask: null or f32 or b8 (false hides), broadcast by stride 0 to (..., L, S);
     // causal: position i sees j <= i. y (..., L, F) real result, any strides.

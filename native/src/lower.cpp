@@ -945,6 +945,7 @@ private:
             {"where", &Lowering::where}, {"masked_fill", &Lowering::masked_fill},
             {"to", &Lowering::convert}, {"_to_copy", &Lowering::convert}, {"type_as", &Lowering::convert},
             {"matmul", &Lowering::matmul}, {"bmm", &Lowering::matmul}, {"linear", &Lowering::float_linear},
+            {"conv1d", &Lowering::float_conv}, {"conv2d", &Lowering::float_conv}, {"conv3d", &Lowering::float_conv},
             {"scaled_dot_product_attention", &Lowering::attention},
             {"softmax", &Lowering::softmax}, {"_softmax", &Lowering::softmax},
             {"layer_norm", &Lowering::layer_norm}, {"rms_norm", &Lowering::rms_norm},
@@ -1737,6 +1738,53 @@ private:
         std::optional<Tensor> tb;
         if (bias) tb = tensor(*bias);
         emit(backend_.float_linear(tensor(x), tw, tb ? &*tb : nullptr, tensor(y)), {&x, &w, &y, bias ? &*bias : nullptr});
+        define(n.output, y);
+    }
+
+    void float_conv(const Node& n) {
+        const View w = operand(1, "weight");
+        std::optional<View> bias;
+        if (has(2, "bias")) bias = operand(2, "bias");
+        const auto is_constant = [this](const View& v) {
+            return buffers_[static_cast<std::size_t>(v.buffer)].place == Place_::constant && v.dtype == DType::f32;
+        };
+        if (!is_constant(w) || (bias && !is_constant(*bias))) throw Unsupported("a weight that is computed at run time");
+        if (w.rank() < 3 || w.rank() > 5 || w.strides != row_major(w.dims)) throw Unsupported("a weight of this layout");
+        if (n.target.find(".padding") != std::string::npos) throw Unsupported("padding by name");
+        const auto spatial = static_cast<std::size_t>(w.rank()) - 2;
+        const auto each = [&](std::size_t position, const char* name, std::int64_t fallback) {
+            Dims values = integers(position, name, Dims{fallback});
+            if (values.size() == 1) values.resize(spatial, values[0]);
+            if (values.size() != spatial) throw Error(std::string(name) + " of another number of dimensions");
+            return values;
+        };
+        ConvGeometry g;
+        g.stride = each(3, "stride", 1);
+        g.padding = each(4, "padding", 0);
+        g.dilation = each(5, "dilation", 1);
+        g.groups = integer(6, "groups", 1);
+        View x = as_f32(operand(0, "input"));
+        if (x.rank() != w.rank()) throw Unsupported("a convolution without a batch dimension");
+        if (g.groups < 1 || w.dims[0] % g.groups != 0 || x.dims[1] != w.dims[1] * g.groups)
+            throw Error("takes other channels than it gets");
+        Dims dims = x.dims;
+        dims[1] = w.dims[0];
+        for (std::size_t i = 0; i < spatial; ++i) {
+            constexpr std::int64_t most = std::int64_t{1} << 31;  // far from overflow
+            if (g.stride[i] < 1 || g.dilation[i] < 1 || g.padding[i] < 0 ||
+                std::max({g.stride[i], g.dilation[i], g.padding[i]}) > most)
+                throw Error("an illegal stride, padding or dilation");
+            const std::int64_t room = x.dims[i + 2] + 2 * g.padding[i] - g.dilation[i] * (w.dims[i + 2] - 1) - 1;
+            if (room < 0) throw Error("its input is smaller than its kernel");
+            dims[i + 2] = room / g.stride[i] + 1;
+        }
+        x = in_channels_last(x);
+        View y = allocate(DType::f32, dims, channels_last(dims));
+        if (dims_empty(dims) || dims_empty(w.dims)) throw Unsupported("an empty convolution");
+        const Tensor tw = tensor(w);
+        std::optional<Tensor> tb;
+        if (bias) tb = tensor(*bias);
+        emit(backend_.float_conv(g, tensor(x), tw, tb ? &*tb : nullptr, tensor(y)), {&x, &w, &y, bias ? &*bias : nullptr});
         define(n.output, y);
     }
 

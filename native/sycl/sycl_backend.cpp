@@ -60,6 +60,9 @@ public:
     StepPtr float_linear(const Tensor& x, const Tensor& w, const Tensor* bias, const Tensor& y) override {
         return locked([&] { return xpu::make_float_linear(device_, x, w, bias, y); });
     }
+    StepPtr float_conv(const ConvGeometry&, const Tensor&, const Tensor&, const Tensor*, const Tensor&) override {
+        throw Unsupported("a float convolution on this device");
+    }
     StepPtr attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor* mask, bool causal, float scale,
                       const Tensor& y) override {
         return locked([&] { return xpu::make_attention(device_, q, k, v, mask, causal, scale, y); });

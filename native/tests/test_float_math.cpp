@@ -295,6 +295,82 @@ void test_linear(ThreadPool& pool) {
     end_group("float linear");
 }
 
+// Convolution --------------------------------------------------------------------------------------------------
+
+// Channels-last memory, seen with channels as dimension 1.
+Tensor channels_second(const Value& v) {
+    Tensor t = v.t;
+    t.dims.insert(t.dims.begin() + 1, t.dims.back());
+    t.dims.pop_back();
+    t.strides.insert(t.strides.begin() + 1, t.strides.back());
+    t.strides.pop_back();
+    return t;
+}
+
+void test_conv(ThreadPool& pool) {
+    struct Case {
+        Int batch, in, out, groups;
+        std::vector<Int> size, kernel, stride, padding, dilation;
+    };
+    const Case cases[] = {
+        {2, 3, 32, 1, {17, 13}, {3, 3}, {2, 2}, {1, 1}, {1, 1}},    // a stem
+        {1, 16, 96, 1, {14, 14}, {1, 1}, {1, 1}, {0, 0}, {1, 1}},   // pointwise
+        {3, 16, 24, 1, {9, 7}, {1, 1}, {2, 2}, {0, 0}, {1, 1}},     // pointwise with a stride
+        {1, 40, 40, 40, {12, 11}, {3, 3}, {1, 1}, {1, 1}, {1, 1}},  // depthwise
+        {2, 33, 33, 33, {10, 9}, {5, 5}, {2, 2}, {2, 2}, {1, 1}},
+        {1, 16, 16, 16, {8, 8}, {7, 7}, {1, 1}, {3, 3}, {1, 1}},    // more taps than are held
+        {1, 8, 8, 8, {3, 2}, {3, 3}, {1, 1}, {4, 4}, {1, 1}},       // windows of padding alone
+        {1, 8, 16, 8, {6, 6}, {3, 3}, {1, 1}, {1, 1}, {1, 1}},      // two outputs per channel
+        {2, 12, 6, 3, {7, 9}, {3, 2}, {1, 2}, {0, 1}, {2, 1}},      // groups, dilation
+        {1, 5, 7, 1, {1, 1}, {1, 1}, {1, 1}, {0, 0}, {1, 1}},
+        {2, 6, 5, 1, {19}, {4}, {3}, {2}, {2}},
+        {1, 17, 17, 17, {23}, {3}, {1}, {1}, {1}},
+        {1, 3, 4, 1, {4, 5, 6}, {2, 3, 2}, {1, 2, 1}, {1, 0, 1}, {1, 1, 2}},
+        {1, 4, 4, 4, {4, 5, 6}, {3, 3, 3}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}},
+        {1, 64, 70, 1, {12, 12}, {3, 3}, {1, 1}, {1, 1}, {1, 1}},
+    };
+    for (const Case& c : cases)
+        for (bool with_bias : {true, false}) {
+            const std::size_t n = c.size.size();
+            std::vector<Int> x_dims{c.batch}, y_dims{c.batch}, w_dims{c.out, c.in / c.groups};
+            for (std::size_t d = 0; d < n; ++d) {
+                x_dims.push_back(c.size[d]);
+                w_dims.push_back(c.kernel[d]);
+                y_dims.push_back((c.size[d] + 2 * c.padding[d] - c.dilation[d] * (c.kernel[d] - 1) - 1) / c.stride[d] + 1);
+            }
+            x_dims.push_back(c.in);
+            y_dims.push_back(c.out);
+            const Value x(x_dims), w(w_dims), bias({c.out}), y(y_dims);
+            ConvGeometry g;
+            g.stride = c.stride;
+            g.padding = c.padding;
+            g.dilation = c.dilation;
+            g.groups = c.groups;
+            auto step = host::make_float_conv(pool, g, channels_second(x), w.t, with_bias ? &bias.t : nullptr,
+                                              channels_second(y));
+            step->run();
+            step->run();
+            for_each(y.t.dims, [&](const Dims& at) {
+                const Int o = at.back(), group = o / (c.out / c.groups);
+                double sum = with_bias ? bias({o}) : 0;
+                Dims own = w_dims;
+                own[0] = 1;
+                for_each(own, [&](Dims tap) {
+                    tap[0] = o;
+                    Dims from{at[0]};
+                    for (std::size_t d = 0; d < n; ++d) {
+                        from.push_back(at[d + 1] * c.stride[d] - c.padding[d] + tap[d + 2] * c.dilation[d]);
+                        if (from.back() < 0 || from.back() >= c.size[d]) return;
+                    }
+                    from.push_back(group * (c.in / c.groups) + tap[1]);
+                    sum += x(from) * w(tap);
+                });
+                check("convolution", y, at, sum, 1e-4);
+            });
+        }
+    end_group("float convolution");
+}
+
 // Attention ----------------------------------------------------------------------------------------------------
 
 void check_attention(const char* what, const Value& q, const Value& k, const Value& v, const Value* mask, bool causal,
@@ -649,6 +725,7 @@ int run_all() {
         std::printf("%d thread(s)\n", threads);
         test_matmul(pool);
         test_linear(pool);
+        test_conv(pool);
         test_attention(pool);
         test_softmax(pool);
         test_layer_norm(pool);

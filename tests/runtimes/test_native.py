@@ -224,6 +224,35 @@ def test_what_has_no_kernel_runs_in_torch_between_sections() -> None:
     assert all(row["ms"] > 0 for row in rows)
 
 
+class FloatConvolutions(nn.Module):
+    """One int8 layer, and float convolutions of every kind around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3, stride=2, padding=1)
+        self.int8 = nn.Conv2d(12, 12, 1)
+        self.depthwise = nn.Conv2d(12, 12, 5, padding=2, groups=12)
+        self.grouped = nn.Conv2d(12, 6, (3, 2), padding=(1, 0), dilation=(1, 2), groups=3, bias=False)
+        self.row = nn.Conv1d(6, 4, 3, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.int8(torch.relu(self.stem(x)))
+        x = self.grouped(torch.relu(self.depthwise(x)))
+        return self.row(x.flatten(2))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_float_convolutions_are_native(batch: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(batch, 3, 17, 14)
+    layers = dict.fromkeys(("stem", "depthwise", "grouped", "row"), "float")
+    program = quantized_program(FloatConvolutions(), x, layers=layers)
+    runner = NativeRunner(program)
+    assert sqnr_db(ReferenceRunner(program)([x]), runner([x])) > 60
+    assert not runner.in_torch
+    assert runner.int8_layers() == 1
+
+
 class SamePadding(nn.Module):
     """Padded as TensorFlow does it, more on one side: around reals, around codes, in front of every kind of kernel."""
 
