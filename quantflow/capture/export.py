@@ -14,8 +14,20 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 
 from quantflow.data.batch import Batch
 from quantflow.errors import CaptureError
-from quantflow.graph import Graph, Input, name_layers
+from quantflow.graph import Graph, Input, arguments, name_layers, op_name
 from quantflow.passes.normalize import simplify
+
+#: Ops that every pass knows by these names, and that make new tensors.
+_FRESH = frozenset(
+    [
+        "conv1d", "conv2d", "conv3d", "linear", "batch_norm", "relu", "relu6", "hardtanh", "hardswish", "hardsigmoid",
+        "silu", "sigmoid", "tanh", "gelu", "leaky_relu", "add", "sub", "mul", "div", "cat", "mean", "max_pool1d",
+        "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+    ]
+)  # fmt: skip
+#: And those whose result may be their operand's own memory.
+_VIEWS = frozenset(["flatten", "view", "reshape", "permute", "transpose", "contiguous", "dropout"])
 
 
 def capture_export(model: nn.Module | torch.export.ExportedProgram, example: Batch) -> Graph:
@@ -37,9 +49,12 @@ def capture_export(model: nn.Module | torch.export.ExportedProgram, example: Bat
             if example.size != 1:
                 raise
             program = _export(model, example)  # code for one sample at a time
-    with _without_noise(), torch.no_grad():
-        program = program.run_decompositions({})
-    return simplify(_to_graph(program))
+    if not _is_plain(program):
+        with _without_noise(), torch.no_grad():
+            program = program.run_decompositions({})
+    graph = _to_graph(program)
+    _take_out_of_place(graph.fx)
+    return simplify(graph)
 
 
 def _export(model: nn.Module, batch: Batch) -> torch.export.ExportedProgram:
@@ -52,6 +67,53 @@ def _export(model: nn.Module, batch: Batch) -> torch.export.ExportedProgram:
             f"mode: torch.export can't capture {type(model).__name__}: {_first_line(error)}; "
             "try mode=torchscript (traces one path through the code) or mode=imperative"
         ) from error
+
+
+def _is_plain(program: torch.export.ExportedProgram) -> bool:
+    """Whether the program is functional as it stands, but for activations in place, and of ops that need no other form.
+
+    Decomposing a program takes longer than exporting it, and for most convolutional nets it changes nothing.
+    """
+    signature = program.graph_signature
+    if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
+        return False
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        name = op_name(node)
+        if not isinstance(node.target, torch._ops.OpOverload) or name.removesuffix("_") not in _FRESH | _VIEWS:
+            return False
+        if name in ("batch_norm", "dropout") and arguments(node)["train" if name == "dropout" else "training"]:
+            return False
+        if node.target._schema.is_mutable and not _owns_its_operand(node):
+            return False
+    return True
+
+
+def _owns_its_operand(node: fx.Node) -> bool:
+    """Whether what the op writes into is a tensor that an op made, and that nothing else sees under another name."""
+    x = node.args[0]
+    if not isinstance(x, fx.Node) or x.op != "call_function":
+        return False
+    return op_name(x).removesuffix("_") in _FRESH and not any(op_name(user) in _VIEWS for user in x.users)
+
+
+def _take_out_of_place(graph: fx.Graph) -> None:
+    """relu_(x) as relu(x), which everything behind it reads in place of x."""
+    seen: set[fx.Node] = set()
+    for node in graph.nodes:
+        seen.add(node)
+        if (
+            node.op != "call_function"
+            or not getattr(node.target, "_schema", None)
+            or not node.target._schema.is_mutable
+        ):
+            continue
+        x = node.args[0]
+        node.target = getattr(getattr(torch.ops.aten, op_name(node).removesuffix("_")), node.target._overloadname)
+        for user in list(x.users):
+            if user not in seen:
+                user.replace_input_with(x, node)
 
 
 @contextlib.contextmanager

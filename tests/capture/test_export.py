@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from quantflow.capture import SCRIPT_S, at_least_two, capture_export, likely_seconds, plain
+from quantflow.capture import SCRIPT_S, at_least_two, capture_export, export, likely_seconds, plain
 from quantflow.capture.export import plain_attention
 from quantflow.data.batch import Batch
 from quantflow.errors import CaptureError
-from quantflow.graph import Graph, interpret, is_aten
+from quantflow.graph import Graph, interpret, is_aten, op_name
 from quantflow.schema import ModeSettings
 
 
@@ -167,3 +169,54 @@ def test_how_long_it_will_take_grows_with_the_modules() -> None:
     assert likely_seconds(model, ModeSettings(kind="imperative")) == likely_seconds(model, export)
     exported = torch.export.export(model.eval(), (torch.randn(2, 3, 8, 8),))
     assert likely_seconds(model, ModeSettings(kind="torchscript")) == likely_seconds(exported, export) == SCRIPT_S
+
+
+class InPlace(nn.Module):
+    """Writes in place in a way that `how` tells, and reads what it wrote under the old name."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = self.norm(self.conv(x))
+        if self.how == "activation":
+            before = y * 2
+            z = torch.relu_(y)
+            return before + y * 3 + z
+        if self.how == "sum":
+            z = torch.relu(y)
+            z += y
+            return F.hardtanh_(z, -1.0, 0.5).flatten(1), z
+        if self.how == "seen through a view":
+            rows = y.flatten(1)
+            y.relu_()
+            return rows
+        y[:, 0].relu_()
+        return y
+
+
+@pytest.mark.parametrize(
+    ("how", "is_plain"),
+    [
+        ("activation", True),
+        ("sum", True),
+        ("seen through a view", False),
+        ("of a part", False),
+    ],
+)
+def test_writing_in_place_means_the_same(how: str, is_plain: bool) -> None:
+    torch.manual_seed(0)
+    model, x = InPlace(how).eval(), torch.randn(3, 3, 5, 5)
+    assert export._is_plain(export._export(model, Batch((x,)))) is is_plain
+    graph = capture_export(model, Batch((x,)))
+    assert not any(n.op == "call_function" and op_name(n).endswith("_") for n in graph.fx.nodes)
+    with torch.no_grad():
+        wanted, found = model(x), interpret(graph, [x])
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(interpret(graph, [x[:1]]), _first(wanted))
+
+
+def _first(output: Any) -> Any:
+    return tuple(map(_first, output)) if isinstance(output, tuple) else output[:1]
