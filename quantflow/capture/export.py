@@ -49,12 +49,13 @@ def capture_export(model: nn.Module | torch.export.ExportedProgram, example: Bat
             if example.size != 1:
                 raise
             program = _export(model, example)  # code for one sample at a time
-    if not _is_plain(program):
-        with _without_noise(), torch.no_grad():
-            program = program.run_decompositions({})
-    graph = _to_graph(program)
-    _take_out_of_place(graph.fx)
-    return simplify(graph)
+    if _is_plain(program):
+        graph = _to_graph(program)
+        _take_out_of_place(graph.fx)
+        return simplify(graph)
+    with _without_noise(), torch.no_grad():
+        program = program.run_decompositions({})
+    return simplify(_to_graph(program))
 
 
 def _export(model: nn.Module, batch: Batch) -> torch.export.ExportedProgram:
@@ -77,7 +78,8 @@ def _is_plain(program: torch.export.ExportedProgram) -> bool:
     signature = program.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         return False
-    for node in program.graph.nodes:
+    place = {node: index for index, node in enumerate(program.graph.nodes)}
+    for node in place:
         if node.op != "call_function":
             continue
         name = op_name(node)
@@ -85,17 +87,30 @@ def _is_plain(program: torch.export.ExportedProgram) -> bool:
             return False
         if name in ("batch_norm", "dropout") and arguments(node)["train" if name == "dropout" else "training"]:
             return False
-        if node.target._schema.is_mutable and not _owns_its_operand(node):
+        if _writes_in_place(node) and not _owns_its_operand(node, place):
             return False
     return True
 
 
-def _owns_its_operand(node: fx.Node) -> bool:
-    """Whether what the op writes into is a tensor that an op made, and that nothing else sees under another name."""
-    x = node.args[0]
-    if not isinstance(x, fx.Node) or x.op != "call_function":
+def _writes_in_place(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _owns_its_operand(node: fx.Node, place: Mapping[fx.Node, int]) -> bool:
+    """Whether what the op writes into is a tensor that an op made, and no view of it was taken before."""
+    made = node.args[0]
+    while isinstance(made, fx.Node) and _writes_in_place(made):
+        made = made.args[0]
+    if not isinstance(made, fx.Node) or op_name(made) not in _FRESH:
         return False
-    return op_name(x).removesuffix("_") in _FRESH and not any(op_name(user) in _VIEWS for user in x.users)
+    aliases = [made]
+    for alias in aliases:
+        for user in alias.users:
+            if _writes_in_place(user) and user.args[0] is alias:
+                aliases.append(user)
+            elif op_name(user) in _VIEWS and place[user] < place[node]:
+                return False
+    return True
 
 
 def _take_out_of_place(graph: fx.Graph) -> None:
@@ -103,16 +118,10 @@ def _take_out_of_place(graph: fx.Graph) -> None:
     seen: set[fx.Node] = set()
     for node in graph.nodes:
         seen.add(node)
-        if (
-            node.op != "call_function"
-            or not getattr(node.target, "_schema", None)
-            or not node.target._schema.is_mutable
-        ):
-            continue
-        x = node.args[0]
-        node.target = getattr(getattr(torch.ops.aten, op_name(node).removesuffix("_")), node.target._overloadname)
-        for user in list(x.users):
-            if user not in seen:
+        if _writes_in_place(node):
+            x = node.args[0]
+            node.target = getattr(getattr(torch.ops.aten, op_name(node).removesuffix("_")), node.target._overloadname)
+            for user in [user for user in x.users if user not in seen]:
                 user.replace_input_with(x, node)
 
 

@@ -189,6 +189,15 @@ class InPlace(nn.Module):
             z = torch.relu(y)
             z += y
             return F.hardtanh_(z, -1.0, 0.5).flatten(1), z
+        if self.how == "twice":
+            z = torch.relu_(y)
+            double = z * 2
+            y += 1
+            return double, z.flatten(1), y
+        if self.how == "twice with a view between":
+            rows = torch.relu_(y).flatten(1)
+            y += 1
+            return rows
         if self.how == "seen through a view":
             rows = y.flatten(1)
             y.relu_()
@@ -202,6 +211,8 @@ class InPlace(nn.Module):
     [
         ("activation", True),
         ("sum", True),
+        ("twice", True),
+        ("twice with a view between", False),
         ("seen through a view", False),
         ("of a part", False),
     ],
