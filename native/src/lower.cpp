@@ -1778,9 +1778,9 @@ private:
             if (room < 0) throw Error("its input is smaller than its kernel");
             dims[i + 2] = room / g.stride[i] + 1;
         }
-        x = in_channels_last(x);
-        View y = allocate(DType::f32, dims, channels_last(dims));
         if (dims_empty(dims) || dims_empty(w.dims)) throw Unsupported("an empty convolution");
+        x = in_channels_last(x);
+        const View y = allocate(DType::f32, dims, channels_last(dims));
         const Tensor tw = tensor(w);
         std::optional<Tensor> tb;
         if (bias) tb = tensor(*bias);

@@ -1,6 +1,8 @@
 """Embedding tables in int8: a quarter of the bytes, dequantized row by row as they are looked up.
 
-W[i]  →  float(Q[i]) s[i],   s = max|W| / 127 and Q = round(W / s) per row
+    W[i]  →  float(Q[i]) s[i],   s = max|W| / 127 and Q = round(W / s) per row
+
+The ops are ATen's own, so that every runtime has them.
 """
 
 from __future__ import annotations
@@ -32,9 +34,14 @@ def int8_embeddings(graph: Graph) -> Graph:
             left.append(str(table.target))
             continue
         scale = weight_scale(weight.abs().amax(1))
-        codes = quantize_weight(weight, scale, 0)
+        halves = {"int8": quantize_weight(weight, scale, 0), "scale": scale.reshape(-1, 1)}
+        tables = [
+            add_constant(found.fx, constants, table, f"{table.target}.{half}", value) for half, value in halves.items()
+        ]
+        for half in tables:
+            half.meta["layer"] = half.target
         for lookup in lookups:
-            _look_up_codes(found.fx, constants, lookup, codes, scale)
+            _look_up_codes(found.fx, lookup, tables)
         found.fx.erase_node(table)
         del constants[str(table.target)]
         done += 1
@@ -44,15 +51,9 @@ def int8_embeddings(graph: Graph) -> Graph:
     return found.with_notes(*notes)
 
 
-def _look_up_codes(
-    graph: fx.Graph, constants: dict[str, torch.Tensor], lookup: fx.Node, codes: torch.Tensor, scale: torch.Tensor
-) -> None:
-    name, index = str(lookup.args[0].target), lookup.args[1]  # type: ignore[union-attr]
-    tables = [
-        add_constant(graph, constants, lookup, f"{name}.{part}", value)
-        for part, value in (("int8", codes), ("scale", scale.reshape(-1, 1)))
-    ]
-    shape, layer = lookup.meta["shape"], lookup.meta["layer"]
+def _look_up_codes(graph: fx.Graph, lookup: fx.Node, tables: list[fx.Node]) -> None:
+    """Replace a lookup by one in each of (codes, scales) and their product."""
+    index, shape, layer = lookup.args[1], lookup.meta["shape"], lookup.meta["layer"]
     with graph.inserting_before(lookup):
         rows, steps = (graph.call_function(aten.embedding.default, (table, index)) for table in tables)
         values = graph.call_function(aten._to_copy.default, (rows,), {"dtype": torch.float32})
@@ -61,7 +62,5 @@ def _look_up_codes(
     steps.meta = {**lookup.meta, "shape": (*shape[:-1], 1), "layer": f"{layer}.scale"}
     values.meta = {**lookup.meta, "layer": f"{layer}.float"}
     product.meta = {**lookup.meta, "layer": f"{layer}.dequantize"}
-    for table, part in zip(tables, ("int8", "scale"), strict=True):
-        table.meta["layer"] = f"{name}.{part}"
     lookup.replace_all_uses_with(product)
     graph.erase_node(lookup)

@@ -40,8 +40,8 @@ class PolicySettings(Settings):
     """Which ops beside convolutions and linears may run in int8 where codes are at hand; `layers` has precedence.
 
     An int8 add, mul or cat spares conversions and costs accuracy (`joins` in the results shows both). An int8 matmul is
-    one of two activations, as in attention. An int8 embedding is a table in a quarter of the bytes, whose rows are
-    dequantized as they are looked up; mode=imperative can't have it.
+    one of two activations, as in attention. `embedding: int8` is for all tables together, whatever `layers` says: each
+    takes a quarter of the bytes, and its rows are dequantized as they are looked up; mode=imperative can't have it.
     """
 
     add: Precision = "int8"

@@ -14,6 +14,7 @@ from quantflow.algorithms.activation_scale import activation_scale
 from quantflow.algorithms.unsigned import unsigned
 from quantflow.data.batch import Batch
 from quantflow.plan import nonnegative_values
+from quantflow.runtimes import RUNTIMES
 from quantflow.schema import ActivationScaleAlgorithm, LayerOverride, UnsignedAlgorithm
 
 Prepare = Callable[..., Any]
@@ -102,12 +103,9 @@ def test_ranges_are_searched_in_the_codes_that_it_left(
     }
 
 
-@pytest.mark.parametrize("mode", ["export", "torchscript", "imperative"])
-@pytest.mark.parametrize("runtime", ["native", "torch", "reference"])
+@pytest.mark.parametrize(("mode", "runtime"), [(mode, name) for name, e in RUNTIMES.items() for mode in e.modes])
 def test_runs_everywhere(images: list[Batch], mode: str, runtime: str) -> None:
     """Sums of signed and unsigned codes included; warm-up compares with the reference, layer by layer."""
-    if (mode, runtime) in (("imperative", "native"), ("torchscript", "reference")):
-        pytest.skip("this mode has no such runtime")
     algorithms = {"signed": [], "unsigned": [{"name": "unsigned", "guard": False}]}
     model = sums()
     found = {

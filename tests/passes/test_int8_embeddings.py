@@ -14,6 +14,7 @@ from quantflow.data.batch import Batch
 from quantflow.errors import RecipeError
 from quantflow.graph import interpret
 from quantflow.passes.int8_embeddings import int8_embeddings
+from quantflow.runtimes import RUNTIMES
 from quantflow.schema import Recipe
 
 
@@ -63,17 +64,33 @@ def test_rows_come_back_up_to_rounding() -> None:
     assert ((seen["words.dequantize"] - weight[rows]).abs() <= step[rows] / 2 + 1e-6).all()
 
 
+def test_a_table_that_is_read_twice_is_kept_once() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(50, 8)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.words(ids) - self.words(ids.flip(1))
+
+    torch.manual_seed(0)
+    model, x = Twice().eval(), ids() % 50
+    found = int8_embeddings(capture_export(model, Batch((x,))))
+    assert sorted(found.constants) == ["words.weight.int8", "words.weight.scale"]
+    torch.testing.assert_close(interpret(found, [x]), model(x).detach(), atol=0.05, rtol=0)
+
+
 def test_a_table_that_a_linear_reads_too_stays() -> None:
     found = int8_embeddings(capture_export(tagger(tied=True), Batch((ids(),))))
     assert found.notes[-2].endswith(": 0")
     assert "words.weight" in found.notes[-1] or "head.weight" in found.notes[-1]
 
 
-@pytest.mark.parametrize("mode", ["export", "torchscript"])
-@pytest.mark.parametrize("runtime", ["native", "torch", "reference"])
+@pytest.mark.parametrize(
+    ("mode", "runtime"),
+    [(mode, name) for name, entry in RUNTIMES.items() for mode in entry.modes if mode != "imperative"],
+)
 def test_the_model_is_smaller_and_as_good(mode: str, runtime: str, tmp_path: Path) -> None:
-    if (mode, runtime) == ("torchscript", "reference"):
-        pytest.skip("this mode has no such runtime")
     found, size = {}, {}
     for precision in ("float", "int8"):
         model = qf.quantize(
