@@ -9,7 +9,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,11 @@ from typing import Any
 import torch
 
 from quantflow.data.batch import Batch
+
+#: A spread beyond this share of the median comes from other work on the machine, not from the model.
+UNSTEADY = 0.5
+#: What its notices begin with.
+UNSTEADY_NOTICE = "benchmark: "
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,18 @@ def comparison(batch_size: int, timings: Mapping[str, Timing]) -> dict[str, Any]
     }
     speedup = timings["float"].median_ms / timings["int8"].median_ms
     return {"batch_size": batch_size, **measured, "speedup": speedup}
+
+
+def unsteady(configs: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """A notice for each of `comparison`'s entries whose times vary too much to be compared."""
+    return tuple(
+        f"{UNSTEADY_NOTICE}{name} at batch {config['batch_size']} took {config[name]['median_ms']:.3g} ms with a "
+        f"spread of {config[name]['spread_ms']:.3g} ms: other work had the cores meanwhile, so its times and the "
+        "speed-up mean little; repeat it on a quiet machine (task=benchmark artifact=DIR)"
+        for config in configs
+        for name in ("float", "int8")
+        if config[name]["spread_ms"] > UNSTEADY * config[name]["median_ms"]
+    )
 
 
 def throughput(batch_size: int, timing: Timing) -> float:

@@ -223,6 +223,7 @@ def _finished(
         *built.table.notices,
         *(notice for applied in built.algorithms for notice in applied.outcome.notices),
         *built.warmup.notices,
+        *timing.unsteady(_timed(results)),
         *([] if work is None else work.notices),
         *notices,
     ]
@@ -912,12 +913,20 @@ def _again(recipe: Recipe, overrides: Sequence[str]) -> int:
                 f"model: not the float model that '{recipe.artifact}' was made from ({error}); name that one"
             ) from error
     results = {**record.results, **fresh, "environment": environment()}
+    earlier = (n for n in record.results.get("notices", ()) if not n.startswith(timing.UNSTEADY_NOTICE))
+    results["notices"] = [*earlier, *timing.unsteady(_timed(results))]
     results |= judge(stored, results)
     if (baseline := _baseline(recipe)) is not None:
         results["baseline"] = beside(baseline, results)
     add_files(Path(recipe.artifact), replace(record, results=results).result_files())
     report.print_summary(console, results, artifact=recipe.artifact, quiet=stored.report.quiet)
     return EXIT_GATE if results["verdict"] == FAILED else EXIT_PASSED
+
+
+def _timed(results: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """One entry per batch size that was timed."""
+    configs: Sequence[Mapping[str, Any]] = (results.get("benchmark") or {}).get("configs", ())
+    return configs
 
 
 def _computing(compiled: Compiled) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from quantflow.benchmark import (
     resized,
     threads,
     throughput,
+    unsteady,
 )
 from quantflow.data.batch import Batch
 
@@ -96,6 +97,14 @@ def test_comparison_has_what_the_report_shows() -> None:
     assert config["speedup"] == 4
     assert config["int8"]["median_ms"] == 10
     assert config["int8"]["throughput_per_s"] == throughput(16, timings["int8"]) == 1600
+
+
+def test_times_that_other_work_disturbed_are_said_to_mean_little() -> None:
+    steady, disturbed = Timing(2.0, 1.9, 0.9, (2.0,), 1), Timing(4.0, 2.0, 2.1, (4.0,), 1)
+    assert unsteady([comparison(1, {"float": steady, "int8": steady})]) == ()
+    (notice,) = unsteady([comparison(16, {"float": disturbed, "int8": steady})])
+    assert "float at batch 16 took 4 ms with a spread of 2.1 ms" in notice
+    assert "task=benchmark" in notice
 
 
 def test_threads_are_restored_even_after_an_error() -> None:

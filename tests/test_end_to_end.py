@@ -22,6 +22,7 @@ from torch import nn
 
 import quantflow as qf
 from quantflow import cli
+from quantflow.benchmark import UNSTEADY_NOTICE, unsteady
 from quantflow.config import recipe_files
 from quantflow.quantized import Record
 
@@ -598,4 +599,6 @@ def test_the_tasks_of_an_artifact(mode: str, place: Path, capsys: pytest.Capture
     assert after["accuracy"]["samples"] == 7
     assert after["accuracy"]["per_layer"]
     assert [config["batch_size"] for config in after["benchmark"]["configs"]] == [2]
+    said = [notice for notice in after["notices"] if notice.startswith(UNSTEADY_NOTICE)]
+    assert said == list(unsteady(after["benchmark"]["configs"]))
     assert cli.run(["task=evaluate", *art, "gates.min_sqnr_db=200"]) == 3
