@@ -152,7 +152,8 @@ def reused_memory() -> Iterator[None]:
     """Has glibc keep what tensors free for the next ones.
 
     It returns large blocks to the system, and a batch's activations then cost the page faults of fresh memory in every
-    op: half the time of a small net's float pass. What was kept goes back at the end.
+    op: half the time of a small net's float pass. What was kept goes back at the end. It reaches the main thread; in
+    others, glibc maps blocks of 32 MiB and more whatever it is told.
     """
     try:
         glibc = ctypes.CDLL(None)
