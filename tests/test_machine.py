@@ -194,6 +194,7 @@ def test_a_run_times_alone_and_computes_beside_others(monkeypatch: pytest.Monkey
 FAULTS = """
 import resource
 import torch
+from quantflow.benchmark import current_memory_bytes
 from quantflow.machine import reused_memory
 
 def faults():
@@ -202,17 +203,18 @@ def faults():
         torch.empty(2**24).fill_(1.0)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-plain = faults()
+plain, start = faults(), current_memory_bytes()
 with reused_memory():
     faults()
-    kept = faults()
-print(plain, kept, faults())
+    print(plain, faults(), current_memory_bytes() - start)
+print(current_memory_bytes() - start)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
-def test_freed_memory_serves_the_next_tensor() -> None:
+def test_freed_memory_serves_the_next_tensor_and_goes_back() -> None:
     found = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True, check=True)
-    plain, kept, afterwards = map(int, found.stdout.split())
+    plain, kept, held, left = map(int, found.stdout.split())
     assert kept < plain / 4
-    assert afterwards > plain / 4, "as it was before"
+    assert held > 2**25
+    assert left < 2**24
