@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import fx
 
 from quantflow.calibrate import CalibrationTable
 from quantflow.graph import arguments, op_name
-from quantflow.numerics.affine import quantize
+from quantflow.numerics.affine import activation_qparams, dequantize, quantize
 from quantflow.passes.units import (
     ADD,
     AVG_POOL,
@@ -29,7 +29,15 @@ from quantflow.passes.units import (
 from quantflow.plan import PlannedUnit, nonnegative_values
 from quantflow.prepare import Prepared
 from quantflow.program import Node, Program, Ref, TensorRef, Value
-from quantflow.refined import LayerNumbers, Refined, float_numbers, left_over, product_qparams, unrefined
+from quantflow.refined import (
+    LayerNumbers,
+    Refined,
+    float_numbers,
+    left_over,
+    left_over_qparams,
+    product_limit,
+    unrefined,
+)
 
 
 def convert(prepared: Prepared, table: CalibrationTable, refined: Refined | None = None) -> Program:
@@ -42,6 +50,16 @@ def convert(prepared: Prepared, table: CalibrationTable, refined: Refined | None
         CalibrationError: the table lacks a value that the plan needs, or a weight holds NaN or Inf.
     """
     return _Converter(prepared, refined or unrefined(prepared, table)).run()
+
+
+@dataclass(frozen=True)
+class _Product:
+    """What a second term adds to a layer's sum: codes times a weight. `weights`: its tensors, as a node names them."""
+
+    name: str
+    x: Ref
+    numbers: LayerNumbers
+    weights: Mapping[str, Any]
 
 
 class _Converter:
@@ -57,6 +75,7 @@ class _Converter:
         self._tensors: dict[str, torch.Tensor] = {}
         self._converted: set[str] = set()
         self._nonnegative = nonnegative_values(prepared.plan)
+        self._moving = {p.unit.output: p for p in prepared.plan.units if p.is_int8 and p.unit.kind == SHAPE}
 
     def run(self) -> Program:
         emit = {CORE: self._linear, MATMUL: self._pair, ADD: self._pair, MUL: self._pair, CLAMP: self._clamp}
@@ -87,9 +106,30 @@ class _Converter:
         name = f"{node.name}.codes"
         if name not in self._converted:
             self._converted.add(name)
-            qparams = self._qparams[self._plan.codes[node.name]]
-            self._values[name] = Value(qparams)
+            self._values[name] = self._value(node)
             self._nodes.append(Node(f"{node.meta['layer']}.quantize", "quantize", name, (Ref(node.name),)))
+        return Ref(name)
+
+    def _left_over(self, node: fx.Node) -> Ref:
+        """What the operand's codes leave over of it, as codes of its own."""
+        name = f"{node.name}.rest"
+        if name in self._converted:
+            return Ref(name)
+        self._converted.add(name)
+        first, layer = self._as_codes(node), node.meta["layer"]
+        qparams = self._values[first.name].qparams
+        assert qparams is not None
+        self._values[name] = Value(left_over_qparams(qparams))
+        if node in self._moving:
+            rounded = lambda fill: float(dequantize(quantize(torch.tensor(fill), qparams), qparams))  # noqa: E731
+            self._move(self._moving[node], name, self._left_over, lambda fill: fill - rounded(fill))
+        else:
+            operands = Ref(node.name), Ref(f"{name}.first")
+            self._nodes += [
+                Node(f"{layer}.rest.dequantize", "dequantize", f"{name}.first", (first,)),
+                Node(f"{layer}.rest.sub", "aten", f"{name}.float", operands, target="sub.Tensor"),
+                Node(f"{layer}.rest.quantize", "quantize", name, (Ref(f"{name}.float"),)),
+            ]
         return Ref(name)
 
     def _as_float(self, node: fx.Node) -> Ref | TensorRef:
@@ -110,61 +150,83 @@ class _Converter:
         """Name the unit's output and, if it is written as codes, record how."""
         name = planned.unit.output.name
         if planned.writes_codes:
-            qparams = self._qparams[self._plan.codes[name]]
-            symmetric = qparams.dtype == "int8" and qparams.zero_point == 0
-            self._values[name] = Value(qparams, symmetric and name in self._nonnegative)
+            self._values[name] = self._value(planned.unit.output)
         return name
+
+    def _value(self, node: fx.Node) -> Value:
+        """How a graph value is held as codes."""
+        qparams = self._qparams[self._plan.codes[node.name]]
+        symmetric = qparams.dtype == "int8" and qparams.zero_point == 0
+        return Value(qparams, symmetric and node.name in self._nonnegative)
 
     # -- int8 units
 
     def _linear(self, planned: PlannedUnit) -> None:
         unit, numbers = planned.unit, self._layers[planned.unit.name]
-        low = None
-        if planned.qconfig.weight.terms == 2:
-            weight, bias = float_numbers(self._graph, planned)
-            low, numbers = left_over(weight, numbers), replace(numbers, bias=bias)
-        attrs: dict[str, Any] = {
-            "weight": self._store(f"{unit.name}.weight_int8", numbers.codes),
-            "weight_scale": self._store(f"{unit.name}.weight_scale", numbers.scale),
-            "bias": None if numbers.bias is None else self._store(f"{unit.name}.bias_float", numbers.bias),
-        }
+        x, residual = self._as_codes(unit.inputs[0]), None
+        if unit.residual is not None:
+            residual = self._as_codes(unit.residual)
+        geometry: dict[str, Any] = {}
         if unit.op != "linear":
             ops, dims = arguments(unit.anchor), numbers.codes.dim() - 2
-            attrs |= {key: _spread(ops[key], dims) for key in ("stride", "padding", "dilation")}
-            attrs["groups"] = ops["groups"]
-        x = self._as_codes(unit.inputs[0])
-        residual = None if unit.residual is None else self._as_codes(unit.residual)
+            geometry = {key: _spread(ops[key], dims) for key in ("stride", "padding", "dilation")}
+            geometry["groups"] = ops["groups"]
+        further: list[_Product] = []
+        if planned.qconfig.weight.terms == 2:
+            weight, bias = float_numbers(self._graph, planned)
+            low = left_over(weight, numbers)
+            numbers = replace(numbers, bias=bias)
+            further.append(_Product(f"{unit.name}.low", x, low, self._weights(f"{unit.name}.low", low)))
+        attrs = self._weights(unit.name, numbers)
+        if planned.qconfig.input_terms == 2:
+            rest = self._left_over(unit.inputs[0])
+            further.append(_Product(f"{unit.name}.rest", rest, numbers, attrs | {"bias": None}))
         output = self._define(planned)
         op = "linear" if unit.op == "linear" else "conv"
-        if low is not None:
-            residual = self._second_term(planned, op, low, x, residual, attrs)
+        if further:
+            residual = self._summed(op, further, self._values.get(output), residual, geometry)
+        attrs |= geometry
         self._nodes.append(Node(unit.name, op, output, (x, residual), epilogue=unit.epilogue, attrs=attrs))
 
-    def _second_term(
-        self, planned: PlannedUnit, op: str, low: LayerNumbers, x: Ref, residual: Ref | None, attrs: Mapping[str, Any]
+    def _weights(self, name: str, numbers: LayerNumbers) -> dict[str, Any]:
+        return {
+            "weight": self._store(f"{name}.weight_int8", numbers.codes),
+            "weight_scale": self._store(f"{name}.weight_scale", numbers.scale),
+            "bias": None if numbers.bias is None else self._store(f"{name}.bias_float", numbers.bias),
+        }
+
+    def _summed(
+        self,
+        op: str,
+        products: Sequence[_Product],
+        written: Value | None,
+        residual: Ref | None,
+        geometry: Mapping[str, Any],
     ) -> Ref:
-        """x times the weight's left-over, as codes that the layer itself takes for its residual.
+        """The sum of products of second terms, as codes that the layer itself takes for its residual.
 
         On top of a residual it is written in the residual's own scale, so that this is not rounded a second time.
+
+        Args:
+            written: how the layer's result is held, if as codes.
         """
-        name = f"{planned.unit.name}.low"
-        written = self._values.get(planned.unit.output.name)
         if residual is not None:
             value = self._values[residual.name]
         else:
+            limit = 0.0
+            for product in products:
+                qparams = self._values[product.x.name].qparams
+                assert qparams is not None
+                limit += product_limit(product.numbers, qparams, self._nonnegative_codes(product.x))
             dtype = written.qparams.dtype if written is not None and written.qparams is not None else "int8"
-            qparams = self._values[x.name].qparams
-            assert qparams is not None
-            value = Value(product_qparams(low, qparams, self._nonnegative_codes(x), dtype))
-        self._values[name] = replace(value, is_nonnegative=False)
-        second = {
-            **attrs,
-            "weight": self._store(f"{name}.weight_int8", low.codes),
-            "weight_scale": self._store(f"{name}.weight_scale", low.scale),
-            "bias": None,
-        }
-        self._nodes.append(Node(name, op, name, (x, residual), attrs=second))
-        return Ref(name)
+            value = Value(activation_qparams(-limit, limit, dtype=dtype, qscheme="symmetric"))
+        for product in products:
+            self._values[product.name] = replace(value, is_nonnegative=False)
+            attrs = {**product.weights, **geometry}
+            self._nodes.append(Node(product.name, op, product.name, (product.x, residual), attrs=attrs))
+            residual = Ref(product.name)
+        assert residual is not None
+        return residual
 
     def _nonnegative_codes(self, x: Ref) -> bool:
         qparams, value = self._values[x.name].qparams, self._values[x.name]
@@ -190,20 +252,30 @@ class _Converter:
 
     def _named(self, planned: PlannedUnit) -> None:
         """Ops that keep their ATen name and run on codes."""
+        self._move(planned, self._define(planned), self._as_codes)
+
+    def _move(
+        self,
+        planned: PlannedUnit,
+        output: str,
+        operand: Callable[[fx.Node], Ref],
+        filled: Callable[[float], float] = lambda fill: fill,
+    ) -> None:
+        """The unit's op on operands of any kind; `filled` is what stands around a padded one."""
         unit, node = planned.unit, planned.unit.anchor
         operands = set(unit.inputs)
-        args = fx.map_arg(node.args, lambda n: self._as_codes(n) if n in operands else Ref(n.name))
-        kwargs = fx.map_arg(node.kwargs, lambda n: self._as_codes(n) if n in operands else Ref(n.name))
-        output = self._define(planned)
+        args = fx.map_arg(node.args, lambda n: operand(n) if n in operands else Ref(n.name))
+        kwargs = fx.map_arg(node.kwargs, lambda n: operand(n) if n in operands else Ref(n.name))
         target = _target(node)
         if op_name(node) in ("constant_pad_nd", "pad"):
-            fill = float(arguments(node).get("value") or 0.0)
+            fill = filled(float(arguments(node).get("value") or 0.0))
             qparams = self._values[output].qparams
             assert qparams is not None
             args = (args[0], args[1], int(quantize(torch.tensor(fill), qparams)))
             kwargs, target = {}, "constant_pad_nd.default"
         op = {CAT: "cat", MAX_POOL: "max_pool", AVG_POOL: "avg_pool", SHAPE: "shape"}[unit.kind]
-        self._nodes.append(Node(unit.name, op, output, tuple(args), dict(kwargs), target=target))
+        name = unit.name if output == unit.output.name else f"{unit.name}.rest"
+        self._nodes.append(Node(name, op, output, tuple(args), dict(kwargs), target=target))
 
     # -- everything else
 

@@ -2,7 +2,8 @@
 
     int8 alone    every other layer float: the layer's own error, as it reaches the model's output
     float alone   every other layer int8: the error that is gone without it
-    two terms     the same with the layer's weight in two int8 terms, which a search may choose instead of float
+    weight terms  the same with the layer's weight in two int8 terms, which a search may choose instead of float
+    input terms   the same with the layer's input in two int8 terms
 
 All are programs as a run would make them, compared with the float model on calibration samples. The first two differ
 where errors of several layers cancel or add up; a search needs the second, an explanation the first.
@@ -16,13 +17,15 @@ from typing import Any
 
 from quantflow.errors import NothingQuantizedError
 from quantflow.journal import Journal
-from quantflow.workbench import FLOAT, TWO_TERMS, Candidate, Setting, Workbench
+from quantflow.workbench import FLOAT, INPUT_TERMS, WEIGHT_TERMS, Candidate, Setting, Workbench
 
 FORMAT = 1
 INT8_ALONE, FLOAT_ALONE = "int8_alone", "float_alone"
 #: What task=sensitivity shows, and what a search asks for.
 SHOWN = (INT8_ALONE, FLOAT_ALONE)
-SEARCHED = (FLOAT_ALONE, "two_terms")
+SEARCHED = (FLOAT_ALONE, "weight_terms", "input_terms")
+#: The change that is measured for a kind.
+CHANGE = {FLOAT_ALONE: FLOAT, "weight_terms": WEIGHT_TERMS, "input_terms": INPUT_TERMS}
 #: What is listed of the comparison with float; the metric's drop comes beside them.
 FIGURES = ("sqnr_db", "max_error", "agreement", "cosine_mean", "cosine_min")
 
@@ -101,13 +104,13 @@ def _measured(
 ) -> dict[str, Any]:
     if kind == INT8_ALONE:
         try:
-            others = {other.name: FLOAT for other in layers if other is not layer}
+            others = [(other.name, FLOAT) for other in layers if other is not layer]
             return _figures(bench.ranking_errors(setting.with_changes(others)))
         except NothingQuantizedError:
             return {}
-    if kind != FLOAT_ALONE and not layer.takes_two_terms:
+    if CHANGE[kind] not in layer.changes:
         return {}
-    changed = setting.with_changes({layer.name: FLOAT if kind == FLOAT_ALONE else TWO_TERMS})
+    changed = setting.with_changes([(layer.name, CHANGE[kind])])
     try:
         return {**_figures(bench.ranking_errors(changed)), "added_ms": bench.added_ms(setting, changed)}
     except NothingQuantizedError:  # the only int8 layer: without it the model is float

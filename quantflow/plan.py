@@ -40,6 +40,8 @@ IMPERATIVE = "imperative"
 NO_POLICY = PolicySettings()
 #: Their output holds the same codes as their input, so both share one scale and zero point.
 _SHARING = (CAT, MAX_POOL, CLAMP, SHAPE)
+#: Int8 units that can write float32 as well as codes.
+_WRITING_FLOAT = (CORE, MATMUL)
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Plan:
         units: the decisions in execution order.
         codes: for every value that is ever held as codes, the name of the value whose qparams it uses.
         specs: for each of those, how its range is measured.
+        exact: values that some layer reads in two terms; what computes them does not round them to codes.
         reduce_range: whether activations use 7 bits.
         notes: what a user should know about capture and plan.
     """
@@ -90,6 +93,7 @@ class Plan:
     specs: Mapping[str, ActivationSpec]
     reduce_range: bool
     notes: tuple[str, ...] = ()
+    exact: frozenset[str] = frozenset()
 
     @property
     def core_layers(self) -> int:
@@ -150,10 +154,11 @@ def make_plan(
         overrides.require_one_term(unit for unit in units if core.get(unit) == "")
         int8 = {unit for unit in units if core.get(unit) == ""}
         written: set[fx.Node] = set()
+        exact: set[fx.Node] = set()
     else:
-        int8 = _spread_int8(units, core, overrides)
-        units, int8 = _fuse_residuals(units, int8)
-        written = _written(units, int8)
+        units, int8, exact = _chosen(units, core, overrides)
+        in_float = {unit.output for unit in int8 if unit.kind in _WRITING_FLOAT and unit.output in exact}
+        written = _written(units, int8) - in_float
     if not any(unit.kind == CORE for unit in int8):
         raise NothingQuantizedError(_nothing(core))
 
@@ -170,7 +175,7 @@ def make_plan(
     layer_of = {node.name: node.name for node in graph.fx.nodes} | {u.output.name: u.name for u in units}
     rows = tuple(_row(p, codes, layer_of, kernel_of) for p in planned if p.unit.kind not in (SHAPE, SIZE))
     notes = (*graph.notes, *overrides.without_effect({p.unit.name for p in deciding.values()}))
-    return Plan(rows, tuple(planned), codes, specs, reduce_range, notes)
+    return Plan(rows, tuple(planned), codes, specs, reduce_range, notes, frozenset(value.name for value in exact))
 
 
 def nonnegative_values(plan: Plan) -> frozenset[str]:
@@ -251,13 +256,17 @@ class _Overrides:
     def require_one_term(self, units: Iterable[Unit]) -> None:
         """
         Raises:
-            RecipeError: a layer's weight is to be coded in two terms, which takes two int8 layers.
+            RecipeError: a layer's weight or input is to be coded in two terms, which takes two int8 layers.
         """
-        if names := [unit.name for unit in units if self.qconfig(unit).weight.terms != 1]:
-            message = (
-                f"2 is not possible in imperative mode, which swaps one module for one ({names[0]}); use mode=export"
-            )
-            raise RecipeError(self._recipe_name, [Problem("weight.terms", message)])
+        for unit in units:
+            qconfig = self.qconfig(unit)
+            for place, terms in (("weight.terms", qconfig.weight.terms), ("input_terms", qconfig.input_terms)):
+                if terms != 1:
+                    message = (
+                        f"{terms} is not possible in imperative mode, which swaps one module for one ({unit.name}); "
+                        "use mode=export"
+                    )
+                    raise RecipeError(self._recipe_name, [Problem(place, message)])
 
     def without_effect(self, deciding: set[str]) -> list[str]:
         """Notes on patterns whose activation settings reach no tensor. `deciding`: the units whose settings do."""
@@ -294,10 +303,44 @@ def _why_float(unit: Unit, graph: Graph, overrides: _Overrides, left_float: Mapp
     return ""
 
 
-def _spread_int8(units: Sequence[Unit], core: Mapping[Unit, str], overrides: _Overrides) -> set[Unit]:
-    """The units that run on codes: the linear ops, and what lies between them for as long as codes are at hand."""
+def _chosen(
+    units: Sequence[Unit], core: Mapping[Unit, str], overrides: _Overrides
+) -> tuple[list[Unit], set[Unit], set[fx.Node]]:
+    """The units with residuals fused, those that run on codes, and the values that no codes may stand for alone."""
+    rounding: set[Unit] = set()
+    while True:
+        fused, int8 = _fuse_residuals(units, _spread_int8(units, core, overrides, rounding))
+        exact = _exact(fused, int8, overrides)
+        found = {unit for unit in int8 if unit.output in exact and unit.kind not in (*_WRITING_FLOAT, SHAPE)}
+        if not found:
+            return fused, int8, exact
+        rounding |= found
+
+
+def _exact(units: Sequence[Unit], int8: set[Unit], overrides: _Overrides) -> set[fx.Node]:
+    """What layers read in two terms. Data movement on codes moves both terms, so what it reads counts, too."""
+    exact: set[fx.Node] = set()
+    for unit in reversed(units):
+        if unit not in int8:
+            continue
+        in_two_terms = unit.kind == CORE and overrides.qconfig(unit).input_terms == 2
+        if in_two_terms or (unit.kind == SHAPE and unit.output in exact):
+            exact.add(unit.inputs[0])
+    return exact
+
+
+def _spread_int8(
+    units: Sequence[Unit], core: Mapping[Unit, str], overrides: _Overrides, rounding: set[Unit]
+) -> set[Unit]:
+    """The units that run on codes: the linear ops, and what lies between them for as long as codes are at hand.
+
+    Args:
+        rounding: units whose result may not be rounded to codes.
+    """
 
     def capable(unit: Unit) -> bool:
+        if unit in rounding:
+            return False
         if unit in core:
             return core[unit] == ""
         return unit.kind not in (FLOAT, SIZE) and not unit.float_reason and overrides.precision(unit)[0] != FLOAT32
@@ -417,8 +460,13 @@ def _share_qparams(planned: Sequence[PlannedUnit]) -> tuple[dict[str, str], dict
 def _reason(unit: Unit, is_int8: bool, core: Mapping[Unit, str], overrides: _Overrides, mode: str) -> str:
     if is_int8:
         folded = unit.anchor.meta.get("batch_norm")
-        doubled = unit.kind == CORE and overrides.qconfig(unit).weight.terms == 2
-        named = (("BatchNorm folded", folded), ("residual added", unit.residual), ("weight in two terms", doubled))
+        qconfig, is_core = overrides.qconfig(unit), unit.kind == CORE
+        named = (
+            ("BatchNorm folded", folded),
+            ("residual added", unit.residual),
+            ("weight in two terms", is_core and qconfig.weight.terms == 2),
+            ("input in two terms", is_core and qconfig.input_terms == 2),
+        )
         parts = [part for part, there in named if there]
         return ", ".join(parts)
     if core.get(unit):

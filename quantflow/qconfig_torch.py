@@ -27,6 +27,8 @@ def to_torch(qconfig: QConfig) -> TorchQConfig:
     """The equivalent torch.ao QConfig. torch.ao's own kernels saturate without VNNI, unless `reduce_range` is true."""
     if qconfig.weight.terms != 1:
         raise UsageError("qconfig.weight.terms: torch.ao has no weights in two terms; use 1")
+    if qconfig.input_terms != 1:
+        raise UsageError("qconfig.input_terms: torch.ao has no inputs in two terms; use 1")
     reduced = qconfig.reduce_range is True
     return TorchQConfig(  # type: ignore[no-untyped-call]
         activation=ActivationObserver.with_args(spec=qconfig.activation, reduce_range=reduced),

@@ -131,15 +131,20 @@ def left_over(weight: torch.Tensor, first: LayerNumbers) -> LayerNumbers:
     return LayerNumbers(quantize_weight(low, scale, axis), scale, None)
 
 
-def product_qparams(low: LayerNumbers, x: QParams, is_nonnegative: bool, dtype: str) -> QParams:
-    """A range for x * w' that needs no data, for a left-over w', whose signs are as good as random.
+def left_over_qparams(first: QParams) -> QParams:
+    """Codes for what rounding to other codes leaves over of a value: at most half a step of these."""
+    half = first.scale / 2
+    return activation_qparams(-half, half, dtype="int8", qscheme="symmetric")
 
-    No sum exceeds max|x| times sum |w'| over a row (for x >= 0: the larger of the sums of one sign), and none exceeds
-    RARE * max|x| * |w'|_2 but by a chance of less than one in a million; the smaller of both is taken.
+
+def product_limit(numbers: LayerNumbers, x: QParams, is_nonnegative: bool) -> float:
+    """A bound on |x * w| that needs no data, where x or w is left over by codes, so that signs are as good as random.
+
+    No sum exceeds max|x| times sum |w| over a row (for x >= 0: the larger of the sums of one sign), and none exceeds
+    RARE * max|x| * |w|_2 but by a chance of less than one in a million; the smaller of both is taken.
     """
-    rows = low.weight().flatten(1).double()
+    rows = numbers.weight().flatten(1).double()
     largest = max(abs(bound - x.zero_point) for bound in x.range) * x.scale
     signs = torch.stack([rows.clamp(min=0).sum(1), -rows.clamp(max=0).sum(1)])
     worst = signs.amax() if is_nonnegative else rows.abs().sum(1).amax()
-    limit = largest * min(worst.item(), RARE * rows.norm(dim=1).amax().item())
-    return activation_qparams(-limit, limit, dtype=dtype, qscheme="symmetric", reduce_range=False)
+    return float(largest * min(worst.item(), RARE * rows.norm(dim=1).amax().item()))

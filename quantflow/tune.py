@@ -3,8 +3,8 @@
 1. Try the recipe as it is. If it keeps the limits, nothing is left to search.
 2. What costs little or no speed: other activation codes, presets of accuracy algorithms where the recipe asks for none,
    and without algorithms other observers, for the whole model and for its worst layers. Keep what lowers the error.
-3. Two steps can be taken per layer: its weight in two int8 terms, and float. Rank all of them by the noise that each
-   gives back per millisecond that it costs (`quantflow.layer_sensitivity`).
+3. Three steps can be taken per layer: its weight in two int8 terms, its input in two, and float. Rank all of them by
+   the noise that each gives back per millisecond that it costs (`quantflow.layer_sensitivity`).
 4. Take the first m steps of that order, with the least m that keeps the limits: errors of layers do not add up, so each
    try is the whole program, measured. Then take steps back, the poorest first, while the limits are kept. Once more in
    the order of noise alone.
@@ -37,7 +37,7 @@ from quantflow.schema import (
     WeightOverride,
 )
 from quantflow.schema.algorithms import Algorithms
-from quantflow.workbench import FLOAT, ROUNDS, TWO_TERMS, Setting
+from quantflow.workbench import FLOAT, INPUT_TERMS, ROUNDS, WEIGHT_TERMS, Setting
 
 _ALGORITHMS: TypeAdapter[tuple[Algorithm, ...]] = TypeAdapter(Algorithms)
 MET, NOT_MET = "met", "not met"
@@ -49,6 +49,8 @@ ALGORITHM_SHARE = 0.25
 WORTHWHILE_DB = 0.05
 #: SQNR that other activation codes must win.
 CODES_WORTHWHILE_DB = 0.5
+#: The changes short of float, by their name in a sensitivity's rows.
+_TERMS = {"weight_terms": WEIGHT_TERMS, "input_terms": INPUT_TERMS}
 #: Settings that are timed against each other at the end.
 FINALISTS = 3
 #: Share of the start's latency below which an added time is noise.
@@ -329,7 +331,10 @@ class Search:
         """The verdict in a sentence."""
         figures = "; ".join(f"{gate.name} {gate.text}" for gate in best.gates)
         changes = [change for _, change in best.setting.changes]
-        made = f"{changes.count(FLOAT)} layers in float and {changes.count(TWO_TERMS)} with weights in two terms"
+        made = (
+            f"{changes.count(FLOAT)} layers in float, {changes.count(WEIGHT_TERMS)} weights and "
+            f"{changes.count(INPUT_TERMS)} inputs in two terms"
+        )
         budget = f"the {self.settings.time_budget_s:g} s of tune.time_budget_s were over"
         if not best.holds:
             why = budget if stopped else "all but one layer in float do not reach it either"
@@ -348,7 +353,7 @@ def judged(limits: ConstraintSettings, accuracy: Mapping[str, Any]) -> list[Gate
 class Step:
     """A layer made more exact: the share of all noise that this takes away, and the milliseconds that it adds.
 
-    Float after two terms is a step of its own: what it takes away and adds beyond them.
+    Float after terms is a step of its own: what it takes away and adds beyond them.
     """
 
     layer: str
@@ -363,18 +368,20 @@ def possible_steps(rows: Sequence[Mapping[str, Any]], least_ms: float) -> list[S
     Args:
         least_ms: an added time below this is noise, and counts as this.
     """
-    linear = [row["layer"] for row in rows if row["two_terms"] is not None] or [row["layer"] for row in rows]
+    linear = [row["layer"] for row in rows if any(row[kind] is not None for kind in _TERMS)]
+    linear = linear or [row["layer"] for row in rows]
     steps = []
     for row in rows:
-        exact = Step(
-            row["layer"], FLOAT, row["float_alone"]["noise_back"], max(row["float_alone"]["added_ms"], least_ms)
-        )
-        terms = row["two_terms"]
-        if terms is not None:
-            doubled = Step(row["layer"], TWO_TERMS, terms["noise_back"], max(terms["added_ms"], least_ms))
-            beyond = Step(row["layer"], FLOAT, exact.noise - doubled.noise, max(exact.ms - doubled.ms, least_ms))
-            if doubled.noise > 0 and doubled.noise / doubled.ms > beyond.noise / beyond.ms:
-                steps.append(doubled)
+
+        def step(change: str, kind: str, row: Mapping[str, Any] = row) -> Step:
+            return Step(row["layer"], change, row[kind]["noise_back"], max(row[kind]["added_ms"], least_ms))
+
+        exact = step(FLOAT, "float_alone")
+        terms = [step(change, kind) for kind, change in _TERMS.items() if row[kind] is not None]
+        for term in by_ratio(terms):
+            beyond = replace(exact, noise=exact.noise - term.noise, ms=max(exact.ms - term.ms, least_ms))
+            if term.noise > 0 and term.noise / term.ms > beyond.noise / beyond.ms:
+                steps.append(term)
                 exact = beyond
         if row["layer"] != linear[-1]:
             steps.append(exact)
@@ -391,13 +398,10 @@ def by_noise(steps: Sequence[Step]) -> list[Step]:
     return sorted(steps, key=lambda step: -step.noise)
 
 
-def taken(steps: Sequence[Step]) -> dict[str, str]:
-    """The changes that some steps come to, whatever their order: float goes before two terms."""
-    changes: dict[str, str] = {}
-    for step in steps:
-        if changes.get(step.layer) != FLOAT:
-            changes[step.layer] = step.change
-    return changes
+def taken(steps: Sequence[Step]) -> set[tuple[str, str]]:
+    """The changes that some steps come to, whatever their order: a layer in float needs no terms."""
+    in_float = {step.layer for step in steps if step.change == FLOAT}
+    return {(step.layer, step.change) for step in steps if step.change == FLOAT or step.layer not in in_float}
 
 
 def with_observer(layer: str | LayerOverride | None, part: str, observer: str) -> LayerOverride | None:

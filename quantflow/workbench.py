@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,13 +19,15 @@ from quantflow.compile import Compiled, compile_program
 from quantflow.data.batch import Batch
 from quantflow.evaluate import evaluate
 from quantflow.passes.units import CORE, MATMUL
+from quantflow.plan import PlannedUnit
 from quantflow.prepare import bind
 from quantflow.program import Node, Program
 from quantflow.runtimes import Choice
 from quantflow.schema import Algorithm, LayerOverride, QConfig
 from quantflow.variants import Layers, Variant, Variants
 
-FLOAT, TWO_TERMS = "float", "two terms"
+#: How a layer is made more exact.
+FLOAT, WEIGHT_TERMS, INPUT_TERMS = "float", "weight in two terms", "input in two terms"
 #: Two programs take turns this often and this long, and the median of the rounds' ratios counts.
 ROUNDS, ROUND_MS = 7, 40.0
 #: Runs that a kernel's least time is taken from.
@@ -36,7 +38,7 @@ PROFILE_RUNS = 20
 class Setting:
     """What of a recipe a search may change.
 
-    `changes` are layers that it makes more exact, by exact name: FLOAT or TWO_TERMS.
+    `changes` are pairs of a layer's exact name and how it is made more exact; one in float has no other.
     """
 
     algorithms: tuple[Algorithm, ...]
@@ -48,16 +50,18 @@ class Setting:
         """These layers changed, by exact name; the other patterns stay in their order."""
         return replace(self, layers={**self.layers, **changed})
 
-    def with_changes(self, changes: Mapping[str, str]) -> Setting:
+    def with_changes(self, changes: Iterable[tuple[str, str]]) -> Setting:
         """Those changes and no others."""
-        return replace(self, changes=tuple(sorted(changes.items())))
+        return replace(self, changes=tuple(sorted(set(changes))))
 
     @property
     def changed_layers(self) -> Layers:
         """The changes as entries of `layers`."""
-        return {
-            name: FLOAT if change == FLOAT else _in_two_terms(self.layers.get(name)) for name, change in self.changes
-        }
+        changed: dict[str, str | LayerOverride] = {}
+        for name, change in self.changes:
+            before = changed.get(name, self.layers.get(name))
+            changed[name] = FLOAT if change == FLOAT else _in_two_terms(change, before)
+        return changed
 
     @property
     def all_layers(self) -> Layers:
@@ -80,11 +84,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layer that runs in int8, and whether its weight can be coded in two terms."""
+    """A layer that runs in int8, and how it can be made more exact."""
 
     name: str
     op: str
-    takes_two_terms: bool
+    changes: tuple[str, ...]
 
 
 class Yardstick:
@@ -159,10 +163,14 @@ class Workbench:
         """The convolutions, linears and matmuls that run in int8."""
         planned = [p for p in self.variant(setting).plan.units if p.is_int8 and p.unit.kind in (CORE, MATMUL)]
         swaps = self.variants(setting).imperative is not None
-        return [
-            Candidate(p.unit.name, p.unit.op, p.unit.kind == CORE and p.qconfig.weight.terms == 1 and not swaps)
-            for p in planned
-        ]
+
+        def changes(p: PlannedUnit) -> tuple[str, ...]:
+            if p.unit.kind != CORE or swaps:
+                return (FLOAT,)
+            terms = {WEIGHT_TERMS: p.qconfig.weight.terms, INPUT_TERMS: p.qconfig.input_terms}
+            return (FLOAT, *(change for change, given in terms.items() if given == 1))
+
+        return [Candidate(p.unit.name, p.unit.op, changes(p)) for p in planned]
 
     def ranking_errors(self, setting: Setting) -> dict[str, Any]:
         """Against float, on the ranking samples."""
@@ -223,8 +231,10 @@ class Workbench:
         return self._profiles[setting.digest]
 
 
-def _in_two_terms(layer: str | LayerOverride | None) -> LayerOverride:
+def _in_two_terms(change: str, layer: str | LayerOverride | None) -> LayerOverride:
     layer = layer if isinstance(layer, LayerOverride) else LayerOverride()
+    if change == INPUT_TERMS:
+        return layer.model_copy(update={"input_terms": 2})
     return layer.model_copy(update={"weight": layer.weight.model_copy(update={"terms": 2})})
 
 

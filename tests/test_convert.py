@@ -21,7 +21,9 @@ from quantflow.graph import Graph
 from quantflow.numerics.affine import (
     QParams,
     activation_qparams,
+    dequantize,
     dequantize_weight,
+    quantize,
     quantize_weight,
     weight_scale,
 )
@@ -29,7 +31,7 @@ from quantflow.numerics.measures import sqnr_db
 from quantflow.passes.fold_batchnorm import fold_batch_norms
 from quantflow.plan import make_plan
 from quantflow.program import Program, Ref
-from quantflow.refined import LayerNumbers, left_over, product_qparams
+from quantflow.refined import LayerNumbers, left_over, left_over_qparams, product_limit
 from quantflow.runtimes.reference import ReferenceRunner
 from quantflow.schema import PRESETS, LayerOverride, WeightOverride
 
@@ -225,16 +227,125 @@ def test_the_range_of_a_second_term_holds_what_it_adds() -> None:
     for x in (torch.rand(4096, 64), torch.randn(4096, 64)):
         is_nonnegative = bool((x >= 0).all())
         qparams = activation_qparams(float(x.min()), float(x.max()), dtype="int8", qscheme="symmetric")
-        found = product_qparams(low, qparams, is_nonnegative, "int8")
+        limit = product_limit(low, qparams, is_nonnegative)
         added = x @ low.weight().T
-        assert added.abs().max() <= 127.5 * found.scale
-        assert added.abs().max() > 8 * found.scale  # and is not lost in it
+        assert added.abs().max() <= limit * 1.001
+        assert added.abs().max() > limit / 16  # and is not lost in it
+        rounded = dequantize(quantize(x, qparams), qparams)
+        rest = (x - rounded) @ first.weight().T
+        limit = product_limit(first, left_over_qparams(qparams), False)
+        assert limit / 16 < rest.abs().max() <= limit * 1.001
 
 
 def test_two_terms_need_two_layers(stages: Stages) -> None:
-    plan = stages(graph(), image(), layers=in_two_terms({"4": None})).plan
-    assert [row.reason for row in plan.rows if row.name == "4"] == ["weight in two terms"]
-    with pytest.raises(RecipeError, match=r"weight\.terms: 2 is not possible in imperative mode"):
-        make_plan(
-            graph(), PRESETS["sym_int8"], in_two_terms({"4": None}), mode="imperative", swappable={"4": 1, "6": 1}
-        )
+    for layers, reason, refused in (
+        (in_two_terms({"4": None}), "weight in two terms", r"weight\.terms: 2 is not possible in imperative mode"),
+        ({"4": INPUT}, "input in two terms", r"input_terms: 2 is not possible in imperative mode"),
+    ):
+        plan = stages(graph(), image(), layers=layers).plan
+        assert [row.reason for row in plan.rows if row.name == "4"] == [reason]
+        with pytest.raises(RecipeError, match=refused):
+            make_plan(graph(), PRESETS["sym_int8"], layers, mode="imperative", swappable={"4": 1, "6": 1})
+
+
+INPUT = LayerOverride(input_terms=2)
+BOTH = LayerOverride(input_terms=2, weight=WeightOverride(terms=2))
+
+
+class Padded(nn.Module):
+    """Data movement between what writes a value and what reads it, a residual, a pool, a value that two layers read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8, stride=2), nn.Conv2d(8, 8, 1)
+        self.back, self.head, self.twin = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 5), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.pad(torch.relu(self.stem(x)), (0, 1, 0, 1), value=0.3)
+        x = self.b(torch.relu(self.a(x)))
+        x = (x + self.back(torch.relu(x))).mean((2, 3))
+        return torch.cat([self.head(x), self.twin(x)], 1)
+
+
+def padded() -> nn.Module:
+    torch.manual_seed(0)
+    return Padded().eval()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_inputs_and_weights_in_two_terms_are_nearly_exact(stages: Stages, preset: str) -> None:
+    """What is left are the codes of the residual, and 8 bits of the second products."""
+    names = ("stem", "a", "b", "back", "head", "twin")
+    with torch.no_grad():
+        expected = padded()(image())
+
+    def found_db(layers: dict[str, LayerOverride]) -> float:
+        return sqnr_db(expected, ReferenceRunner(stages(padded(), image(), preset, layers).program)([image()]))
+
+    plain, weights = found_db({}), found_db(in_two_terms(dict.fromkeys(names)))
+    inputs, both = found_db(dict.fromkeys(names, INPUT)), found_db(dict.fromkeys(names, BOTH))
+    assert both > max(plain, weights, inputs) + 6
+    assert both > 48
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_an_input_in_two_terms(stages: Stages, preset: str) -> None:
+    done = stages(padded(), image(), preset, {"a": INPUT})
+    nodes = {node.output: node for node in done.program.nodes}
+    rows = {row.name: row for row in done.plan.rows}
+    assert rows["stem"].qparams == "float32 out"
+    values: dict[str, torch.Tensor] = {}
+    ReferenceRunner(done.program)([image()], lambda node, seen: values.update({node.output: seen[node.output]}))
+    first, rest = nodes["pad"], nodes["pad.rest"]
+    assert (first.op, rest.op) == ("shape", "shape")  # both terms are padded as codes
+    assert nodes["a.rest"].args[0] == Ref("pad.rest")
+    main = next(node for node in nodes.values() if node.name == "a")
+    assert nodes["a.rest"].attrs == {**main.attrs, "bias": None}  # one weight, stored once
+    q = {name: done.program.values[name].qparams for name in ("pad", "pad.rest")}
+    assert q["pad.rest"] == left_over_qparams(q["pad"])
+    exact = nn.functional.pad(torch.relu(padded().stem(image())), (0, 1, 0, 1), value=0.3)
+    one = dequantize(values["pad"], q["pad"])
+    two = one + dequantize(values["pad.rest"], q["pad.rest"])
+    stem = next(v for v in values if v.startswith("relu"))
+    computed = nn.functional.pad(values[stem], (0, 1, 0, 1), value=0.3)
+    assert (computed - two).abs().max() <= q["pad.rest"].scale * 0.51
+    assert (computed - one).abs().max() > q["pad"].scale / 4
+    assert (computed - exact).abs().max() < 0.2
+
+
+def test_values_read_in_two_terms_are_not_rounded(stages: Stages) -> None:
+    """Linear layers write float32, with an addition that they hold; pools and other additions run in float."""
+    program = stages(padded(), image(), "affine_uint8", {"head": INPUT}).program
+    nodes = {node.name: node for node in program.nodes}
+    assert nodes["mean"].op == "aten"
+    assert sum(node.op == "quantize" and node.name.startswith("mean") for node in program.nodes) == 2
+    assert nodes["twin"].args[0] == nodes["head"].args[0]
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.a(x)
+            return self.c(x + self.b(x.relu()))
+
+    for layers, is_code in (({}, True), ({"c": INPUT}, False)):
+        program = stages(Residual().eval(), image(), "affine_uint8", layers).program
+        (fused,) = (node for node in program.nodes if node.name == "b")
+        assert fused.fused_name == "conv_sum"
+        assert (fused.output in program.values) == is_code
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.a(x)
+            return self.b(y + torch.roll(y, 1, 1))
+
+    x = torch.randn(4, 8)
+    for layers, op in (({}, "add"), ({"b": INPUT}, "aten")):
+        program = stages(Twice().eval(), x, "affine_uint8", layers).program
+        assert [node.op for node in program.nodes if node.name == "add"] == [op]

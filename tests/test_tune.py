@@ -25,7 +25,7 @@ from quantflow.journal import Journal
 from quantflow.quantized import Record
 from quantflow.schema import ConstraintSettings, LayerOverride, QConfig, TuneSettings
 from quantflow.tune import MET, NOT_MET, Outcome, Search, Step, Trial, by_noise, by_ratio, possible_steps, taken
-from quantflow.workbench import FLOAT, TWO_TERMS, Setting
+from quantflow.workbench import FLOAT, INPUT_TERMS, WEIGHT_TERMS, Setting
 
 ROOT = Path(cli.__file__).parent.parent
 
@@ -33,7 +33,10 @@ ROOT = Path(cli.__file__).parent.parent
 
 
 class Additive:
-    """Layer → (noise, milliseconds that float adds, milliseconds that two terms add). Keeps what it was asked for."""
+    """Layer → (noise, milliseconds that float adds, milliseconds that each second term adds).
+
+    Of a layer's noise 60 % comes of its weight and 38 % of its input. Keeps what it was asked for.
+    """
 
     def __init__(self, layers: Mapping[str, tuple[float, float, float]]) -> None:
         self.layers = layers
@@ -46,16 +49,17 @@ class Additive:
             {
                 "layer": name,
                 "float_alone": {"noise_back": noise / whole, "added_ms": float_ms},
-                "two_terms": {"noise_back": 0.9 * noise / whole, "added_ms": terms_ms},
+                "weight_terms": {"noise_back": 0.6 * noise / whole, "added_ms": terms_ms},
+                "input_terms": {"noise_back": 0.38 * noise / whole, "added_ms": terms_ms},
             }
             for name, (noise, float_ms, terms_ms) in self.layers.items()
         ]
         return {"layers": sorted(rows, key=lambda row: -row["float_alone"]["noise_back"])}  # type: ignore[index]
 
     def ranking_errors(self, setting: Setting) -> dict[str, Any]:
-        left = {None: 1.0, TWO_TERMS: 0.1, FLOAT: 0.0}
-        changes = dict(setting.changes)
-        noise = sum(n * left[changes.get(name)] for name, (n, _, _) in self.layers.items())
+        back = {FLOAT: 1.0, WEIGHT_TERMS: 0.6, INPUT_TERMS: 0.38}
+        noise = sum(noise for noise, _, _ in self.layers.values())
+        noise -= sum(self.layers[name][0] * back[change] for name, change in setting.changes)
         noise *= 0.5 if setting.qconfig.activation.observer == "mse" else 1.0
         noise *= 0.25 if setting.algorithms else 1.0
         noise *= 0.5 if setting.qconfig.activation.dtype == "uint8" else 1.0
@@ -66,8 +70,7 @@ class Additive:
         return self.ranking_errors(setting)
 
     def latency(self, setting: Setting, _: int = 0) -> dict[str, Any]:
-        changes = dict(setting.changes)
-        added = sum({None: 0.0, FLOAT: f, TWO_TERMS: t}[changes.get(n)] for n, (_, f, t) in self.layers.items())
+        added = sum(self.layers[name][1 if change == FLOAT else 2] for name, change in setting.changes)
         return {"ms": 10 + added, "start_ms": 10.0, "relative": (10 + added) / 10}
 
 
@@ -101,7 +104,7 @@ def test_the_cheapest_steps_that_suffice() -> None:
     """0.0991 has to fall below 10^-1.4 = 0.0398: c and b in two terms are not enough, with a they are."""
     outcome, _ = search(Additive(LAYERS))
     assert outcome.verdict == MET
-    assert dict(outcome.best.setting.changes).keys() <= {"a", "b", "c"}
+    assert {name for name, _ in outcome.best.setting.changes} <= {"a", "b", "c"}
     best_ms = outcome.best.latency["ms"]  # type: ignore[index]
     every = [
         Additive(LAYERS).latency(START.with_changes(changes))["ms"]
@@ -111,11 +114,12 @@ def test_the_cheapest_steps_that_suffice() -> None:
     assert best_ms <= 1.1 * min(every)
 
 
-def combinations(names: list[str]) -> list[dict[str, str]]:
+def combinations(names: list[str]) -> list[set[tuple[str, str]]]:
     if not names:
-        return [{}]
+        return [set()]
     rest = combinations(names[1:])
-    return [{**c, **own} for c in rest for own in ({}, {names[0]: FLOAT}, {names[0]: TWO_TERMS})]
+    ways = ((), (FLOAT,), (WEIGHT_TERMS,), (INPUT_TERMS,), (WEIGHT_TERMS, INPUT_TERMS))
+    return [c | {(names[0], change) for change in way} for c in rest for way in ways]
 
 
 def test_a_target_that_can_not_be_had() -> None:
@@ -189,36 +193,42 @@ def test_what_costs_no_speed_comes_first(tried: dict[str, Any], changed: Callabl
 
 
 def test_steps_and_their_order() -> None:
-    def row(name: str, noise: float, float_ms: float, terms: tuple[float, float] | None) -> dict[str, Any]:
-        doubled = None if terms is None else {"noise_back": terms[0], "added_ms": terms[1]}
-        return {"layer": name, "float_alone": {"noise_back": noise, "added_ms": float_ms}, "two_terms": doubled}
+    def row(name: str, *measured: tuple[float, float] | None) -> dict[str, Any]:
+        kinds = ("float_alone", "weight_terms", "input_terms")
+        found = [None if pair is None else {"noise_back": pair[0], "added_ms": pair[1]} for pair in measured]
+        return {"layer": name, **dict(zip(kinds, found, strict=True))}
 
     rows = [
-        row("a", 0.55, 10, (0.4, 1)),
-        row("b", 0.3, 1, (0.1, 1)),
-        row("m", 0.1, 1, None),
-        row("z", 0.05, 1, (0.04, 2)),
+        row("a", (0.55, 10), (0.4, 1), (0.1, 1)),
+        row("b", (0.3, 1), (0.1, 1), None),
+        row("m", (0.1, 1), None, None),
+        row("z", (0.05, 1), (0.04, 2), (0.04, 2)),
     ]
     steps = possible_steps(rows, 0.01)
-    assert [(s.layer, s.change) for s in steps] == [("a", TWO_TERMS), ("a", FLOAT), ("b", FLOAT), ("m", FLOAT)]
-    assert steps[1].noise == pytest.approx(0.15)
-    assert steps[1].ms == 9
-    assert [(s.layer, s.change) for s in by_ratio(steps)] == [
-        ("a", TWO_TERMS), ("b", FLOAT), ("m", FLOAT), ("a", FLOAT),
+    assert [(s.layer, s.change) for s in steps] == [
+        ("a", WEIGHT_TERMS), ("a", INPUT_TERMS), ("a", FLOAT), ("b", FLOAT), ("m", FLOAT),
     ]  # fmt: skip
-    assert [s.layer for s in by_noise(steps)] == ["a", "b", "a", "m"]
-    assert taken(steps) == {"a": FLOAT, "b": FLOAT, "m": FLOAT}
-    assert taken([Step("a", FLOAT, 1, 1), Step("a", TWO_TERMS, 1, 1)]) == {"a": FLOAT}
+    assert steps[2].noise == pytest.approx(0.05)
+    assert steps[2].ms == 8
+    assert [(s.layer, s.change) for s in by_ratio(steps)] == [
+        ("a", WEIGHT_TERMS), ("b", FLOAT), ("a", INPUT_TERMS), ("m", FLOAT), ("a", FLOAT),
+    ]  # fmt: skip
+    assert [s.layer for s in by_noise(steps)] == ["a", "b", "a", "m", "a"]
+    assert taken(steps) == {("a", FLOAT), ("b", FLOAT), ("m", FLOAT)}
+    assert taken(steps[:2]) == {("a", WEIGHT_TERMS), ("a", INPUT_TERMS)}
+    assert taken([Step("a", FLOAT, 1, 1), Step("a", WEIGHT_TERMS, 1, 1)]) == {("a", FLOAT)}
 
 
 def test_a_setting_is_what_its_recipe_says() -> None:
     own = LayerOverride.model_validate({"weight": {"observer": "mse"}})
-    setting = Setting((), QConfig(), {"a": own, "*": "int8"}).with_changes({"b": FLOAT, "a": TWO_TERMS})
+    changes = [("b", FLOAT), ("a", WEIGHT_TERMS), ("a", INPUT_TERMS)]
+    setting = Setting((), QConfig(), {"a": own, "*": "int8"}).with_changes(changes)
     assert list(setting.all_layers) == ["a", "*", "b"]
     assert setting.all_layers["b"] == "float"
+    assert setting.all_layers["a"].input_terms == 2  # type: ignore[union-attr]
     assert setting.all_layers["a"].weight.model_dump() == {"observer": "mse", "terms": 2}  # type: ignore[union-attr]
     assert setting.digest != Setting((), QConfig(), setting.layers).digest
-    assert setting.with_changes({}) == Setting((), QConfig(), setting.layers)
+    assert setting.with_changes([]) == Setting((), QConfig(), setting.layers)
 
 
 # --- the whole task, on a model with one fragile layer

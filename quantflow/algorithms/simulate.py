@@ -17,10 +17,10 @@ from torch import fx
 from quantflow.data.batch import Batch
 from quantflow.graph import arguments, last_uses
 from quantflow.numerics.affine import QParams
-from quantflow.passes.units import CORE
-from quantflow.plan import PlannedUnit
+from quantflow.passes.units import CORE, SHAPE
+from quantflow.plan import Plan, PlannedUnit
 from quantflow.prepare import Prepared, bind
-from quantflow.refined import LayerNumbers, Refined, float_numbers
+from quantflow.refined import LayerNumbers, Refined, float_numbers, left_over_qparams
 
 Values = dict[fx.Node, Any]
 
@@ -85,7 +85,7 @@ def walk(
                         stream.run_float(node)
                     layer = Layer(
                         planned,
-                        [stream.coded[planned.unit.inputs[0]] for stream in streams],
+                        [_linear_input(planned, plan, refined, stream.simulated, stream.coded) for stream in streams],
                         [stream.float[planned.unit.inputs[0]] for stream in streams],
                         [stream.float[node] for stream in streams],
                     )
@@ -96,10 +96,13 @@ def walk(
                         stream.simulated[node] = y
                     done += 1
                     update(done, total)
+                elif _moves_exactly(planned, plan):
+                    for stream in streams:
+                        stream.move(node, planned, refined.qparams[plan.codes[node.name]])
                 else:
                     for stream in streams:
                         stream.run(node, planned)
-                if node is planned.unit.output and planned.writes_codes:
+                if node is planned.unit.output and planned.writes_codes and not _moves_exactly(planned, plan):
                     qparams = refined.qparams[plan.codes[node.name]]
                     for stream in streams:
                         stream.write_codes(node, qparams)
@@ -132,11 +135,16 @@ def simulate(prepared: Prepared, refined: Refined, batch: Batch) -> Any:
                 _code_operands(node, planned, plan.codes, refined.qparams, values, coded)
                 if planned.unit.kind == CORE and node is planned.unit.anchor:
                     weight, bias = _weight_and_bias(prepared, planned, refined)
-                    values[node] = linear_op(node, coded[planned.unit.inputs[0]], weight, bias)
+                    x = _linear_input(planned, plan, refined, values, coded)
+                    values[node] = linear_op(node, x, weight, bias)
+                elif _moves_exactly(planned, plan):
+                    qparams = refined.qparams[plan.codes[node.name]]
+                    coded[node] = _rounded(_call(node, _reader(planned, values, coded)), qparams)
+                    values[node] = _call(node, values.__getitem__)
                 else:
                     values[node] = _call(node, _reader(planned, values, coded))
-                if node is planned.unit.output and planned.writes_codes:
-                    coded[node] = values[node] = on_grid(values[node], refined.qparams[plan.codes[node.name]])
+                if node is planned.unit.output and planned.writes_codes and not _moves_exactly(planned, plan):
+                    coded[node] = values[node] = _rounded(values[node], refined.qparams[plan.codes[node.name]])
             for dead in frees.get(node, ()):
                 values.pop(dead, None)
                 coded.pop(dead, None)
@@ -151,6 +159,20 @@ def _weight_and_bias(
         return float_numbers(prepared.graph, planned)
     numbers = refined.layers[planned.unit.name]
     return numbers.weight(), numbers.bias
+
+
+def _linear_input(planned: PlannedUnit, plan: Plan, refined: Refined, values: Values, coded: Values) -> torch.Tensor:
+    """What the int8 layer multiplies: the codes, and with two terms also those of what they leave over."""
+    x = planned.unit.inputs[0]
+    first: torch.Tensor = coded[x]
+    if planned.qconfig.input_terms == 1:
+        return first
+    return first + on_grid(values[x] - first, left_over_qparams(refined.qparams[plan.codes[x.name]]))
+
+
+def _moves_exactly(planned: PlannedUnit, plan: Plan) -> bool:
+    """Whether the unit moves codes and, beside them, what they leave over."""
+    return planned.unit.kind == SHAPE and planned.unit.output.name in plan.exact
 
 
 def _code_operands(
@@ -201,6 +223,11 @@ class _Stream:
             same = all(read(n) is self.float[n] for n in node.all_input_nodes)
             self.simulated[node] = self.float[node] if same else _call(node, read)
 
+    def move(self, node: fx.Node, planned: PlannedUnit, qparams: QParams) -> None:
+        """Data movement on a value and on its codes."""
+        self.coded[node] = _rounded(_call(node, _reader(planned, self.simulated, self.coded)), qparams)
+        self.run(node)
+
     def run_float(self, node: fx.Node) -> None:
         if node.op == "placeholder":
             self.float[node] = next(self.inputs)
@@ -210,7 +237,7 @@ class _Stream:
             self.float[node] = _call(node, self.float.__getitem__)
 
     def write_codes(self, node: fx.Node, qparams: QParams) -> None:
-        self.coded[node] = self.simulated[node] = on_grid(self.simulated[node], qparams)
+        self.coded[node] = self.simulated[node] = _rounded(self.simulated[node], qparams)
 
     def forget(self, node: fx.Node) -> None:
         for values in (self.float, self.simulated, self.coded):
@@ -219,6 +246,11 @@ class _Stream:
 
 def _call(node: fx.Node, read: Callable[[fx.Node], Any]) -> Any:
     return node.target(*fx.map_arg(node.args, read), **fx.map_arg(node.kwargs, read))  # type: ignore[operator]
+
+
+def _rounded(x: Any, qparams: QParams) -> Any:
+    """`on_grid` of a tensor, or of each part of one that was split."""
+    return [on_grid(part, qparams) for part in x] if isinstance(x, (list, tuple)) else on_grid(x, qparams)
 
 
 def on_grid(x: torch.Tensor, qparams: QParams) -> torch.Tensor:

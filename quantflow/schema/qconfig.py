@@ -18,7 +18,7 @@ QScheme = Literal["symmetric", "affine"]
 WeightGranularity = Literal["per_tensor", "per_channel"]
 ActivationObserver = Literal["minmax", "moving_average", "histogram", "percentile", "mse", "entropy"]
 WeightObserver = Literal["minmax", "mse", "percentile"]
-WeightTerms = Literal[1, 2]
+Terms = Literal[1, 2]
 #: In percent: 99.99 keeps all but one value in ten thousand.
 Percentile = Annotated[float, Field(gt=50, le=100)]
 AveragingConstant = Annotated[float, Field(gt=0, le=1)]
@@ -55,18 +55,21 @@ class WeightSpec(Settings):
     granularity: WeightGranularity = "per_channel"
     observer: WeightObserver = "minmax"
     percentile: Percentile = 99.99
-    terms: WeightTerms = 1
+    terms: Terms = 1
 
 
 class QConfig(Settings):
     """Activation spec + weight spec.
 
+    `input_terms: 2` codes what the first codes of a convolution's or linear's input leave over as second codes: about
+    16 bits for twice the products. What computes that input then writes float32.
     `reduce_range` spends 7 bits on activations. auto means false: no runtime here saturates, on any CPU. torch.ao's own
     kernels do on a CPU without VNNI: say true for `to_torch` there.
     """
 
     activation: ActivationSpec = ActivationSpec()
     weight: WeightSpec = WeightSpec()
+    input_terms: Terms = 1
     reduce_range: Annotated[Literal["auto", True, False], BeforeValidator(_auto_or_bool)] = "auto"
 
     def to_torch(self) -> torch.ao.quantization.QConfig:
@@ -103,7 +106,7 @@ class WeightOverride(Override):
     granularity: WeightGranularity | None = None
     observer: WeightObserver | None = None
     percentile: Percentile | None = None
-    terms: WeightTerms | None = None
+    terms: Terms | None = None
 
 
 class LayerOverride(Settings):
@@ -115,20 +118,23 @@ class LayerOverride(Settings):
 
     activation: ActivationOverride = ActivationOverride()
     weight: WeightOverride = WeightOverride()
+    input_terms: Terms | None = None
     without: Annotated[tuple[AlgorithmName | Literal["all"], ...], Field(strict=False)] = ()
 
     @model_serializer(mode="wrap")
     def _only_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in handler(self).items() if key != "without" or value}
+        given = {"without": bool(self.without), "input_terms": self.input_terms is not None}
+        return {key: value for key, value in handler(self).items() if given.get(key, True)}
 
     def apply(self, qconfig: QConfig) -> QConfig:
         """`qconfig` with the fields given here replaced."""
-        return qconfig.model_copy(
-            update={
-                "activation": qconfig.activation.model_copy(update=self.activation.model_dump()),
-                "weight": qconfig.weight.model_copy(update=self.weight.model_dump()),
-            }
-        )
+        update: dict[str, Any] = {
+            "activation": qconfig.activation.model_copy(update=self.activation.model_dump()),
+            "weight": qconfig.weight.model_copy(update=self.weight.model_dump()),
+        }
+        if self.input_terms is not None:
+            update["input_terms"] = self.input_terms
+        return qconfig.model_copy(update=update)
 
 
 #: The names that `qconfig: NAME` and `quantize(qconfig="NAME")` accept.

@@ -80,6 +80,35 @@ def test_a_simulated_batch_is_what_the_integer_program_returns(ready: Prepare, q
         assert not torch.equal(found["sum"], interpret(start.graph, batch.args)["sum"])
 
 
+class Split(nn.Module):
+    """Padding and parts between a layer and those that read it in two terms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left, self.right = nn.Linear(6, 8), nn.Linear(5, 4), nn.Linear(5, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left, right = nn.functional.pad(self.stem(x).relu(), (1, 1)).chunk(2, 1)
+        return torch.cat([self.left(left), self.right(right)], 1)
+
+
+@pytest.mark.parametrize("qconfig", ["sym_int8", "affine_uint8"])
+def test_inputs_in_two_terms(ready: Prepare, qconfig: str) -> None:
+    torch.manual_seed(0)
+    batch = Batch((torch.randn(16, 6),))
+    layers = {name: LayerOverride(input_terms=2) for name in ("left", "right")}
+    start = ready(Split().eval(), [batch], qconfig, layers)
+    expected = ReferenceRunner(convert(start.prepared, start.table, start.refined))(batch.args)
+    torch.testing.assert_close(simulate(start.prepared, start.refined, batch), expected, rtol=0, atol=1e-3)
+    plain = ready(Split().eval(), [batch], qconfig)
+    assert (simulate(plain.prepared, plain.refined, batch) - expected).abs().max() > 3e-3
+    seen: dict[str, torch.Tensor] = {}
+    walk(start.prepared, start.refined, [batch], lambda layer: seen.update({layer.name: layer.inputs[0]}))
+    scale = start.refined.qparams[start.prepared.plan.codes["relu"]].scale
+    steps = seen["left"] / (scale / 254)
+    assert (steps - steps.round()).abs().max() < 0.1
+
+
 def test_walking_gives_an_addition_the_value_itself(ready: Prepare) -> None:
     torch.manual_seed(0)
 
