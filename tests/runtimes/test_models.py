@@ -23,7 +23,7 @@ from quantflow.prepare import bind
 from quantflow.program import Node, Program
 from quantflow.runtimes.reference import ReferenceRunner, unrounded
 from quantflow.runtimes.torch import TorchRunner
-from quantflow.schema import PRESETS
+from quantflow.schema import PRESETS, QConfig, WeightSpec
 
 Stages = Callable[..., Any]
 
@@ -331,11 +331,19 @@ def require_agreement(program: Program, inputs: list[torch.Tensor]) -> None:
         assert a == b if not isinstance(a, torch.Tensor) else sqnr_db(a, b) >= 40
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+QCONFIGS = PRESETS | {
+    f"{preset}, all in two terms": PRESETS[preset].model_copy(
+        update={"input_terms": 2, "weight": WeightSpec(terms=2)},
+    )
+    for preset in ("sym_int8", "affine_uint8")
+}
+
+
+@pytest.mark.parametrize("preset", QCONFIGS)
 @pytest.mark.parametrize("name", MODELS)
 def test_both_runtimes_agree(name: str, preset: str, stages: Stages) -> None:
     _, batch, graph = made(name)
-    program = stages(graph, batch, preset).program
+    program = stages(graph, batch, QCONFIGS[preset]).program
     again = Program.from_json(json.loads(json.dumps(program.to_json())), program.tensors)
     assert again == program
     sizes = (3, 1) if preset in ("sym_int8", "affine_uint8") else (3,)
@@ -344,23 +352,36 @@ def test_both_runtimes_agree(name: str, preset: str, stages: Stages) -> None:
         require_agreement(again, bind(again.inputs, part.args, part.kwargs))
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_program_is_close_to_the_float_model(name: str, stages: Stages) -> None:
+def distances(name: str, qconfig: QConfig, stages: Stages) -> list[float]:
+    """SQNR of each output against float, dB."""
     model, batch, graph = made(name)
-    program = stages(graph, batch, "affine_uint8").program
+    program = stages(graph, batch, qconfig).program
     with torch.inference_mode():
         float_output = pytree.tree_leaves(model(*batch.args, **batch.kwargs))
     int8_output = pytree.tree_leaves(ReferenceRunner(program)(bind(program.inputs, batch.args, batch.kwargs)))
     assert program.int8_nodes()
-    for a, b in zip(float_output, int8_output, strict=True):
-        assert sqnr_db(a, b) > 15
+    return [sqnr_db(a, b) for a, b in zip(float_output, int8_output, strict=True)]
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_program_is_close_to_the_float_model(name: str, stages: Stages) -> None:
+    assert min(distances(name, PRESETS["affine_uint8"], stages)) > 15
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_terms_bring_every_model_closer_to_float(name: str, stages: Stages) -> None:
+    plain, exact = (
+        min(distances(name, QCONFIGS[q], stages)) for q in ("affine_uint8", "affine_uint8, all in two terms")
+    )
+    assert exact > plain + 1  # where little but residuals rounds
+
+
+@pytest.mark.parametrize("preset", ["sym_int8", "sym_int8, all in two terms"])
 @pytest.mark.parametrize("name", ODD)
-def test_odd_models(name: str, stages: Stages) -> None:
+def test_odd_models(name: str, preset: str, stages: Stages) -> None:
     torch.manual_seed(0)
     batch = _image(8)
-    program = stages(ODD[name](), batch).program
+    program = stages(ODD[name](), batch, QCONFIGS[preset]).program
     assert program.int8_nodes()
     require_agreement(Program.from_json(json.loads(json.dumps(program.to_json())), program.tensors), list(batch.args))
 

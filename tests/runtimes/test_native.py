@@ -31,6 +31,7 @@ from quantflow.runtimes import RUNTIMES, choose_runtime, native, native_devices
 from quantflow.runtimes import native_library as lib
 from quantflow.runtimes.native import PLANS_PER_SECTION, NativeRunner
 from quantflow.runtimes.reference import ReferenceRunner, run_node, unrounded
+from quantflow.schema import PRESETS, WeightSpec
 from quantflow.selftest import quantized_program, selftest
 
 pytestmark = pytest.mark.skipif(
@@ -251,6 +252,21 @@ def test_float_convolutions_are_native(batch: int) -> None:
     assert sqnr_db(ReferenceRunner(program)([x]), runner([x])) > 60
     assert not runner.in_torch
     assert runner.int8_layers() == 1
+
+
+@pytest.mark.parametrize("model", [Convolutions, FloatConvolutions])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_two_terms_are_native(model: type[nn.Module], preset: str) -> None:
+    """What the first codes leave over is computed in one pass."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 3, 17, 14)
+    qconfig = PRESETS[preset].model_copy(update={"input_terms": 2, "weight": WeightSpec(terms=2)})
+    program = quantized_program(model(), x, qconfig)
+    runner, reference = NativeRunner(program), ReferenceRunner(program)
+    assert sqnr_db(reference([x]), runner([x])) > 50
+    assert not runner.in_torch
+    kernels = [row["kernel"] for row in runner.profile([x]) if row["name"].endswith(".rest")]
+    assert not any("dequantize" in kernel for kernel in kernels)
 
 
 class SamePadding(nn.Module):
