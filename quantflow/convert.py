@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import fx
 
 from quantflow.calibrate import CalibrationTable
 from quantflow.graph import arguments, op_name
-from quantflow.numerics.affine import activation_qparams, dequantize, quantize
+from quantflow.numerics.affine import dequantize, quantize
 from quantflow.passes.units import (
     ADD,
     AVG_POOL,
@@ -35,7 +35,6 @@ from quantflow.refined import (
     float_numbers,
     left_over,
     left_over_qparams,
-    product_limit,
     unrefined,
 )
 
@@ -54,12 +53,11 @@ def convert(prepared: Prepared, table: CalibrationTable, refined: Refined | None
 
 @dataclass(frozen=True)
 class _Product:
-    """What a second term adds to a layer's sum: codes times a weight. `weights`: its tensors, as a node names them."""
+    """What a second term adds to a layer's sum: codes times a weight; `attrs` as a node's."""
 
     name: str
     x: Ref
-    numbers: LayerNumbers
-    weights: Mapping[str, Any]
+    attrs: dict[str, Any]
 
 
 class _Converter:
@@ -176,17 +174,18 @@ class _Converter:
             weight, bias = float_numbers(self._graph, planned)
             low = left_over(weight, numbers)
             numbers = replace(numbers, bias=bias)
-            further.append(_Product(f"{unit.name}.low", x, low, self._weights(f"{unit.name}.low", low)))
-        attrs = self._weights(unit.name, numbers)
+            further.append(_Product(f"{unit.name}.low", x, self._weights(f"{unit.name}.low", low)))
+        main = self._weights(unit.name, numbers)
         if planned.qconfig.input_terms == 2:
-            rest = self._left_over(unit.inputs[0])
-            further.append(_Product(f"{unit.name}.rest", rest, numbers, attrs | {"bias": None}))
+            further.append(_Product(f"{unit.name}.rest", self._left_over(unit.inputs[0]), main | {"bias": None}))
         output = self._define(planned)
         op = "linear" if unit.op == "linear" else "conv"
-        if further:
-            residual = self._summed(op, further, self._values.get(output), residual, geometry)
-        attrs |= geometry
-        self._nodes.append(Node(unit.name, op, output, (x, residual), epilogue=unit.epilogue, attrs=attrs))
+        for product in further:
+            # Kept in float32: rounded again, much of what a second term adds would be lost.
+            attrs = product.attrs | geometry
+            self._nodes.append(Node(product.name, op, product.name, (product.x, residual), attrs=attrs))
+            residual = Ref(product.name)
+        self._nodes.append(Node(unit.name, op, output, (x, residual), epilogue=unit.epilogue, attrs=main | geometry))
 
     def _weights(self, name: str, numbers: LayerNumbers) -> dict[str, Any]:
         return {
@@ -194,44 +193,6 @@ class _Converter:
             "weight_scale": self._store(f"{name}.weight_scale", numbers.scale),
             "bias": None if numbers.bias is None else self._store(f"{name}.bias_float", numbers.bias),
         }
-
-    def _summed(
-        self,
-        op: str,
-        products: Sequence[_Product],
-        written: Value | None,
-        residual: Ref | None,
-        geometry: Mapping[str, Any],
-    ) -> Ref:
-        """The sum of products of second terms, as codes that the layer itself takes for its residual.
-
-        On top of a residual it is written in the residual's own scale, so that this is not rounded a second time.
-
-        Args:
-            written: how the layer's result is held, if as codes.
-        """
-        if residual is not None:
-            value = self._values[residual.name]
-        else:
-            limit = 0.0
-            for product in products:
-                qparams = self._values[product.x.name].qparams
-                assert qparams is not None
-                limit += product_limit(product.numbers, qparams, self._nonnegative_codes(product.x))
-            dtype = written.qparams.dtype if written is not None and written.qparams is not None else "int8"
-            value = Value(activation_qparams(-limit, limit, dtype=dtype, qscheme="symmetric"))
-        for product in products:
-            self._values[product.name] = replace(value, is_nonnegative=False)
-            attrs = {**product.weights, **geometry}
-            self._nodes.append(Node(product.name, op, product.name, (product.x, residual), attrs=attrs))
-            residual = Ref(product.name)
-        assert residual is not None
-        return residual
-
-    def _nonnegative_codes(self, x: Ref) -> bool:
-        qparams, value = self._values[x.name].qparams, self._values[x.name]
-        assert qparams is not None
-        return value.is_nonnegative or qparams.zero_point == qparams.range[0]
 
     def _pair(self, planned: PlannedUnit) -> None:
         unit = planned.unit

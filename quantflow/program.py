@@ -8,9 +8,11 @@ What the int8 ops compute (see design: "The numbers, decided once"):
     quantize      q = quantize(x)
     dequantize    x = dequantize(q)
     conv, linear  acc = sum (q_x - zp_x) * q_w;  r = acc * (scale_x * scale_w[c]) + bias[c];
-                  r += (q_r - zp_r) * scale_r;  r = epilogue(r);  then quantized, or left float32.
-                  Codes without an activation or behind one that clamps: scales and bias are divided by the output's
-                  scale beforehand, and each product is added with one rounding: kernels can be equal to the bit
+                  r += (q_r - zp_r) * scale_r, or a float32 residual;
+                  r = epilogue(r);  then quantized, or left float32.
+                  Codes without an activation or behind one that clamps, and no float32 residual: scales and bias are
+                  divided by the output's scale beforehand, and each product is added with one rounding: kernels can be
+                  equal to the bit
     matmul        acc = sum (q_a - zp_a) * (q_b - zp_b);  r = acc * (scale_a * scale_b)
     add, mul      r = a + b or a * b of the dequantized operands;  r = epilogue(r);  quantized
     avg_pool      r = exact mean of the dequantized operand;  quantized
@@ -269,12 +271,14 @@ def _check_codes(program: Program, node: Node, where: str) -> None:
             if ref in held:
                 raise ArtifactError(f"{where}: {node.op} reads {ref!r}, which holds int8 codes")
     else:
-        operands = [a for a in node.args[: _ARITY.get(node.op, 1)] if node.op not in LINEAR_OPS or a is not None]
+        operands = list(node.args[: 1 if node.op in LINEAR_OPS else _ARITY.get(node.op, 1)])
         if not operands:
             raise ArtifactError(f"{where}: has no operand")
     for operand in operands:
         if not isinstance(operand, Ref) or operand.name not in held:
             raise ArtifactError(f"{where}: operand {operand!r} holds no int8 codes")
+    if node.op in LINEAR_OPS and not isinstance(node.args[1], Ref | None):
+        raise ArtifactError(f"{where}: residual {node.args[1]!r} is no value")
     if node.op in ("quantize", *_SHARING) and node.output not in held:
         raise ArtifactError(f"{where}: its output has no scale and zero_point")
     if node.op in ("dequantize", "aten", "size") and node.output in held:

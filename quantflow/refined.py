@@ -21,9 +21,6 @@ from quantflow.passes.units import CORE
 from quantflow.plan import PlannedUnit
 from quantflow.prepare import Prepared
 
-#: Standard deviations of a sum of random signs.
-RARE = 5.0
-
 
 @dataclass(frozen=True)
 class LayerNumbers:
@@ -135,16 +132,3 @@ def left_over_qparams(first: QParams) -> QParams:
     """Codes for what rounding to other codes leaves over of a value: at most half a step of these."""
     half = first.scale / 2
     return activation_qparams(-half, half, dtype="int8", qscheme="symmetric")
-
-
-def product_limit(numbers: LayerNumbers, x: QParams, is_nonnegative: bool) -> float:
-    """A bound on |x * w| that needs no data, where x or w is left over by codes, so that signs are as good as random.
-
-    No sum exceeds max|x| times sum |w| over a row (for x >= 0: the larger of the sums of one sign), and none exceeds
-    RARE * max|x| * |w|_2 but by a chance of less than one in a million; the smaller of both is taken.
-    """
-    rows = numbers.weight().flatten(1).double()
-    largest = max(abs(bound - x.zero_point) for bound in x.range) * x.scale
-    signs = torch.stack([rows.clamp(min=0).sum(1), -rows.clamp(max=0).sum(1)])
-    worst = signs.amax() if is_nonnegative else rows.abs().sum(1).amax()
-    return float(largest * min(worst.item(), RARE * rows.norm(dim=1).amax().item()))

@@ -678,12 +678,30 @@ private:
             x = in_row_major(x);
             strides = row_major(dims);
         }
+        const auto step_of = [&](const View& to, const View* residual, const Epilogue& epilogue) {
+            std::optional<Tensor> tr;
+            if (residual != nullptr) tr = tensor(*residual);
+            const Tensor* pr = tr ? &*tr : nullptr;
+            return is_conv ? backend_.conv(n.weights, geometry, tensor(x), pr, epilogue, tensor(to))
+                           : backend_.linear(n.weights, tensor(x), pr, epilogue, tensor(to));
+        };
         std::optional<View> residual;
-        const Form form = form_of(n.output);
-        View y;
         if (!n.args[1].is_none()) {
             residual = operand(1, "residual");
             if (residual->dims != dims) throw Unsupported("a residual that broadcasts");
+        }
+        const Form form = form_of(n.output);
+        if (residual && !program_.values[static_cast<std::size_t>(n.args[1].as<Ref>()->value)].q && !dims_empty(dims)) {
+            residual = as_real_operand(*residual);
+            const View product = allocate(DType::f32, dims, strides);
+            emit(step_of(product, nullptr, {}), {&x, &product});
+            const View y = allocate(form.dtype, dims, strides, form.q, form.is_real);
+            emit(backend_.binary(Binary::add, tensor(product), tensor(*residual), n.epilogue, tensor(y)),
+                 {&product, &*residual, &y});
+            return define(n.output, y);
+        }
+        View y;
+        if (residual) {
             residual = in_layout(*residual, strides);
             const bool in_place = form.q && residual->dtype == form.dtype && !form.is_real && dies_here(*residual, n) &&
                                   residual->buffer != x.buffer;
@@ -693,18 +711,13 @@ private:
             }
         }
         if (y.buffer < 0) y = allocate(form.dtype, dims, strides, form.q, form.is_real);
-        const Tensor tx = tensor(x), ty = tensor(y);
-        std::optional<Tensor> tr;
-        if (residual) tr = tensor(*residual);
-        const Tensor* pr = tr ? &*tr : nullptr;
         if (dims_empty(dims)) {
             define(n.output, y);
             emit(backend_.fill(0, plain_view(y)), {&y});
             return;
         }
-        auto step = is_conv ? backend_.conv(n.weights, geometry, tx, pr, n.epilogue, ty)
-                            : backend_.linear(n.weights, tx, pr, n.epilogue, ty);
-        emit(std::move(step), {&x, &y, residual ? &*residual : nullptr});
+        const View* added = residual ? &*residual : nullptr;
+        emit(step_of(y, added, n.epilogue), {&x, &y, added});
         define(n.output, y);
     }
 

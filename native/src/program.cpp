@@ -334,7 +334,7 @@ private:
             case Op::linear:
                 arity(2);
                 codes(0);
-                if (!node.args[1].is_none()) codes(1);
+                if (!node.args[1].is_none() && value_of(node.args[1]) == nullptr) fail(where, "its residual is no value");
                 break;
             case Op::matmul:
             case Op::add:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -124,7 +124,8 @@ def _finish_sum(
     epilogue: str, values: list[float], scale: float, zero_point: int, dtype: str,
 ) -> Tensor:  # fmt: skip
     if residual is not None:
-        r = r + dequantize(residual, residual_scale, residual_zero_point)
+        is_real = residual.is_floating_point()
+        r = r + (residual if is_real else dequantize(residual, residual_scale, residual_zero_point))
     return _finish(r, epilogue, values, scale, zero_point, dtype)
 
 
@@ -173,7 +174,7 @@ def conv(
             x, x_scale, x_zero_point, packed, weight_scale, zeros, bias, stride, padding, dilation, groups,
             out_scale, out_zero_point, _OUT[out_dtype], attributes[epilogue], values, "",
         )  # fmt: skip
-    if residual is not None and len(shape) == 4 and epilogue in ("", "relu") and residual.dtype is _OUT[out_dtype]:
+    if _sums_in_place(residual, epilogue, out_dtype) and len(shape) == 4:
         return _SUM(
             x, x_scale, x_zero_point, packed, weight_scale, zeros,
             _accumulator(_dense(residual), residual, may_overwrite), bias, stride, padding, dilation, groups,
@@ -187,6 +188,12 @@ def conv(
     return _finish_sum(
         r, residual, residual_scale, residual_zero_point, epilogue, values, out_scale, out_zero_point, out_dtype
     )
+
+
+def _sums_in_place(residual: Tensor | None, epilogue: str, out_dtype: str) -> TypeGuard[Tensor]:
+    """Whether PyTorch's kernels can add to these codes."""
+    is_code = residual is not None and not residual.is_floating_point() and residual.dtype is _OUT[out_dtype]
+    return is_code and epilogue in ("", "relu")
 
 
 def _accumulator(dense: Tensor, residual: Tensor, may_overwrite: bool) -> Tensor:
@@ -246,7 +253,7 @@ def linear(
             x, x_scale, x_zero_point, packed, weight_scale, zeros, bias, out_scale, out_zero_point, _OUT[out_dtype],
             attribute, values, algorithm,
         )  # fmt: skip
-    if residual is not None and epilogue in ("", "relu") and residual.dtype is _OUT[out_dtype]:
+    if _sums_in_place(residual, epilogue, out_dtype):
         return _LINEAR_SUM(
             x, x_scale, x_zero_point, packed, weight_scale, zeros,
             _accumulator(residual.contiguous(), residual, may_overwrite), bias, out_scale, out_zero_point,

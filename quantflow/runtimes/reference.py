@@ -173,13 +173,13 @@ def apply_epilogue(r: torch.Tensor, epilogue: Epilogue | None) -> torch.Tensor:
 
 
 def _linear(program: Program, node: Node, args: Any, operands: Sequence[QParams | None]) -> torch.Tensor:
-    """acc * (scale_x * scale_w[c]) + bias[c] (+ the dequantized residual), float32."""
+    """acc * (scale_x * scale_w[c]) + bias[c] (+ the residual, dequantized if it is codes), float32."""
     acc, scale, bias = _sums(program, node, args, operands)
     r = _scaled(acc, scale)
     if bias is not None:
         r = r + bias
     if args[1] is not None:
-        r = r + dequantize(args[1], _known(operands[1]))
+        r = r + (args[1] if operands[1] is None else dequantize(args[1], operands[1]))
     return r
 
 
@@ -209,12 +209,14 @@ def _steps(program: Program, node: Node, values: Mapping[str, Any], out: QParams
 
         t = fma(acc, scale_x * scale_w[c] / scale_y, bias[c] / scale_y),  t = fma(q_r - zp_r, scale_r / scale_y, t)
 
-    None where an activation that is no clamp comes first, or a constant leaves float32's range.
+    None where an activation that is no clamp comes first, a residual is float32, or a constant leaves float32's range.
     """
     if node.op not in LINEAR_OPS or (node.epilogue is not None and node.epilogue.kind not in _CLAMPS):
         return None
     args = resolve(program, node.args, values)
     operands = [qparams_of(program, a.name) if isinstance(a, Ref) else None for a in node.args]
+    if args[1] is not None and operands[1] is None:
+        return None
     acc, scale, bias = _sums(program, node, args, operands)
     factor = (scale.to(torch.float64) / out.scale).to(torch.float32)
     constant = _float32(0.0) if bias is None else (bias.to(torch.float64) / out.scale).to(torch.float32)

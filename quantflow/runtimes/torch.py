@@ -175,12 +175,13 @@ class Lowering:
         ]  # fmt: skip
         before: list[Call] = []
         if residual is not None:
-            operand, scale, zero_point = self._operand(residual)
-            out, of_residual = self.stored.get(node.output), self.stored[residual.name]
+            operand, scale, zero_point = self._operand(residual) if residual.name in self.stored else (residual, 1.0, 0)
+            out, of_residual = self.stored.get(node.output), self.stored.get(residual.name)
             # `conv(x) + x` reads x while it writes the sum.
             owned = self._dead_after.get(residual.name) == index and residual.name not in {x.name, *self._aliased}
             if (
                 out is not None
+                and of_residual is not None
                 and of_residual.dtype != out.dtype
                 and {of_residual.dtype, out.dtype} == {"int8", "uint8"}
             ):
