@@ -6,9 +6,11 @@
 3. Three steps can be taken per layer: its weight in two int8 terms, its input in two, and float. Rank all of them by
    the noise that each gives back per millisecond that it costs (`quantflow.layer_sensitivity`).
 4. Take the first m steps of that order, with the least m that keeps the limits: errors of layers do not add up, so each
-   try is the whole program, measured. Then take steps back, the poorest first, while the limits are kept. Once more in
-   the order of noise alone.
-5. Time the best few of what keeps the limits against each other, at length; the fastest is the result.
+   try is the whole program, measured. Then take steps back, the poorest first, while the limits are kept. Again in the
+   order of noise alone, and both again with float as the only step.
+5. From each of the four, the fastest first: exchange steps for others that should cost less, the dearest first, as long
+   as that makes it faster.
+6. Time the best few of what keeps the limits against each other, at length; the fastest is the result.
 
 Layers are ranked on calibration samples and the limits judged on the evaluation samples, so that no choice is made by
 the noise of the samples it is judged by. Every measurement is in a journal, and every decision is a function of it.
@@ -16,6 +18,7 @@ the noise of the samples it is judged by. Every measurement is in a journal, and
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -55,6 +58,8 @@ _TERMS = {"weight_terms": WEIGHT_TERMS, "input_terms": INPUT_TERMS}
 FINALISTS = 3
 #: Share of the start's latency below which an added time is noise.
 LEAST_COST = 0.002
+#: Shares of a step's milliseconds that those in its place may cost.
+EXCHANGE = (0.75, 0.5, 0.25)
 #: A finalist must be this much faster to go before the one found first.
 FASTER = 0.98
 
@@ -164,9 +169,15 @@ class Search:
             setting = self._worst_layers(setting, [row["layer"] for row in rows[:WORST_LAYERS]])
             if self._trial(setting).holds:
                 return
-        steps = possible_steps(rows, self._start_ms(start) * LEAST_COST)
-        for order in (by_ratio(steps), by_noise(steps)):
-            self._fewest_steps(setting, order)
+        least_ms = self._start_ms(start) * LEAST_COST
+        steps = possible_steps(rows, least_ms)
+        in_float = possible_steps([{**row, **dict.fromkeys(_TERMS)} for row in rows], least_ms)
+        orders = [order for some in (steps, in_float) for order in (by_ratio(some), by_noise(some))]
+        found = [self._fewest_steps(setting, order) for order in orders]
+        others = [*by_ratio(steps), *in_float]
+        kept = [steps for steps in found if steps]
+        for steps in sorted(kept, key=lambda steps: self._trial(setting.with_changes(taken(steps))).rank):
+            self._exchange(setting, steps, others)
 
     def _codes(self, start: Setting) -> Setting:
         """The activation codes of the preset that gives the least error; they may cost speed, so it has to pay."""
@@ -230,8 +241,12 @@ class Search:
                         best, least = tried, sqnr_db
         return best
 
-    def _fewest_steps(self, setting: Setting, order: Sequence[Step]) -> None:
-        """The shortest prefix of the order that keeps the limits, then without every step that can be spared."""
+    def _fewest_steps(self, setting: Setting, order: Sequence[Step]) -> list[Step]:
+        """The shortest prefix of the order that keeps the limits, then without every step that can be spared.
+
+        Returns:
+            Those steps; none where the whole order does not keep the limits.
+        """
 
         def holds(steps: Sequence[Step]) -> bool:
             return self._trial(setting.with_changes(taken(steps))).holds
@@ -239,7 +254,7 @@ class Search:
         fails, count = 0, 1
         while order and not holds(order[:count]):
             if count >= len(order):
-                return
+                return []
             fails, count = count, min(2 * count, len(order))
         while count - fails > 1:
             middle = (fails + count) // 2
@@ -249,6 +264,20 @@ class Search:
             fewer = [other for other in kept if other is not step]
             if taken(fewer) != taken(kept) and holds(fewer):
                 kept = fewer
+        return kept
+
+    def _exchange(self, setting: Setting, kept: Sequence[Step], steps: Sequence[Step]) -> None:
+        """Each step in turn for the first others that together should cost less, while the program gets faster."""
+        trial = self._trial(setting.with_changes(taken(kept)))
+        improved = True
+        while improved:
+            improved = False
+            for step, share in itertools.product(sorted(kept, key=lambda step: -step.ms), EXCHANGE):
+                others = exchanged(step, kept, steps, share * step.ms)
+                found = self._trial(setting.with_changes(taken(others)))
+                if found.rank < trial.rank:
+                    kept, trial, improved = others, found, True
+                    break
 
     def _final(self, stopped: bool) -> Trial:
         """The fastest of the best few, timed once more and longer than before."""
@@ -402,6 +431,19 @@ def taken(steps: Sequence[Step]) -> set[tuple[str, str]]:
     """The changes that some steps come to, whatever their order: a layer in float needs no terms."""
     in_float = {step.layer for step in steps if step.change == FLOAT}
     return {(step.layer, step.change) for step in steps if step.change == FLOAT or step.layer not in in_float}
+
+
+def exchanged(step: Step, kept: Sequence[Step], steps: Sequence[Step], ms: float) -> list[Step]:
+    """Without a step, and with as many of the others as together cost these milliseconds, in the order they come."""
+    left = [other for other in kept if other is not step]
+    in_float = {other.layer for other in left if other.change == FLOAT}
+    for other in steps:
+        change = (other.layer, other.change)
+        new = other.layer not in in_float and change != (step.layer, step.change) and change not in taken(left)
+        if new and other.noise > 0 and other.ms <= ms:
+            left.append(other)
+            ms -= other.ms
+    return left
 
 
 def with_observer(layer: str | LayerOverride | None, part: str, observer: str) -> LayerOverride | None:

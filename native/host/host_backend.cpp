@@ -26,6 +26,7 @@ public:
     void release(void* memory) override { std::free(memory); }
     void copy(void* to, const void* from, std::size_t bytes) override { std::memcpy(to, from, bytes); }
     bool reads_process_memory() const override { return true; }
+    bool adds_reals() const override { return true; }
     void wait() override {}
 
     std::unique_ptr<Step> linear(const Weights& w, const Tensor& x, const Tensor* residual, const Epilogue& e,

@@ -244,8 +244,8 @@ void check_operands(const Weights& w, const Tensor& x, const Tensor* residual, c
     require(x.dtype == DType::u8 && x.q.has_value(), "x must be u8 codes");
     require((y.dtype == DType::u8 && y.q.has_value()) || (y.dtype == DType::f32 && !y.q.has_value()),
             "y must be u8 codes or f32");
-    require(residual == nullptr || (residual->dtype == DType::u8 && residual->q.has_value()),
-            "the residual must be u8 codes");
+    require(residual == nullptr || residual->dtype == (residual->q ? DType::u8 : DType::f32),
+            "the residual must be u8 codes or f32");
     require(w.scales == 1 || w.scales == w.dims[0], "one weight scale, or one per output channel");
 }
 
@@ -258,6 +258,8 @@ void check_reduction(i64 steps, std::int32_t zero_point, i64 largest_weight) {
                     std::to_string(limit) + " with zero point " + std::to_string(zero_point));
 }
 
+bool is_real(const Tensor* residual) { return residual != nullptr && !residual->q; }
+
 // Everything but scale, bias and the addresses.
 Int8Output output_of(const Tensor* residual, const Epilogue& epilogue, const Tensor& y, i64 row) {
     Int8Output o;
@@ -266,7 +268,7 @@ Int8Output output_of(const Tensor* residual, const Epilogue& epilogue, const Ten
     o.activation = static_cast<int>(epilogue.kind);
     o.a = epilogue.a;
     o.b = epilogue.b;
-    if (residual != nullptr) {
+    if (residual != nullptr && residual->q) {
         o.residual_scale = residual->q->scale;
         o.residual_zero = residual->q->zero_point;
     }
@@ -304,11 +306,11 @@ struct ChannelConstants {
     }
 
     // Has `o` read them; `steps`: of the reduction.
-    void bind(Int8Output& o, i64 steps, const QParams& x, const std::optional<QParams>& y) {
+    void bind(Int8Output& o, i64 steps, const QParams& x, const std::optional<QParams>& y, bool adds_reals) {
         o.scale = scale.data();
         o.bias = bias.data();
         const bool clamps = o.activation == kInt8None || o.activation == kInt8Hardtanh;
-        if (o.is_float || !clamps) return;
+        if (o.is_float || !clamps || adds_reals) return;
         code_scale = Aligned<float>(scale.size());
         code_bias = Aligned<float>(scale.size());
         const double y_scale = y->scale, residual_step = o.residual_scale / y_scale;
@@ -458,7 +460,11 @@ Shape3 shape_of(const Weights& w, const ConvGeometry& geometry, const Tensor& x,
 
 void bind_output(Int8Output& o, const std::optional<Tensor>& residual, const Tensor& y) {
     o.y = y.place.get();
-    o.residual = residual ? residual->data<const u8>() : nullptr;
+    if (!residual) return;
+    if (residual->q)
+        o.residual = residual->data<const u8>();
+    else
+        o.real_residual = residual->data<const float>();
 }
 
 class GemmStep final : public Step {
@@ -521,7 +527,7 @@ public:
         gemm_.quads = runs.runs * runs.quads;
         gemm_.chunk = chunk_of(kernels_, gemm_.quads);
         gemm_.output = output_of(residual, epilogue, y, grouping.groups * grouping.out_channels);
-        constants_->bind(gemm_.output, taps * w.dims[1], *x.q, y.q);
+        constants_->bind(gemm_.output, taps * w.dims[1], *x.q, y.q, is_real(residual));
         tasks_ = cut(kernels_, gemm_, groups_, rows_, pool.size());
     }
 
@@ -608,7 +614,7 @@ public:
         job_.weights = reinterpret_cast<const u8*>(weights_->codes.data());
         job_.start = constants_->start.data();
         job_.output = output_of(residual, epilogue, y, channels);
-        constants_->bind(job_.output, taps, *x.q, y.q);
+        constants_->bind(job_.output, taps, *x.q, y.q, is_real(residual));
         lines_ = y.dims[0] * shape.out[0] * shape.out[1];
         // Lines first: tasks that share a line both compute its taps' addresses.
         const double cycles = static_cast<double>(lines_ * shape.out[2] * job_.blocks * (3 * taps + 20));

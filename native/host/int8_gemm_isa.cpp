@@ -179,7 +179,9 @@ void finish_tile(const Int8Output& o, const std::int32_t* sums, i64 stride, i64 
         u8* codes = static_cast<u8*>(o.y) + first;
         float* reals = static_cast<float*>(o.y) + first;
         const u8* residual = o.residual;
+        const float* real_residual = o.real_residual;
         if (residual != nullptr) residual += first;
+        if (real_residual != nullptr) real_residual += first;
         for (i64 m = 0; m < rows; ++m, sums += stride, codes += o.row, reals += o.row) {
             Float r0 = real_of(Vector::load(sums), scale0, bias0);
             Float r1 = real_of(Vector::load(sums + kLanes), scale1, bias1);
@@ -187,6 +189,11 @@ void finish_tile(const Int8Output& o, const std::int32_t* sums, i64 stride, i64 
                 r0 = add_residual(r0, Vector::load_bytes(residual), k);
                 r1 = add_residual(r1, Vector::load_bytes(residual + kLanes), k);
                 residual += o.row;
+            }
+            if (real_residual != nullptr) {
+                r0 = Vector::add(r0, Vector::load(real_residual));
+                r1 = Vector::add(r1, Vector::load(real_residual + kLanes));
+                real_residual += o.row;
             }
             r0 = activate<kActivation>(r0, k.a, k.b);
             r1 = activate<kActivation>(r1, k.a, k.b);
@@ -209,6 +216,11 @@ void finish_tile(const Int8Output& o, const std::int32_t* sums, i64 stride, i64 
                 u8 codes[kLanes] = {};
                 std::memcpy(codes, o.residual + at, n);
                 r = add_residual(r, Vector::load_bytes(codes), k);
+            }
+            if (o.real_residual != nullptr) {
+                float reals[kLanes] = {};
+                std::memcpy(reals, o.real_residual + at, n * sizeof(float));
+                r = Vector::add(r, Vector::load(reals));
             }
             r = activate<kActivation>(r, k.a, k.b);
             if (o.is_float) {
@@ -258,6 +270,14 @@ QF_INLINE void finish_block(const Int8Output& o, const OutputConstants& k, const
                        Vector::load(o.bias + block * kBlock + i * kLanes));
     if (o.residual != nullptr)
         for (int i = 0; i < 4; ++i) r[i] = add_residual(r[i], residual[i], k);
+    if (o.real_residual != nullptr) {
+        float part[kBlock] = {};
+        const float* reals = o.real_residual + at;
+        if (count != kBlock) reals = static_cast<const float*>(std::memcpy(part, reals, count * sizeof(float)));
+        Float added[4];
+        Vector::load_block(reals, added);
+        for (int i = 0; i < 4; ++i) r[i] = Vector::add(r[i], added[i]);
+    }
     for (int i = 0; i < 4; ++i) r[i] = activate<kActivation>(r[i], k.a, k.b);
     if (o.is_float) {
         float* y = static_cast<float*>(o.y) + at;

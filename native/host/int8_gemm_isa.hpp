@@ -19,6 +19,7 @@ struct Int8Output {
     const float* scale = nullptr;
     const float* bias = nullptr;
     const std::uint8_t* residual = nullptr;  // codes, the shape of y
+    const float* real_residual = nullptr;    // or float32
     float residual_scale = 0;
     std::int32_t residual_zero = 0;
     void* y = nullptr;

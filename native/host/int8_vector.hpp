@@ -172,6 +172,10 @@ struct PortableVector {
         for (int i = 0; i < 4; ++i)
             for (int l = 0; l < Lanes; ++l) p[16 * (l / 4) + 4 * i + l % 4] = v[i][l];
     }
+    QF_INLINE void load_block(const float* p, Float (&v)[4]) {
+        for (int i = 0; i < 4; ++i)
+            for (int l = 0; l < Lanes; ++l) v[i][l] = p[16 * (l / 4) + 4 * i + l % 4];
+    }
     QF_INLINE void interleave(const std::uint8_t* const (&p)[kTapGroup], Int (&to)[4]) {
         std::uint8_t bytes[4][4 * Lanes];
         for (int i = 0; i < 4; ++i)
@@ -291,6 +295,9 @@ struct Vector256 {
             _mm_storeu_ps(p + 4 * i, _mm256_castps256_ps128(v[i]));
             _mm_storeu_ps(p + 16 + 4 * i, _mm256_extractf128_ps(v[i], 1));
         }
+    }
+    QF_INLINE void load_block(const float* p, Float (&v)[4]) {
+        for (int i = 0; i < 4; ++i) v[i] = _mm256_set_m128(_mm_loadu_ps(p + 16 + 4 * i), _mm_loadu_ps(p + 4 * i));
     }
 };
 
@@ -489,6 +496,14 @@ struct Avx512Vector {
             _mm_storeu_ps(p + 16 + 4 * i, _mm512_extractf32x4_ps(v[i], 1));
             _mm_storeu_ps(p + 32 + 4 * i, _mm512_extractf32x4_ps(v[i], 2));
             _mm_storeu_ps(p + 48 + 4 * i, _mm512_extractf32x4_ps(v[i], 3));
+        }
+    }
+    QF_INLINE void load_block(const float* p, Float (&v)[4]) {
+        for (int i = 0; i < 4; ++i) {
+            Float all = _mm512_castps128_ps512(_mm_loadu_ps(p + 4 * i));
+            all = _mm512_insertf32x4(all, _mm_loadu_ps(p + 16 + 4 * i), 1);
+            all = _mm512_insertf32x4(all, _mm_loadu_ps(p + 32 + 4 * i), 2);
+            v[i] = _mm512_insertf32x4(all, _mm_loadu_ps(p + 48 + 4 * i), 3);
         }
     }
     QF_INLINE void interleave(const std::uint8_t* const (&p)[kTapGroup], Int (&to)[4]) {

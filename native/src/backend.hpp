@@ -86,6 +86,9 @@ public:
     // Whether signed codes are stored as u8 with zero_point + 128 (true), or as s8 (false).
     virtual bool stores_unsigned() const = 0;
 
+    // Whether the residual of `linear` and `conv` may be f32.
+    virtual bool adds_reals() const = 0;
+
     // Memory that steps may read and write, 64-byte aligned.
     virtual void* allocate(std::size_t bytes) = 0;
     virtual void release(void* memory) = 0;
@@ -97,8 +100,8 @@ public:
     virtual void wait() = 0;
 
     // y = epilogue(sum_k (x[m,k] - zp) * w[n,k] * scale_x * scale_w[n] + bias[n] + residual).
-    // x codes (*, in), y codes or f32 (*, out), row-major; residual: codes of y's shape, row-major, or null.
-    // y and residual may be the same memory. The integer sum is exact.
+    // x codes (*, in), y codes or f32 (*, out), row-major; residual: codes of y's shape (with `adds_reals` also f32),
+    // row-major, or null. y and residual may be the same memory. The integer sum is exact.
     virtual std::unique_ptr<Step> linear(const Weights&, const Tensor& x, const Tensor* residual, const Epilogue&,
                                          const Tensor& y) = 0;
     // The same for convolutions: x codes (batch, channels, *spatial), y and residual channels_last, 1 to 3 spatial

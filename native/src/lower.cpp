@@ -691,8 +691,9 @@ private:
             if (residual->dims != dims) throw Unsupported("a residual that broadcasts");
         }
         const Form form = form_of(n.output);
-        if (residual && !program_.values[static_cast<std::size_t>(n.args[1].as<Ref>()->value)].q && !dims_empty(dims)) {
-            residual = as_real_operand(*residual);
+        const bool adds_reals = residual && !program_.values[static_cast<std::size_t>(n.args[1].as<Ref>()->value)].q;
+        if (adds_reals) residual = as_f32(*residual);
+        if (adds_reals && !backend_.adds_reals() && !dims_empty(dims)) {
             const View product = allocate(DType::f32, dims, strides);
             emit(step_of(product, nullptr, {}), {&x, &product});
             const View y = allocate(form.dtype, dims, strides, form.q, form.is_real);

@@ -40,6 +40,7 @@ public:
         return std::string("sycl.") + (device_.is_cpu ? "cpu" : "gpu");
     }
     bool stores_unsigned() const override { return false; }
+    bool adds_reals() const override { return false; }
     void* allocate(std::size_t bytes) override { return device_.allocate(bytes); }
     void release(void* memory) override { device_.release(memory); }
     void copy(void* to, const void* from, std::size_t bytes) override { device_.copy(to, from, bytes); }

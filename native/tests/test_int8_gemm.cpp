@@ -108,7 +108,7 @@ struct Case {
     std::vector<i64> in, kernel, stride, padding, dilation;  // spatial; empty: linear
     i64 batch = 1, in_channels = 1, out_channels = 1, groups = 1;
     Epilogue epilogue;
-    bool has_residual = false, in_place = false, has_bias = true, per_tensor = false, is_float = false;
+    bool has_residual = false, is_real_residual = false, in_place = false, has_bias = true, per_tensor = false, is_float = false;
     int zero_point = 128;
     Codes codes = Codes::random;
     int threads = 1;
@@ -122,7 +122,7 @@ std::string text_of(const Case& c) {
         s += " [" + std::to_string(c.in[i]) + " k" + std::to_string(c.kernel[i]) + " s" + std::to_string(c.stride[i]) +
              " p" + std::to_string(c.padding[i]) + " d" + std::to_string(c.dilation[i]) + "]";
     return s + " epilogue " + std::to_string(int(c.epilogue.kind)) + " zero " + std::to_string(c.zero_point) +
-           (c.has_residual ? " residual" : "") + (c.is_float ? " f32" : "");
+           (c.has_residual ? c.is_real_residual ? " f32 residual" : " residual" : "") + (c.is_float ? " f32" : "");
 }
 
 void run_case(const Case& c) {
@@ -164,7 +164,9 @@ void run_case(const Case& c) {
              c.is_float ? std::nullopt : std::optional<QParams>(yq));
     const QParams rq{c.in_place ? float(spread / 50) : 0.037f, 117, 0, 255};
     Buffer separate(DType::u8, yd, strides(yd), rq);
-    Tensor residual = separate.tensor;
+    Buffer reals(DType::f32, yd, strides(yd), std::nullopt);
+    for (i64 i = 0; i < reals.tensor.count(); ++i) reals.reals()[i] = pick_real(-3, 3);
+    Tensor residual = c.is_real_residual ? reals.tensor : separate.tensor;
     if (c.in_place) {
         std::memcpy(y.base, separate.base, static_cast<std::size_t>(y.tensor.count()));
         residual.place = y.tensor.place;
@@ -210,7 +212,7 @@ void run_case(const Case& c) {
                 const i64 index = (image * pixels + pixel) * c.out_channels + n;
                 if (r != nullptr) {
                     volatile float added = float(int(separate.codes()[index]) - rq.zero_point) * rq.scale;
-                    real = real + added;
+                    real = real + (c.is_real_residual ? reals.reals()[index] : added);
                 }
                 check_result(text, y, index, real, c.epilogue);
             }
@@ -228,7 +230,8 @@ void vary(Case& c) {
     c.epilogue = pick_epilogue();
     c.has_residual = pick(0, 2) == 0;
     c.is_float = pick(0, 4) == 0;
-    c.in_place = c.has_residual && !c.is_float && pick(0, 1);
+    c.is_real_residual = c.has_residual && pick(0, 2) == 0;
+    c.in_place = c.has_residual && !c.is_real_residual && !c.is_float && pick(0, 1);
     c.has_bias = pick(0, 3) != 0;
     c.per_tensor = pick(0, 3) == 0;
     const int zeros[] = {0, 128, 255, 37};
@@ -264,14 +267,15 @@ void test_linear() {
 void test_activations() {
     for (int kind = 0; kind <= 10; ++kind)
         for (bool is_float : {false, true})
-            for (bool has_residual : {false, true}) {
+            for (int residuals = 0; residuals < 3; ++residuals) {
                 Case c;
                 c.batch = 40;
                 c.in_channels = 24;
                 c.out_channels = 35;
                 c.epilogue = {static_cast<Activation>(kind), kind == 2 ? -1.0f : 0.05f, 6.0f};
                 c.is_float = is_float;
-                c.has_residual = has_residual;
+                c.has_residual = residuals > 0;
+                c.is_real_residual = residuals > 1;
                 run_case(c);
             }
 }
