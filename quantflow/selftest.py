@@ -230,6 +230,8 @@ def _linear_cases() -> Iterator[Case]:
     node = Node("linear", "linear", "y", (Ref("x"), Ref("r")), attrs=names, epilogue=Epilogue("relu"))
     values = {"x": Value(_U), "r": Value(_X), "y": Value(_OUT)}
     yield _one("linear", "residual", node, values, _weights((24, 40)), {"x": x, "r": r})
+    del values["r"]
+    yield _one("linear", "float residual", node, values, _weights((24, 40)), {"x": x, "r": torch.randn(5, 24)})
     node = Node("linear", "linear", "y", (Ref("x"), None), attrs=names)
     yield _one("linear", "float result", node, {"x": Value(_U)}, _weights((24, 40)), {"x": x})
 
@@ -273,13 +275,12 @@ def _epilogue_cases() -> Iterator[Case]:
     for kind in EPILOGUES:
         epilogue = Epilogue(kind, numbers.get(kind, ()))
         x, r = _codes((1, 16, 6, 5), Value(_X)), _codes((1, 20, 6, 5), Value(_U))
-        for residual in (False, True):
-            args = (Ref("x"), Ref("r") if residual else None)
+        for name, residual in (("", None), (" after a residual", r), (" after a float residual", torch.randn(r.shape))):
+            args = (Ref("x"), None if residual is None else Ref("r"))
             node = Node("conv", "conv", "y", args, attrs=attrs, epilogue=epilogue)
-            values = {"x": Value(_X), "r": Value(_U), "y": Value(_OUT)}
-            inputs = {"x": x, "r": r} if residual else {"x": x}
-            name = f"{kind}{' after a residual' if residual else ''}"
-            yield _one("fused activations", name, node, values, _weights((20, 16, 3, 3)), inputs)
+            values = {"x": Value(_X), "y": Value(_OUT)} | ({"r": Value(_U)} if residual is r else {})
+            inputs = {"x": x} if residual is None else {"x": x, "r": residual}
+            yield _one("fused activations", f"{kind}{name}", node, values, _weights((20, 16, 3, 3)), inputs)
 
 
 def _code_cases() -> Iterator[Case]:
