@@ -2,11 +2,12 @@
 
     int8 alone    every other layer float: the layer's own error, as it reaches the model's output
     float alone   every other layer int8: the error that is gone without it
-    weight terms  the same with the layer's weight in two int8 terms, which a search may choose instead of float
-    input terms   the same with the layer's input in two int8 terms
+    weight terms  every other layer float, and this one's weight in two int8 terms: the error that its input leaves
+    input terms   every other layer float, and this one's input in two int8 terms: the error that its weight leaves
 
 All are programs as a run would make them, compared with the float model on calibration samples. The first two differ
-where errors of several layers cancel or add up; a search needs the second, an explanation the first.
+where errors of several layers cancel or add up, as they do most on samples that an algorithm fitted the layers to; what
+one layer costs alone is told apart from the others' errors, so a search goes by that.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ FORMAT = 1
 INT8_ALONE, FLOAT_ALONE = "int8_alone", "float_alone"
 #: What task=sensitivity shows, and what a search asks for.
 SHOWN = (INT8_ALONE, FLOAT_ALONE)
-SEARCHED = (FLOAT_ALONE, "weight_terms", "input_terms")
+SEARCHED = (INT8_ALONE, FLOAT_ALONE, "weight_terms", "input_terms")
 #: The change that is measured for a kind.
 CHANGE = {FLOAT_ALONE: FLOAT, "weight_terms": WEIGHT_TERMS, "input_terms": INPUT_TERMS}
 #: What is listed of the comparison with float; the metric's drop comes beside them.
@@ -50,7 +51,8 @@ def measure_sensitivity(
         {"format", "setting", "all_int8": figures, "layers": [{"rank", "layer", "op", and for each kind its figures}]}.
         Those of a kind are None where it can't be: a matmul of activations can't be the only int8 layer, and has no
         weight. Beside FIGURES they hold "drop" (of the task's metric), "gain_db" (minus all int8), "noise" (as a share
-        of the noise of all int8), "noise_back" (1 - noise), and but for int8 alone "added_ms", what it costs.
+        of the noise of all int8), "noise_back" (1 - noise), and but for int8 alone "added_ms", what the change costs in
+        the model that is all int8.
     """
     mark = setting.digest
     whole = journal.measure(f"{mark} all int8", lambda: _figures(bench.ranking_errors(setting)))
@@ -102,9 +104,9 @@ def noise(figures: Mapping[str, Any]) -> float:
 def _measured(
     bench: Workbench, setting: Setting, kind: str, layer: Candidate, layers: Sequence[Candidate]
 ) -> dict[str, Any]:
+    others = [(other.name, FLOAT) for other in layers if other is not layer]
     if kind == INT8_ALONE:
         try:
-            others = [(other.name, FLOAT) for other in layers if other is not layer]
             return _figures(bench.ranking_errors(setting.with_changes(others)))
         except NothingQuantizedError:
             return {}
@@ -112,7 +114,9 @@ def _measured(
         return {}
     changed = setting.with_changes([(layer.name, CHANGE[kind])])
     try:
-        return {**_figures(bench.ranking_errors(changed)), "added_ms": bench.added_ms(setting, changed)}
+        added_ms = bench.added_ms(setting, changed)
+        judged = changed if kind == FLOAT_ALONE else setting.with_changes([*others, (layer.name, CHANGE[kind])])
+        return {**_figures(bench.ranking_errors(judged)), "added_ms": added_ms}
     except NothingQuantizedError:  # the only int8 layer: without it the model is float
         exact = {**dict.fromkeys(FIGURES), "sqnr_db": math.inf, "max_error": 0.0, "drop": None}
         return {**exact, "added_ms": math.nan}

@@ -4,7 +4,7 @@
 2. What costs little or no speed: other activation codes, presets of accuracy algorithms where the recipe asks for none,
    and without algorithms other observers, for the whole model and for its worst layers. Keep what lowers the error.
 3. Three steps can be taken per layer: its weight in two int8 terms, its input in two, and float. Rank all of them by
-   the noise that each gives back per millisecond that it costs (`quantflow.layer_sensitivity`).
+   the noise that each takes away per millisecond that it costs (`quantflow.layer_sensitivity`).
 4. Take the first m steps of that order, with the least m that keeps the limits: errors of layers do not add up, so each
    try is the whole program, measured. Then take steps back, the poorest first, while the limits are kept. Again in the
    order of noise alone, and both again with float as the only step.
@@ -402,11 +402,13 @@ def possible_steps(rows: Sequence[Mapping[str, Any]], least_ms: float) -> list[S
     steps = []
     for row in rows:
 
-        def step(change: str, kind: str, row: Mapping[str, Any] = row) -> Step:
-            return Step(row["layer"], change, row[kind]["noise_back"], max(row[kind]["added_ms"], least_ms))
+        def step(change: str, kind: str, noise: float, row: Mapping[str, Any] = row) -> Step:
+            return Step(row["layer"], change, noise, max(row[kind]["added_ms"], least_ms))
 
-        exact = step(FLOAT, "float_alone")
-        terms = [step(change, kind) for kind, change in _TERMS.items() if row[kind] is not None]
+        alone = row["int8_alone"]
+        exact = step(FLOAT, "float_alone", row["float_alone"]["noise_back"] if alone is None else alone["noise"])
+        given = [(change, kind) for kind, change in _TERMS.items() if row[kind] is not None]
+        terms = [step(change, kind, exact.noise - row[kind]["noise"]) for change, kind in given]
         for term in by_ratio(terms):
             beyond = replace(exact, noise=exact.noise - term.noise, ms=max(exact.ms - term.ms, least_ms))
             if term.noise > 0 and term.noise / term.ms > beyond.noise / beyond.ms:

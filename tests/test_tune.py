@@ -48,9 +48,10 @@ class Additive:
         rows = [
             {
                 "layer": name,
+                "int8_alone": {"noise": noise / whole},
                 "float_alone": {"noise_back": noise / whole, "added_ms": float_ms},
-                "weight_terms": {"noise_back": 0.6 * noise / whole, "added_ms": terms_ms},
-                "input_terms": {"noise_back": 0.38 * noise / whole, "added_ms": terms_ms},
+                "weight_terms": {"noise": 0.4 * noise / whole, "added_ms": terms_ms},
+                "input_terms": {"noise": 0.62 * noise / whole, "added_ms": terms_ms},
             }
             for name, (noise, float_ms, terms_ms) in self.layers.items()
         ]
@@ -194,14 +195,21 @@ def test_what_costs_no_speed_comes_first(tried: dict[str, Any], changed: Callabl
 
 def test_steps_and_their_order() -> None:
     def row(name: str, *measured: tuple[float, float] | None) -> dict[str, Any]:
-        kinds = ("float_alone", "weight_terms", "input_terms")
-        found = [None if pair is None else {"noise_back": pair[0], "added_ms": pair[1]} for pair in measured]
-        return {"layer": name, **dict(zip(kinds, found, strict=True))}
+        """What float takes away of all noise, the weight's and the input's share of it, and what each costs."""
+        whole, *shares = measured
+        assert whole is not None
+        terms = [None if pair is None else {"noise": whole[0] - pair[0], "added_ms": pair[1]} for pair in shares]
+        return {
+            "layer": name,
+            "int8_alone": None if name == "m" else {"noise": whole[0]},
+            "float_alone": {"noise_back": whole[0] if name == "m" else -1.0, "added_ms": whole[1]},
+            **dict(zip(("weight_terms", "input_terms"), terms, strict=True)),
+        }
 
     rows = [
         row("a", (0.55, 10), (0.4, 1), (0.1, 1)),
         row("b", (0.3, 1), (0.1, 1), None),
-        row("m", (0.1, 1), None, None),
+        row("m", (0.09, 1), None, None),
         row("z", (0.05, 1), (0.04, 2), (0.04, 2)),
     ]
     steps = possible_steps(rows, 0.01)
