@@ -7,6 +7,7 @@ import torch
 from torch.ao.quantization import QConfig as TorchQConfig
 
 from quantflow.environment import has_exact_int8_products
+from quantflow.errors import UsageError
 from quantflow.numerics.affine import activation_qparams
 from quantflow.schema import PRESETS, ActivationSpec, QConfig, WeightSpec
 
@@ -81,3 +82,12 @@ def test_torch_ao_takes_it_from_float_to_int8() -> None:
     assert sum(isinstance(module, torch.ao.nn.quantized.Linear) for module in converted.modules()) == 2
     signal, noise = model(X), model(X) - converted(X)
     assert 20 * torch.log10(signal.norm() / noise.norm()) > 30
+
+
+@pytest.mark.parametrize(
+    ("qconfig", "place"),
+    [(QConfig(weight=WeightSpec(terms=2)), r"weight\.terms"), (QConfig(input_terms=2), "input_terms")],
+)
+def test_two_terms_have_none(qconfig: QConfig, place: str) -> None:
+    with pytest.raises(UsageError, match=rf"qconfig\.{place}: torch\.ao has no .* in two terms; use 1"):
+        qconfig.to_torch()

@@ -34,10 +34,11 @@ ACTIVATION = {
     "averaging_constant": st.floats(0, 1, exclude_min=True),
     "percentile": st.floats(50, 100, exclude_min=True) | st.integers(51, 100),
 }
+TERMS = st.sampled_from([1, 2])
 WEIGHT = {
     "granularity": st.sampled_from(["per_tensor", "per_channel"]),
     "observer": st.sampled_from(["minmax", "mse", "percentile"]),
-    "terms": st.sampled_from([1, 2]),
+    "terms": TERMS,
 }
 
 
@@ -71,7 +72,7 @@ DATA = st.one_of(
 )
 LAYERS = st.dictionaries(
     st.text(min_size=1, max_size=12),
-    st.sampled_from(["float", "int8"]) | some(activation=some(**ACTIVATION), weight=some(**WEIGHT)),
+    st.sampled_from(["float", "int8"]) | some(activation=some(**ACTIVATION), weight=some(**WEIGHT), input_terms=TERMS),
     max_size=4,
 )
 FRACTIONS = st.floats(0, 1) | st.sampled_from([0, 1]) | st.none()
@@ -86,7 +87,10 @@ RECIPES = st.fixed_dictionaries(
         "seed": st.integers(0, 2**31 - 1),
         "data": DATA,
         "qconfig": some(
-            activation=some(**ACTIVATION), weight=some(**WEIGHT), reduce_range=st.sampled_from(["auto", True, False])
+            activation=some(**ACTIVATION),
+            weight=some(**WEIGHT),
+            input_terms=TERMS,
+            reduce_range=st.sampled_from(["auto", True, False]),
         ),
         "layers": LAYERS,
         "mode": some(kind=st.just("torchscript"), method=st.just("trace")),
