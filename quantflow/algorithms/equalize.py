@@ -50,6 +50,8 @@ NAME = "equalize"
 MEASURE = "largest over median range of the channels"
 #: A rescaled model must give float's output up to rounding; below this it is not the same model.
 MIN_SQNR_DB = 60.0
+#: On how many samples the two are compared: a wrong factor shows on any.
+COMPARED = 2
 #: Sweeps stop when no factor changes by more than this.
 CONVERGED = 1e-3
 #: The exponents tried, and how much less noise one must promise.
@@ -80,7 +82,8 @@ def equalize(settings: EqualizeAlgorithm, graph: Graph, plan: Plan, material: Ma
         if max(work.improve(s, measured, settings.clip_margin) for s in sets) < CONVERGED:
             break
     rescaled = replace(graph, constants=work.constants())
-    found = min(sqnr_db(*pair) for pair in zip(measured.outputs, _outputs(rescaled, batches[0]), strict=True))
+    few = batches[0].head(COMPARED) if material.batch_is_dynamic else batches[0]
+    found = min(sqnr_db(*pair) for pair in zip(_outputs(graph, few), _outputs(rescaled, few), strict=True))
     if not found >= MIN_SQNR_DB:
         notice = f"equalize: undone, because the rescaled float model differs from the original ({found:.1f} dB)"
         return Rewriting((), lambda _: (graph, Outcome(MEASURE, (), skipped, (notice,))))
@@ -106,7 +109,6 @@ class _Measured:
         ranges: id of a set → over those of its values that are held as codes.
         power: id of a set → E[x^2] per channel, the sum over those values.
         clipped: clamp → over what it clamps, positive side.
-        outputs: the float model's on the first batch.
     """
 
     def __init__(
@@ -140,9 +142,7 @@ class _Measured:
 
         with torch.inference_mode():
             for done, batch in enumerate(batches, start=1):
-                output = interpret(graph, bind(graph.inputs, batch.args, batch.kwargs), on_value)
-                if done == 1:
-                    self.outputs = _tensors(output)
+                interpret(graph, bind(graph.inputs, batch.args, batch.kwargs), on_value)
                 material.update(done, len(batches))
 
 
@@ -388,11 +388,8 @@ def _spread(ranges: torch.Tensor) -> float:
     return float(alive.max() / alive.median()) if alive.numel() else 1.0
 
 
-def _tensors(output: Any) -> list[torch.Tensor]:
-    leaves = torch.utils._pytree.tree_leaves(output)
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
-
-
 def _outputs(graph: Graph, batch: Batch) -> list[torch.Tensor]:
     with torch.inference_mode():
-        return _tensors(interpret(graph, bind(graph.inputs, batch.args, batch.kwargs)))
+        output = interpret(graph, bind(graph.inputs, batch.args, batch.kwargs))
+    leaves = torch.utils._pytree.tree_leaves(output)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
