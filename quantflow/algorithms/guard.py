@@ -14,7 +14,7 @@ samples: calibration comes later.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from quantflow.graph import Graph, interpret
 from quantflow.plan import Plan
 from quantflow.prepare import Prepared, bind, prepare
 from quantflow.refined import Refined, unrefined
-from quantflow.schema import Algorithm
+from quantflow.schema import ActivationSpec, Algorithm
 
 #: Samples held out, and the largest share of all that they may be.
 SAMPLES, SHARE = 16, 4
@@ -98,7 +98,11 @@ class Guard:
 
         def judged(candidate: Graph) -> float:
             prepared = prepare(candidate, plan_of(candidate))
-            return self._db(prepared, unrefined(prepared, calibrate(prepared, self._batches)))
+            recorded = _Recorded(prepared, [])
+            table = calibrate(recorded, self._batches)
+            # All candidates are the same float model up to rounding.
+            self._float = self._float or recorded.outputs
+            return self._db(prepared, unrefined(prepared, table))
 
         before, all_db = self._known(graph, lambda: judged(graph)), judged(whole)
         kept, found = list(range(parts)), all_db
@@ -159,6 +163,25 @@ class Guard:
         shares = [n / s if s > 0 else math.inf if n > 0 else 0.0 for s, n in zip(signal, noise, strict=True)]
         share = sum(shares) / max(len(shares), 1)
         return -10 * math.log10(share) if share > 0 else math.inf
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """What calibration runs, and the outputs of each batch."""
+
+    prepared: Prepared
+    outputs: list[list[torch.Tensor]]
+
+    @property
+    def observed(self) -> Mapping[str, ActivationSpec]:
+        return self.prepared.observed
+
+    @property
+    def layers(self) -> Mapping[str, str]:
+        return self.prepared.layers
+
+    def run(self, batch: Batch, on_value: Callable[[str, torch.Tensor], None]) -> None:
+        self.outputs.append(_outputs(self.prepared.run(batch, on_value)))
 
 
 def _harmless(parts: int, before_db: float, judged: Callable[[Sequence[int]], float]) -> tuple[list[int], float]:
