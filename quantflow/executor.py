@@ -1089,7 +1089,7 @@ def _int8_proof(built: Built, source: Source) -> dict[str, Any]:
         )
     return {
         "int8_layers": built.plan.int8_layers,
-        "int8_layers_run": runs,
+        "int8_layers_run": runs - built.plan.second_terms,
         "core_layers": built.plan.core_layers,
         "coverage": built.plan.int8_coverage,
         "output_differs": not difference["identical"],

@@ -106,6 +106,12 @@ class Plan:
         return sum(p.unit.kind == CORE and p.is_int8 for p in self.units)
 
     @property
+    def second_terms(self) -> int:
+        """Products that int8 layers with weights or inputs in two terms take beside their own."""
+        layers = [p.qconfig for p in self.units if p.unit.kind == CORE and p.is_int8]
+        return sum((q.weight.terms == 2) + (q.input_terms == 2) for q in layers)
+
+    @property
     def int8_coverage(self) -> float:
         """int8_layers / core_layers, 0 where there are none."""
         return self.int8_layers / self.core_layers if self.core_layers else 0.0

@@ -102,6 +102,14 @@ def test_layers_and_modes(module: nn.Module) -> None:
     assert isinstance(qf.quantize(module, batches(), mode="imperative"), qf.QuantizedModule)
 
 
+def test_a_layer_in_two_terms_is_one_layer(module: nn.Module) -> None:
+    layers = {"2": {"input_terms": 2, "weight": {"terms": 2}}}
+    model = qf.quantize(module, batches(), layers=layers, algorithms="fast")
+    proof = model.results["int8_proof"]
+    assert proof["int8_layers_run"] == proof["int8_layers"] == 2
+    assert [node.name for node in model.record.program.int8_nodes()] == ["0", "2.low", "2.rest", "2"]
+
+
 def test_an_exported_program(module: nn.Module) -> None:
     x = torch.cat(list(batches()))
     shapes = ({0: torch.export.Dim.AUTO},)
