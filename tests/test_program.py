@@ -111,7 +111,7 @@ def _set(path: str, value: Any) -> Callable[[Any], None]:
         ("nodes/0/args", [{"code": "y"}], "'code' is not a kind of argument"),
         ("nodes/0/args", [{"value": "x", "tensor": "t"}], "ValueError"),
         ("nodes/1/args", [{"value": "x"}, None], "holds no int8 codes"),
-        ("nodes/1/args", [{"value": "x.codes"}, 3], "holds no int8 codes"),
+        ("nodes/1/args", [{"value": "x.codes"}, 3], "residual 3 is no value"),
         ("nodes/1/args", [{"value": "x.codes"}], "takes 2 arguments"),
         ("nodes/1/output", "x", "a second time"),
         ("nodes/1/epilogue", {"kind": "exec", "values": []}, "epilogue 'exec'"),
