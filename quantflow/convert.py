@@ -119,8 +119,11 @@ class _Converter:
         assert qparams is not None
         self._values[name] = Value(left_over_qparams(qparams))
         if node in self._moving:
-            rounded = lambda fill: float(dequantize(quantize(torch.tensor(fill), qparams), qparams))  # noqa: E731
-            self._move(self._moving[node], name, self._left_over, lambda fill: fill - rounded(fill))
+
+            def rest_of(fill: float) -> float:
+                return fill - float(dequantize(quantize(torch.tensor(fill), qparams), qparams))
+
+            self._move(self._moving[node], name, self._left_over, rest_of)
         else:
             operands = Ref(node.name), Ref(f"{name}.first")
             self._nodes += [

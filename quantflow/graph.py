@@ -166,6 +166,12 @@ def interpret(
     raise ValueError("the graph has no output node")
 
 
+def float_leaves(output: Any) -> list[torch.Tensor]:
+    """The floating-point tensors of a model's output, in the order of its structure."""
+    leaves = torch.utils._pytree.tree_leaves(output)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+
+
 def name_layers(graph: fx.Graph) -> None:
     """Give every computed node a unique `meta["layer"]`: the module's own name where one op stands for it.
 

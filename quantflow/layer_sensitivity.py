@@ -22,11 +22,12 @@ from quantflow.workbench import FLOAT, INPUT_TERMS, WEIGHT_TERMS, Candidate, Set
 
 FORMAT = 1
 INT8_ALONE, FLOAT_ALONE = "int8_alone", "float_alone"
-#: What task=sensitivity shows, and what a search asks for.
+#: What task=sensitivity shows; a search asks for SEARCHED.
 SHOWN = (INT8_ALONE, FLOAT_ALONE)
-SEARCHED = (INT8_ALONE, FLOAT_ALONE, "weight_terms", "input_terms")
+TERMS = {"weight_terms": WEIGHT_TERMS, "input_terms": INPUT_TERMS}
 #: The change that is measured for a kind.
-CHANGE = {FLOAT_ALONE: FLOAT, "weight_terms": WEIGHT_TERMS, "input_terms": INPUT_TERMS}
+CHANGE = {FLOAT_ALONE: FLOAT, **TERMS}
+SEARCHED = (INT8_ALONE, *CHANGE)
 #: What is listed of the comparison with float; the metric's drop comes beside them.
 FIGURES = ("sqnr_db", "max_error", "agreement", "cosine_mean", "cosine_min")
 

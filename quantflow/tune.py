@@ -29,6 +29,7 @@ from pydantic import TypeAdapter
 from quantflow.errors import NothingQuantizedError
 from quantflow.gates import GateResult, evaluate_gates
 from quantflow.journal import Journal
+from quantflow.layer_sensitivity import FLOAT_ALONE, INT8_ALONE, TERMS
 from quantflow.schema import (
     PRESETS,
     ActivationOverride,
@@ -52,8 +53,6 @@ ALGORITHM_SHARE = 0.25
 WORTHWHILE_DB = 0.05
 #: SQNR that other activation codes must win.
 CODES_WORTHWHILE_DB = 0.5
-#: The changes short of float, by their name in a sensitivity's rows.
-_TERMS = {"weight_terms": WEIGHT_TERMS, "input_terms": INPUT_TERMS}
 #: Settings that are timed against each other at the end.
 FINALISTS = 3
 #: Share of the start's latency below which an added time is noise.
@@ -171,7 +170,7 @@ class Search:
                 return
         least_ms = self._start_ms(start) * LEAST_COST
         steps = possible_steps(rows, least_ms)
-        in_float = possible_steps([{**row, **dict.fromkeys(_TERMS)} for row in rows], least_ms)
+        in_float = possible_steps(rows, least_ms, terms={})
         orders = [order for some in (steps, in_float) for order in (by_ratio(some), by_noise(some))]
         found = [self._fewest_steps(setting, order) for order in orders]
         others = [*by_ratio(steps), *in_float]
@@ -394,13 +393,14 @@ class Step:
     ms: float
 
 
-def possible_steps(rows: Sequence[Mapping[str, Any]], least_ms: float) -> list[Step]:
+def possible_steps(rows: Sequence[Mapping[str, Any]], least_ms: float, terms: Mapping[str, str] = TERMS) -> list[Step]:
     """All steps worth taking, from a sensitivity's rows; the least harmful linear layer is never made float.
 
     Args:
         least_ms: an added time below this is noise, and counts as this.
+        terms: the changes short of float that may be steps, by their kind in the rows.
     """
-    linear = [row["layer"] for row in rows if any(row[kind] is not None for kind in _TERMS)]
+    linear = [row["layer"] for row in rows if any(row[kind] is not None for kind in TERMS)]
     linear = linear or [row["layer"] for row in rows]
     steps = []
     for row in rows:
@@ -408,11 +408,10 @@ def possible_steps(rows: Sequence[Mapping[str, Any]], least_ms: float) -> list[S
         def step(change: str, kind: str, noise: float, row: Mapping[str, Any] = row) -> Step:
             return Step(row["layer"], change, noise, max(row[kind]["added_ms"], least_ms))
 
-        alone = row["int8_alone"]
-        exact = step(FLOAT, "float_alone", row["float_alone"]["noise_back"] if alone is None else alone["noise"])
-        given = [(change, kind) for kind, change in _TERMS.items() if row[kind] is not None]
-        terms = [step(change, kind, exact.noise - row[kind]["noise"]) for change, kind in given]
-        for term in by_ratio(terms):
+        alone = row[INT8_ALONE]
+        exact = step(FLOAT, FLOAT_ALONE, row[FLOAT_ALONE]["noise_back"] if alone is None else alone["noise"])
+        given = [(change, kind) for kind, change in terms.items() if row[kind] is not None]
+        for term in by_ratio([step(change, kind, exact.noise - row[kind]["noise"]) for change, kind in given]):
             beyond = replace(exact, noise=exact.noise - term.noise, ms=max(exact.ms - term.ms, least_ms))
             if term.noise > 0 and term.noise / term.ms > beyond.noise / beyond.ms:
                 steps.append(term)

@@ -36,7 +36,7 @@ from torch import fx
 
 from quantflow.algorithms.channels import ChannelSet, find_sets
 from quantflow.algorithms.outcome import Change, Material, Outcome, Rewriting
-from quantflow.graph import Graph, arguments, interpret, is_aten
+from quantflow.graph import Graph, arguments, float_leaves, interpret, is_aten
 from quantflow.numerics.measures import sqnr_db
 from quantflow.passes.units import CORE, LINEAR_OPS, as_epilogue
 from quantflow.plan import Plan, PlannedUnit
@@ -390,6 +390,4 @@ def _spread(ranges: torch.Tensor) -> float:
 
 def _outputs(graph: Graph, batch: Batch) -> list[torch.Tensor]:
     with torch.inference_mode():
-        output = interpret(graph, bind(graph.inputs, batch.args, batch.kwargs))
-    leaves = torch.utils._pytree.tree_leaves(output)
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+        return float_leaves(interpret(graph, bind(graph.inputs, batch.args, batch.kwargs)))

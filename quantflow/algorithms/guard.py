@@ -24,7 +24,7 @@ from quantflow.algorithms.outcome import Change, Material, Outcome, Rewriting
 from quantflow.algorithms.simulate import simulate
 from quantflow.calibrate import calibrate
 from quantflow.data.batch import Batch
-from quantflow.graph import Graph, interpret
+from quantflow.graph import Graph, float_leaves, interpret
 from quantflow.plan import Plan
 from quantflow.prepare import Prepared, bind, prepare
 from quantflow.refined import Refined, unrefined
@@ -151,13 +151,13 @@ class Guard:
 
     def _db(self, prepared: Prepared, refined: Refined) -> float:
         if not self._float:
+            graph = self._graph
             with torch.inference_mode():
-                self._float = [
-                    _outputs(interpret(self._graph, bind(self._graph.inputs, b.args, b.kwargs))) for b in self._batches
-                ]
+                runs = [interpret(graph, bind(graph.inputs, b.args, b.kwargs)) for b in self._batches]
+            self._float = [float_leaves(output) for output in runs]
         signal, noise = ([0.0] * len(self._float[0]) for _ in range(2))
         for batch, wanted in zip(self._batches, self._float, strict=True):
-            for o, (y, found) in enumerate(zip(wanted, _outputs(simulate(prepared, refined, batch)), strict=True)):
+            for o, (y, found) in enumerate(zip(wanted, float_leaves(simulate(prepared, refined, batch)), strict=True)):
                 signal[o] += float(y.square().sum(dtype=torch.float64))
                 noise[o] += float((y - found).square().sum(dtype=torch.float64))
         shares = [n / s if s > 0 else math.inf if n > 0 else 0.0 for s, n in zip(signal, noise, strict=True)]
@@ -181,7 +181,7 @@ class _Recorded:
         return self.prepared.layers
 
     def run(self, batch: Batch, on_value: Callable[[str, torch.Tensor], None]) -> None:
-        self.outputs.append(_outputs(self.prepared.run(batch, on_value)))
+        self.outputs.append(float_leaves(self.prepared.run(batch, on_value)))
 
 
 def _harmless(parts: int, before_db: float, judged: Callable[[Sequence[int]], float]) -> tuple[list[int], float]:
@@ -209,11 +209,6 @@ def _told(outcome: Outcome, undone: Sequence[Change], reason: str, notices: Sequ
 def _is_harm(before_db: float, after_db: float) -> bool:
     """Whether a model lost more than it may; NaN is the worst there is."""
     return not math.isnan(before_db) and not after_db >= before_db - MARGIN_DB
-
-
-def _outputs(output: Any) -> list[torch.Tensor]:
-    leaves = torch.utils._pytree.tree_leaves(output)
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
 
 
 def _held_out(material: Material) -> tuple[list[Batch], Material]:

@@ -17,7 +17,7 @@ from torch import fx
 from quantflow.data.batch import Batch
 from quantflow.graph import arguments, last_uses
 from quantflow.numerics.affine import QParams
-from quantflow.passes.units import CORE, SHAPE
+from quantflow.passes.units import CORE
 from quantflow.plan import Plan, PlannedUnit
 from quantflow.prepare import Prepared, bind
 from quantflow.refined import LayerNumbers, Refined, float_numbers, left_over_qparams
@@ -96,16 +96,13 @@ def walk(
                         stream.simulated[node] = y
                     done += 1
                     update(done, total)
-                elif _moves_exactly(planned, plan):
-                    for stream in streams:
-                        stream.move(node, planned, refined.qparams[plan.codes[node.name]])
                 else:
                     for stream in streams:
                         stream.run(node, planned)
-                if node is planned.unit.output and planned.writes_codes and not _moves_exactly(planned, plan):
-                    qparams = refined.qparams[plan.codes[node.name]]
+                if node is planned.unit.output and planned.writes_codes:
+                    qparams, is_exact = refined.qparams[plan.codes[node.name]], node.name in plan.exact
                     for stream in streams:
-                        stream.write_codes(node, qparams)
+                        _write_codes(node, qparams, is_exact, stream.simulated, stream.coded)
             for dead in frees.get(node, ()):
                 for stream in streams:
                     stream.forget(dead)
@@ -137,14 +134,10 @@ def simulate(prepared: Prepared, refined: Refined, batch: Batch) -> Any:
                     weight, bias = _weight_and_bias(prepared, planned, refined)
                     x = _linear_input(planned, plan, refined, values, coded)
                     values[node] = linear_op(node, x, weight, bias)
-                elif _moves_exactly(planned, plan):
-                    qparams = refined.qparams[plan.codes[node.name]]
-                    coded[node] = _rounded(_call(node, _reader(planned, values, coded)), qparams)
-                    values[node] = _call(node, values.__getitem__)
                 else:
                     values[node] = _call(node, _reader(planned, values, coded))
-                if node is planned.unit.output and planned.writes_codes and not _moves_exactly(planned, plan):
-                    coded[node] = values[node] = _rounded(values[node], refined.qparams[plan.codes[node.name]])
+                if node is planned.unit.output and planned.writes_codes:
+                    _write_codes(node, refined.qparams[plan.codes[node.name]], node.name in plan.exact, values, coded)
             for dead in frees.get(node, ()):
                 values.pop(dead, None)
                 coded.pop(dead, None)
@@ -170,9 +163,10 @@ def _linear_input(planned: PlannedUnit, plan: Plan, refined: Refined, values: Va
     return first + on_grid(values[x] - first, left_over_qparams(refined.qparams[plan.codes[x.name]]))
 
 
-def _moves_exactly(planned: PlannedUnit, plan: Plan) -> bool:
-    """Whether the unit moves codes and, beside them, what they leave over."""
-    return planned.unit.kind == SHAPE and planned.unit.output.name in plan.exact
+def _write_codes(node: fx.Node, qparams: QParams, is_exact: bool, values: Values, coded: Values) -> None:
+    """Round what a unit computed from codes. A value that is exact, too, is the same data movement on exact ones."""
+    coded[node] = _rounded(values[node], qparams)
+    values[node] = _call(node, values.__getitem__) if is_exact else coded[node]
 
 
 def _code_operands(
@@ -223,11 +217,6 @@ class _Stream:
             same = all(read(n) is self.float[n] for n in node.all_input_nodes)
             self.simulated[node] = self.float[node] if same else _call(node, read)
 
-    def move(self, node: fx.Node, planned: PlannedUnit, qparams: QParams) -> None:
-        """Data movement on a value and on its codes."""
-        self.coded[node] = _rounded(_call(node, _reader(planned, self.simulated, self.coded)), qparams)
-        self.run(node)
-
     def run_float(self, node: fx.Node) -> None:
         if node.op == "placeholder":
             self.float[node] = next(self.inputs)
@@ -235,9 +224,6 @@ class _Stream:
             self.float[node] = self.constants[str(node.target)]
         elif node.op == "call_function":
             self.float[node] = _call(node, self.float.__getitem__)
-
-    def write_codes(self, node: fx.Node, qparams: QParams) -> None:
-        self.coded[node] = self.simulated[node] = _rounded(self.simulated[node], qparams)
 
     def forget(self, node: fx.Node) -> None:
         for values in (self.float, self.simulated, self.coded):

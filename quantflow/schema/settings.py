@@ -160,7 +160,7 @@ class TuneSettings(Settings):
 
     What costs little or no speed is tried first: activation codes as in `qconfigs`, where the recipe has no algorithms
     the presets in `algorithms`, and where none of these helps other `observers`, for activations and weights. Layers
-    that this does not save get weights in two int8 terms, or are left float.
+    that this does not save get weights or inputs in two int8 terms, or are left float.
     `time_budget_s` covers the search up to the artifact, interruptions not counted.
     """
 
