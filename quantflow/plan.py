@@ -33,7 +33,14 @@ from quantflow.passes.units import (
     fuse_residual,
     without_epilogue,
 )
-from quantflow.schema import ActivationOverride, ActivationSpec, LayerOverride, PolicySettings, QConfig
+from quantflow.schema import (
+    ActivationOverride,
+    ActivationSpec,
+    LayerOverride,
+    PolicySettings,
+    QConfig,
+    WeightOverride,
+)
 
 INT8, FLOAT32 = "int8", "float"
 IMPERATIVE = "imperative"
@@ -180,7 +187,8 @@ def make_plan(
     specs = {root: p.qconfig.activation for root, p in deciding.items()}
     layer_of = {node.name: node.name for node in graph.fx.nodes} | {u.output.name: u.name for u in units}
     rows = tuple(_row(p, codes, layer_of, kernel_of) for p in planned if p.unit.kind not in (SHAPE, SIZE))
-    notes = (*graph.notes, *overrides.without_effect({p.unit.name for p in deciding.values()}))
+    linear = {unit.name for unit in int8 if unit.kind == CORE}
+    notes = (*graph.notes, *overrides.without_effect({p.unit.name for p in deciding.values()}, linear))
     return Plan(rows, tuple(planned), codes, specs, reduce_range, notes, frozenset(value.name for value in exact))
 
 
@@ -198,6 +206,13 @@ def nonnegative_values(plan: Plan) -> frozenset[str]:
         if operands and planned.is_int8:
             found.add(unit.output.name)
     return frozenset(found)
+
+
+_NO_TENSOR = (
+    "activation settings change nothing: the layer before writes the codes it reads, and its own result is not coded; "
+    "set them for the layer before"
+)
+_NO_LINEAR = "{} nothing: it matches no convolution or linear that runs in int8"
 
 
 class _Overrides:
@@ -274,19 +289,27 @@ class _Overrides:
                     )
                     raise RecipeError(self._recipe_name, [Problem(place, message)])
 
-    def without_effect(self, deciding: set[str]) -> list[str]:
-        """Notes on patterns whose activation settings reach no tensor. `deciding`: the units whose settings do."""
-        effect: dict[str, bool] = {}
+    def without_effect(self, deciding: set[str], linear: set[str]) -> list[str]:
+        """Notes on patterns with settings that change nothing.
+
+        Args:
+            deciding: the units whose activation settings reach a tensor.
+            linear: the int8 convolutions and linears, which alone have weights and can read an input in two terms.
+        """
+        effect: dict[tuple[str, str], bool] = {}
         for name, chosen in self._chosen.items():
             for pattern, value in chosen:
-                if isinstance(value, LayerOverride) and value.activation != ActivationOverride():
-                    effect[pattern] = effect.get(pattern, False) or name in deciding
-        return [
-            f"layers.{pattern}: its activation settings change nothing: the layer before writes the codes it reads, "
-            "and its own result is not coded; set them for the layer before"
-            for pattern, has_effect in effect.items()
-            if not has_effect
-        ]
+                if not isinstance(value, LayerOverride):
+                    continue
+                given = {
+                    _NO_TENSOR: (value.activation != ActivationOverride(), name in deciding),
+                    _NO_LINEAR.format("weight settings change"): (value.weight != WeightOverride(), name in linear),
+                    _NO_LINEAR.format("input_terms changes"): (value.input_terms is not None, name in linear),
+                }
+                for text, (is_given, has_effect) in given.items():
+                    if is_given:
+                        effect[pattern, text] = effect.get((pattern, text), False) or has_effect
+        return [f"layers.{pattern}: its {text}" for (pattern, text), has_effect in effect.items() if not has_effect]
 
 
 def _why_float(unit: Unit, graph: Graph, overrides: _Overrides, left_float: Mapping[str, str]) -> str:

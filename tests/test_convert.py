@@ -291,6 +291,15 @@ def test_an_input_in_two_terms(stages: Stages, preset: str) -> None:
     assert (computed - exact).abs().max() < 0.2
 
 
+def test_terms_where_nothing_is_linear_are_noted(stages: Stages) -> None:
+    notes = stages(padded(), image(), "affine_uint8", {"add": BOTH, "a": BOTH, "b": INPUT}).plan.notes
+    nothing = "nothing: it matches no convolution or linear that runs in int8"
+    assert [note for note in notes if "nothing" in note] == [
+        f"layers.add: its weight settings change {nothing}",
+        f"layers.add: its input_terms changes {nothing}",
+    ]
+
+
 def test_values_read_in_two_terms_are_not_rounded(stages: Stages) -> None:
     """Linear layers write float32, with an addition that they hold; pools and other additions run in float."""
     program = stages(padded(), image(), "affine_uint8", {"head": INPUT}).program

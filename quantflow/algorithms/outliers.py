@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from quantflow.algorithms.outcome import Material
-from quantflow.algorithms.simulate import on_grid
+from quantflow.algorithms.simulate import on_grid, with_second_term
 from quantflow.graph import Graph, interpret
 from quantflow.numerics.affine import activation_qparams
 from quantflow.observers import AbstractObserver, make_observer
@@ -162,7 +162,8 @@ def _judged(settings: OutlierSettings, graph: Graph, plan: Plan, seen: _Input) -
     found = []
     for planned in seen.readers:
         weight, _ = float_numbers(graph, planned)
-        y, error = x @ weight.t(), rounded @ nearest_codes(graph, planned).weight().t()
+        read = rounded if planned.qconfig.input_terms == 1 else with_second_term(x, rounded, qparams)
+        y, error = x @ weight.t(), read @ nearest_codes(graph, planned).weight().t()
         signal = (y - y.median(0).values).square().sum(1)
         noise = (y - error).square().sum(1).clamp_min(1e-30)
         kept = float(10 * (signal / noise).median().clamp_min(1e-30).log10())

@@ -160,7 +160,7 @@ def _linear_input(planned: PlannedUnit, plan: Plan, refined: Refined, values: Va
     first: torch.Tensor = coded[x]
     if planned.qconfig.input_terms == 1:
         return first
-    return first + on_grid(values[x] - first, left_over_qparams(refined.qparams[plan.codes[x.name]]))
+    return with_second_term(values[x], first, refined.qparams[plan.codes[x.name]])
 
 
 def _write_codes(node: fx.Node, qparams: QParams, is_exact: bool, values: Values, coded: Values) -> None:
@@ -244,6 +244,11 @@ def on_grid(x: torch.Tensor, qparams: QParams) -> torch.Tensor:
     qmin, qmax = qparams.range
     q = (x / qparams.scale).round_()
     return q.clamp_(qmin - qparams.zero_point, qmax - qparams.zero_point).mul_(qparams.scale)
+
+
+def with_second_term(x: torch.Tensor, first: torch.Tensor, qparams: QParams) -> torch.Tensor:
+    """x on the grid of two terms; `first`: on the grid of one, whose codes `qparams` are."""
+    return first + on_grid(x - first, left_over_qparams(qparams))
 
 
 def linear_op(node: fx.Node, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -113,6 +113,13 @@ def test_smoothing_brings_massive_channels_into_int8() -> None:
     assert smooth["accuracy"]["sqnr_db"] > 25
 
 
+def test_an_input_in_two_terms_holds_massive_tokens() -> None:
+    model = qf.quantize(TinyLM(token=3000), texts(), qconfig={"input_terms": 2}).results
+    assert model["int8_proof"]["coverage"] == 1
+    forced = qf.quantize(TinyLM(token=3000), texts(), layers={"down": "int8"}).results
+    assert model["accuracy"]["sqnr_db"] > forced["accuracy"]["sqnr_db"] + 6
+
+
 def test_falling_back_beats_int8_at_any_price() -> None:
     kept = {
         asked: qf.quantize(TinyLM(token=3000), texts(), layers=layers).results["accuracy"]["sqnr_db"]
