@@ -150,7 +150,7 @@ def interpret(
     remaining = iter(inputs)
     for node in graph.fx.nodes:
         if node.op == "placeholder":
-            values[node] = next(remaining)
+            values[node] = laid_out(next(remaining))
         elif node.op == "get_attr":
             values[node] = graph.constants[node.target]
         elif node.op == "output":
@@ -164,6 +164,11 @@ def interpret(
         for dead in frees.get(node, ()):
             del values[dead]
     raise ValueError("the graph has no output node")
+
+
+def laid_out(x: torch.Tensor) -> torch.Tensor:
+    """Images channels-last, which float convolutions are up to twice as fast on; other inputs as they are."""
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 def float_leaves(output: Any) -> list[torch.Tensor]:

@@ -87,7 +87,7 @@ def _fast(
 
     def on_value(node: fx.Node, x: torch.Tensor) -> None:
         if node in axes:
-            places = x.flatten(2).sum(2) if axes[node] == 1 else x.flatten(0, -2)
+            places = x.sum(tuple(range(2, x.dim()))) if axes[node] == 1 else x.flatten(0, -2)
             total = places.sum(0, dtype=torch.float64)
             sums[node] = sums.get(node, 0) + total
             counts[node] = counts.get(node, 0) + x.numel() // total.numel()

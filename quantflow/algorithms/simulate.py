@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from quantflow.data.batch import Batch
-from quantflow.graph import arguments, last_uses
+from quantflow.graph import arguments, laid_out, last_uses
 from quantflow.numerics.affine import QParams
 from quantflow.passes.units import CORE
 from quantflow.plan import Plan, PlannedUnit
@@ -123,7 +123,7 @@ def simulate(prepared: Prepared, refined: Refined, batch: Batch) -> Any:
             if node.op == "output":
                 break
             if node.op == "placeholder":
-                values[node] = next(inputs)
+                values[node] = laid_out(next(inputs))
             elif node.op == "get_attr":
                 values[node] = graph.constants[str(node.target)]
             elif planned is None:
@@ -219,7 +219,7 @@ class _Stream:
 
     def run_float(self, node: fx.Node) -> None:
         if node.op == "placeholder":
-            self.float[node] = next(self.inputs)
+            self.float[node] = laid_out(next(self.inputs))
         elif node.op == "get_attr":
             self.float[node] = self.constants[str(node.target)]
         elif node.op == "call_function":

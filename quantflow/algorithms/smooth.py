@@ -45,9 +45,9 @@ from quantflow.schema import ActivationSpec, SmoothAlgorithm, WeightSpec
 aten = torch.ops.aten
 
 MEASURE = "SQNR of the linears' outputs, dB"
-#: Rows of x that errors are measured on: at most this many numbers, and within these limits.
+#: Rows of x that errors are measured on: at most this many numbers and the settings' rows, but at least so many.
 ROW_NUMBERS = 2**19
-FEWEST_ROWS, MOST_ROWS = 128, 2048
+FEWEST_ROWS = 128
 #: The first grids: of alpha, and of -log2(phi).
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 OCTAVES = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
@@ -143,7 +143,7 @@ def smooth(settings: SmoothAlgorithm, graph: Graph, plan: Plan, material: Materi
         skipped += [(group.name, obstacle) for group in groups if sources[group.x] is None]
         groups = [group for group in groups if sources[group.x] is not None]
     if groups:
-        _observe(groups, graph, batches, material.seed)
+        _observe(groups, graph, batches, settings.rows, material.seed)
     parts: list[_Part] = []
     changes: list[Change] = []
     for done, group in enumerate(groups, start=1):
@@ -221,14 +221,14 @@ def _sources(
     return {group.x: _find_source(graph, group, sizes, shapes, material.fixed) for group in groups}
 
 
-def _observe(groups: Sequence[_Group], graph: Graph, batches: Sequence[Batch], seed: int) -> None:
+def _observe(groups: Sequence[_Group], graph: Graph, batches: Sequence[Batch], most: int, seed: int) -> None:
     """Run the batches and fill the groups."""
     group_of = {group.x: group for group in groups}
     generator = torch.Generator().manual_seed(seed)
 
     def on_value(node: fx.Node, value: Any) -> None:
         if node in group_of:
-            wanted = min(max(ROW_NUMBERS // value.shape[-1], FEWEST_ROWS), MOST_ROWS)
+            wanted = min(max(ROW_NUMBERS // value.shape[-1], FEWEST_ROWS), most)
             group_of[node].observe(value, -(-wanted // len(batches)), generator)
 
     with torch.inference_mode():

@@ -106,7 +106,7 @@ def extremes(row: torch.Tensor) -> tuple[float, float]:
     Raises:
         ValueError: "NaN" or "Inf" when it holds one.
     """
-    both = torch.stack([torch.stack([chunk.amin(), chunk.amax()]) for chunk in torch.split(row, CHUNK)])
+    both = torch.stack([torch.stack(torch.aminmax(chunk)) for chunk in torch.split(row, CHUNK)])
     low, high = both[:, 0].amin().item(), both[:, 1].amax().item()
     if low != low:
         raise ValueError("NaN")

@@ -56,14 +56,15 @@ class EqualizeAlgorithm(_Guarded):
 class SmoothAlgorithm(_Guarded):
     """SmoothQuant: outlier channels of a linear's input move into its weight.
 
-    Factors are searched per group of linears on a grid that is refined `refinements` times around the best; a number
-    for alpha takes that wherever it helps. `insert`: whether an input may be multiplied at run time where nothing
+    Factors are searched per group of linears on a grid that is refined `refinements` times around the best, by what
+    they do to at most `rows` rows (tokens) of the input; a number for alpha takes that wherever it helps. `insert`: whether an input may be multiplied at run time where nothing
     in front of it can take up the factors, and `min_gain_db` what that must gain.
     """
 
     acts_on: ClassVar[ActsOn] = "graph"
     name: Literal["smooth"] = "smooth"
     samples: Samples = 64
+    rows: Annotated[int, Field(ge=1, le=2**20)] = 2048
     alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = "search"
     refinements: Annotated[int, Field(ge=0, le=10)] = 2
     insert: bool = True
@@ -168,7 +169,12 @@ Algorithm = Annotated[
 #: The names that `algorithms: NAME` and `quantize(algorithms="NAME")` accept, each with what it stands for.
 ALGORITHM_PRESETS: dict[str, tuple[Mapping[str, Any], ...]] = {
     "none": (),
-    "fast": ({"name": "equalize"}, {"name": "smooth"}, {"name": "unsigned"}, {"name": "bias_correction"}),
+    "fast": (
+        {"name": "equalize", "samples": 32},
+        {"name": "smooth", "samples": 32, "rows": 256, "refinements": 1},
+        {"name": "unsigned"},
+        {"name": "bias_correction"},
+    ),
     "accurate": ({"name": "equalize"}, {"name": "smooth"}, {"name": "unsigned"}, {"name": "gptq"}),
     "best": ({"name": "equalize"}, {"name": "smooth"}, {"name": "unsigned"}, {"name": "gptq", "samples": 128}),
 }
