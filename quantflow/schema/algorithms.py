@@ -57,8 +57,9 @@ class SmoothAlgorithm(_Guarded):
     """SmoothQuant: outlier channels of a linear's input move into its weight.
 
     Factors are searched per group of linears on a grid that is refined `refinements` times around the best, by what
-    they do to at most `rows` rows (tokens) of the input; a number for alpha takes that wherever it helps. `insert`: whether an input may be multiplied at run time where nothing
-    in front of it can take up the factors, and `min_gain_db` what that must gain.
+    they do to at most `rows` rows (tokens) of the input; a number for alpha takes that wherever it helps. `insert`:
+    whether an input may be multiplied at run time where nothing in front of it can take up the factors, and
+    `min_gain_db` what that must gain.
     """
 
     acts_on: ClassVar[ActsOn] = "graph"
