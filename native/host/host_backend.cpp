@@ -26,16 +26,16 @@ public:
     void release(void* memory) override { std::free(memory); }
     void copy(void* to, const void* from, std::size_t bytes) override { std::memcpy(to, from, bytes); }
     bool reads_process_memory() const override { return true; }
-    bool adds_reals() const override { return true; }
+    bool takes_terms() const override { return true; }
     void wait() override {}
 
     std::unique_ptr<Step> linear(const Weights& w, const Tensor& x, const Tensor* residual, const Epilogue& e,
-                                 const Tensor& y) override {
-        return host::make_linear(pool_, w, x, residual, e, y);
+                                 const Tensor& y, const Terms& terms) override {
+        return host::make_linear(pool_, w, x, residual, e, y, terms);
     }
     std::unique_ptr<Step> conv(const Weights& w, const ConvGeometry& g, const Tensor& x, const Tensor* residual,
-                               const Epilogue& e, const Tensor& y) override {
-        return host::make_conv(pool_, w, g, x, residual, e, y);
+                               const Epilogue& e, const Tensor& y, const Terms& terms) override {
+        return host::make_conv(pool_, w, g, x, residual, e, y, terms);
     }
     std::unique_ptr<Step> matmul(const Tensor& a, const Tensor& b, float alpha, const Tensor& y) override {
         return a.q ? host::make_int8_matmul(pool_, a, b, alpha, y) : host::make_float_matmul(pool_, a, b, alpha, y);

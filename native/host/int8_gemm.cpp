@@ -25,7 +25,7 @@ static_assert(static_cast<int>(Activation::none) == kInt8None && static_cast<int
               static_cast<int>(Activation::gelu) == kInt8Gelu &&
               static_cast<int>(Activation::gelu_tanh) == kInt8GeluTanh &&
               static_cast<int>(Activation::leaky_relu) == kInt8LeakyRelu &&
-              static_cast<int>(Activation::tanh) == kInt8Tanh);
+              static_cast<int>(Activation::tanh) == kInt8Tanh && Terms::kMost == kMostBefore);
 
 using i64 = std::int64_t;
 using u8 = std::uint8_t;
@@ -240,13 +240,29 @@ void require(bool holds, const char* what) {
     if (!holds) throw Unsupported(std::string("host int8 kernel: ") + what);
 }
 
-void check_operands(const Weights& w, const Tensor& x, const Tensor* residual, const Tensor& y) {
+void check_operands(const Weights& w, const Tensor& x, const Tensor* residual, const Tensor& y, const Terms& terms) {
     require(x.dtype == DType::u8 && x.q.has_value(), "x must be u8 codes");
+    require(terms.products.size() <= Terms::kMost, "at most two further products");
+    for (const Product& p : terms.products)
+        require(p.x.dtype == DType::u8 && p.x.q && p.x.dims == x.dims && p.weights.dims == w.dims &&
+                    (p.weights.scales == 1 || p.weights.scales == w.dims[0]),
+                "a further product must have the shapes of the step's own");
+    require(terms.rest == nullptr ||
+                (terms.rest->dtype == DType::u8 && terms.rest->q && y.q && terms.rest->dims == y.dims),
+            "what is left over must be u8 codes beside u8 codes");
     require((y.dtype == DType::u8 && y.q.has_value()) || (y.dtype == DType::f32 && !y.q.has_value()),
             "y must be u8 codes or f32");
     require(residual == nullptr || residual->dtype == (residual->q ? DType::u8 : DType::f32),
             "the residual must be u8 codes or f32");
     require(w.scales == 1 || w.scales == w.dims[0], "one weight scale, or one per output channel");
+}
+
+bool all_are(bool (*has_layout)(const Tensor&), const Tensor& x, const Tensor* residual, const Tensor& y,
+             const Terms& terms) {
+    for (const Product& p : terms.products)
+        if (!has_layout(p.x)) return false;
+    return has_layout(x) && has_layout(y) && (residual == nullptr || has_layout(*residual)) &&
+           (terms.rest == nullptr || has_layout(*terms.rest));
 }
 
 // |q - zero_point| * |w| summed `steps` times must fit int32. Throws where it might not.
@@ -260,10 +276,27 @@ void check_reduction(i64 steps, std::int32_t zero_point, i64 largest_weight) {
 
 bool is_real(const Tensor* residual) { return residual != nullptr && !residual->q; }
 
+// A pointer that reaches `first` at element `index`. It may lie outside what `first` belongs to.
+std::int32_t* reaching(std::int32_t* first, i64 index) {
+    return reinterpret_cast<std::int32_t*>(reinterpret_cast<std::uintptr_t>(first) -
+                                           static_cast<std::uintptr_t>(index) * sizeof *first);
+}
+
+// Sums that a block of a step keeps of the products before its own, in the L1 cache.
+constexpr i64 kSumsBytes = 32 * 1024;
+
 // Everything but scale, bias and the addresses.
-Int8Output output_of(const Tensor* residual, const Epilogue& epilogue, const Tensor& y, i64 row) {
+Int8Output output_of(const Tensor* residual, const Epilogue& epilogue, const Tensor& y, i64 row,
+                     const Tensor* rest = nullptr) {
     Int8Output o;
     o.row = row;
+    if (rest != nullptr) {
+        o.step = y.q->scale;
+        o.rest_inverse_scale = 1.0f / rest->q->scale;
+        o.rest_zero = rest->q->zero_point;
+        o.rest_low = static_cast<float>(rest->q->qmin - rest->q->zero_point);
+        o.rest_high = static_cast<float>(rest->q->qmax - rest->q->zero_point);
+    }
     o.is_float = !y.q.has_value();
     o.activation = static_cast<int>(epilogue.kind);
     o.a = epilogue.a;
@@ -277,8 +310,8 @@ Int8Output output_of(const Tensor* residual, const Epilogue& epilogue, const Ten
         o.zero = y.q->zero_point;
         o.low = static_cast<float>(y.q->qmin - y.q->zero_point);
         o.high = static_cast<float>(y.q->qmax - y.q->zero_point);
-        // On codes ReLU is the lower bound of the clamp.
-        if (epilogue.kind == Activation::relu && o.low <= 0) {
+        // On codes ReLU is the lower bound of the clamp; what they leave over is that of the real result.
+        if (epilogue.kind == Activation::relu && o.low <= 0 && rest == nullptr) {
             o.low = std::min(0.0f, o.high);
             o.activation = kInt8None;
         }
@@ -288,7 +321,7 @@ Int8Output output_of(const Tensor* residual, const Epilogue& epilogue, const Ten
 
 // Per-channel constants at their padded positions; position(channel) gives them.
 struct ChannelConstants {
-    Aligned<float> scale, bias, code_scale, code_bias;
+    Aligned<float> scale, bias, code_scale, code_bias, code_scale_before[kMostBefore];
     Aligned<std::int32_t> start;
     template <typename Position>
     ChannelConstants(const Weights& w, const QParams& x, const Aligned<std::int32_t>& sums, bool is_centered,
@@ -305,21 +338,36 @@ struct ChannelConstants {
                                                               static_cast<std::uint32_t>(sums[i]));
     }
 
-    // Has `o` read them; `steps`: of the reduction.
-    void bind(Int8Output& o, i64 steps, const QParams& x, const std::optional<QParams>& y, bool adds_reals) {
+    // Has `o` read them, and those of the products before; `steps`: of the reduction. `needs_reals`: something is added
+    // to, or made of, the result in f32.
+    void bind(Int8Output& o, i64 steps, const QParams& x, const std::optional<QParams>& y, bool needs_reals,
+              const std::vector<const ChannelConstants*>& before) {
         o.scale = scale.data();
         o.bias = bias.data();
+        o.befores = static_cast<int>(before.size());
+        for (std::size_t b = 0; b < before.size(); ++b) {
+            o.before[b].scale = before[b]->scale.data();
+            o.before[b].bias = before[b]->bias.data();
+        }
         const bool clamps = o.activation == kInt8None || o.activation == kInt8Hardtanh;
-        if (o.is_float || !clamps || adds_reals) return;
+        if (o.is_float || !clamps || needs_reals) return;
         code_scale = Aligned<float>(scale.size());
         code_bias = Aligned<float>(scale.size());
         const double y_scale = y->scale, residual_step = o.residual_scale / y_scale;
-        const double largest = static_cast<double>(std::max(x.zero_point, 255 - x.zero_point)) * 127 * steps;
+        // Of any zero point's, since products before may have others.
+        const double largest = (before.empty() ? std::max(x.zero_point, 255 - x.zero_point) : 255) * 127.0 * steps;
         bool fits = true;  // beyond that rounding to an integer would overflow; false for NaN
+        for (std::size_t b = 0; b < before.size(); ++b) code_scale_before[b] = Aligned<float>(scale.size());
         for (i64 i = 0; i < scale.size(); ++i) {
             code_scale[i] = static_cast<float>(scale[i] / y_scale);
-            code_bias[i] = static_cast<float>(bias[i] / y_scale);
-            fits = fits && largest * code_scale[i] + std::fabs(code_bias[i]) + 255 * residual_step < 1 << 30;
+            double all_bias = bias[i], reach = largest * code_scale[i];
+            for (std::size_t b = 0; b < before.size(); ++b) {
+                code_scale_before[b][i] = static_cast<float>(before[b]->scale[i] / y_scale);
+                all_bias += before[b]->bias[i];
+                reach += largest * code_scale_before[b][i];
+            }
+            code_bias[i] = static_cast<float>(all_bias / y_scale);
+            fits = fits && reach + std::fabs(code_bias[i]) + 255 * residual_step < 1 << 30;
         }
         if (!fits) return;
         const auto code = [&](float bound) {
@@ -332,6 +380,7 @@ struct ChannelConstants {
         o.code_scale = code_scale.data();
         o.code_bias = code_bias.data();
         o.residual_step = static_cast<float>(residual_step);
+        for (std::size_t b = 0; b < before.size(); ++b) o.before[b].code_scale = code_scale_before[b].data();
         o.is_linear = true;
     }
 };
@@ -402,13 +451,22 @@ Tasks cut(const Int8Kernels& kernels, const Int8Gemm& g, i64 groups, i64 rows, i
     return best;
 }
 
-void run_task(const Int8Kernels& kernels, const Int8Gemm& g, const Tasks& tasks, i64 rows, i64 task) {
-    const i64 group = task / (tasks.row_tasks * tasks.panel_tasks), rest = task % (tasks.row_tasks * tasks.panel_tasks);
-    const i64 row = (tasks.shares_rows ? rest / tasks.panel_tasks : rest % tasks.row_tasks) * tasks.rows;
-    const i64 panel = (tasks.shares_rows ? rest % tasks.panel_tasks : rest / tasks.row_tasks) * tasks.panels;
-    const i64 task_rows = std::min(tasks.rows, rows - row), task_panels = std::min(tasks.panels, g.panels - panel);
-    kernels.gemm(g, group, row, task_rows, panel, task_panels,
-                 thread_scratch(kernels.gemm_scratch(g, task_rows, task_panels)));
+// The part of a step that a task is.
+struct Part {
+    i64 group, row, rows, panel, panels;
+    Part(const Int8Gemm& g, const Tasks& tasks, i64 all_rows, i64 task) {
+        const i64 rest = task % (tasks.row_tasks * tasks.panel_tasks);
+        group = task / (tasks.row_tasks * tasks.panel_tasks);
+        row = (tasks.shares_rows ? rest / tasks.panel_tasks : rest % tasks.row_tasks) * tasks.rows;
+        panel = (tasks.shares_rows ? rest % tasks.panel_tasks : rest / tasks.row_tasks) * tasks.panels;
+        rows = std::min(tasks.rows, all_rows - row);
+        panels = std::min(tasks.panels, g.panels - panel);
+    }
+};
+
+void run_part(const Int8Kernels& kernels, const Int8Gemm& g, const Part& part) {
+    kernels.gemm(g, part.group, part.row, part.rows, part.panel, part.panels,
+                 thread_scratch(kernels.gemm_scratch(g, part.rows, part.panels)));
 }
 
 // ---- steps -------------------------------------------------------------------------------------------------------
@@ -458,8 +516,10 @@ Shape3 shape_of(const Weights& w, const ConvGeometry& geometry, const Tensor& x,
     return s;
 }
 
-void bind_output(Int8Output& o, const std::optional<Tensor>& residual, const Tensor& y) {
+void bind_output(Int8Output& o, const std::optional<Tensor>& residual, const Tensor& y,
+                 const std::optional<Tensor>& rest = std::nullopt) {
     o.y = y.place.get();
+    if (rest) o.rest = rest->data<u8>();
     if (!residual) return;
     if (residual->q)
         o.residual = residual->data<const u8>();
@@ -470,9 +530,13 @@ void bind_output(Int8Output& o, const std::optional<Tensor>& residual, const Ten
 class GemmStep final : public Step {
 public:
     GemmStep(ThreadPool& pool, const Weights& w, const Grouping& grouping, const Shape3& shape, const Tensor& x,
-             const Tensor* residual, const Epilogue& epilogue, const Tensor& y, i64 rows)
+             const Tensor* residual, const Epilogue& epilogue, const Tensor& y, i64 rows, const Terms& terms)
         : pool_(pool), kernels_(*int8_kernels_in_use()), x_(x), y_(y), rows_(rows), groups_(grouping.groups) {
+        for (const Product& p : terms.products)
+            before_.push_back(std::make_unique<GemmStep>(pool, p.weights, grouping, shape, p.x, nullptr, Epilogue{}, y,
+                                                         rows, Terms{}));
         if (residual != nullptr) residual_ = *residual;
+        if (terms.rest != nullptr) rest_ = *terms.rest;
         const i64 taps = shape.taps(), steps = taps * grouping.in_channels;
         const i64 columns = kernels_.columns, panels = divide_up(grouping.out_channels, columns);
         gemm_.zero = x.q->zero_point;
@@ -526,18 +590,20 @@ public:
         gemm_.panels = panels;
         gemm_.quads = runs.runs * runs.quads;
         gemm_.chunk = chunk_of(kernels_, gemm_.quads);
-        gemm_.output = output_of(residual, epilogue, y, grouping.groups * grouping.out_channels);
-        constants_->bind(gemm_.output, taps * w.dims[1], *x.q, y.q, is_real(residual));
+        gemm_.output = output_of(residual, epilogue, y, grouping.groups * grouping.out_channels, terms.rest);
+        std::vector<const ChannelConstants*> before;
+        for (const auto& step : before_) before.push_back(step->constants_.get());
+        constants_->bind(gemm_.output, taps * w.dims[1], *x.q, y.q, is_real(residual) || rest_, before);
         tasks_ = cut(kernels_, gemm_, groups_, rows_, pool.size());
     }
 
     void run() override {
         if (y_.count() == 0) return;
-        gemm_.x = x_.data<const u8>();
-        gemm_.x_end = gemm_.x + x_.count();
-        bind_output(gemm_.output, residual_, y_);
-        pool_.run(tasks_.row_tasks * tasks_.panel_tasks * groups_,
-                  [this](i64 task) { run_task(kernels_, gemm_, tasks_, rows_, task); });
+        bind();
+        pool_.run(tasks_.row_tasks * tasks_.panel_tasks * groups_, [this](i64 task) {
+            const Part part(gemm_, tasks_, rows_, task);
+            before_.empty() ? run_part(kernels_, gemm_, part) : run_products(part);
+        });
     }
 
     std::string kernel() const override { return tile_name(kernels_, "igemm"); }
@@ -552,10 +618,47 @@ private:
                (shape.kernel[1] > 1 || shape.kernel[2] > 1 || padding == 1);
     }
 
+    void bind() {
+        for (const auto& step : before_) step->bind();
+        gemm_.x = x_.data<const u8>();
+        gemm_.x_end = gemm_.x + x_.count();
+        bind_output(gemm_.output, residual_, y_, rest_);
+    }
+
+    // A block of rows through all products before the next one.
+    void run_products(Part part) const {
+        const i64 width = part.panels * kernels_.columns, unit = gemm_.is_windowed ? gemm_.out[2] : kernels_.rows;
+        const i64 block = unit * std::max<i64>(1, kSumsBytes / (4 * width * unit)), end = part.row + part.rows;
+        const i64 sums_bytes = round_up(4 * width * std::min(block, part.rows), 64);
+        i64 scratch_bytes = 0;
+        for (part.rows = std::min(block, part.rows); part.row < end; part.row += part.rows) {
+            part.rows = std::min(block, end - part.row);
+            if (scratch_bytes == 0) scratch_bytes = kernels_.gemm_scratch(gemm_, part.rows, part.panels);
+            u8* scratch = thread_scratch(static_cast<i64>(before_.size()) * sums_bytes + scratch_bytes);
+            u8* own = scratch + static_cast<i64>(before_.size()) * sums_bytes;
+            const i64 first = part.row * width + (part.group * gemm_.panels + part.panel) * kernels_.columns;
+            const auto run = [&](const Int8Gemm& g) {
+                kernels_.gemm(g, part.group, part.row, part.rows, part.panel, part.panels, own);
+            };
+            Int8Gemm last = gemm_;
+            last.output.sums_row = width;
+            for (std::size_t i = 0; i < before_.size(); ++i) {
+                Int8Gemm g = before_[i]->gemm_;
+                auto* sums = reinterpret_cast<std::int32_t*>(scratch + static_cast<i64>(i) * sums_bytes);
+                g.output.raw_sums = reaching(sums, first);
+                g.output.sums_row = width;
+                last.output.before[i].sums = g.output.raw_sums;
+                run(g);
+            }
+            run(last);
+        }
+    }
+
     ThreadPool& pool_;
     const Int8Kernels& kernels_;
     Tensor x_, y_;
-    std::optional<Tensor> residual_;
+    std::optional<Tensor> residual_, rest_;
+    std::vector<std::unique_ptr<GemmStep>> before_;  // products that come before this one
     i64 rows_, groups_;
     std::shared_ptr<const PackedWeights> weights_;
     std::unique_ptr<ChannelConstants> constants_;
@@ -574,9 +677,13 @@ class DepthwiseStep final : public Step {
 
 public:
     DepthwiseStep(ThreadPool& pool, const Weights& w, const Shape3& shape, const Tensor& x, const Tensor* residual,
-                  const Epilogue& epilogue, const Tensor& y)
+                  const Epilogue& epilogue, const Tensor& y, const Terms& terms)
         : pool_(pool), kernels_(*int8_kernels_in_use()), x_(x), y_(y) {
+        for (const Product& p : terms.products)
+            before_.push_back(
+                std::make_unique<DepthwiseStep>(pool, p.weights, shape, p.x, nullptr, Epilogue{}, y, Terms{}));
         if (residual != nullptr) residual_ = *residual;
+        if (terms.rest != nullptr) rest_ = *terms.rest;
         const i64 channels = w.dims[0], taps = shape.taps(), block = 4 * kernels_.lanes;
         rolls_ = suits_rolling(kernels_, shape);
         std::vector<i64> key{address(w.codes), address(&kernels_), -1, channels, taps, rolls_};
@@ -613,8 +720,10 @@ public:
         job_.tap_x = taps_.x.data();
         job_.weights = reinterpret_cast<const u8*>(weights_->codes.data());
         job_.start = constants_->start.data();
-        job_.output = output_of(residual, epilogue, y, channels);
-        constants_->bind(job_.output, taps, *x.q, y.q, is_real(residual));
+        job_.output = output_of(residual, epilogue, y, channels, terms.rest);
+        std::vector<const ChannelConstants*> before;
+        for (const auto& step : before_) before.push_back(step->constants_.get());
+        constants_->bind(job_.output, taps, *x.q, y.q, is_real(residual) || rest_, before);
         lines_ = y.dims[0] * shape.out[0] * shape.out[1];
         // Lines first: tasks that share a line both compute its taps' addresses.
         const double cycles = static_cast<double>(lines_ * shape.out[2] * job_.blocks * (3 * taps + 20));
@@ -627,25 +736,46 @@ public:
 
     void run() override {
         if (y_.count() == 0) return;
-        job_.x = x_.data<const u8>();
-        job_.x_end = job_.x + x_.count();
-        bind_output(job_.output, residual_, y_);
+        bind();
         const i64 line_tasks = divide_up(lines_, task_lines_), block_tasks = divide_up(job_.blocks, task_blocks_);
         const i64 scratch = rolls_ ? kernels_.rolling_scratch(job_) : kernels_.depthwise_scratch(job_);
+        const auto kernel = rolls_ ? kernels_.rolling : kernels_.depthwise;
         pool_.run(line_tasks * block_tasks, [&](i64 task) {
             const i64 line = task / block_tasks * task_lines_, block = task % block_tasks * task_blocks_;
             const i64 lines = std::min(task_lines_, lines_ - line), blocks = std::min(task_blocks_, job_.blocks - block);
-            (rolls_ ? kernels_.rolling : kernels_.depthwise)(job_, line, lines, block, blocks, thread_scratch(scratch));
+            if (before_.empty()) return kernel(job_, line, lines, block, blocks, thread_scratch(scratch));
+            // A line through all products before the next one.
+            const i64 line_sums = job_.out[2] * job_.blocks * 4 * kernels_.lanes, befores = i64(before_.size());
+            u8* sums = thread_scratch(befores * 4 * line_sums + scratch);
+            for (i64 l = line; l < line + lines; ++l) {
+                Int8Depthwise last = job_;
+                for (i64 i = 0; i <= befores; ++i) {
+                    Int8Depthwise job = i < befores ? before_[static_cast<std::size_t>(i)]->job_ : last;
+                    if (i < befores) {
+                        auto* kept = reinterpret_cast<std::int32_t*>(sums) + i * line_sums;
+                        last.output.before[i].sums = job.output.raw_sums = reaching(kept, l * line_sums);
+                    }
+                    kernel(job, l, 1, block, blocks, sums + befores * 4 * line_sums);
+                }
+            }
         });
     }
 
     std::string kernel() const override { return std::string("host.depthwise.") + kernels_.name; }
 
 private:
+    void bind() {
+        for (const auto& step : before_) step->bind();
+        job_.x = x_.data<const u8>();
+        job_.x_end = job_.x + x_.count();
+        bind_output(job_.output, residual_, y_, rest_);
+    }
+
     ThreadPool& pool_;
     const Int8Kernels& kernels_;
     Tensor x_, y_;
-    std::optional<Tensor> residual_;
+    std::optional<Tensor> residual_, rest_;
+    std::vector<std::unique_ptr<DepthwiseStep>> before_;  // products that come before this one
     std::shared_ptr<const PackedWeights> weights_;
     std::unique_ptr<ChannelConstants> constants_;
     TapTable taps_;
@@ -673,9 +803,10 @@ bool suits_winograd(const Int8Kernels& kernels, const Weights& w, const ConvGeom
 class WinogradStep final : public Step {
 public:
     WinogradStep(ThreadPool& pool, const Weights& w, const Shape3& shape, const Tensor& x, const Tensor* residual,
-                 const Epilogue& epilogue, const Tensor& y)
+                 const Epilogue& epilogue, const Tensor& y, const Tensor* rest)
         : pool_(pool), kernels_(*int8_kernels_in_use()), x_(x), y_(y) {
         if (residual != nullptr) residual_ = *residual;
+        if (rest != nullptr) rest_ = *rest;
         const std::vector<i64> key{address(w.codes), address(&kernels_), w.dims[0], w.dims[1]};
         weights_ = shared_weights(key, [&] { return pack_winograd_weights(kernels_, w); });
         constants_ = std::make_unique<ChannelConstants>(
@@ -694,7 +825,7 @@ public:
         job_.weights = weights_->words.data();
         job_.channels = w.dims[0];
         job_.panels = weights_->panels;
-        job_.output = output_of(residual, epilogue, y, w.dims[0]);
+        job_.output = output_of(residual, epilogue, y, w.dims[0], rest);
         job_.output.scale = constants_->scale.data();
         job_.output.bias = constants_->bias.data();
 
@@ -710,7 +841,7 @@ public:
     void run() override {
         if (y_.count() == 0) return;
         job_.x = x_.data<const u8>();
-        bind_output(job_.output, residual_, y_);
+        bind_output(job_.output, residual_, y_, rest_);
         pool_.run(tile_tasks_ * panel_tasks_, [this](i64 task) {
             const i64 part = task % tile_tasks_, panel = task / tile_tasks_ * task_panels_;
             const i64 tile = tiles_ * part / tile_tasks_, tiles = tiles_ * (part + 1) / tile_tasks_ - tile;
@@ -725,7 +856,7 @@ private:
     ThreadPool& pool_;
     const Int8Kernels& kernels_;
     Tensor x_, y_;
-    std::optional<Tensor> residual_;
+    std::optional<Tensor> residual_, rest_;
     std::shared_ptr<const WinogradWeights> weights_;
     std::unique_ptr<ChannelConstants> constants_;
     Aligned<u8> outside_;
@@ -796,7 +927,7 @@ public:
             if (corrects_rows_) g.row_start = row_start_.data() + batch * rows_;
             const i64 offset = batch * rows_ * columns_;
             g.output.y = g.output.is_float ? static_cast<void*>(y_.data<float>() + offset) : y_.data<u8>() + offset;
-            run_task(kernels_, g, tasks_, rows_, task % per_batch);
+            run_part(kernels_, g, Part(g, tasks_, rows_, task % per_batch));
         });
     }
 
@@ -880,32 +1011,34 @@ const Int8Kernels*& int8_kernels_in_use() {
 }
 
 StepPtr make_linear(ThreadPool& pool, const Weights& w, const Tensor& x, const Tensor* residual,
-                    const Epilogue& epilogue, const Tensor& y) {
-    check_operands(w, x, residual, y);
-    require(is_row_major(x) && is_row_major(y) && (residual == nullptr || is_row_major(*residual)),
-            "linear takes row-major tensors");
+                    const Epilogue& epilogue, const Tensor& y, const Terms& terms) {
+    check_operands(w, x, residual, y, terms);
+    require(all_are(is_row_major, x, residual, y, terms), "linear takes row-major tensors");
     const i64 out = w.dims[0], in = w.dims[1];
     check_reduction(in, x.q->zero_point, 127);
+    for (const Product& p : terms.products) check_reduction(in, p.x.q->zero_point, 127);
     i64 rows = 1;
     for (int i = 0; i + 1 < y.rank(); ++i) rows *= y.dims[i];
-    return std::make_unique<GemmStep>(pool, w, Grouping{1, in, out, 1}, Shape3{}, x, residual, epilogue, y, rows);
+    return std::make_unique<GemmStep>(pool, w, Grouping{1, in, out, 1}, Shape3{}, x, residual, epilogue, y, rows,
+                                      terms);
 }
 
 StepPtr make_conv(ThreadPool& pool, const Weights& w, const ConvGeometry& geometry, const Tensor& x,
-                  const Tensor* residual, const Epilogue& epilogue, const Tensor& y) {
-    check_operands(w, x, residual, y);
+                  const Tensor* residual, const Epilogue& epilogue, const Tensor& y, const Terms& terms) {
+    check_operands(w, x, residual, y, terms);
     require(x.rank() >= 3 && x.rank() <= 5, "convolutions have 1 to 3 spatial dimensions");
-    require(is_channels_last(x) && is_channels_last(y) && (residual == nullptr || is_channels_last(*residual)),
-            "convolutions take channels_last tensors");
+    require(all_are(is_channels_last, x, residual, y, terms), "convolutions take channels_last tensors");
     const Shape3 shape = shape_of(w, geometry, x, y);
     const i64 groups = geometry.groups, in = w.dims[1], out = w.dims[0] / groups;
     check_reduction(shape.taps() * in, x.q->zero_point, 127);
+    for (const Product& p : terms.products) check_reduction(shape.taps() * in, p.x.q->zero_point, 127);
     if (in == 1 && out == 1 && groups > 1)
-        return std::make_unique<DepthwiseStep>(pool, w, shape, x, residual, epilogue, y);
-    if (suits_winograd(*int8_kernels_in_use(), w, geometry, shape, x, y))
-        return std::make_unique<WinogradStep>(pool, w, shape, x, residual, epilogue, y);
+        return std::make_unique<DepthwiseStep>(pool, w, shape, x, residual, epilogue, y, terms);
+    if (terms.products.empty() && suits_winograd(*int8_kernels_in_use(), w, geometry, shape, x, y))
+        return std::make_unique<WinogradStep>(pool, w, shape, x, residual, epilogue, y, terms.rest);
     const Grouping grouping = merge_groups(*int8_kernels_in_use(), groups, in, out, shape.taps());
-    return std::make_unique<GemmStep>(pool, w, grouping, shape, x, residual, epilogue, y, y.dims[0] * shape.pixels());
+    return std::make_unique<GemmStep>(pool, w, grouping, shape, x, residual, epilogue, y, y.dims[0] * shape.pixels(),
+                                      terms);
 }
 
 StepPtr make_int8_matmul(ThreadPool& pool, const Tensor& a, const Tensor& b, float alpha, const Tensor& y) {

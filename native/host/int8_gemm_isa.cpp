@@ -141,16 +141,18 @@ QF_INLINE Float activate(Float r, Float a, Float b) {
 
 // What the loops below keep in registers of an Int8Output.
 struct OutputConstants {
-    Float inverse_scale, low, high, a, b, residual_scale;
-    Int zero, residual_zero;
+    Float inverse_scale, low, high, a, b, residual_scale, step, rest_inverse_scale, rest_low, rest_high;
+    Int zero, residual_zero, rest_zero;
     Vector::Codes codes;
 };
 
 QF_INLINE OutputConstants constants_of(const Int8Output& o) {
     return {Vector::set(o.inverse_scale),  Vector::set(o.low),  Vector::set(o.high),
             Vector::set(o.a),              Vector::set(o.b),    Vector::set(o.residual_scale),
+            Vector::set(o.step),           Vector::set(o.rest_inverse_scale),
+            Vector::set(o.rest_low),       Vector::set(o.rest_high),
             Vector::set(o.zero),           Vector::set(o.residual_zero),
-            Vector::Codes(o.zero, o.low_code, o.high_code)};
+            Vector::set(o.rest_zero),      Vector::Codes(o.zero, o.low_code, o.high_code)};
 }
 
 // sum * scale, + bias: two roundings, like the reference.
@@ -166,6 +168,23 @@ QF_INLINE Int code_of(Float r, const OutputConstants& k) {
     return Vector::add(Vector::round(t), k.zero);
 }
 
+// sum * scale + bias of product `i` that comes before: its sums at `place`, its constants at `channel`.
+QF_INLINE Float real_before(const Int8Output& o, int i, i64 place, i64 channel) {
+    const Int8Before& b = o.before[i];
+    return real_of(Vector::load(b.sums + place), Vector::load(b.scale + channel), Vector::load(b.bias + channel));
+}
+// r, which the first of them began, plus the others and the step's own.
+QF_INLINE Float add_products(const Int8Output& o, Float r, Float own, i64 place, i64 channel) {
+    for (int i = 1; i < o.befores; ++i) r = Vector::add(real_before(o, i, place, channel), r);
+    return Vector::add(own, r);
+}
+// What the code leaves over of r, as a code.
+QF_INLINE Int rest_of(Float r, Int code, const OutputConstants& k) {
+    const Float left = Vector::sub(r, Vector::mul(Vector::to_float(Vector::sub(code, k.zero)), k.step));
+    const Float t = Vector::max(Vector::min(Vector::mul(left, k.rest_inverse_scale), k.rest_high), k.rest_low);
+    return Vector::add(Vector::round(t), k.rest_zero);
+}
+
 // A tile of sums, `count` <= kColumns channels wide, into rows [row, row + rows) of y.
 // padded: where the tile's channels begin in `scale` and `bias`; channel: where they begin in y.
 template <int kActivation>
@@ -178,13 +197,18 @@ void finish_tile(const Int8Output& o, const std::int32_t* sums, i64 stride, i64 
         const Float bias0 = Vector::load(o.bias + padded), bias1 = Vector::load(o.bias + padded + kLanes);
         u8* codes = static_cast<u8*>(o.y) + first;
         float* reals = static_cast<float*>(o.y) + first;
+        u8* rest = o.rest;
         const u8* residual = o.residual;
         const float* real_residual = o.real_residual;
+        if (rest != nullptr) rest += first;
         if (residual != nullptr) residual += first;
         if (real_residual != nullptr) real_residual += first;
-        for (i64 m = 0; m < rows; ++m, sums += stride, codes += o.row, reals += o.row) {
-            Float r0 = real_of(Vector::load(sums), scale0, bias0);
-            Float r1 = real_of(Vector::load(sums + kLanes), scale1, bias1);
+        i64 place = row * o.sums_row + padded;
+        for (i64 m = 0; m < rows; ++m, sums += stride, codes += o.row, reals += o.row, place += o.sums_row) {
+            const Float own0 = real_of(Vector::load(sums), scale0, bias0);
+            const Float own1 = real_of(Vector::load(sums + kLanes), scale1, bias1);
+            Float r0 = o.befores > 0 ? real_before(o, 0, place, padded) : own0;
+            Float r1 = o.befores > 0 ? real_before(o, 0, place + kLanes, padded + kLanes) : own1;
             if (residual != nullptr) {
                 r0 = add_residual(r0, Vector::load_bytes(residual), k);
                 r1 = add_residual(r1, Vector::load_bytes(residual + kLanes), k);
@@ -195,14 +219,22 @@ void finish_tile(const Int8Output& o, const std::int32_t* sums, i64 stride, i64 
                 r1 = Vector::add(r1, Vector::load(real_residual + kLanes));
                 real_residual += o.row;
             }
+            if (o.befores > 0) {
+                r0 = add_products(o, r0, own0, place, padded);
+                r1 = add_products(o, r1, own1, place + kLanes, padded + kLanes);
+            }
             r0 = activate<kActivation>(r0, k.a, k.b);
             r1 = activate<kActivation>(r1, k.a, k.b);
             if (o.is_float) {
                 Vector::store(reals, r0);
                 Vector::store(reals + kLanes, r1);
-            } else {
-                Vector::store_bytes(codes, code_of(r0, k), code_of(r1, k));
+                continue;
             }
+            const Int q0 = code_of(r0, k), q1 = code_of(r1, k);
+            Vector::store_bytes(codes, q0, q1);
+            if (rest == nullptr) continue;
+            Vector::store_bytes(rest, rest_of(r0, q0, k), rest_of(r1, q1, k));
+            rest += o.row;
         }
         return;
     }
@@ -210,8 +242,9 @@ void finish_tile(const Int8Output& o, const std::int32_t* sums, i64 stride, i64 
         const Float scale = Vector::load(o.scale + padded + c), bias = Vector::load(o.bias + padded + c);
         const i64 n = smaller(kLanes, count - c);
         for (i64 m = 0; m < rows; ++m) {
-            const i64 at = first + m * o.row + c;
-            Float r = real_of(Vector::load(sums + m * stride + c), scale, bias);
+            const i64 at = first + m * o.row + c, place = (row + m) * o.sums_row + padded + c;
+            const Float own = real_of(Vector::load(sums + m * stride + c), scale, bias);
+            Float r = o.befores > 0 ? real_before(o, 0, place, padded + c) : own;
             if (o.residual != nullptr) {
                 u8 codes[kLanes] = {};
                 std::memcpy(codes, o.residual + at, n);
@@ -222,6 +255,7 @@ void finish_tile(const Int8Output& o, const std::int32_t* sums, i64 stride, i64 
                 std::memcpy(reals, o.real_residual + at, n * sizeof(float));
                 r = Vector::add(r, Vector::load(reals));
             }
+            if (o.befores > 0) r = add_products(o, r, own, place, padded + c);
             r = activate<kActivation>(r, k.a, k.b);
             if (o.is_float) {
                 float reals[kLanes];
@@ -229,17 +263,26 @@ void finish_tile(const Int8Output& o, const std::int32_t* sums, i64 stride, i64 
                 std::memcpy(static_cast<float*>(o.y) + at, reals, n * sizeof(float));
             } else {
                 u8 codes[kLanes];
-                Vector::store_bytes(codes, code_of(r, k));
+                const Int q = code_of(r, k);
+                Vector::store_bytes(codes, q);
                 std::memcpy(static_cast<u8*>(o.y) + at, codes, n);
+                if (o.rest == nullptr) continue;
+                Vector::store_bytes(codes, rest_of(r, q, k));
+                std::memcpy(o.rest + at, codes, n);
             }
         }
     }
 }
 
-// A depthwise block of `count` <= kBlock channels of one pixel, at y's element `at`.
+// A depthwise block of `count` <= kBlock channels of one pixel, at y's element `at`; `place`: of its sums, where they are
+// kept.
 template <int kActivation>
 QF_INLINE void finish_block(const Int8Output& o, const OutputConstants& k, const Int (&sums)[4], i64 block, i64 at,
-                            i64 count) {
+                            i64 place, i64 count) {
+    if (o.raw_sums != nullptr) {
+        for (int i = 0; i < 4; ++i) Vector::store(o.raw_sums + place + i * kLanes, sums[i]);
+        return;
+    }
     Float r[4];
     Int residual[4];
     if (o.residual != nullptr) {
@@ -256,6 +299,10 @@ QF_INLINE void finish_block(const Int8Output& o, const OutputConstants& k, const
             r[i] = Vector::multiply_add(Vector::to_float(sums[i]),
                                         Vector::load(o.code_scale + block * kBlock + i * kLanes),
                                         Vector::load(o.code_bias + block * kBlock + i * kLanes));
+        for (int b = 0; b < o.befores; ++b)
+            for (int i = 0; i < 4; ++i)
+                r[i] = Vector::multiply_add(Vector::to_float(Vector::load(o.before[b].sums + place + i * kLanes)),
+                                            Vector::load(o.before[b].code_scale + block * kBlock + i * kLanes), r[i]);
         if (o.residual != nullptr)
             for (int i = 0; i < 4; ++i)
                 r[i] = Vector::multiply_add(Vector::to_float(Vector::sub(residual[i], k.residual_zero)),
@@ -265,9 +312,12 @@ QF_INLINE void finish_block(const Int8Output& o, const OutputConstants& k, const
         if (count == kBlock) return k.codes.store_block(y, rounded);
         return k.codes.store_block(y, rounded, count);
     }
-    for (int i = 0; i < 4; ++i)
-        r[i] = real_of(sums[i], Vector::load(o.scale + block * kBlock + i * kLanes),
-                       Vector::load(o.bias + block * kBlock + i * kLanes));
+    Float own[4];
+    for (int i = 0; i < 4; ++i) {
+        const i64 channel = block * kBlock + i * kLanes;
+        own[i] = real_of(sums[i], Vector::load(o.scale + channel), Vector::load(o.bias + channel));
+        r[i] = o.befores > 0 ? real_before(o, 0, place + i * kLanes, channel) : own[i];
+    }
     if (o.residual != nullptr)
         for (int i = 0; i < 4; ++i) r[i] = add_residual(r[i], residual[i], k);
     if (o.real_residual != nullptr) {
@@ -278,6 +328,9 @@ QF_INLINE void finish_block(const Int8Output& o, const OutputConstants& k, const
         Vector::load_block(reals, added);
         for (int i = 0; i < 4; ++i) r[i] = Vector::add(r[i], added[i]);
     }
+    if (o.befores > 0)
+        for (int i = 0; i < 4; ++i)
+            r[i] = add_products(o, r[i], own[i], place + i * kLanes, block * kBlock + i * kLanes);
     for (int i = 0; i < 4; ++i) r[i] = activate<kActivation>(r[i], k.a, k.b);
     if (o.is_float) {
         float* y = static_cast<float*>(o.y) + at;
@@ -286,15 +339,30 @@ QF_INLINE void finish_block(const Int8Output& o, const OutputConstants& k, const
         if (count != kBlock) std::memcpy(y, part, count * sizeof(float));
         return;
     }
+    const auto store = [&](u8* y, const Int(&codes)[4]) __attribute__((always_inline)) {
+        u8 part[kBlock];
+        Vector::store_block(count == kBlock ? y : part, codes);
+        if (count != kBlock) std::memcpy(y, part, count);
+    };
     const Int codes[4] = {code_of(r[0], k), code_of(r[1], k), code_of(r[2], k), code_of(r[3], k)};
-    u8* y = static_cast<u8*>(o.y) + at;
-    u8 part[kBlock];
-    Vector::store_block(count == kBlock ? y : part, codes);
-    if (count != kBlock) std::memcpy(y, part, count);
+    store(static_cast<u8*>(o.y) + at, codes);
+    if (o.rest == nullptr) return;
+    const Int rest[4] = {rest_of(r[0], codes[0], k), rest_of(r[1], codes[1], k), rest_of(r[2], codes[2], k),
+                         rest_of(r[3], codes[3], k)};
+    store(o.rest + at, rest);
 }
 
-// The same where `is_linear`.
-template <bool kHasResidual>
+// The sums as they are.
+void finish_raw(const Int8Output& o, const std::int32_t* sums, i64 stride, i64 row, i64 rows, i64 padded, i64, i64) {
+    std::int32_t* to = o.raw_sums + row * o.sums_row + padded;
+    for (i64 m = 0; m < rows; ++m, sums += stride, to += o.sums_row) {
+        Vector::store(to, Vector::load(sums));
+        Vector::store(to + kLanes, Vector::load(sums + kLanes));
+    }
+}
+
+// The same as `finish_tile` where `is_linear`.
+template <bool kHasResidual, int kBefores>
 void finish_codes(const Int8Output& o, const std::int32_t* sums, i64 stride, i64 row, i64 rows, i64 padded, i64 channel,
                   i64 count) {
     const Vector::Codes codes(o.zero, o.low_code, o.high_code);
@@ -304,9 +372,21 @@ void finish_codes(const Int8Output& o, const std::int32_t* sums, i64 stride, i64
     const Float bias0 = Vector::load(o.code_bias + padded), bias1 = Vector::load(o.code_bias + padded + kLanes);
     u8* y = static_cast<u8*>(o.y) + row * o.row + channel;
     const u8* residual = kHasResidual ? o.residual + row * o.row + channel : nullptr;
+    const std::int32_t* before[kBefores + 1];
+    Float before0[kBefores + 1], before1[kBefores + 1];
+    for (int i = 0; i < kBefores; ++i) {
+        before[i] = o.before[i].sums + row * o.sums_row + padded;
+        before0[i] = Vector::load(o.before[i].code_scale + padded);
+        before1[i] = Vector::load(o.before[i].code_scale + padded + kLanes);
+    }
     const auto rounded = [&](i64 m, Int& a, Int& b) __attribute__((always_inline)) {
         Float r0 = Vector::multiply_add(Vector::to_float(Vector::load(sums + m * stride)), scale0, bias0);
         Float r1 = Vector::multiply_add(Vector::to_float(Vector::load(sums + m * stride + kLanes)), scale1, bias1);
+        for (int i = 0; i < kBefores; ++i) {
+            const std::int32_t* from = before[i] + m * o.sums_row;
+            r0 = Vector::multiply_add(Vector::to_float(Vector::load(from)), before0[i], r0);
+            r1 = Vector::multiply_add(Vector::to_float(Vector::load(from + kLanes)), before1[i], r1);
+        }
         if constexpr (kHasResidual) {
             Int q0, q1;
             Vector::load_bytes(residual + m * o.row, count, q0, q1);
@@ -338,7 +418,14 @@ FinishTile finisher(int activation, std::integer_sequence<int, kActivations...>)
     return all[activation];
 }
 FinishTile finisher(const Int8Output& o) {
-    if (o.is_linear) return o.residual != nullptr ? finish_codes<true> : finish_codes<false>;
+    if (o.raw_sums != nullptr) return finish_raw;
+    if (o.is_linear) {
+        static constexpr FinishTile all[][2] = {{finish_codes<false, 0>, finish_codes<true, 0>},
+                                                {finish_codes<false, 1>, finish_codes<true, 1>},
+                                                {finish_codes<false, 2>, finish_codes<true, 2>}};
+        static_assert(kMostBefore == 2);
+        return all[o.befores][o.residual != nullptr];
+    }
     return finisher(o.activation, std::make_integer_sequence<int, kInt8Activations>{});
 }
 
@@ -867,7 +954,7 @@ QF_INLINE Int tap_weights(const u8* w, int i) {
 // Block b of the pixel at y's element `at`; taps lie `offset` bytes beyond their addresses.
 template <int kActivation>
 QF_INLINE void depthwise_block(const Int8Depthwise& d, const OutputConstants& constants, const u8* const* taps,
-                               i64 offset, i64 b, i64 at) {
+                               i64 offset, i64 b, i64 pixel) {
     const i64 groups = d.taps / Vector::kTapGroup;
     Int sums[4], codes[4];
     for (int i = 0; i < 4; ++i) sums[i] = Vector::load(d.start + b * kBlock + i * kLanes);
@@ -878,7 +965,8 @@ QF_INLINE void depthwise_block(const Int8Depthwise& d, const OutputConstants& co
         Vector::interleave(group, codes);
         for (int i = 0; i < 4; ++i) Vector::dot_taps(sums[i], codes[i], tap_weights(w, i));
     }
-    finish_block<kActivation>(d.output, constants, sums, b, at + b * kBlock, smaller(kBlock, d.channels - b * kBlock));
+    finish_block<kActivation>(d.output, constants, sums, b, pixel * d.output.row + b * kBlock,
+                              (pixel * d.blocks + b) * kBlock, smaller(kBlock, d.channels - b * kBlock));
 }
 
 template <int kActivation>
@@ -910,7 +998,7 @@ void depthwise_lines(const Int8Depthwise& d, i64 line, i64 lines, i64 block, i64
                     if (d.x_end - taps[t] < padded) taps[t] = tail + (taps[t] - tail_begin);
                 }
                 for (i64 b = block; b < block + blocks; ++b)
-                    depthwise_block<kActivation>(d, constants, taps, 0, b, (l * d.out[2] + ox) * d.output.row);
+                    depthwise_block<kActivation>(d, constants, taps, 0, b, l * d.out[2] + ox);
             }
         };
         // Between the edges every tap moves on by the same step.
@@ -925,8 +1013,7 @@ void depthwise_lines(const Int8Depthwise& d, i64 line, i64 lines, i64 block, i64
         }
         for (i64 b = block; b < block + blocks; ++b)
             for (i64 ox = begin; ox < end; ++ox)
-                depthwise_block<kActivation>(d, constants, taps, (ox - begin) * step, b,
-                                             (l * d.out[2] + ox) * d.output.row);
+                depthwise_block<kActivation>(d, constants, taps, (ox - begin) * step, b, l * d.out[2] + ox);
         edge(0, begin);
         edge(end > begin ? end : begin, d.out[2]);
     }

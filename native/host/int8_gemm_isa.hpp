@@ -13,6 +13,13 @@ enum Int8Activation : int {
     kInt8Linear = kInt8Activations,  // see Int8Output::is_linear; of depthwise convolutions
 };
 
+// Sums of a product that comes before, with constants as those of Int8Output.
+struct Int8Before {
+    const std::int32_t* sums = nullptr;
+    const float *scale = nullptr, *bias = nullptr, *code_scale = nullptr;
+};
+constexpr int kMostBefore = 2;  // Terms::kMost
+
 // What happens to an exact sum: r = sum * scale[c] + bias[c] (+ residual), the activation, then codes or float32.
 // `scale` and `bias` are padded as the weights are, `channel` and `y` count real channels.
 struct Int8Output {
@@ -36,6 +43,19 @@ struct Int8Output {
     const float *code_scale = nullptr, *code_bias = nullptr;
     float residual_step = 0;
     std::uint8_t low_code = 0, high_code = 255;
+    // Where y is codes: what they leave over of r, as codes of its own; null: not wanted.
+    std::uint8_t* rest = nullptr;
+    float step = 0;  // y's scale
+    float rest_inverse_scale = 0, rest_low = 0, rest_high = 0;
+    std::int32_t rest_zero = 0;
+    // The sums go here as they are, and nothing else is written; null: not wanted. Padded as `scale` is: those of a row
+    // `sums_row` apart, of a depthwise pixel one block after the other.
+    std::int32_t* raw_sums = nullptr;
+    // What was kept so of products that come before: r = (sum * scale + bias) of each, the first one plus the residual,
+    // each added to the one before. `is_linear`: code_bias is that of all of them.
+    Int8Before before[kMostBefore];
+    int befores = 0;
+    std::int64_t sums_row = 0;
 };
 
 // A convolution as rows (output pixels) times channels. Spatial dimensions are padded to three.

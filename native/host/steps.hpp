@@ -10,9 +10,9 @@ using StepPtr = std::unique_ptr<Step>;
 
 // int8_gemm.cpp
 StepPtr make_linear(ThreadPool&, const Weights&, const Tensor& x, const Tensor* residual, const Epilogue&,
-                    const Tensor& y);
+                    const Tensor& y, const Terms& = {});
 StepPtr make_conv(ThreadPool&, const Weights&, const ConvGeometry&, const Tensor& x, const Tensor* residual,
-                  const Epilogue&, const Tensor& y);
+                  const Epilogue&, const Tensor& y, const Terms& = {});
 StepPtr make_int8_matmul(ThreadPool&, const Tensor& a, const Tensor& b, float alpha, const Tensor& y);
 
 // float_math.cpp

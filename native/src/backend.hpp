@@ -54,6 +54,22 @@ struct ConvGeometry {
     std::int64_t groups = 1;
 };
 
+// A product of another weight and other codes, both of the same shapes as the step's own.
+struct Product {
+    Weights weights;
+    Tensor x;
+};
+
+// What `linear` and `conv` do for operands that are held in two int8 terms.
+struct Terms {
+    static constexpr std::size_t kMost = 2;
+    // At most kMost. They come before the step's own product, in this order: each is r = sum * scale + bias + (what came before) in f32. The
+    // residual comes before all of them.
+    std::vector<Product> products;
+    // Codes, where y is codes: of what these leave over of the result. Laid out as y.
+    const Tensor* rest = nullptr;
+};
+
 enum class Binary : std::uint8_t {
     add, sub, mul, div, maximum, minimum, pow,
     eq, ne, lt, le, gt, ge, logical_and, logical_or,  // result b8
@@ -86,8 +102,8 @@ public:
     // Whether signed codes are stored as u8 with zero_point + 128 (true), or as s8 (false).
     virtual bool stores_unsigned() const = 0;
 
-    // Whether the residual of `linear` and `conv` may be f32.
-    virtual bool adds_reals() const = 0;
+    // Whether `linear` and `conv` take an f32 residual and `Terms`.
+    virtual bool takes_terms() const = 0;
 
     // Memory that steps may read and write, 64-byte aligned.
     virtual void* allocate(std::size_t bytes) = 0;
@@ -100,15 +116,15 @@ public:
     virtual void wait() = 0;
 
     // y = epilogue(sum_k (x[m,k] - zp) * w[n,k] * scale_x * scale_w[n] + bias[n] + residual).
-    // x codes (*, in), y codes or f32 (*, out), row-major; residual: codes of y's shape (with `adds_reals` also f32),
+    // x codes (*, in), y codes or f32 (*, out), row-major; residual: codes of y's shape (with `takes_terms` also f32),
     // row-major, or null. y and residual may be the same memory. The integer sum is exact.
     virtual std::unique_ptr<Step> linear(const Weights&, const Tensor& x, const Tensor* residual, const Epilogue&,
-                                         const Tensor& y) = 0;
+                                         const Tensor& y, const Terms& = {}) = 0;
     // The same for convolutions: x codes (batch, channels, *spatial), y and residual channels_last, 1 to 3 spatial
     // dimensions. Padding stands for the real number 0; `padding` is what lies before x, what lies behind follows from
     // y's dimensions.
     virtual std::unique_ptr<Step> conv(const Weights&, const ConvGeometry&, const Tensor& x, const Tensor* residual,
-                                       const Epilogue&, const Tensor& y) = 0;
+                                       const Epilogue&, const Tensor& y, const Terms& = {}) = 0;
 
     // y = alpha * a @ b over the last two dimensions, batch dimensions equal in all three (broadcast by stride 0).
     // Both codes (exact integer sum), or both f32. Any strides on a and b; y real result, row-major.

@@ -6,6 +6,7 @@
 #include <functional>
 #include <limits>
 #include <numeric>
+#include <utility>
 
 namespace quantflow {
 namespace {
@@ -153,6 +154,13 @@ private:
         Dims before, after;  // per spatial dimension
     };
     std::unordered_map<int, Border> borders_;
+    // Products that the next node adds to its own sum, in order: its step computes them, too.
+    struct Pending {
+        const Node* node;
+        View x;
+        std::optional<View> residual;
+    };
+    std::vector<Pending> pending_;
     int node_ = -1;
 
     std::string label() const { return "layer " + program_.nodes[static_cast<std::size_t>(node_)].label(); }
@@ -192,14 +200,16 @@ private:
     }
 
     void emit(std::unique_ptr<Step> step, std::initializer_list<const View*> touched) {
-        const int index = static_cast<int>(result_.steps.size());
-        for (const View* v : touched) {
-            if (v == nullptr) continue;
-            Buffer& b = buffers_[static_cast<std::size_t>(v->buffer)];
-            if (b.first < 0) b.first = index;
-            b.last = index;
-        }
         result_.steps.push_back({std::move(step), node_});
+        for (const View* v : touched)
+            if (v != nullptr) touch(*v);
+    }
+    // The last step reads or writes it.
+    void touch(const View& v) {
+        const int index = static_cast<int>(result_.steps.size()) - 1;
+        Buffer& b = buffers_[static_cast<std::size_t>(v.buffer)];
+        if (b.first < 0) b.first = index;
+        b.last = index;
     }
 
     // --- values
@@ -678,22 +688,33 @@ private:
             x = in_row_major(x);
             strides = row_major(dims);
         }
-        const auto step_of = [&](const View& to, const View* residual, const Epilogue& epilogue) {
+        const auto step_of = [&](const View& to, const View* residual, const Epilogue& epilogue,
+                                 const Terms& terms = {}) {
             std::optional<Tensor> tr;
             if (residual != nullptr) tr = tensor(*residual);
             const Tensor* pr = tr ? &*tr : nullptr;
-            return is_conv ? backend_.conv(n.weights, geometry, tensor(x), pr, epilogue, tensor(to))
-                           : backend_.linear(n.weights, tensor(x), pr, epilogue, tensor(to));
+            return is_conv ? backend_.conv(n.weights, geometry, tensor(x), pr, epilogue, tensor(to), terms)
+                           : backend_.linear(n.weights, tensor(x), pr, epilogue, tensor(to), terms);
         };
+        const std::vector<Pending> products = std::exchange(pending_, {});
         std::optional<View> residual;
-        if (!n.args[1].is_none()) {
+        bool adds_reals = false;
+        if (!products.empty()) {
+            residual = products[0].residual;
+        } else if (!n.args[1].is_none()) {
             residual = operand(1, "residual");
             if (residual->dims != dims) throw Unsupported("a residual that broadcasts");
+            adds_reals = !program_.values[static_cast<std::size_t>(n.args[1].as<Ref>()->value)].q;
+            if (adds_reals) residual = as_f32(*residual);
+        }
+        if (residual) residual = in_layout(*residual, strides);
+        if (products.size() < Terms::kMost && is_added_next(n) && !dims_empty(dims)) {
+            pending_ = products;
+            pending_.push_back({&n, x, products.empty() ? residual : std::nullopt});
+            return;
         }
         const Form form = form_of(n.output);
-        const bool adds_reals = residual && !program_.values[static_cast<std::size_t>(n.args[1].as<Ref>()->value)].q;
-        if (adds_reals) residual = as_f32(*residual);
-        if (adds_reals && !backend_.adds_reals() && !dims_empty(dims)) {
+        if (adds_reals && !backend_.takes_terms() && !dims_empty(dims)) {
             const View product = allocate(DType::f32, dims, strides);
             emit(step_of(product, nullptr, {}), {&x, &product});
             const View y = allocate(form.dtype, dims, strides, form.q, form.is_real);
@@ -702,8 +723,7 @@ private:
             return define(n.output, y);
         }
         View y;
-        if (residual) {
-            residual = in_layout(*residual, strides);
+        if (residual && products.empty()) {
             const bool in_place = form.q && residual->dtype == form.dtype && !form.is_real && dies_here(*residual, n) &&
                                   residual->buffer != x.buffer;
             if (in_place) {
@@ -711,15 +731,84 @@ private:
                 y.q = form.q;
             }
         }
-        if (y.buffer < 0) y = allocate(form.dtype, dims, strides, form.q, form.is_real);
-        if (dims_empty(dims)) {
+        const bool is_empty = dims_empty(dims);
+        const std::optional<TwoTerms> written = is_empty ? std::nullopt : two_terms(n.output);
+        std::optional<View> rest;
+        if (written) {
+            y = allocate(written->first.dtype, dims, strides, written->first.q);
+            rest = allocate(written->second.dtype, dims, strides, written->second.q);
+            define(written->codes, y);
+            define(written->rest, *rest);
+        } else {
+            if (y.buffer < 0) y = allocate(form.dtype, dims, strides, form.q, form.is_real);
             define(n.output, y);
-            emit(backend_.fill(0, plain_view(y)), {&y});
-            return;
         }
+        if (is_empty) return emit(backend_.fill(0, plain_view(y)), {&y});
+        Terms terms;
+        std::optional<Tensor> rest_tensor;
+        if (rest) rest_tensor = tensor(*rest);
+        if (rest) terms.rest = &*rest_tensor;
+        for (const Pending& product : products) terms.products.push_back({product.node->weights, tensor(product.x)});
         const View* added = residual ? &*residual : nullptr;
-        emit(step_of(y, added, n.epilogue), {&x, &y, added});
-        define(n.output, y);
+        emit(step_of(y, added, n.epilogue, terms), {&x, &y, added, rest ? &*rest : nullptr});
+        for (const Pending& product : products) touch(product.x);
+    }
+
+    // Whether the next node adds this one's float result, which nothing else reads, to a product of the same shapes.
+    bool is_added_next(const Node& n) const {
+        const int next = node_ + 1;
+        if (!backend_.takes_terms() || n.epilogue.kind != Activation::none || only_user(n.output) != next ||
+            program_.values[static_cast<std::size_t>(n.output)].q)
+            return false;
+        const Node& u = program_.nodes[static_cast<std::size_t>(next)];
+        if (u.op != n.op || u.weights.dims != n.weights.dims) return false;
+        const auto *x = n.args[0].as<Ref>(), *ux = u.args[0].as<Ref>(), *added = u.args[1].as<Ref>();
+        const auto of = [&](const Ref* r) -> const View* {
+            return r == nullptr ? nullptr : value(r->value).template as<View>();
+        };
+        const View *view = of(x), *other = of(ux);
+        if (added == nullptr || added->value != n.output || view == nullptr || other == nullptr ||
+            view->dims != other->dims)
+            return false;
+        const auto border = borders_.find(x->value), other_border = borders_.find(ux->value);
+        const bool have = border != borders_.end(), others = other_border != borders_.end();
+        return have == others && (!have || (border->second.before == other_border->second.before &&
+                                            border->second.after == other_border->second.after)) &&
+               u.geometry.stride == n.geometry.stride && u.geometry.padding == n.geometry.padding &&
+               u.geometry.dilation == n.geometry.dilation && u.geometry.groups == n.geometry.groups;
+    }
+
+    // The two values that a float one is written as: its codes, and those of what they leave over.
+    struct TwoTerms {
+        int codes, rest;
+        StoredAs first, second;
+    };
+
+    // Where all that reads a float value is quantize and x - dequantize(quantize(x)), itself only quantized: these are
+    // done then, too.
+    std::optional<TwoTerms> two_terms(int index) {
+        const Value& v = program_.values[static_cast<std::size_t>(index)];
+        if (!backend_.takes_terms() || v.q || is_output(index) || v.users.size() != 2 || !is_inside(v.users[0]) ||
+            !is_inside(v.users[1]))
+            return std::nullopt;
+        const Node& quantize = program_.nodes[static_cast<std::size_t>(v.users[0])];
+        const Node& sub = program_.nodes[static_cast<std::size_t>(v.users[1])];
+        if (quantize.op != Op::quantize || sub.op != Op::aten || sub.target != "sub.Tensor" || sub.args.size() != 2 ||
+            !sub.kwargs.empty())
+            return std::nullopt;
+        const auto *from = sub.args[0].as<Ref>(), *what = sub.args[1].as<Ref>();
+        if (from == nullptr || what == nullptr || from->value != index) return std::nullopt;
+        const int maker = program_.values[static_cast<std::size_t>(what->value)].producer, last = only_user(sub.output);
+        if (maker < 0 || last < 0) return std::nullopt;
+        const Node& dequantize = program_.nodes[static_cast<std::size_t>(maker)];
+        const Node& rest = program_.nodes[static_cast<std::size_t>(last)];
+        const auto* codes = dequantize.args.empty() ? nullptr : dequantize.args[0].as<Ref>();
+        if (dequantize.op != Op::dequantize || codes == nullptr || codes->value != quantize.output ||
+            rest.op != Op::quantize)
+            return std::nullopt;
+        for (int done : {v.users[0], v.users[1], last}) done_[static_cast<std::size_t>(done)] = true;
+        const auto stored = [&](int code) { return stored_as(program_.values[static_cast<std::size_t>(code)]); };
+        return TwoTerms{quantize.output, rest.output, stored(quantize.output), stored(rest.output)};
     }
 
     static bool dims_empty(const Dims& dims) {

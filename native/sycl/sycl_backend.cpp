@@ -40,19 +40,19 @@ public:
         return std::string("sycl.") + (device_.is_cpu ? "cpu" : "gpu");
     }
     bool stores_unsigned() const override { return false; }
-    bool adds_reals() const override { return false; }
+    bool takes_terms() const override { return false; }
     void* allocate(std::size_t bytes) override { return device_.allocate(bytes); }
     void release(void* memory) override { device_.release(memory); }
     void copy(void* to, const void* from, std::size_t bytes) override { device_.copy(to, from, bytes); }
     bool reads_process_memory() const override { return false; }
     void wait() override { device_.wait(); }
 
-    StepPtr linear(const Weights& w, const Tensor& x, const Tensor* residual, const Epilogue& e,
-                   const Tensor& y) override {
+    StepPtr linear(const Weights& w, const Tensor& x, const Tensor* residual, const Epilogue& e, const Tensor& y,
+                   const Terms&) override {
         return locked([&] { return xpu::make_linear(device_, w, x, residual, e, y); });
     }
     StepPtr conv(const Weights& w, const ConvGeometry& g, const Tensor& x, const Tensor* residual, const Epilogue& e,
-                 const Tensor& y) override {
+                 const Tensor& y, const Terms&) override {
         return locked([&] { return xpu::make_conv(device_, w, g, x, residual, e, y); });
     }
     StepPtr matmul(const Tensor& a, const Tensor& b, float alpha, const Tensor& y) override {

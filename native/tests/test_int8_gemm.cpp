@@ -366,6 +366,102 @@ void test_usual_convolutions() {
     conv(1, 96, 24, 1, 1);
 }
 
+// A weight, and the memory it points at.
+struct OwnWeights {
+    std::vector<std::int8_t> codes;
+    std::vector<float> scale, bias;
+    Weights weights;
+    OwnWeights(const std::vector<i64>& dims, bool has_bias) : scale(pick(0, 1) ? 1 : dims[0]), bias(dims[0]) {
+        i64 count = 1;
+        for (i64 d : dims) count *= d;
+        for (i64 i = 0; i < count; ++i) codes.push_back(static_cast<std::int8_t>(pick(-127, 127)));
+        for (float& s : scale) s = pick_real(0.001f, 0.01f);
+        for (float& b : bias) b = pick_real(-2, 2);
+        weights = {codes.data(), dims, scale.data(), i64(scale.size()), has_bias ? bias.data() : nullptr};
+    }
+};
+
+// Products summed in one step, and the rest of its codes, against the steps one after another.
+void run_terms(const Case& c, int products, bool wants_rest) {
+    const bool is_linear = c.in.empty();
+    std::vector<i64> xd{c.batch, c.in_channels}, yd{c.batch, c.out_channels}, wd{c.out_channels, c.in_channels / c.groups};
+    for (std::size_t i = 0; i < c.in.size(); ++i) {
+        const i64 span = c.in[i] + 2 * c.padding[i] - c.dilation[i] * (c.kernel[i] - 1) - 1;
+        xd.push_back(c.in[i]);
+        wd.push_back(c.kernel[i]);
+        yd.push_back(span < 0 ? 0 : span / c.stride[i] + 1);
+    }
+    const auto buffer = [&](DType dtype, const std::vector<i64>& d, std::optional<QParams> q) {
+        return std::make_unique<Buffer>(dtype, d, is_linear ? row_major(d) : channels_last(d), q);
+    };
+    ThreadPool pool(c.threads);
+    const ConvGeometry geometry{c.stride, c.padding, c.dilation, c.groups};
+    const auto make = [&](const Weights& w, const Tensor& x, const Tensor* residual, const Epilogue& e, const Tensor& y,
+                          const Terms& terms) {
+        return is_linear ? host::make_linear(pool, w, x, residual, e, y, terms)
+                         : host::make_conv(pool, w, geometry, x, residual, e, y, terms);
+    };
+    std::vector<std::unique_ptr<Buffer>> xs, sums;
+    std::vector<std::unique_ptr<OwnWeights>> weights;
+    Terms terms;
+    const auto first = buffer(DType::u8, yd, QParams{0.037f, 117, 0, 255});
+    const auto reals = buffer(DType::f32, yd, std::nullopt);
+    for (i64 i = 0; i < reals->tensor.count(); ++i) reals->reals()[i] = pick_real(-3, 3);
+    const Tensor* residual = !c.has_residual ? nullptr : c.is_real_residual ? &reals->tensor : &first->tensor;
+    const Tensor* before = residual;
+    for (int i = 0; i <= products; ++i) {
+        const int zeros[] = {0, 128, 255, 37};
+        xs.push_back(buffer(DType::u8, xd, QParams{pick_real(0.01f, 0.03f), zeros[pick(0, 3)], 0, 255}));
+        weights.push_back(std::make_unique<OwnWeights>(wd, pick(0, 1)));
+        sums.push_back(buffer(DType::f32, yd, std::nullopt));
+        const bool is_last = i == products;
+        make(weights.back()->weights, xs.back()->tensor, before, is_last ? c.epilogue : Epilogue{}, sums.back()->tensor,
+             {})->run();
+        before = &sums.back()->tensor;
+        if (!is_last) terms.products.push_back({weights.back()->weights, xs.back()->tensor});
+    }
+    const QParams yq{0.5f, int(pick(0, 2)) * 64, 0, int(pick(0, 3)) ? 255 : 200}, rq{0.5f / 254, 128, 1, 255};
+    const auto y = c.is_float ? buffer(DType::f32, yd, std::nullopt) : buffer(DType::u8, yd, yq);
+    const auto rest = buffer(DType::u8, yd, rq);
+    if (wants_rest) terms.rest = &rest->tensor;
+    const StepPtr step = make(weights.back()->weights, xs.back()->tensor, residual, c.epilogue, y->tensor, terms);
+    step->run();
+    step->run();
+    const std::string text = text_of(c) + " in " + std::to_string(products) + " more products";
+    for (i64 i = 0; i < y->tensor.count(); ++i) {
+        const float r = sums.back()->reals()[i];
+        check_result(text, *y, i, r, {});
+        if (!wants_rest) continue;
+        volatile float stands_for = float(int(y->codes()[i]) - yq.zero_point) * yq.scale;
+        volatile float left = r - stands_for;
+        check_result(text + ", rest", *rest, i, left, {});
+    }
+}
+
+void test_terms() {
+    for (int i = 0; i < 220; ++i) {
+        Case c;
+        const int shape = i % 8;
+        const i64 kernel = shape == 0 ? 0 : shape < 3 ? 1 : shape == 6 ? 5 : 3;
+        c.batch = shape == 0 ? pick(0, 70) : pick(1, 2);
+        c.in_channels = shape == 3 ? 3 : pick(0, 2) == 0 ? 64 : pick(1, 130);
+        c.out_channels = pick(0, 2) == 0 ? 96 : pick(1, 150);
+        if (shape > 4) c.groups = c.out_channels = c.in_channels;
+        if (shape == 4) c.groups = 3, c.in_channels = 3 * pick(1, 12), c.out_channels = 3 * pick(1, 40);
+        for (int d = 0; kernel > 0 && d < 2; ++d) {
+            c.in.push_back(pick(1, 25));
+            c.kernel.push_back(kernel);
+            c.stride.push_back(pick(1, 2));
+            c.padding.push_back(kernel == 1 ? 0 : pick(0, kernel / 2));
+            c.dilation.push_back(shape == 7 ? 2 : 1);
+        }
+        vary(c);
+        // Of larger results one code is too coarse to compare the steps' functions with.
+        if (is_transcendental(c.epilogue.kind)) c.epilogue = {};
+        run_terms(c, int(pick(0, 2)), !c.is_float && pick(0, 3) != 0);
+    }
+}
+
 void test_matmul() {
     for (int i = 0; i < 150; ++i) {
         const i64 b0 = pick(1, 3), b1 = pick(1, 2), m = pick(0, 20), k = pick(0, 5) ? pick(1, 70) : pick(0, 600);
@@ -476,6 +572,7 @@ int main() {
                 c.out_channels = pick(24, 90);
             });
         });
+        group("products in one step", test_terms);
         group("matmul", test_matmul);
     }
     if (failures > 0) std::printf("%d values FAILED\n", failures);
