@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,11 @@ class Compiled:
     def tune(self, inputs: Sequence[torch.Tensor]) -> list[dict[str, Any]]:
         """Let the runtime find the fastest way to run this batch; rows for the report, none where it has one way."""
         return self.runner.tune(inputs) if isinstance(self.runner, NativeRunner) else []
+
+    def adopt(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Run as `tune` found fastest for another program of the same model."""
+        if isinstance(self.runner, NativeRunner):
+            self.runner.adopt(rows)
 
     def left_to_torch(self) -> dict[str, str]:
         """Layers the native runtime has no kernel for, each with the reason."""

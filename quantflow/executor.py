@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -590,7 +590,7 @@ def _workbench(
 
     measured = {"metric": source.data.metric, "outputs": source.model.outputs}
     with progress.stage("float") as stage:
-        ranked = list(_head(source.data.calibration, recipe.sensitivity.samples, original.batch_is_dynamic))
+        ranked = _last(source.data.calibration, recipe.sensitivity.samples, original.batch_is_dynamic)
         ranking = Yardstick(source.float_model(), ranked, **measured)
         judging = None
         if judges:
@@ -601,13 +601,18 @@ def _workbench(
     return Workbench(variants_of, choice, start, timed, ranking, judging)
 
 
-def _head(batches: Iterable[Batch], samples: int, can_cut: bool) -> Iterator[Batch]:
-    """The first batches with that many samples, the last one cut where it can be."""
-    for batch in batches:
+def _last(batches: Sequence[Batch], samples: int, can_cut: bool) -> list[Batch]:
+    """The last batches with that many samples, the first one cut where it can be.
+
+    Algorithms fit a model to the first samples, on which its layers' errors seem smaller than they are.
+    """
+    taken: list[Batch] = []
+    for batch in reversed(batches):
         if samples <= 0:
-            return
-        yield batch.head(samples) if can_cut else batch
+            break
+        taken.insert(0, batch.tail(samples) if can_cut else batch)
         samples -= batch.size
+    return taken
 
 
 def _sensitivity_cache(recipe: Recipe, source: Source, bench: Workbench) -> Journal:

@@ -5,22 +5,30 @@
    and without algorithms other observers, for the whole model and for its worst layers. Keep what lowers the error.
 3. Three steps can be taken per layer: its weight in two int8 terms, its input in two, and float. Rank all of them by
    the noise that each takes away per millisecond that it costs (`quantflow.layer_sensitivity`).
-4. Take the first m steps of that order, with the least m that keeps the limits: errors of layers do not add up, so each
-   try is the whole program, measured. Then take steps back, the poorest first, many at once and then one by one, while
-   the limits are kept. Again in the order of noise alone, and both again with float as the only step.
-5. From each of the four, the fastest first: exchange steps for others that should cost less, the dearest first, as long
+4. Take more and more of that order's first steps, from the cheapest program on, until one keeps the limits: errors of
+   layers do not add up, so each try is the whole program, measured, and none follows from another. Then take steps
+   back, the poorest first, many at once and then one by one, while the limits are kept. Again in the order of noise
+   alone, and both again with float as the only step, as far as these could be faster than what was found. First the
+   programs that take at most CHEAP of the start's time; dearer ones only if none of these keeps the limits.
+5. From what was found, the fastest first: exchange steps for others that should cost less, the dearest first, as long
    as that makes it faster.
-6. Time the best few of what keeps the limits against each other, at length; the fastest is the result.
+6. Where a limit counts samples, a few samples near a tie decide, and of programs that cost the same one keeps it and
+   the next does not. There, before anything dearer than CHEAP and again at the end, steps are drawn, the better ones
+   more often, for programs that should be faster than what was found.
+7. Time the best few of what keeps the limits against each other, at length; the fastest is the result.
 
-Layers are ranked on calibration samples and the limits judged on the evaluation samples, so that no choice is made by
-the noise of the samples it is judged by. Every measurement is in a journal, and every decision is a function of it.
+Layers are ranked on calibration samples and the limits judged on the evaluation samples, so that no ranking is made by
+the noise of the samples it is judged by. That the best of many programs is one that these samples favour can't be
+helped; the verdict says how many there were. Every measurement is in a journal, and every decision is a function of it.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
+import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -57,8 +65,16 @@ CODES_WORTHWHILE_DB = 0.5
 FINALISTS = 3
 #: Share of the start's latency below which an added time is noise.
 LEAST_COST = 0.002
+#: Share of the start's latency that is tried in full before anything slower.
+CHEAP = 1.25
+#: What each program of a row adds at least to the one before: of the start's latency, and of what was added so far.
+LEAST_ADDED, ADDED_SHARE = 0.015, 0.1
 #: Shares of a step's milliseconds that those in its place may cost.
 EXCHANGE = (0.75, 0.5, 0.25)
+#: Programs whose steps are exchanged.
+EXCHANGED = 4
+#: Programs drawn each time, the least share of the milliseconds to spend, and the deviation of a ratio's logarithm.
+DRAWS, LEAST_DRAWN, CHANCE = 400, 0.5, 1.0
 #: A finalist must be this much faster to go before the one found first.
 FASTER = 0.98
 
@@ -172,11 +188,22 @@ class Search:
         steps = possible_steps(rows, least_ms)
         in_float = possible_steps(rows, least_ms, terms={})
         orders = [order for some in (steps, in_float) for order in (by_ratio(some), by_noise(some))]
-        found = [self._fewest_steps(setting, order) for order in orders]
+        start_ms = self._start_ms(start)
         others = [*by_ratio(steps), *in_float]
-        kept = [steps for steps in found if steps]
-        for steps in sorted(kept, key=lambda steps: self._trial(setting.with_changes(taken(steps))).rank):
-            self._exchange(setting, steps, others)
+        drawing = random.Random(0)
+        found: list[list[Step]] = []
+        for most in (CHEAP, math.inf):
+            for order in orders:
+                found += self._fewest_steps(setting, order, start_ms, most)
+            if self._counts_samples and math.isfinite(most):
+                found += self._drawn(setting, others, start_ms, drawing)
+            if found:
+                break
+        for kept in sorted(found, key=lambda kept: self._trial(setting.with_changes(taken(kept))).rank)[:EXCHANGED]:
+            self._exchange(setting, kept, others)
+        if self._counts_samples and found:
+            for kept in self._drawn(setting, others, start_ms, drawing):
+                self._exchange(setting, kept, others)
 
     def _codes(self, start: Setting) -> Setting:
         """The activation codes of the preset that gives the least error; they may cost speed, so it has to pay."""
@@ -240,25 +267,30 @@ class Search:
                         best, least = tried, sqnr_db
         return best
 
-    def _fewest_steps(self, setting: Setting, order: Sequence[Step]) -> list[Step]:
-        """The shortest prefix of the order that keeps the limits, then without every step that can be spared.
+    def _fewest_steps(
+        self, setting: Setting, order: Sequence[Step], start_ms: float, most: float
+    ) -> Iterator[list[Step]]:
+        """The cheapest prefix of the order that keeps the limits, then without every step that can be spared.
 
-        Returns:
-            Those steps; none where the whole order does not keep the limits.
+        Args:
+            most: times the start's latency that it may take.
+
+        Yields:
+            Those steps; nothing where no prefix keeps the limits that could be faster than what does already.
         """
 
         def holds(steps: Sequence[Step]) -> bool:
             return self._trial(setting.with_changes(taken(steps))).holds
 
-        fails, count = 0, 1
-        while order and not holds(order[:count]):
-            if count >= len(order):
-                return []
-            fails, count = count, min(2 * count, len(order))
-        while count - fails > 1:
-            middle = (fails + count) // 2
-            fails, count = (fails, middle) if holds(order[:middle]) else (middle, count)
-        kept = list(order[:count])
+        kept: list[Step] = []
+        for count, relative in prefixes(order, start_ms):
+            if relative > min(most, self._to_beat()):
+                return
+            if holds(order[:count]):
+                kept = list(order[:count])
+                break
+        if not kept:
+            return
         size = max(1, len(kept) // 3)
         while size:
             for end in range(len(kept), 0, -size):
@@ -266,7 +298,28 @@ class Search:
                 if taken(fewer) != taken(kept) and holds(fewer):
                     kept = fewer
             size //= 3
-        return kept
+        yield kept
+
+    def _drawn(
+        self, setting: Setting, steps: Sequence[Step], start_ms: float, drawing: random.Random
+    ) -> Iterator[list[Step]]:
+        """What keeps the limits of DRAWS programs that should be faster than the best one, and than CHEAP."""
+        for _ in range(DRAWS):
+            ms = (min(CHEAP, self._to_beat()) - 1) * start_ms * drawing.uniform(LEAST_DRAWN, 1)
+            tried = drawn(steps, ms, drawing)
+            if tried and self._trial(setting.with_changes(taken(tried))).holds:
+                yield tried
+
+    @property
+    def _counts_samples(self) -> bool:
+        limits = self.settings.subject_to
+        return limits.min_agreement is not None or limits.max_accuracy_drop is not None
+
+    def _to_beat(self) -> float:
+        """Share of the start's latency that the best program takes; infinite where none keeps the limits."""
+        if self._best is None or not self._best.holds or self._best.latency is None:
+            return math.inf
+        return float(self._best.latency["relative"])
 
     def _exchange(self, setting: Setting, kept: Sequence[Step], steps: Sequence[Step]) -> None:
         """Each step in turn for the first others that together should cost less, while the program gets faster."""
@@ -372,7 +425,13 @@ class Search:
             return f"the target was not reached ({why}); what comes closest has {made}: {figures}"
         assert best.latency is not None
         speed = f"{100 / best.latency['relative']:.0f} % of the speed of the recipe as it was"
-        return f"{figures}, with {made}, at {speed}{f'; the search stopped when {budget}' if stopped else ''}"
+        chance = (
+            f"; it is the best of {len(self._trials)} programs judged on the same {best.accuracy['samples']} samples, "
+            "so expect a little less on others"
+            if self._counts_samples and len(self._trials) > 1
+            else ""
+        )
+        return f"{figures}, with {made}, at {speed}{chance}{f'; the search stopped when {budget}' if stopped else ''}"
 
 
 def judged(limits: ConstraintSettings, accuracy: Mapping[str, Any]) -> list[GateResult]:
@@ -426,6 +485,16 @@ def by_ratio(steps: Sequence[Step]) -> list[Step]:
     return sorted(steps, key=lambda step: -step.noise / step.ms)
 
 
+def prefixes(order: Sequence[Step], start_ms: float) -> Iterator[tuple[int, float]]:
+    """Prefixes of an order that are worth a try: how many steps, and the share of the start's time they should take."""
+    added = tried = 0.0
+    for count, step in enumerate(order, start=1):
+        added += step.ms
+        if count in (1, len(order)) or added - tried >= max(LEAST_ADDED * start_ms, ADDED_SHARE * tried):
+            yield count, 1 + added / start_ms
+            tried = added
+
+
 def by_noise(steps: Sequence[Step]) -> list[Step]:
     """Best first by noise taken away."""
     return sorted(steps, key=lambda step: -step.noise)
@@ -435,6 +504,17 @@ def taken(steps: Sequence[Step]) -> set[tuple[str, str]]:
     """The changes that some steps come to, whatever their order: a layer in float needs no terms."""
     in_float = {step.layer for step in steps if step.change == FLOAT}
     return {(step.layer, step.change) for step in steps if step.change == FLOAT or step.layer not in in_float}
+
+
+def drawn(steps: Sequence[Step], ms: float, drawing: random.Random) -> list[Step]:
+    """Steps that together cost these milliseconds at most: the best by ratio, had chance not changed each."""
+    chosen: list[Step] = []
+    for step in sorted(steps, key=lambda step: -step.noise / step.ms * drawing.lognormvariate(0, CHANCE)):
+        in_float = {other.layer for other in chosen if other.change == FLOAT}
+        if step.ms <= ms and step.noise > 0 and step.layer not in in_float:
+            chosen.append(step)
+            ms -= step.ms
+    return chosen
 
 
 def exchanged(step: Step, kept: Sequence[Step], steps: Sequence[Step], ms: float) -> list[Step]:

@@ -30,8 +30,8 @@ from quantflow.variants import Layers, Variant, Variants
 FLOAT, WEIGHT_TERMS, INPUT_TERMS = "float", "weight in two terms", "input in two terms"
 #: Two programs take turns this often and this long, and the median of the rounds' ratios counts.
 ROUNDS, ROUND_MS = 7, 40.0
-#: Runs that a kernel's least time is taken from.
-PROFILE_RUNS = 20
+#: Runs that a kernel's least time is taken from, each time that it is.
+PROFILE_RUNS = 10
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,8 @@ class Workbench:
         self._evaluation = evaluation
         self._built: tuple[Setting, Variant, Compiled] | None = None
         self._first: Compiled | None = None
-        self._profiles: dict[str, list[dict[str, Any]]] = {}
+        self._profiled: tuple[Setting, Compiled] | None = None
+        self._pieces: list[dict[str, Any]] | None = None
 
     def variants(self, setting: Setting) -> Variants:
         """The model as the setting's algorithms leave it."""
@@ -186,14 +187,21 @@ class Workbench:
         return self._evaluation.errors(call)
 
     def added_ms(self, setting: Setting, changed: Setting) -> float:
-        """What a change adds to the latency: the time of the kernels that differ, all others left out as noise."""
-        before = self._profile(setting)
-        program = self._build(setting)[1].program
-        after = self._profile(changed)
-        touched = differing(program, self._build(changed)[1].program)
-        return sum(r["ms"] for r in after if r["name"] in touched) - sum(
-            r["ms"] for r in before if r["name"] in touched
-        )
+        """What a change adds to the latency: the time of the kernels that differ, all others left out as noise.
+
+        Both take turns, and the median of the rounds' differences counts: a machine's pace changes within seconds.
+        """
+        if self._profiled is None or self._profiled[0] != setting:
+            self._profiled = setting, self._build(setting)[1]
+        before, after = self._profiled[1], self._build(changed)[1]
+        touched = differing(before.program, after.program)
+        inputs = bind(before.program.inputs, self._batch.args, self._batch.kwargs)
+
+        def ms(compiled: Compiled) -> float:
+            rows = compiled.layer_times(inputs, PROFILE_RUNS)
+            return sum(row["ms"] for row in rows if row["name"] in touched)
+
+        return statistics.median(ms(after) - ms(before) for _ in range(ROUNDS))
 
     def latency(self, setting: Setting, rounds: int = ROUNDS) -> dict[str, Any]:
         """Latency of the setting and of `start`, taking turns; `relative` is the median of the rounds' ratios."""
@@ -220,15 +228,19 @@ class Workbench:
         if self._built is None or self._built[0] != setting:
             self._built = None
             variant = self.variants(setting).build(setting.qconfig, setting.layers, setting.changed_layers)
-            self._built = (setting, variant, compile_program(variant.program, self.choice))
+            compiled = compile_program(variant.program, self.choice)
+            self._cut_batches(compiled)
+            self._built = (setting, variant, compiled)
         return self._built[1:]
 
-    def _profile(self, setting: Setting) -> list[dict[str, Any]]:
-        if setting.digest not in self._profiles:
-            compiled = self._build(setting)[1]
-            inputs = bind(compiled.program.inputs, self._batch.args, self._batch.kwargs)
-            self._profiles[setting.digest] = compiled.layer_times(inputs, PROFILE_RUNS)
-        return self._profiles[setting.digest]
+    def _cut_batches(self, compiled: Compiled) -> None:
+        """Have the program run judged batches in pieces where that is faster, as the first one to be built told."""
+        judged = (self._evaluation or self._ranking).batches[0]
+        if judged.size == self._batch.size:
+            return  # nor what is timed
+        if self._pieces is None:
+            self._pieces = compiled.tune(bind(compiled.program.inputs, judged.args, judged.kwargs))
+        compiled.adopt(self._pieces)
 
 
 def _in_two_terms(change: str, layer: str | LayerOverride | None) -> LayerOverride:

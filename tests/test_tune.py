@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from quantflow.errors import RecipeError
 from quantflow.journal import Journal
 from quantflow.quantized import Record
 from quantflow.schema import ConstraintSettings, LayerOverride, QConfig, TuneSettings
-from quantflow.tune import MET, NOT_MET, Outcome, Search, Step, Trial, by_noise, by_ratio, possible_steps, taken
+from quantflow.tune import MET, NOT_MET, Outcome, Search, Step, Trial, by_noise, by_ratio, drawn, possible_steps, taken
 from quantflow.workbench import FLOAT, INPUT_TERMS, WEIGHT_TERMS, Setting
 
 ROOT = Path(cli.__file__).parent.parent
@@ -88,7 +89,7 @@ START = Setting((), QConfig())
 def search(
     bench: Additive, journal: Journal | None = None, budget_s: float = 1e6, **options: Any
 ) -> tuple[Outcome, Search]:
-    limits = ConstraintSettings(min_sqnr_db=options.pop("db", 14.0))
+    limits = options.pop("limits", None) or ConstraintSettings(min_sqnr_db=options.pop("db", 14.0))
     chosen = {"algorithms": (), "qconfigs": (), "observers": (), **options.pop("tried", {})}
     settings = TuneSettings(subject_to=limits, time_budget_s=budget_s, **chosen)
     found = Search(bench, bench.sensitivity, settings, journal or Journal(None, ""), **options)
@@ -113,6 +114,45 @@ def test_the_cheapest_steps_that_suffice() -> None:
         if Additive(LAYERS).accuracy(START.with_changes(changes))["sqnr_db"] >= 14.0
     ]
     assert best_ms <= 1.1 * min(every)
+
+
+class Counting(Additive):
+    """Agreement that noise lowers and that chance moves by a sample in a hundred, as samples near a tie do."""
+
+    def accuracy(self, setting: Setting) -> dict[str, Any]:
+        errors = super().accuracy(setting)
+        chance = int(setting.digest[:6], 16) / 0xFFFFFF - 0.5
+        noise = 10 ** (-errors["sqnr_db"] / 10)
+        return errors | {"agreement": 1 - noise / 2 + chance / 100, "samples": 400}
+
+
+@pytest.mark.parametrize("least", [0.97, 0.98, 0.99])
+def test_a_limit_that_counts_samples_is_kept_by_a_cheap_draw(least: float) -> None:
+    layers = {f"{name}{i}": layer for i in range(4) for name, layer in LAYERS.items() if name != "e"}
+    layers = {name: (noise / 4, float_ms / 4, terms_ms / 4) for name, (noise, float_ms, terms_ms) in layers.items()}
+    journal = Journal(None, "")
+    limits = ConstraintSettings(min_agreement=least)
+    outcome, _ = search(Counting(layers | {"e": LAYERS["e"]}), journal, limits=limits)
+    assert outcome.verdict == MET
+    first = next(
+        record["latency"]["relative"]
+        for name, record in journal.records.items()
+        if name.startswith("trial") and record["accuracy"]["agreement"] >= least
+    )
+    assert outcome.best.latency is not None
+    assert outcome.best.latency["relative"] <= first
+    assert f"best of {outcome.trials} programs judged on the same 400 samples" in outcome.text
+    again, _ = search(Counting(layers | {"e": LAYERS["e"]}), journal, limits=limits)
+    assert (again.best.setting, again.trials) == (outcome.best.setting, outcome.trials), "a function of the journal"
+
+
+def test_drawn_steps_stay_within_their_cost() -> None:
+    steps = [Step(name, FLOAT, 1.0, ms) for name, ms in (("a", 3.0), ("b", 2.0), ("c", 1.0), ("d", 0.5))]
+    dice = random.Random(1)
+    found = [drawn(steps, 3.5, dice) for _ in range(50)]
+    assert all(sum(step.ms for step in some) <= 3.5 for some in found)
+    assert all(len({step.layer for step in some}) == len(some) for some in found)
+    assert len({tuple(step.layer for step in some) for some in found}) > 3
 
 
 def combinations(names: list[str]) -> list[set[tuple[str, str]]]:

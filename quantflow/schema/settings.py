@@ -136,7 +136,7 @@ OBJECTIVES: dict[Objective, Literal["maximize", "minimize"]] = {
 
 
 class SensitivitySettings(Settings):
-    """How many calibration samples (the first ones) each layer is judged on."""
+    """How many calibration samples (the last ones: algorithms fit a model to the first) each layer is judged on."""
 
     samples: Annotated[int, Field(ge=1, le=1_000_000)] = 32
 
