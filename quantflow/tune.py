@@ -74,7 +74,7 @@ EXCHANGE = (0.75, 0.5, 0.25)
 #: Programs whose steps are exchanged.
 EXCHANGED = 4
 #: Programs drawn each time, the least share of the milliseconds to spend, and the deviation of a ratio's logarithm.
-DRAWS, LEAST_DRAWN, CHANCE = 400, 0.5, 1.0
+DRAWS, LEAST_DRAWN, CHANCE = 300, 0.5, 1.0
 #: A finalist must be this much faster to go before the one found first.
 FASTER = 0.98
 
