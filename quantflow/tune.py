@@ -184,11 +184,11 @@ class Search:
             setting = self._worst_layers(setting, [row["layer"] for row in rows[:WORST_LAYERS]])
             if self._trial(setting).holds:
                 return
-        least_ms = self._start_ms(start) * LEAST_COST
+        start_ms = self._start_ms(start)
+        least_ms = start_ms * LEAST_COST
         steps = possible_steps(rows, least_ms)
         in_float = possible_steps(rows, least_ms, terms={})
         orders = [order for some in (steps, in_float) for order in (by_ratio(some), by_noise(some))]
-        start_ms = self._start_ms(start)
         others = [*by_ratio(steps), *in_float]
         drawing = random.Random(0)
         found: list[list[Step]] = []
