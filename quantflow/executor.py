@@ -617,7 +617,7 @@ def _last(batches: Sequence[Batch], samples: int, can_cut: bool) -> list[Batch]:
 
 def _sensitivity_cache(recipe: Recipe, source: Source, bench: Workbench) -> Journal:
     """The journal of a model's sensitivities, in the user's cache: later runs on the same model and data read it."""
-    key = _measurement_key(recipe, source, bench, {"samples": recipe.sensitivity.samples})
+    key = _measurement_key(recipe, source, bench, {"last_samples": recipe.sensitivity.samples})
     return Journal(cache_folder() / "sensitivity" / f"{key[:32]}.jsonl", key)
 
 
@@ -649,7 +649,7 @@ def _tuned(
     began = time.perf_counter()
     bench = _workbench(recipe, source, progress, work, judges=True)
     limits = {"tune": recipe.tune.model_dump(mode="json", exclude={"time_budget_s"})}
-    key = _measurement_key(recipe, source, bench, {**limits, "samples": recipe.sensitivity.samples})
+    key = _measurement_key(recipe, source, bench, {**limits, "last_samples": recipe.sensitivity.samples})
     file = None if destination is None else _tune_journal(destination)
 
     def ready(setting: Setting, progress: Progress) -> Built:

@@ -45,7 +45,7 @@ from quantflow.schema import ActivationSpec, SmoothAlgorithm, WeightSpec
 aten = torch.ops.aten
 
 MEASURE = "SQNR of the linears' outputs, dB"
-#: Rows of x that errors are measured on: at most this many numbers and the settings' rows, but at least so many.
+#: Rows of x that errors are measured on: this many numbers or the fewest rows, and at most the settings' rows.
 ROW_NUMBERS = 2**19
 FEWEST_ROWS = 128
 #: The first grids: of alpha, and of -log2(phi).
