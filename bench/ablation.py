@@ -19,13 +19,13 @@ import torch
 import quantflow
 from bench.photo_models import float_module, photos
 from bench.reporting import arguments, console, show, show_machine, write
-from quantflow.data import Data, TextPreprocess
-from quantflow.data.text import load_lee
-from quantflow.evaluate import EMBEDDING
-from quantflow.models.efficientnet_lite0 import load_efficientnet_lite0
-from quantflow.models.transformers_zoo import load_minilm
 from quantflow.schema import ALGORITHM_PRESETS, Algorithm
-from quantflow.workbench import Yardstick
+from quantflow.search.workbench import Yardstick
+from quantflow.sources.data import Data, TextPreprocess
+from quantflow.sources.data.text import load_lee
+from quantflow.sources.models.efficientnet_lite0 import load_efficientnet_lite0
+from quantflow.sources.models.transformers_zoo import load_minilm
+from quantflow.stages.evaluate import EMBEDDING
 
 COLUMNS = (
     "algorithms",

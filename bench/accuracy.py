@@ -10,8 +10,8 @@ from itertools import product
 from torch import nn
 
 import quantflow
-from quantflow.data import Data
 from quantflow.quantized import Quantized
+from quantflow.sources.data import Data
 
 
 def variants(

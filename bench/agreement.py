@@ -15,13 +15,13 @@ import tempfile
 from typing import Any
 
 from bench.reporting import arguments, console, show, show_machine, write
-from quantflow import executor
-from quantflow.benchmark import resized
-from quantflow.compile import compile_program
-from quantflow.config import load_recipe, recipe_files
+from quantflow.config.compose import load_recipe, recipe_files
+from quantflow.executor import junction as executor
 from quantflow.report import Progress
 from quantflow.runtimes import choose_runtime
-from quantflow.warmup import warmup
+from quantflow.stages.benchmark import resized
+from quantflow.stages.compile import compile_program
+from quantflow.stages.warmup import warmup
 
 COLUMNS = ("recipe", "batch", "nodes", "one-code differences", "whole_db")
 #: Searches start from another recipe, and the template has no model.

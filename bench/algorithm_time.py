@@ -27,9 +27,9 @@ import torch
 import quantflow
 from bench.ablation import MODELS
 from bench.reporting import arguments, console, show, show_machine, write
-from quantflow.data import Data
-from quantflow.evaluate import EMBEDDING
 from quantflow.schema import ALGORITHM_PRESETS
+from quantflow.sources.data import Data
+from quantflow.stages.evaluate import EMBEDDING
 
 PEER = Path(__file__).with_name("peer_nncf.py")
 COLUMNS = (

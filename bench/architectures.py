@@ -34,11 +34,11 @@ from torch import nn
 import quantflow
 from bench.photo_models import float_module, model_on_photos
 from bench.reporting import arguments, console, machine, show, show_machine, write
-from quantflow.compile import compile_program
-from quantflow.models.torchvision_zoo import import_torchvision, load_torchvision
 from quantflow.numerics.affine import INT8, SYMMETRIC, activation_qparams, dequantize, quantize
 from quantflow.numerics.measures import sqnr_db
 from quantflow.runtimes import choose_runtime
+from quantflow.sources.models.torchvision_zoo import import_torchvision, load_torchvision
+from quantflow.stages.compile import compile_program
 
 #: Sides of square inputs, tried in this order: the first that the float model accepts is used.
 SIZES = (64, 80, 96, 128, 224)

@@ -19,15 +19,15 @@ from torch import nn
 
 from bench.photo_models import model_on_photos
 from bench.reporting import arguments, console, show, show_machine, write
-from quantflow.benchmark import interleaved, threads
-from quantflow.calibrate import calibrate
 from quantflow.capture import capture
-from quantflow.data import Batch
-from quantflow.executor import plan_for
-from quantflow.prepare import Prepared, prepare
-from quantflow.refined import measured_qparams
+from quantflow.executor.junction import plan_for
 from quantflow.runtimes import choose_runtime
 from quantflow.schema import Recipe
+from quantflow.sources.data import Batch
+from quantflow.stages.benchmark import interleaved, threads
+from quantflow.stages.calibrate import calibrate
+from quantflow.stages.prepare import Prepared, prepare
+from quantflow.stages.refined import measured_qparams
 
 FLOAT = "float forward"
 OBSERVERS = ("minmax", "moving_average", "histogram", "percentile", "mse", "entropy")

@@ -112,7 +112,7 @@ class Quantflow(AbstractContestant):
         import torch
 
         import quantflow
-        from quantflow.models.torchvision_zoo import import_torchvision
+        from quantflow.sources.models.torchvision_zoo import import_torchvision
 
         torch.set_num_threads(self.threads)
         with contextlib.suppress(quantflow.QuantflowError):

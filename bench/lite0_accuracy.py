@@ -25,8 +25,8 @@ import torch
 from bench.accuracy import variants
 from bench.photo_models import float_module, photos
 from bench.reporting import arguments, console, show, show_machine, write
-from quantflow.models.efficientnet_lite0 import load_efficientnet_lite0
 from quantflow.numerics.measures import sqnr_db, top1_agreement
+from quantflow.sources.models.efficientnet_lite0 import load_efficientnet_lite0
 
 PEER = Path(__file__).with_name("peer_onnxruntime.py")
 COLUMNS = ("what", "sqnr_db", "top1_agreement", "top5_overlap", "kl", "max_error", "int8/core", "seconds")

@@ -15,10 +15,10 @@ from typing import Any
 from bench.accuracy import variants
 from bench.photo_models import float_module
 from bench.reporting import arguments, console, show, show_machine, write
-from quantflow.data import TextPreprocess
-from quantflow.data.text import load_lee
-from quantflow.evaluate import EMBEDDING, SPEARMAN, evaluate
-from quantflow.models.transformers_zoo import load_minilm
+from quantflow.sources.data import TextPreprocess
+from quantflow.sources.data.text import load_lee
+from quantflow.sources.models.transformers_zoo import load_minilm
+from quantflow.stages.evaluate import EMBEDDING, SPEARMAN, evaluate
 
 #: #2 asks for a Spearman at most this far below float's.
 MARGIN = 0.02

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from quantflow.data import Data, ImagePreprocess
-from quantflow.data.photos import load_photos
-from quantflow.data.preprocess import IMAGENET
-from quantflow.models import LoadedModel, estimate_batchnorm
-from quantflow.models.torchvision_zoo import load_torchvision
+from quantflow.sources.data import Data, ImagePreprocess
+from quantflow.sources.data.photos import load_photos
+from quantflow.sources.data.preprocess import IMAGENET
+from quantflow.sources.models import LoadedModel, estimate_batchnorm
+from quantflow.sources.models.torchvision_zoo import load_torchvision
 
 
 def float_module(loaded: LoadedModel) -> nn.Module:

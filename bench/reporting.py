@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from quantflow.environment import environment, versions
+from quantflow.host.environment import environment, versions
 
 #: Wide in a pipe, so that no table is folded in a log.
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 220)

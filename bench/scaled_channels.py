@@ -22,8 +22,8 @@ from torch import nn
 import quantflow
 from bench.ablation import MODELS
 from bench.reporting import arguments, console, show, show_machine, write
-from quantflow.evaluate import evaluate
 from quantflow.numerics.measures import sqnr_db
+from quantflow.stages.evaluate import evaluate
 
 QCONFIG = "affine_uint8"
 COLUMNS = ("channels", "algorithms", "sqnr_db", "agreement", "to unscaled", "float sqnr_db")

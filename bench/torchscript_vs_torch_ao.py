@@ -20,11 +20,11 @@ from torch import nn
 import quantflow
 from bench.photo_models import float_module
 from bench.reporting import arguments, console, show, show_machine, write
-from quantflow.benchmark import Timing, interleaved, threads
-from quantflow.data import Batch
-from quantflow.models import estimate_batchnorm
-from quantflow.models.torchvision_zoo import load_torchvision
 from quantflow.numerics.measures import sqnr_db
+from quantflow.sources.data import Batch
+from quantflow.sources.models import estimate_batchnorm
+from quantflow.sources.models.torchvision_zoo import load_torchvision
+from quantflow.stages.benchmark import Timing, interleaved, threads
 
 OURS, THEIRS = ("sym_int8", "affine_uint8"), ("x86", "onednn")
 FLOAT = "float32, eager"

@@ -35,12 +35,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.photo_models import float_module, model_on_photos, photos
 from bench.reporting import arguments, console, show, show_machine, write
-from quantflow.benchmark import threads
-from quantflow.data import Batch, Data, TextPreprocess
-from quantflow.data.text import load_lee
-from quantflow.models.efficientnet_lite0 import load_efficientnet_lite0
-from quantflow.models.transformers_zoo import load_minilm
 from quantflow.numerics.measures import sqnr_db
+from quantflow.sources.data import Batch, Data, TextPreprocess
+from quantflow.sources.data.text import load_lee
+from quantflow.sources.models.efficientnet_lite0 import load_efficientnet_lite0
+from quantflow.sources.models.transformers_zoo import load_minilm
+from quantflow.stages.benchmark import threads
 
 CONTESTANT = Path(__file__).with_name("contestant.py")
 OURS, PEERS = "quantflow", ("openvino", "onnxruntime", "torch_ao")

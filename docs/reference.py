@@ -14,8 +14,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 import quantflow
-from quantflow import config as recipes
-from quantflow.cli import help_text
+from quantflow.cli.command import help_text
+from quantflow.config import compose as recipes
 from quantflow.schema import ALGORITHM_PRESETS, Recipe
 
 _REFERENCE = "#/$defs/"

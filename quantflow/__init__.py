@@ -9,9 +9,9 @@ Importing quantflow registers the `quantflow::` operators that saved TorchScript
 """
 
 from quantflow.api import quantize, sensitivity
-from quantflow.config import load_recipe
+from quantflow.config.compose import load_recipe
 from quantflow.errors import QuantflowError
-from quantflow.executor import run
+from quantflow.executor.junction import run
 from quantflow.quantized import QuantizedModel, QuantizedModule, QuantizedScript, load
 from quantflow.schema import PRESETS, QConfig, Recipe
 

@@ -1,5 +1,5 @@
 """`python -m quantflow` is the quantflow command."""
 
-from quantflow.cli import main
+from quantflow.cli.command import main
 
 main()

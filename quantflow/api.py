@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantflow.data import Batch, Data, as_batches
-from quantflow.data.samples import hash_of, identity_of
 from quantflow.errors import Problem, RecipeError, UsageError, nearest
-from quantflow.executor import Source, analyse, execute
-from quantflow.models import LoadedModel
+from quantflow.executor.junction import Source, analyse, execute
 from quantflow.quantized import Quantized
 from quantflow.report import Progress, make_console
 from quantflow.schema import PRESETS, Recipe
+from quantflow.sources.data import Batch, Data, as_batches
+from quantflow.sources.data.samples import hash_of, identity_of
+from quantflow.sources.models import LoadedModel
 
 Module = nn.Module | torch.jit.ScriptModule | torch.export.ExportedProgram
 
@@ -119,7 +119,7 @@ def sensitivity(
 
     Returns:
         {"samples", "all_int8": figures, "layers": [{"rank", "layer", "op", "int8_alone": figures, "float_alone":
-        figures}], …}, most harmful first; see `quantflow.layer_sensitivity.measure_sensitivity`.
+        figures}], …}, most harmful first; see `quantflow.search.sensitivity.measure_sensitivity`.
 
     Raises:
         QuantflowError: as `quantize`.

@@ -19,19 +19,19 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 
-from quantflow import artifact
-from quantflow.calibrate import CalibrationTable
-from quantflow.compile import Compiled, compile_program
-from quantflow.environment import environment
 from quantflow.errors import ArtifactError
-from quantflow.prepare import bind
-from quantflow.program import Program
+from quantflow.host.environment import environment
+from quantflow.ir.program import Program
 from quantflow.report import from_json, html, junit, markdown, summary, to_json
 from quantflow.runtimes import choose_runtime
 from quantflow.runtimes.native import NativeRunner
 from quantflow.runtimes.native_op import adopt
 from quantflow.runtimes.torch import TorchRunner, build_script
 from quantflow.schema import Recipe
+from quantflow.stages.calibrate import CalibrationTable
+from quantflow.stages.compile import Compiled, compile_program
+from quantflow.stages.prepare import bind
+from quantflow.store import artifact
 
 #: File name endings that mean torch.jit.save rather than an artifact folder.
 _SCRIPT_FILES = (".pt", ".pth", ".ts", ".jit")
@@ -192,7 +192,7 @@ class QuantizedModule(QuantizedModel):
         return self.module(*args, **kwargs)
 
     def int8_layers(self) -> int:
-        from quantflow.imperative import int8_layers
+        from quantflow.stages.imperative import int8_layers
 
         return int8_layers(self.module)
 

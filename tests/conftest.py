@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from quantflow.calibrate import CalibrationTable, calibrate
 from quantflow.capture import capture_export
-from quantflow.convert import convert
-from quantflow.data.batch import Batch
-from quantflow.graph import Graph
-from quantflow.passes.fold_batchnorm import fold_batch_norms
-from quantflow.plan import Plan, make_plan
-from quantflow.prepare import Prepared, prepare
-from quantflow.program import Program
+from quantflow.ir.batch import Batch
+from quantflow.ir.graph import Graph
+from quantflow.ir.passes.fold_batchnorm import fold_batch_norms
+from quantflow.ir.program import Program
 from quantflow.schema import PRESETS, LayerOverride, QConfig
+from quantflow.stages.calibrate import CalibrationTable, calibrate
+from quantflow.stages.convert import convert
+from quantflow.stages.plan import Plan, make_plan
+from quantflow.stages.prepare import Prepared, prepare
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: threads that wait for each other spin, and take the time of those that work.

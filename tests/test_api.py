@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 import quantflow as qf
-from quantflow.data import Batch
 from quantflow.errors import (
     ArtifactError,
     CalibrationError,
@@ -25,6 +24,7 @@ from quantflow.errors import (
     UsageError,
 )
 from quantflow.schema import PRESETS
+from quantflow.sources.data import Batch
 
 DICT_QCONFIG = {"activation": {"qscheme": "affine", "dtype": "uint8"}, "weight": {"granularity": "per_channel"}}
 

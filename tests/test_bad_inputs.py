@@ -21,10 +21,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from quantflow import cli
+from quantflow.cli import command as cli
 
 OWN_CODE = Path(__file__).with_name("own_models.py")
-ROOT = Path(cli.__file__).parent.parent
+ROOT = Path(cli.__file__).parents[2]
 
 MODEL = ["model=entry", "model.entry=mine:net"]
 NOISE = ["data=random", "data.shape=[[3,8,8]]", "data.calibration=4", "data.evaluation=4"]

@@ -26,7 +26,8 @@ from pathlib import Path
 import pytest
 
 import quantflow
-from quantflow import cli, sweep
+from quantflow.cli import command as cli
+from quantflow.cli import sweep
 from quantflow.errors import EXIT_GATE, EXIT_PASSED, EXIT_UNAVAILABLE
 from quantflow.runtimes import native_devices
 from quantflow.schema import Recipe

@@ -21,12 +21,12 @@ import torch
 from torch import nn
 
 import quantflow as qf
-from quantflow import cli
-from quantflow.benchmark import UNSTEADY_NOTICE, unsteady
-from quantflow.config import recipe_files
+from quantflow.cli import command as cli
+from quantflow.config.compose import recipe_files
 from quantflow.quantized import Record
+from quantflow.stages.benchmark import UNSTEADY_NOTICE, unsteady
 
-ROOT = Path(cli.__file__).parent.parent
+ROOT = Path(cli.__file__).parents[2]
 MODES = ("export", "torchscript", "imperative")
 TINY = ["data.calibration=4", "data.evaluation=4", "benchmark.rounds=1", "benchmark.min_round_ms=1", "gates=none"]
 RANDOM = "model.weights=random"
@@ -164,7 +164,7 @@ def test_every_block_is_fused_when_traced(resnet18: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("source", ["scripted", "saved trace", "saved script"])
 def test_every_block_is_fused_from(source: str, tmp_path: Path) -> None:
-    from quantflow.models.torchvision_zoo import load_torchvision
+    from quantflow.sources.models.torchvision_zoo import load_torchvision
 
     module: Any = load_torchvision("resnet18", "random", None, 0).module
     mode: dict[str, str] = {"kind": "torchscript", "method": "script" if source == "scripted" else "trace"}

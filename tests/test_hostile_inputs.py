@@ -22,9 +22,9 @@ import torch
 import yaml
 from PIL import Image
 
-from quantflow import cli
+from quantflow.cli import command as cli
 from quantflow.errors import ArtifactError
-from quantflow.program import Program
+from quantflow.ir.program import Program
 from tests.test_bad_inputs import (
     FILE,
     FOLDER,
@@ -414,7 +414,7 @@ def test_a_link_inside_the_data_folder_is_fine(place: Path) -> None:
 def test_aliases_that_stay_small_are_fine(place: Path) -> None:
     recipe(GOOD + "layers: {stem.0: &a {weight: {observer: mse}}, block: *a}\n")(place)
     assert cli.run(["quiet=1", "--help"]) == 0
-    from quantflow.config import load_recipe
+    from quantflow.config.compose import load_recipe
 
     layers = load_recipe("mine.yaml").to_dict()["layers"]
     assert layers["block"] == layers["stem.0"]

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from quantflow.quantized import weights_bytes
-from quantflow.selftest import selftest_programs
+from quantflow.tasks.selftest import selftest_programs
 
 folder = Path(sys.argv[1])
 folder.mkdir(parents=True, exist_ok=True)

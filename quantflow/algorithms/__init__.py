@@ -30,12 +30,12 @@ from quantflow.algorithms.outcome import Change, Material, Outcome, Rewriting
 from quantflow.algorithms.outliers import NO_OUTLIERS, Outliers, find_outliers
 from quantflow.algorithms.smooth import smooth
 from quantflow.algorithms.unsigned import unsigned
-from quantflow.calibrate import CalibrationTable
-from quantflow.graph import Graph
-from quantflow.plan import Plan
-from quantflow.prepare import Prepared
-from quantflow.refined import Refined, unrefined
+from quantflow.ir.graph import Graph
 from quantflow.schema import Algorithm
+from quantflow.stages.calibrate import CalibrationTable
+from quantflow.stages.plan import Plan
+from quantflow.stages.prepare import Prepared
+from quantflow.stages.refined import Refined, unrefined
 
 #: Before calibration: (settings, graph, plan, material) → parts of another graph.
 GRAPH_ALGORITHMS: dict[str, Callable[[Any, Graph, Plan, Material], Rewriting]] = {

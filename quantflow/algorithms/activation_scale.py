@@ -21,12 +21,12 @@ from torch import fx
 from quantflow.algorithms.gram import grouped, windows_of
 from quantflow.algorithms.outcome import Change, Material, Outcome, db
 from quantflow.algorithms.simulate import on_grid
-from quantflow.graph import interpret
+from quantflow.ir.graph import interpret
+from quantflow.ir.units import CORE
 from quantflow.numerics.affine import QParams, activation_qparams
-from quantflow.passes.units import CORE
-from quantflow.plan import PlannedUnit
-from quantflow.prepare import Prepared, bind
-from quantflow.refined import Refined, float_numbers
+from quantflow.stages.plan import PlannedUnit
+from quantflow.stages.prepare import Prepared, bind
+from quantflow.stages.refined import Refined, float_numbers
 
 if TYPE_CHECKING:
     from quantflow.schema import ActivationScaleAlgorithm

@@ -21,8 +21,8 @@ import torch
 
 from quantflow.algorithms.outcome import Change, Material, Outcome, db
 from quantflow.algorithms.simulate import Layer, shared_weight, walk
-from quantflow.prepare import Prepared
-from quantflow.refined import LayerNumbers, Refined
+from quantflow.stages.prepare import Prepared
+from quantflow.stages.refined import LayerNumbers, Refined
 
 if TYPE_CHECKING:
     from quantflow.schema import BatchNormAlgorithm

@@ -22,11 +22,11 @@ from torch import fx
 
 from quantflow.algorithms.outcome import Change, Material, Outcome
 from quantflow.algorithms.simulate import Layer, walk
-from quantflow.graph import arguments, interpret
-from quantflow.passes.units import CORE
-from quantflow.plan import PlannedUnit
-from quantflow.prepare import Prepared, bind
-from quantflow.refined import LayerNumbers, Refined, float_numbers
+from quantflow.ir.graph import arguments, interpret
+from quantflow.ir.units import CORE
+from quantflow.stages.plan import PlannedUnit
+from quantflow.stages.prepare import Prepared, bind
+from quantflow.stages.refined import LayerNumbers, Refined, float_numbers
 
 if TYPE_CHECKING:
     from quantflow.schema import BiasCorrectionAlgorithm

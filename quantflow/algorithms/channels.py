@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from quantflow.graph import Graph, arguments, is_aten, op_name
-from quantflow.passes.units import AVERAGES, LINEAR_OPS, POOLS
-from quantflow.plan import Plan
+from quantflow.ir.graph import Graph, arguments, is_aten, op_name
+from quantflow.ir.units import AVERAGES, LINEAR_OPS, POOLS
+from quantflow.stages.plan import Plan
 
 _HOMOGENEOUS = (
     "relu", "leaky_relu", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",

@@ -12,10 +12,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from quantflow.algorithms.outcome import Change, Material, Outcome
+from quantflow.ir.units import CORE
 from quantflow.numerics.measures import sqnr_db
-from quantflow.passes.units import CORE
-from quantflow.prepare import Prepared
-from quantflow.refined import Refined, float_numbers, nearest_codes
+from quantflow.stages.prepare import Prepared
+from quantflow.stages.refined import Refined, float_numbers, nearest_codes
 
 if TYPE_CHECKING:
     from quantflow.schema import ClipWeightsAlgorithm

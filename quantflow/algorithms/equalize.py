@@ -36,14 +36,14 @@ from torch import fx
 
 from quantflow.algorithms.channels import ChannelSet, find_sets
 from quantflow.algorithms.outcome import Change, Material, Outcome, Rewriting
-from quantflow.graph import Graph, arguments, float_leaves, interpret, is_aten
+from quantflow.ir.graph import Graph, arguments, float_leaves, interpret, is_aten
+from quantflow.ir.units import CORE, LINEAR_OPS, as_epilogue
 from quantflow.numerics.measures import sqnr_db
-from quantflow.passes.units import CORE, LINEAR_OPS, as_epilogue
-from quantflow.plan import Plan, PlannedUnit
-from quantflow.prepare import bind
+from quantflow.stages.plan import Plan, PlannedUnit
+from quantflow.stages.prepare import bind
 
 if TYPE_CHECKING:
-    from quantflow.data.batch import Batch
+    from quantflow.ir.batch import Batch
     from quantflow.schema import EqualizeAlgorithm
 
 NAME = "equalize"

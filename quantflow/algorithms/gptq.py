@@ -21,8 +21,8 @@ import torch
 from quantflow.algorithms.outcome import Material, Outcome
 from quantflow.algorithms.rounding import damped, form, nearest, round_layers
 from quantflow.numerics.affine import WEIGHT_RANGE
-from quantflow.prepare import Prepared
-from quantflow.refined import Refined
+from quantflow.stages.prepare import Prepared
+from quantflow.stages.refined import Refined
 
 if TYPE_CHECKING:
     from quantflow.schema import GptqAlgorithm

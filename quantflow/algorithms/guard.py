@@ -22,13 +22,13 @@ import torch
 
 from quantflow.algorithms.outcome import Change, Material, Outcome, Rewriting
 from quantflow.algorithms.simulate import simulate
-from quantflow.calibrate import calibrate
-from quantflow.data.batch import Batch
-from quantflow.graph import Graph, float_leaves, interpret
-from quantflow.plan import Plan
-from quantflow.prepare import Prepared, bind, prepare
-from quantflow.refined import Refined, unrefined
+from quantflow.ir.batch import Batch
+from quantflow.ir.graph import Graph, float_leaves, interpret
 from quantflow.schema import ActivationSpec, Algorithm
+from quantflow.stages.calibrate import calibrate
+from quantflow.stages.plan import Plan
+from quantflow.stages.prepare import Prepared, bind, prepare
+from quantflow.stages.refined import Refined, unrefined
 
 #: Samples held out, and the largest share of all that they may be.
 SAMPLES, SHARE = 16, 4

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from quantflow.data.batch import Batch
-from quantflow.graph import Graph
+from quantflow.ir.batch import Batch
+from quantflow.ir.graph import Graph
 
 Update = Callable[[int, int | None], None]
 

@@ -18,9 +18,9 @@ from quantflow.algorithms.gram import MAX_WINDOW, Gram, gram_of, grouped
 from quantflow.algorithms.outcome import Change, Material, Outcome, db
 from quantflow.algorithms.simulate import Layer, shared_weight, walk, weight_shape
 from quantflow.numerics.affine import WEIGHT_RANGE
-from quantflow.plan import PlannedUnit
-from quantflow.prepare import Prepared
-from quantflow.refined import LayerNumbers, Refined, float_numbers
+from quantflow.stages.plan import PlannedUnit
+from quantflow.stages.prepare import Prepared
+from quantflow.stages.refined import LayerNumbers, Refined, float_numbers
 
 MEASURE = "SQNR of the layer's output on held-out samples, dB, from rounding its weight alone"
 #: One batch in so many only judges.

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from quantflow.data.batch import Batch
-from quantflow.graph import arguments, laid_out, last_uses
+from quantflow.ir.batch import Batch
+from quantflow.ir.graph import arguments, laid_out, last_uses
+from quantflow.ir.units import CORE
 from quantflow.numerics.affine import QParams
-from quantflow.passes.units import CORE
-from quantflow.plan import Plan, PlannedUnit
-from quantflow.prepare import Prepared, bind
-from quantflow.refined import LayerNumbers, Refined, float_numbers, left_over_qparams
+from quantflow.stages.plan import Plan, PlannedUnit
+from quantflow.stages.prepare import Prepared, bind
+from quantflow.stages.refined import LayerNumbers, Refined, float_numbers, left_over_qparams
 
 Values = dict[fx.Node, Any]
 

@@ -32,15 +32,15 @@ import torch
 from torch import fx
 
 from quantflow.algorithms.outcome import Change, Material, Outcome, Rewriting, db
-from quantflow.data.batch import Batch
-from quantflow.graph import Graph, arguments, copied, interpret, is_aten
+from quantflow.ir.batch import Batch
+from quantflow.ir.graph import Graph, arguments, copied, interpret, is_aten
+from quantflow.ir.passes.normalize import add_constant
+from quantflow.ir.units import CORE, SHAPES
 from quantflow.numerics.affine import activation_qparams, dequantize_weight, quantize_weight, weight_scale
-from quantflow.observers import make_observer, weight_max_abs
-from quantflow.passes.normalize import add_constant
-from quantflow.passes.units import CORE, SHAPES
-from quantflow.plan import Plan
-from quantflow.prepare import bind
+from quantflow.numerics.observers import make_observer, weight_max_abs
 from quantflow.schema import ActivationSpec, SmoothAlgorithm, WeightSpec
+from quantflow.stages.plan import Plan
+from quantflow.stages.prepare import bind
 
 aten = torch.ops.aten
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from quantflow.algorithms.outcome import Change, Material, Outcome
 from quantflow.numerics.affine import QParams, activation_qparams
-from quantflow.plan import nonnegative_values
-from quantflow.prepare import Prepared
-from quantflow.refined import Refined
+from quantflow.stages.plan import nonnegative_values
+from quantflow.stages.prepare import Prepared
+from quantflow.stages.refined import Refined
 
 if TYPE_CHECKING:
     from quantflow.schema import UnsignedAlgorithm

@@ -8,12 +8,12 @@ from torch.utils import _pytree as pytree
 
 from quantflow.capture.export import at_least_two, capture_export, plain
 from quantflow.capture.torchscript import capture_torchscript
-from quantflow.data.batch import Batch
 from quantflow.errors import CaptureError, DataError, ModelError
-from quantflow.graph import Graph
-from quantflow.imperative import called_modules
-from quantflow.passes.fold_batchnorm import fold_batch_norms
+from quantflow.ir.batch import Batch
+from quantflow.ir.graph import Graph
+from quantflow.ir.passes.fold_batchnorm import fold_batch_norms
 from quantflow.schema import ModeSettings
+from quantflow.stages.imperative import called_modules
 
 Model = nn.Module | torch.jit.ScriptModule | torch.export.ExportedProgram
 

@@ -12,10 +12,10 @@ import torch
 from torch import fx, nn
 from torch.export.graph_signature import ConstantArgument, InputKind
 
-from quantflow.data.batch import Batch
 from quantflow.errors import CaptureError
-from quantflow.graph import Graph, Input, arguments, name_layers, op_name
-from quantflow.passes.normalize import simplify
+from quantflow.ir.batch import Batch
+from quantflow.ir.graph import Graph, Input, arguments, name_layers, op_name
+from quantflow.ir.passes.normalize import simplify
 
 #: Ops that every pass knows by these names, and whose result is no part of an operand's memory.
 _FRESH = frozenset(

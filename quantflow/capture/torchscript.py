@@ -29,11 +29,11 @@ from quantflow.capture.torchscript_values import (
     compare,
     flat,
 )
-from quantflow.data.batch import Batch
 from quantflow.errors import CaptureError
-from quantflow.graph import SIZE_FUNCTIONS, Graph, Input, interpret, name_layers
-from quantflow.models.loaded import eval_mode
-from quantflow.passes.normalize import simplify
+from quantflow.ir.batch import Batch
+from quantflow.ir.graph import SIZE_FUNCTIONS, Graph, Input, interpret, name_layers
+from quantflow.ir.passes.normalize import simplify
+from quantflow.sources.models.loaded import eval_mode
 
 aten = torch.ops.aten
 

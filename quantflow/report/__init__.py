@@ -6,7 +6,6 @@ from quantflow.report.html import html
 from quantflow.report.junit import junit
 from quantflow.report.markdown import comparison, markdown, summary
 from quantflow.report.progress import Progress, stage_times
-from quantflow.report.results import from_json, to_json
 from quantflow.report.sweep import sweep_files
 from quantflow.report.terminal import (
     make_console,
@@ -20,6 +19,7 @@ from quantflow.report.terminal import (
     print_summary,
     print_sweep,
 )
+from quantflow.store.json_values import from_json, to_json
 
 __all__ = [
     "Progress",

@@ -12,8 +12,8 @@ from quantflow.report import tables
 from quantflow.report.markdown import _escape as escape
 from quantflow.report.markdown import markdown_table
 from quantflow.report.page import Cell, Column, DataTable, Row, number_cell, plain_table, render, shortened
-from quantflow.report.results import to_json
 from quantflow.report.tables import Table
+from quantflow.store.json_values import to_json
 
 #: Figure of a job → the column's title, and how its values are written.
 FIGURES = {

@@ -9,8 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor, get_num_threads, xpu
 
 from quantflow.errors import UnavailableError
-from quantflow.plan import PlannedUnit
-from quantflow.program import Node, Program
+from quantflow.ir.program import Node, Program
 from quantflow.runtimes import native_devices
 from quantflow.runtimes.native import NativeRunner
 from quantflow.runtimes.native import kernel_of as native_kernel_of
@@ -18,6 +17,7 @@ from quantflow.runtimes.reference import ReferenceRunner
 from quantflow.runtimes.torch import TorchRunner
 from quantflow.runtimes.torch import kernel_of as torch_kernel_of
 from quantflow.runtimes.torch import notes as torch_notes
+from quantflow.stages.plan import PlannedUnit
 
 
 class Runner(Protocol):

@@ -21,10 +21,10 @@ from typing import Any, TypeGuard
 import torch
 import torch.nn.functional as F
 
-from quantflow.environment import has_exact_int8_products
+from quantflow.host.environment import has_exact_int8_products
+from quantflow.ir.program import EPILOGUES
+from quantflow.ir.units import Epilogue
 from quantflow.numerics.affine import ACTIVATION_RANGE, TORCH_DTYPE
-from quantflow.passes.units import Epilogue
-from quantflow.program import EPILOGUES
 from quantflow.runtimes.reference import apply_epilogue
 
 Tensor = torch.Tensor

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from quantflow.environment import cache_folder
 from quantflow.errors import ArtifactError, UnavailableError
+from quantflow.host.environment import cache_folder
 
 ABI_VERSION = 1
 UNSUPPORTED = 2

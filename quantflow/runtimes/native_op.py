@@ -14,7 +14,7 @@ from functools import cache
 
 import torch
 
-from quantflow.program import Program
+from quantflow.ir.program import Program
 from quantflow.runtimes import native_devices
 from quantflow.runtimes.native import NativeRunner
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from quantflow.graph import SIZE_FUNCTIONS
+from quantflow.ir.graph import SIZE_FUNCTIONS
+from quantflow.ir.program import LINEAR_OPS, Node, Program, Ref, TensorRef, aten_op, substitute
+from quantflow.ir.units import Epilogue
 from quantflow.numerics.affine import QParams, dequantize, quantize
-from quantflow.passes.units import Epilogue
-from quantflow.program import LINEAR_OPS, Node, Program, Ref, TensorRef, aten_op, substitute
 
 #: Ops that compute a real number per element; every other op moves codes, or is float by itself.
 _COMPUTED = ("quantize", *LINEAR_OPS, "matmul", "add", "mul", "avg_pool")
@@ -67,7 +67,7 @@ def resolve(program: Program, argument: Any, values: Mapping[str, Any]) -> Any:
 
 
 def run_node(program: Program, node: Node, values: Mapping[str, Any]) -> Any:
-    """One node's value, by the formulas in `quantflow.program`."""
+    """One node's value, by the formulas in `quantflow.ir.program`."""
     if node.op in _COMPUTED:
         out = qparams_of(program, node.output)
         if out is not None and (steps := _steps(program, node, values, out)) is not None:

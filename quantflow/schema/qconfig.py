@@ -74,7 +74,7 @@ class QConfig(Settings):
 
     def to_torch(self) -> torch.ao.quantization.QConfig:
         """The equivalent `torch.ao.quantization.QConfig`, with the same numbers."""
-        from quantflow.qconfig_torch import to_torch
+        from quantflow.numerics.observers.torch_ao import to_torch
 
         return to_torch(self)
 

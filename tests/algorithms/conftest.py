@@ -12,18 +12,18 @@ import torch
 from torch import nn
 
 from quantflow.algorithms import Material
-from quantflow.calibrate import CalibrationTable, calibrate
 from quantflow.capture import capture_export
-from quantflow.convert import convert
-from quantflow.data.batch import Batch
-from quantflow.graph import Graph, interpret
+from quantflow.ir.batch import Batch
+from quantflow.ir.graph import Graph, interpret
+from quantflow.ir.passes.fold_batchnorm import fold_batch_norms
 from quantflow.numerics.measures import sqnr_db
-from quantflow.passes.fold_batchnorm import fold_batch_norms
-from quantflow.plan import Plan, make_plan
-from quantflow.prepare import Prepared, prepare
-from quantflow.refined import Refined, unrefined
 from quantflow.runtimes.reference import ReferenceRunner
 from quantflow.schema import PRESETS, QConfig
+from quantflow.stages.calibrate import CalibrationTable, calibrate
+from quantflow.stages.convert import convert
+from quantflow.stages.plan import Plan, make_plan
+from quantflow.stages.prepare import Prepared, prepare
+from quantflow.stages.refined import Refined, unrefined
 
 
 class Depthwise(nn.Module):

@@ -12,10 +12,10 @@ from torch import nn
 
 from quantflow.algorithms.bias_correction import bias_correction
 from quantflow.algorithms.simulate import Layer, walk
-from quantflow.data.batch import Batch
-from quantflow.graph import interpret
-from quantflow.refined import float_numbers
+from quantflow.ir.batch import Batch
+from quantflow.ir.graph import interpret
 from quantflow.schema import BiasCorrectionAlgorithm, LayerOverride
+from quantflow.stages.refined import float_numbers
 
 Prepare = Callable[..., Any]
 

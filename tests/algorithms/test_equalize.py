@@ -9,15 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from quantflow.algorithms import Material
-from quantflow.algorithms.equalize import equalize
+from quantflow.algorithms import Material, equalize
 from quantflow.capture import capture_export
-from quantflow.data.batch import Batch
-from quantflow.graph import Graph, interpret
+from quantflow.ir.batch import Batch
+from quantflow.ir.graph import Graph, interpret
+from quantflow.ir.passes.fold_batchnorm import fold_batch_norms
 from quantflow.numerics.measures import sqnr_db
-from quantflow.passes.fold_batchnorm import fold_batch_norms
-from quantflow.plan import make_plan
 from quantflow.schema import PRESETS, EqualizeAlgorithm, LayerOverride, QConfig, WeightSpec
+from quantflow.stages.plan import make_plan
 
 Prepare = Callable[..., Any]
 

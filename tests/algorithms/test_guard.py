@@ -16,13 +16,13 @@ from quantflow.algorithms import Change, Material, Outcome
 from quantflow.algorithms.guard import SAMPLES, Guard
 from quantflow.algorithms.outcome import Rewriting
 from quantflow.capture import capture_export
-from quantflow.data.batch import Batch
-from quantflow.graph import Graph
-from quantflow.passes.fold_batchnorm import fold_batch_norms
-from quantflow.plan import Plan, make_plan
-from quantflow.prepare import Prepared
-from quantflow.refined import Refined
+from quantflow.ir.batch import Batch
+from quantflow.ir.graph import Graph
+from quantflow.ir.passes.fold_batchnorm import fold_batch_norms
 from quantflow.schema import ClipWeightsAlgorithm, EqualizeAlgorithm, QConfig
+from quantflow.stages.plan import Plan, make_plan
+from quantflow.stages.prepare import Prepared
+from quantflow.stages.refined import Refined
 
 Prepare = Callable[..., Any]
 CLIP = ClipWeightsAlgorithm()

@@ -12,9 +12,9 @@ from torch import nn
 import quantflow as qf
 from quantflow.algorithms import Material, Outliers, find_outliers
 from quantflow.capture import capture_export
-from quantflow.data.batch import Batch
-from quantflow.plan import make_plan
+from quantflow.ir.batch import Batch
 from quantflow.schema import OutlierSettings, QConfig
+from quantflow.stages.plan import make_plan
 
 WIDTH, VOCABULARY, LOUD = 32, 50, 7
 #: Token number 0 stands at the front of every text, as a language model's start does.

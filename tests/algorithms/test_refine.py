@@ -12,7 +12,7 @@ from torch import nn
 
 import quantflow as qf
 from quantflow.algorithms import GRAPH_ALGORITHMS, NUMBER_ALGORITHMS
-from quantflow.data.batch import Batch
+from quantflow.ir.batch import Batch
 from quantflow.schema import Algorithm, Recipe
 from quantflow.schema.algorithms import AlgorithmName
 

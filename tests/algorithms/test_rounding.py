@@ -15,10 +15,10 @@ from quantflow.algorithms.gptq import _compensated, _descend
 from quantflow.algorithms.gram import gram_of, windows_of
 from quantflow.algorithms.rounding import damped, form, nearest
 from quantflow.algorithms.simulate import Layer, linear_op, walk
-from quantflow.data.batch import Batch
+from quantflow.ir.batch import Batch
 from quantflow.numerics.affine import WEIGHT_RANGE
-from quantflow.refined import float_numbers
 from quantflow.schema import AdaroundAlgorithm, GptqAlgorithm, LayerOverride, QConfig, WeightSpec
+from quantflow.stages.refined import float_numbers
 
 Prepare = Callable[..., Any]
 SETTINGS = {"gptq": GptqAlgorithm(samples=32), "adaround": AdaroundAlgorithm(samples=32, iterations=200)}

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from quantflow.algorithms.simulate import Layer, on_grid, simulate, walk
-from quantflow.convert import convert
-from quantflow.data.batch import Batch
-from quantflow.graph import interpret
+from quantflow.ir.batch import Batch
+from quantflow.ir.graph import interpret
 from quantflow.numerics.affine import dequantize, quantize
-from quantflow.refined import LayerNumbers
 from quantflow.runtimes.reference import ReferenceRunner
 from quantflow.schema import LayerOverride
+from quantflow.stages.convert import convert
+from quantflow.stages.refined import LayerNumbers
 
 Prepare = Callable[..., Any]
 

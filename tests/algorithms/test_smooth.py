@@ -14,10 +14,10 @@ import quantflow as qf
 from quantflow.algorithms import Material, Outcome
 from quantflow.algorithms.smooth import ALPHAS, OCTAVES, smooth
 from quantflow.capture import capture_export
-from quantflow.data.batch import Batch
-from quantflow.graph import Graph, interpret, is_aten
-from quantflow.plan import make_plan
+from quantflow.ir.batch import Batch
+from quantflow.ir.graph import Graph, interpret, is_aten
 from quantflow.schema import LayerOverride, QConfig, SmoothAlgorithm
+from quantflow.stages.plan import make_plan
 
 WIDTH, HEADS = 16, 4
 #: The channel that every model here makes far larger than the others.

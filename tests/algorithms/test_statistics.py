@@ -10,15 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from quantflow.algorithms import Material
-from quantflow.algorithms.activation_scale import activation_scale
-from quantflow.algorithms.batchnorm import batchnorm
-from quantflow.algorithms.clip_weights import clip_weights
+from quantflow.algorithms import Material, activation_scale, batchnorm, clip_weights
 from quantflow.algorithms.simulate import Layer, walk
-from quantflow.data.batch import Batch
+from quantflow.ir.batch import Batch
 from quantflow.numerics.affine import dequantize_weight, quantize_weight, weight_scale
-from quantflow.observers import weight_max_abs
-from quantflow.refined import float_numbers
+from quantflow.numerics.observers import weight_max_abs
 from quantflow.schema import (
     ActivationScaleAlgorithm,
     BatchNormAlgorithm,
@@ -27,6 +23,7 @@ from quantflow.schema import (
     QConfig,
     WeightSpec,
 )
+from quantflow.stages.refined import float_numbers
 
 Prepare = Callable[..., Any]
 

@@ -12,10 +12,10 @@ from torch import nn
 import quantflow as qf
 from quantflow.algorithms.activation_scale import activation_scale
 from quantflow.algorithms.unsigned import unsigned
-from quantflow.data.batch import Batch
-from quantflow.plan import nonnegative_values
+from quantflow.ir.batch import Batch
 from quantflow.runtimes import RUNTIMES
 from quantflow.schema import ActivationScaleAlgorithm, LayerOverride, UnsignedAlgorithm
+from quantflow.stages.plan import nonnegative_values
 
 Prepare = Callable[..., Any]
 SETTINGS = UnsignedAlgorithm()

@@ -12,9 +12,9 @@ from torch import nn
 
 from quantflow.capture import SCRIPT_S, at_least_two, capture_export, export, likely_seconds, plain
 from quantflow.capture.export import plain_attention
-from quantflow.data.batch import Batch
 from quantflow.errors import CaptureError
-from quantflow.graph import Graph, interpret, is_aten, op_name
+from quantflow.ir.batch import Batch
+from quantflow.ir.graph import Graph, interpret, is_aten, op_name
 from quantflow.schema import ModeSettings
 
 

@@ -13,13 +13,13 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from quantflow.capture import capture_export, capture_torchscript
-from quantflow.data.batch import Batch
 from quantflow.errors import CaptureError, UnavailableError
-from quantflow.graph import Graph, interpret, is_aten, op_name
-from quantflow.models.torchvision_zoo import load_torchvision
-from quantflow.passes.fold_batchnorm import fold_batch_norms
-from quantflow.plan import make_plan
+from quantflow.ir.batch import Batch
+from quantflow.ir.graph import Graph, interpret, is_aten, op_name
+from quantflow.ir.passes.fold_batchnorm import fold_batch_norms
 from quantflow.schema import PRESETS
+from quantflow.sources.models.torchvision_zoo import load_torchvision
+from quantflow.stages.plan import make_plan
 
 METHODS = ("trace", "script", "saved")
 #: Rounding only: the same kernels on the same numbers, up to constants folded in advance.

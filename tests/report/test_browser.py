@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import quantflow as qf
-from quantflow.report import html
+from quantflow.report.html import html
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra `test`)")
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from quantflow.report import html
 from quantflow.report.charts import HEIGHT, WIDTH, histogram_of, line_through
+from quantflow.report.html import html
 from quantflow.report.picture import picture_of
 
 TWO_MB = 2 * 10**6

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 from junitparser import Failure, JUnitXml, Skipped, TestCase
 
-from quantflow.report import junit
+from quantflow.report.junit import junit
 
 
 def cases(results: dict[str, Any]) -> list[TestCase]:

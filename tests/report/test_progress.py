@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from quantflow import executor
-from quantflow.config import load_recipe
+from quantflow.config.compose import load_recipe
+from quantflow.executor import junction as executor
 from quantflow.report import Progress, make_console, progress, stage_times
 
 

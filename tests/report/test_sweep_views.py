@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from quantflow.cli.sweep import Outcome, summarize
 from quantflow.report import from_json, make_console, print_sweep, sweep_files
 from quantflow.report.sweep import _range, _ticks, plot, sweep_headline, sweep_table
-from quantflow.sweep import Outcome, summarize
 
 HOSTILE = "<img src=x onerror=alert(1)>|`x`"
 

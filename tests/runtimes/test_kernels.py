@@ -14,11 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantflow.graph import Input
+from quantflow.ir.graph import Input
+from quantflow.ir.program import Node, Program, Ref, Value
+from quantflow.ir.units import Epilogue
 from quantflow.numerics.affine import QParams
 from quantflow.numerics.agreement import disagreement, tie_tolerance
-from quantflow.passes.units import Epilogue
-from quantflow.program import Node, Program, Ref, Value
 from quantflow.runtimes import kernels
 from quantflow.runtimes.reference import run_node, unrounded
 from quantflow.runtimes.torch import TorchRunner

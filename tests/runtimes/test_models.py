@@ -14,16 +14,16 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from quantflow.capture import capture_export
-from quantflow.data.batch import Batch
-from quantflow.graph import Graph
+from quantflow.ir.batch import Batch
+from quantflow.ir.graph import Graph
+from quantflow.ir.passes.fold_batchnorm import fold_batch_norms
+from quantflow.ir.program import Node, Program
 from quantflow.numerics.agreement import disagreement, tie_tolerance
 from quantflow.numerics.measures import sqnr_db
-from quantflow.passes.fold_batchnorm import fold_batch_norms
-from quantflow.prepare import bind
-from quantflow.program import Node, Program
 from quantflow.runtimes.reference import ReferenceRunner, unrounded
 from quantflow.runtimes.torch import TorchRunner
 from quantflow.schema import PRESETS, QConfig, WeightSpec
+from quantflow.stages.prepare import bind
 
 Stages = Callable[..., Any]
 

@@ -20,20 +20,20 @@ from hypothesis import strategies as st
 from torch import nn
 
 import quantflow
-from quantflow.environment import isa
 from quantflow.errors import ArtifactError, UnavailableError
-from quantflow.graph import Input
+from quantflow.host.environment import isa
+from quantflow.ir.graph import Input
+from quantflow.ir.program import EPILOGUES, Node, Program, Ref, Value
+from quantflow.ir.units import Epilogue
 from quantflow.numerics.affine import QParams
 from quantflow.numerics.agreement import disagreement, tie_tolerance
 from quantflow.numerics.measures import sqnr_db
-from quantflow.passes.units import Epilogue
-from quantflow.program import EPILOGUES, Node, Program, Ref, Value
 from quantflow.runtimes import RUNTIMES, choose_runtime, native, native_devices
 from quantflow.runtimes import native_library as lib
 from quantflow.runtimes.native import PLANS_PER_SECTION, NativeRunner
 from quantflow.runtimes.reference import ReferenceRunner, run_node, unrounded
 from quantflow.schema import PRESETS, WeightSpec
-from quantflow.selftest import quantized_program, selftest
+from quantflow.tasks.selftest import quantized_program, selftest
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux") or os.uname().machine != "x86_64", reason="native is built for Linux x86-64"

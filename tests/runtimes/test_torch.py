@@ -10,11 +10,11 @@ from torch import nn
 
 import quantflow as qf
 from quantflow.capture import capture
-from quantflow.data.batch import Batch
-from quantflow.executor import plan_for
-from quantflow.plan import Plan
+from quantflow.executor.junction import plan_for
+from quantflow.ir.batch import Batch
 from quantflow.runtimes import choose_runtime, kernels
 from quantflow.schema import Recipe
+from quantflow.stages.plan import Plan
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

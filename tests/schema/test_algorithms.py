@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import pytest
 
-from quantflow.config import load_recipe
+from quantflow.config.compose import load_recipe
 from quantflow.errors import RecipeError
 from quantflow.schema import ALGORITHM_PRESETS, Algorithm, BiasCorrectionAlgorithm, EqualizeAlgorithm, Recipe
 from quantflow.schema.algorithms import AlgorithmName

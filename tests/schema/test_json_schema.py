@@ -10,8 +10,8 @@ import pytest
 import yaml
 from hypothesis import given, settings
 
-from quantflow import cli
-from quantflow.config import group_choices, recipe_files, shipped
+from quantflow.cli import command as cli
+from quantflow.config.compose import group_choices, recipe_files, shipped
 from quantflow.schema import Recipe
 from quantflow.schema.json_schema import recipe_json_schema
 from tests.schema.test_recipe import BAD, RECIPES

@@ -1,0 +1,1 @@
+"""What the products say when they are looked at: costs of joins and layers, the fused graph, two artifacts compared."""

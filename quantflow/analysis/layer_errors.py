@@ -1,0 +1,141 @@
+"""Which layers cost accuracy: what each adds by itself, and how the worst ones' values lie under their codes.
+
+An error measured at a layer's output holds the errors of all layers before it. Here each int8 layer is given float's
+own values instead, so that what is left is its own: the rounding and clipping of its inputs, weights and output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from quantflow.ir.batch import Batch
+from quantflow.ir.graph import Graph, interpret, is_aten
+from quantflow.ir.program import LINEAR_OPS, Node
+from quantflow.numerics.affine import WEIGHT_RANGE, QParams, quantize
+from quantflow.stages.compile import Compiled
+from quantflow.stages.evaluate import ErrorSum
+from quantflow.stages.prepare import bind
+
+#: Histograms are kept of the inputs, weights and outputs of this many layers.
+WORST_LAYERS = 6
+BINS = 64
+#: Ops with an error of their own: the others move codes, or compute in float.
+_COMPUTING = (*LINEAR_OPS, "matmul", "add", "mul", "avg_pool")
+
+
+def own_errors(
+    graph: Graph, compiled: Compiled, batch: Batch, progress: Callable[[int, int | None], None] | None = None
+) -> tuple[dict[str, ErrorSum], list[dict[str, Any]]]:
+    """Each int8 layer's own error, and histograms of the worst layers.
+
+    Args:
+        graph: the float model that `compiled` was made from; all its values of the batch are held at once.
+        progress: called with (nodes done, nodes) after each node.
+
+    Returns:
+        layer → the error of its output when it reads float's values;
+        [{"name", "input", "weight", "output"}], the worst first; each a `histogram`, where the layer has one.
+    """
+    program, floats = compiled.program, _float_values(graph, batch)
+    errors: dict[str, ErrorSum] = {}
+    with torch.inference_mode():
+        for index, node in enumerate(program.nodes):
+            if node.op in _COMPUTING and all(_source(name) in floats for name in (*node.refs(), node.output)):
+                values = {name: _held(floats[_source(name)], _qparams(compiled, name)) for name in node.refs()}
+                found = compiled.value(node, compiled.runner.run_node(index, values))
+                expected = floats[node.output]
+                if isinstance(expected, torch.Tensor) and expected.shape == found.shape:
+                    errors.setdefault(node.name, ErrorSum()).add(expected, found)
+            if progress is not None:
+                progress(index + 1, len(program.nodes))
+    worst = sorted(errors, key=lambda name: errors[name].sqnr_db)[:WORST_LAYERS]
+    nodes = {node.name: node for node in program.nodes if node.op in _COMPUTING}
+    return errors, [_histograms(graph, compiled, nodes[name], floats) for name in worst]
+
+
+def histogram(x: torch.Tensor, clips: Iterable[tuple[float, float]]) -> dict[str, Any]:
+    """How values lie, and where codes end.
+
+    Args:
+        x: floating point, any shape, not empty; what is not finite is left out.
+        clips: (lowest, highest) value that has a code of its own; one pair per channel where channels differ.
+
+    Returns:
+        low, high: the values' range; counts: values per bin, `BINS` bins of one width over that range;
+        clip: the widest of the clips; clip_narrowest: the narrowest one, where there are several;
+        clipped: share of the values beyond `clip`.
+    """
+    x = x.detach().flatten().to(torch.float32)
+    x = x[x.isfinite()]
+    low, high = (x.amin().item(), x.amax().item()) if x.numel() else (0.0, 0.0)
+    counts = torch.histc(x, BINS, low, high) if high > low else torch.full((BINS,), 0.0)
+    if high == low:
+        counts[BINS // 2] = x.numel()
+    ordered = sorted(clips, key=lambda clip: clip[1] - clip[0])
+    narrowest, widest = ordered[0], ordered[-1]
+    beyond = int(((x < widest[0]) | (x > widest[1])).sum())
+    found = {
+        "low": low,
+        "high": high,
+        "counts": [int(count) for count in counts],
+        "clip": list(widest),
+        "clipped": beyond / x.numel() if x.numel() else 0.0,
+    }
+    return found | ({"clip_narrowest": list(narrowest)} if len(ordered) > 1 else {})
+
+
+def _float_values(graph: Graph, batch: Batch) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+
+    def keep(node: Any, value: Any) -> None:
+        if node.op != "get_attr":
+            values[node.name] = (
+                value.clone() if isinstance(value, torch.Tensor) else value
+            )  # a later op may write to it
+
+    with torch.inference_mode():
+        interpret(graph, bind(graph.inputs, batch.args, batch.kwargs), keep)
+    return values
+
+
+def _source(value: str) -> str:
+    """The graph's value behind a program's one: convert adds these endings where it changes how a value is held."""
+    return value.removesuffix(".codes").removesuffix(".float")
+
+
+def _qparams(compiled: Compiled, value: str) -> QParams | None:
+    held = compiled.program.values.get(value)
+    return held.qparams if held is not None else None
+
+
+def _held(x: Any, qparams: QParams | None) -> Any:
+    return quantize(x, qparams) if qparams is not None and isinstance(x, torch.Tensor) else x
+
+
+def _histograms(graph: Graph, compiled: Compiled, node: Node, floats: Mapping[str, Any]) -> dict[str, Any]:
+    shown: dict[str, Any] = {"name": node.name}
+    for part, value in (("input", next(node.refs())), ("output", node.output)):
+        qparams, x = _qparams(compiled, value), floats[_source(value)]
+        if qparams is not None and x.numel():
+            shown[part] = histogram(x, [_clip(qparams)])
+    weight = _float_weight(graph, node.name)
+    if node.op in LINEAR_OPS and weight is not None:
+        scale = compiled.program.tensors[node.attrs["weight_scale"]]
+        shown["weight"] = histogram(weight, [(s * WEIGHT_RANGE[0], s * WEIGHT_RANGE[1]) for s in scale.tolist()])
+    return shown
+
+
+def _clip(qparams: QParams) -> tuple[float, float]:
+    """The values of the lowest and the highest code."""
+    low, high = ((q - qparams.zero_point) * qparams.scale for q in qparams.range)
+    return low, high
+
+
+def _float_weight(graph: Graph, layer: str) -> torch.Tensor | None:
+    for node in graph.fx.nodes:
+        if node.meta.get("layer") == layer and is_aten(node, "conv1d", "conv2d", "conv3d", "linear"):
+            return graph.constants.get(str(node.args[1].target))
+    return None

@@ -1,0 +1,1 @@
+"""The command line: what is typed, sweeps and their jobs, quantflow-validate."""

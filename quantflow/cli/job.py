@@ -1,0 +1,48 @@
+"""`python -m quantflow.cli.job REQUEST PARENT`: one job of a sweep, in a process of its own.
+
+How it ended goes into REQUEST's .ending file; a process that was killed leaves none. It dies with the process that
+started it, so that nobody runs a job twice at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from quantflow.cli import command as cli
+from quantflow.config.compose import Job
+
+_PR_SET_PDEATHSIG = 1
+
+
+def run_request(request: Path) -> int:
+    """Runs the job that the file describes and writes how it ended."""
+    content = json.loads(request.read_text())
+    ending = cli.run_job(Job(content["name"], content["settings"], tuple(content["overrides"])))
+    ended = request.with_suffix(".ending")
+    partial = ended.with_suffix(".partial")
+    partial.write_text(json.dumps({"exit_code": ending.exit_code, "reason": ending.reason}))
+    partial.replace(ended)
+    return ending.exit_code
+
+
+def main() -> None:
+    request, parent = Path(sys.argv[1]), int(sys.argv[2])
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        raise SystemExit(cli.EXIT_CRASH)
+    try:
+        code = run_request(request)
+    except KeyboardInterrupt:
+        code = cli.EXIT_INTERRUPTED
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

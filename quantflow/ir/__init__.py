@@ -1,0 +1,1 @@
+"""The nouns that stages hand on: batch, graph, units, plan, program."""

@@ -1,0 +1,250 @@
+"""Group a graph's nodes into units: what one kernel could compute.
+
+A unit is a linear op (or an addition, or a product) with the activation fused behind it, or a single node.
+Finding units is pure analysis; `quantflow.stages.plan` decides which of them run in int8.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from quantflow.ir.graph import Graph, arguments, is_aten, only_user, op_name
+
+#: op type as users write it → ATen names.
+LINEAR_OPS = ("conv1d", "conv2d", "conv3d", "linear")
+POOLS = ("max_pool1d", "max_pool2d", "max_pool3d")
+AVERAGES = (
+    "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+    "mean",
+)  # fmt: skip
+_CLAMPS = ("relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max")
+SHAPES = (
+    "reshape", "flatten", "unflatten", "permute", "transpose", "t", "slice", "select", "squeeze", "unsqueeze", "split",
+    "split_with_sizes", "chunk", "unbind", "expand", "repeat", "roll", "flip", "pixel_shuffle", "pixel_unshuffle",
+    "channel_shuffle", "narrow", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "constant_pad_nd",
+    "pad",
+)  # fmt: skip
+
+#: They read a tensor's shape, which does not depend on how its values are held.
+_SIZES = ("sym_size", "sym_numel", "sym_stride", "sym_storage_offset")
+
+#: Kinds with an int8 form.
+CORE, MATMUL, ADD, MUL, CAT, MAX_POOL, AVG_POOL, CLAMP, SHAPE, FLOAT, SIZE = (
+    "core", "matmul", "add", "mul", "cat", "max_pool", "avg_pool", "clamp", "shape", "float", "size",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """An activation applied to the float32 accumulator before it is quantized.
+
+    `kind` is one of relu, hardtanh, hardswish, hardsigmoid, silu, sigmoid, gelu, gelu_tanh, leaky_relu, tanh;
+    `values` are its numbers (hardtanh: low, high; leaky_relu: slope).
+    """
+
+    kind: str
+    values: tuple[float, ...] = ()
+
+    @property
+    def is_nonnegative(self) -> bool:
+        return self.kind in ("relu", "sigmoid", "hardsigmoid") or (self.kind == "hardtanh" and min(self.values) >= 0)
+
+    @property
+    def keeps_nonnegative(self) -> bool:
+        """Whether x >= 0 gives f(x) >= 0: true of all but a clamp to negative numbers."""
+        return self.kind != "hardtanh" or self.values[1] >= 0
+
+    @property
+    def is_idempotent(self) -> bool:
+        """Whether applying it twice changes nothing."""
+        return self.kind in ("relu", "hardtanh")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Nodes that one kernel can compute.
+
+    Attributes:
+        kind: what it is (CORE, ADD, …).
+        nodes: in execution order; the last one's value is the unit's output.
+        anchor: the node that names the unit.
+        inputs: activation operands, in order.
+        epilogue: the fused activation, if any.
+        residual: for CORE, the other operand of a fused addition.
+        float_reason: why it has no int8 form; empty when it has one.
+    """
+
+    kind: str
+    nodes: tuple[fx.Node, ...]
+    anchor: fx.Node
+    inputs: tuple[fx.Node, ...]
+    epilogue: Epilogue | None = None
+    residual: fx.Node | None = None
+    float_reason: str = ""
+
+    @property
+    def output(self) -> fx.Node:
+        return self.nodes[-1]
+
+    @property
+    def name(self) -> str:
+        return str(self.anchor.meta["layer"])
+
+    @property
+    def op(self) -> str:
+        return op_name(self.anchor)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layer names this unit stands for, a folded BatchNorm's included."""
+        folded = self.anchor.meta.get("batch_norm")
+        names = [str(node.meta["layer"]) for node in self.nodes]
+        return (names[0], folded, *names[1:]) if folded else tuple(names)
+
+
+def find_units(graph: Graph) -> list[Unit]:
+    """Every computed node in exactly one unit, in the order of the units' outputs.
+
+    An activation is fused where nothing else reads the value in front of it.
+    """
+    taken: set[fx.Node] = set()
+    units: list[Unit] = []
+    for node in graph.fx.nodes:
+        if node.op != "call_function" or node in taken:
+            continue
+        unit = _classify(node, graph.constants)
+        if unit.kind in (CORE, ADD, MUL):
+            unit = _grow(unit)
+        taken.update(unit.nodes)
+        units.append(unit)
+    order = {node: index for index, node in enumerate(graph.fx.nodes)}
+    return sorted(units, key=lambda unit: order[unit.output])
+
+
+def fuse_residual(add: Unit, core: Unit, residual: fx.Node) -> Unit:
+    """core followed by `+ residual` (and the addition's own activation) as one unit."""
+    return replace(core, nodes=(*core.nodes, *add.nodes), epilogue=add.epilogue, residual=residual)
+
+
+def without_epilogue(unit: Unit) -> tuple[Unit, Unit]:
+    """A unit split in front of its activation: the rest, and the activation as a float unit of its own."""
+    activation = unit.nodes[-1]
+    rest = replace(unit, nodes=unit.nodes[:-1], epilogue=None)
+    alone = Unit(
+        FLOAT, (activation,), activation, (rest.output,), float_reason=f"{op_name(activation)} has no int8 form"
+    )
+    return rest, alone
+
+
+def as_epilogue(node: fx.Node) -> Epilogue | None:
+    """The activation a node computes, or None."""
+    if is_aten(node, "relu"):
+        return Epilogue("relu")
+    if is_aten(node, "relu6"):
+        return Epilogue("hardtanh", (0.0, 6.0))
+    if is_aten(node, "hardtanh"):
+        a = arguments(node)
+        return Epilogue("hardtanh", (float(a["min_val"]), float(a["max_val"])))
+    if is_aten(node, "clamp"):
+        a = arguments(node)
+        return _clamp(a["min"], a["max"])
+    if is_aten(node, "clamp_min"):
+        return _clamp(node.args[1], None)
+    if is_aten(node, "clamp_max"):
+        return _clamp(None, node.args[1])
+    if is_aten(node, "gelu"):
+        return Epilogue("gelu_tanh" if arguments(node)["approximate"] == "tanh" else "gelu")
+    if is_aten(node, "leaky_relu"):
+        return Epilogue("leaky_relu", (float(arguments(node)["negative_slope"]),))
+    if is_aten(node, "hardswish", "hardsigmoid", "silu", "sigmoid", "tanh"):
+        return Epilogue(op_name(node))
+    return None
+
+
+def _clamp(low: Any, high: Any) -> Epilogue | None:
+    """A clamp to numbers; None leaves a side open."""
+    if not all(bound is None or isinstance(bound, (int, float)) for bound in (low, high)):
+        return None
+    if low == 0 and high is None:
+        return Epilogue("relu")
+    return Epilogue("hardtanh", (-math.inf if low is None else float(low), math.inf if high is None else float(high)))
+
+
+def _grow(unit: Unit) -> Unit:
+    user = only_user(unit.output)
+    epilogue = as_epilogue(user) if user is not None else None
+    return replace(unit, nodes=(*unit.nodes, user), epilogue=epilogue) if user is not None and epilogue else unit
+
+
+def _classify(node: fx.Node, constants: Mapping[str, torch.Tensor]) -> Unit:
+    def unit(kind: str, *inputs: Any) -> Unit:
+        return Unit(kind, (node,), node, tuple(i for i in inputs if isinstance(i, fx.Node)))
+
+    def floating(reason: str) -> Unit:
+        return Unit(FLOAT, (node,), node, tuple(node.all_input_nodes), float_reason=reason)
+
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node) and is_aten(node.args[0], *SHAPES):
+        return unit(SHAPE, node.args[0])
+    if not isinstance(node.target, torch._ops.OpOverload) or is_aten(node, *_SIZES):
+        return Unit(SIZE, (node,), node, ())
+    if is_aten(node, *LINEAR_OPS):
+        return _classify_linear(node, constants)
+    if node.meta.get("dtype", torch.float32) is not torch.float32:
+        return floating(f"computes in {str(node.meta['dtype']).removeprefix('torch.')}, not float32")
+    if is_aten(node, "matmul", "bmm"):
+        return unit(MATMUL, node.args[0], node.args[1])
+    if is_aten(node, "add", "mul"):
+        operands = [a for a in node.args[:2] if isinstance(a, fx.Node) and "shape" in a.meta]
+        if len(operands) < 2:
+            return floating(f"{op_name(node)} with a plain number has no int8 form")
+        if any(o.op == "get_attr" for o in operands):
+            return floating(f"{op_name(node)} with a constant tensor has no int8 form")
+        if any(o.meta.get("dtype") is not torch.float32 for o in operands):
+            return floating(f"{op_name(node)} of tensors that are not float32 has no int8 form")
+        if is_aten(node, "add") and arguments(node)["alpha"] != 1:
+            return floating("add with alpha != 1 has no int8 form")
+        return unit(ADD if is_aten(node, "add") else MUL, *operands)
+    if is_aten(node, "cat"):
+        tensors = node.args[0]
+        if any(t.op == "get_attr" for t in tensors):  # type: ignore[union-attr]
+            return floating("cat with a constant tensor has no int8 form")
+        if any(t.meta.get("dtype") is not torch.float32 for t in tensors):  # type: ignore[union-attr]
+            return floating("cat of tensors that are not float32 has no int8 form")
+        return unit(CAT, *tensors)  # type: ignore[misc]
+    if is_aten(node, *POOLS):
+        return unit(MAX_POOL, node.args[0])
+    if is_aten(node, *AVERAGES):
+        return unit(AVG_POOL, node.args[0])
+    if is_aten(node, *_CLAMPS) and as_epilogue(node) is not None:
+        return unit(CLAMP, node.args[0])
+    if is_aten(node, "constant_pad_nd", "pad") and arguments(node).get("mode", "constant") != "constant":
+        return floating("pad with a mode other than constant has no int8 form")
+    if is_aten(node, *SHAPES):
+        return unit(SHAPE, node.args[0])
+    if is_aten(node, "batch_norm"):
+        return floating("this BatchNorm does not directly follow a linear op, so it can't be folded")
+    return floating(f"{op_name(node)} has no int8 form")
+
+
+def _classify_linear(node: fx.Node, constants: Mapping[str, torch.Tensor]) -> Unit:
+    unit = Unit(CORE, (node,), node, (node.args[0],))  # type: ignore[arg-type]
+    weight = node.args[1]
+    bias = node.args[2] if len(node.args) > 2 else None
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return replace(unit, float_reason="its weight is computed at run time, not a constant")
+    if isinstance(bias, fx.Node) and bias.op != "get_attr":
+        return replace(unit, float_reason="its bias is computed at run time, not a constant")
+    if constants[str(weight.target)].dtype is not torch.float32:
+        return replace(unit, float_reason=f"its weight is {constants[str(weight.target)].dtype}, not float32")
+    x = node.args[0]
+    expected = {"conv1d": 3, "conv2d": 4, "conv3d": 5}.get(op_name(node))
+    if expected and isinstance(x, fx.Node) and len(x.meta.get("shape", ())) != expected:
+        return replace(unit, float_reason="its input has no batch dimension")
+    return unit

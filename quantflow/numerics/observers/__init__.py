@@ -1,0 +1,7 @@
+"""Observers: what a value's range was during calibration, and which part of it deserves codes."""
+
+from quantflow.numerics.observers.abstract import AbstractObserver, extremes, flat
+from quantflow.numerics.observers.table import OBSERVERS, make_observer
+from quantflow.numerics.observers.weight import WEIGHT_OBSERVERS, weight_max_abs
+
+__all__ = ["OBSERVERS", "WEIGHT_OBSERVERS", "AbstractObserver", "extremes", "flat", "make_observer", "weight_max_abs"]

@@ -1,0 +1,1 @@
+"""Where the float model and its batches come from."""

@@ -1,0 +1,1 @@
+"""The stages: each a function from the previous product to its own."""

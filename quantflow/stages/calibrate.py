@@ -1,0 +1,391 @@
+"""Calibration: run the float model over sample batches and record every observed value's range.
+
+    calibrate(prepared, batches) → CalibrationTable
+
+A table of one half of the data merged with a table of the other half is the table of all of it, and a run
+that was killed goes on from its checkpoint to the same table as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from quantflow.errors import ArtifactError, CalibrationError, DataError
+from quantflow.numerics.observers import AbstractObserver, extremes, flat, make_observer
+from quantflow.schema import ActivationSpec
+from quantflow.store.run_folder import write_whole
+
+if TYPE_CHECKING:
+    from quantflow.ir.batch import Batch
+
+FORMAT = 1
+#: How many names an error message lists.
+LISTED = 5
+
+OnValue = Callable[[str, torch.Tensor], None]
+Progress = Callable[[int, int | None], None]
+
+
+class Prepared(Protocol):
+    """What calibration needs of a prepared model."""
+
+    @property
+    def observed(self) -> Mapping[str, ActivationSpec]:
+        """Value name → how it will be coded."""
+
+    @property
+    def layers(self) -> Mapping[str, str]:
+        """Value name → the layer it comes from, for messages."""
+
+    def run(self, batch: Batch, on_value: OnValue) -> Any:
+        """One float forward pass that hands each observed value to `on_value`."""
+
+
+@dataclass(frozen=True)
+class CalibrationTable:
+    """What was measured.
+
+    Attributes:
+        observers: value name → its observer.
+        batches, samples: how many went through the model.
+        data_sha256: the batches' sha256 digests, added up modulo 2^256: independent of their order, and the
+            digest of merged tables is the digest of the whole.
+        resumed_batches: how many of `batches` came from a checkpoint; not saved.
+        notices: what the user should hear about this run; not saved.
+    """
+
+    observers: Mapping[str, AbstractObserver]
+    batches: int
+    samples: int
+    data_sha256: str
+    resumed_batches: int = field(default=0, compare=False)
+    notices: tuple[str, ...] = field(default=(), compare=False)
+
+    def merge(self, other: CalibrationTable) -> CalibrationTable:
+        """The table of this data followed by the other's.
+
+        Raises:
+            CalibrationError: if the two observed different values, or the same ones in different ways.
+        """
+        if differing := sorted(self.observers.keys() ^ other.observers.keys()):
+            raise CalibrationError(
+                f"two calibration tables can't be merged: only one of them observed {_listed(differing)}; "
+                "calibrate both halves with one recipe"
+            )
+        try:
+            observers = {name: observer.merge(other.observers[name]) for name, observer in self.observers.items()}
+        except ValueError as error:
+            raise CalibrationError(f"two calibration tables can't be merged: {error}") from error
+        return CalibrationTable(
+            observers,
+            self.batches + other.batches,
+            self.samples + other.samples,
+            _added(self.data_sha256, other.data_sha256),
+        )
+
+    def to_bytes(self) -> bytes:
+        """The table as a .safetensors file; the same table gives the same bytes."""
+        return _encode(self, key="")
+
+    @staticmethod
+    def from_bytes(data: bytes, where: str) -> CalibrationTable:
+        """The table in a .safetensors file's bytes; `where` names it in errors.
+
+        Raises:
+            ArtifactError: if the bytes are truncated, changed, or from a newer format.
+        """
+        return _decode(data, where)[0]
+
+    def save(self, path: Path) -> None:
+        """Write one .safetensors file; at any moment the path holds the old file or the new one."""
+        write_whole(path, self.to_bytes())
+
+    @staticmethod
+    def load(path: Path) -> CalibrationTable:
+        """Read what `save` wrote.
+
+        Raises:
+            ArtifactError: if the file is missing, truncated, changed, or from a newer format.
+        """
+        return _read(path)[0]
+
+
+def calibrate(
+    prepared: Prepared,
+    batches: Iterable[Batch],
+    *,
+    key: str = "",
+    checkpoint: Path | None = None,
+    checkpoint_every_s: float = 5.0,
+    resume: bool = True,
+    first: int | None = None,
+    progress: Progress | None = None,
+) -> CalibrationTable:
+    """Observe every value of `prepared.observed` over all batches, in inference mode.
+
+    Args:
+        key: what the measurement depends on besides the data, e.g. `Recipe.calibration_key()`.
+        checkpoint: where to save the table so far, at most every `checkpoint_every_s` seconds and at the end.
+            Removing it is the caller's business.
+        resume: go on from `checkpoint` when its key, values and data are these; otherwise start clean and say
+            so in `notices`.
+        first: given, the batches are a part of the data that begins with this one: errors count from it, and the part
+            may be empty or leave values unobserved. `require_complete` the merged table.
+        progress: called with (batches done, batches in all or None) after each batch.
+
+    Raises:
+        CalibrationError: no data; NaN or Inf inside the model; a value that was never observed.
+        DataError: NaN or Inf in the data; a batch whose shape the model refuses.
+    """
+    total = len(batches) if isinstance(batches, Sized) else None
+    table, remaining, first_shapes = _start(prepared), iter(batches), ""
+    if checkpoint is not None and resume and checkpoint.exists():
+        table, remaining, first_shapes = _resume(checkpoint, key, table, batches, remaining)
+    if progress is not None and table.batches:
+        progress(table.batches, total)
+    last_save = time.monotonic()
+    for batch in remaining:
+        index = (first or 0) + table.batches
+        _require_finite(batch, index)
+        _observe(prepared, batch, index, table, first_shapes)
+        first_shapes = first_shapes or _shapes(batch)
+        table = _counted(table, batch)
+        if progress is not None:
+            progress(table.batches, total)
+        if checkpoint is not None and time.monotonic() - last_save >= checkpoint_every_s:
+            write_whole(checkpoint, _encode(table, key))
+            last_save = time.monotonic()
+    if first is None:
+        require_complete(table, prepared.layers)
+    if checkpoint is not None:
+        write_whole(checkpoint, _encode(table, key))
+    return table
+
+
+def _start(prepared: Prepared) -> CalibrationTable:
+    return CalibrationTable({name: make_observer(spec) for name, spec in prepared.observed.items()}, 0, 0, "0" * 64)
+
+
+def _counted(table: CalibrationTable, batch: Batch) -> CalibrationTable:
+    digest = _added(table.data_sha256, _digest(batch))
+    return replace(table, batches=table.batches + 1, samples=table.samples + batch.size, data_sha256=digest)
+
+
+# --- resuming ---
+
+
+def _resume(
+    checkpoint: Path, key: str, start: CalibrationTable, batches: Iterable[Batch], iterator: Iterator[Batch]
+) -> tuple[CalibrationTable, Iterator[Batch], str]:
+    """The checkpoint's table, the batches after it, and the shapes of the first one.
+
+    A checkpoint that does not fit gives the start, all batches, "" and a notice that says why; one that fits gives a
+    notice, too.
+    """
+    reason = "it was taken over other data"
+    try:
+        table, found_key = _read(checkpoint)
+    except ArtifactError as error:
+        reason = str(error)
+    else:
+        if found_key != key:
+            reason = "it belongs to another recipe"
+        elif _specs(table) != _specs(start):
+            reason = "it observed other values"
+        else:
+            seen, shapes = replace(start, observers=table.observers), ""
+            while seen.batches < table.batches and (batch := next(iterator, None)) is not None:
+                seen, shapes = _counted(seen, batch), shapes or _shapes(batch)
+            if seen == table:
+                notice = f"calibration resumed: {table.batches} batches were taken from the checkpoint {checkpoint}"
+                return replace(table, resumed_batches=table.batches, notices=(notice,)), iterator, shapes
+            if iterator is batches:
+                raise DataError(
+                    f"calibration data: these batches are not those of the checkpoint {checkpoint}, and an iterator "
+                    "can't be read twice; pass a list, or calibrate with resume=False"
+                )
+            iterator = iter(batches)
+    notice = f"calibration started clean: the checkpoint {checkpoint} does not fit, {reason}"
+    return replace(start, notices=(notice,)), iterator, ""
+
+
+def _specs(table: CalibrationTable) -> dict[str, ActivationSpec]:
+    return {name: observer.spec for name, observer in table.observers.items()}
+
+
+# --- one batch ---
+
+
+def _observe(prepared: Prepared, batch: Batch, index: int, table: CalibrationTable, first_shapes: str) -> None:
+    def on_value(name: str, x: torch.Tensor) -> None:
+        try:
+            table.observers[name].observe(x)
+        except ValueError as error:
+            layer, place = prepared.layers.get(name, name), _place(batch, index, x)
+            raise CalibrationError(
+                f"calibration: {layer} gives {error} in {place}, though the data are finite; "
+                "check the model's weights and that its preprocessing belongs to them, or leave those samples out"
+            ) from error
+
+    try:
+        with torch.inference_mode():
+            prepared.run(batch, on_value)
+    except CalibrationError:
+        raise
+    except Exception as error:
+        place, found = _place(batch, index), _shapes(batch)
+        if found == first_shapes:
+            raise CalibrationError(
+                f"calibration: the model failed on {place}, though batches of these shapes passed: {_reason(error)}"
+            ) from error
+        expected = f"the first batch had {first_shapes}" if first_shapes else "it is the first batch"
+        raise DataError(
+            f"calibration data: the model refuses {place}: {_reason(error)}; found {found} per sample, {expected}; "
+            "give every sample the shape that the model takes"
+        ) from error
+
+
+def _require_finite(batch: Batch, index: int) -> None:
+    for name, x in _inputs(batch):
+        if not x.is_floating_point() or not x.numel():
+            continue
+        try:
+            extremes(flat(x))
+        except ValueError as error:
+            raise DataError(
+                f"calibration data: {name} holds {error} in {_place(batch, index, x)}; remove or repair those samples"
+            ) from error
+
+
+def require_complete(table: CalibrationTable, layers: Mapping[str, str]) -> None:
+    """Raises CalibrationError if there was no sample, or a value that never held a number."""
+    if table.samples == 0:
+        raise CalibrationError(
+            "calibration data: there are no samples; calibrate on some that look like the real input, 64 or more"
+        )
+    if missing := [layers.get(name, name) for name, observer in table.observers.items() if observer.is_empty]:
+        raise CalibrationError(
+            f"calibration: {_listed(missing)} never held a number, so there is no range to choose; "
+            "use data that reaches every layer, or keep these layers float with layers: {NAME: float}"
+        )
+
+
+def _inputs(batch: Batch) -> list[tuple[str, torch.Tensor]]:
+    return [*((f"input {position}", x) for position, x in enumerate(batch.args)), *batch.kwargs.items()]
+
+
+def _shapes(batch: Batch) -> str:
+    """Every input's shape without the batch dimension."""
+    return ", ".join(f"{name} {list(x.shape[1:])}" for name, x in _inputs(batch))
+
+
+def _place(batch: Batch, index: int, x: torch.Tensor | None = None) -> str:
+    """'batch 3 (samples a, b)': those whose row in x is not finite where x has a row per sample, else all."""
+    rows = list(range(batch.size))
+    if x is not None and x.dim() and x.shape[0] == batch.size:
+        rows = (~torch.isfinite(x)).reshape(batch.size, -1).any(1).nonzero().flatten().tolist() or rows
+    names = [batch.ids[row] if row < len(batch.ids) else f"#{row}" for row in rows]
+    return f"batch {index} ({'sample' if len(names) == 1 else 'samples'} {_listed(names)})"
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
+def _reason(error: Exception) -> str:
+    """The line that says what happened; TorchScript puts it after its own traceback."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return next((line for line in reversed(lines) if line.startswith("RuntimeError: ")), lines[0])
+
+
+# --- digests and the file ---
+
+
+def _digest(batch: Batch) -> str:
+    """sha256 of the inputs' names, dtypes, shapes and bytes."""
+    return _sha256(_inputs(batch))
+
+
+def _sha256(tensors: Iterable[tuple[str, torch.Tensor]], prefix: str = "") -> str:
+    digest = hashlib.sha256(prefix.encode())
+    for name, x in tensors:
+        digest.update(f"{name} {x.dtype} {list(x.shape)}\n".encode())
+        digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _added(a: str, b: str) -> str:
+    return f"{(int(a, 16) + int(b, 16)) % 2**256:064x}"
+
+
+def _encode(table: CalibrationTable, key: str) -> bytes:
+    """All metadata sits in one JSON text, because safetensors writes several entries in random order."""
+    tensors = {
+        f"{name}/{part}": x for name, observer in table.observers.items() for part, x in observer.state().items()
+    }
+    content = {
+        "key": key,
+        "batches": table.batches,
+        "samples": table.samples,
+        "data_sha256": table.data_sha256,
+        "specs": {name: observer.spec.model_dump(mode="json") for name, observer in table.observers.items()},
+    }
+    header = {"format": FORMAT, "content": content, "sha256": _checksum(content, tensors)}
+    return save_tensors(tensors, {"quantflow": json.dumps(header)})
+
+
+def _decode(data: bytes, where: str) -> tuple[CalibrationTable, str]:
+    """The table and its key."""
+    cure = "calibrate again"
+    try:
+        tensors = load_tensors(data)
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["quantflow"])
+        if header["format"] > FORMAT:
+            raise ArtifactError(
+                f"{where}: calibration format {header['format']} is newer than this quantflow's {FORMAT}; upgrade it"
+            )
+        if header["format"] != FORMAT:
+            raise ValueError(f"unknown format {header['format']}")
+        content = header["content"]
+        if header["sha256"] != _checksum(content, tensors):
+            raise ArtifactError(f"{where}: the calibration table was changed or damaged after it was written; {cure}")
+        states: dict[str, dict[str, torch.Tensor]] = {name: {} for name in content["specs"]}
+        for path, x in tensors.items():
+            name, _, part = path.rpartition("/")
+            states[name][part] = x
+        observers = {}
+        for name, spec in content["specs"].items():
+            observers[name] = make_observer(ActivationSpec.model_validate(spec))
+            observers[name].load_state(states[name])
+        table = CalibrationTable(observers, content["batches"], content["samples"], content["data_sha256"])
+    except (SafetensorError, ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{where}: not a calibration table, or a damaged one ({_reason(error)}); {cure}") from error
+    return table, content["key"]
+
+
+def _checksum(content: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    return _sha256(sorted(tensors.items()), json.dumps(content, sort_keys=True))
+
+
+def _read(path: Path) -> tuple[CalibrationTable, str]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(
+            f"{path}: the calibration table can't be read ({error.strerror}); calibrate again"
+        ) from error
+    return _decode(data, str(path))

@@ -1,0 +1,278 @@
+"""convert(prepared, table) → Program: the integer program, from the plan's decisions and the measured ranges."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from quantflow.ir.graph import arguments, op_name
+from quantflow.ir.program import Node, Program, Ref, TensorRef, Value
+from quantflow.ir.units import (
+    ADD,
+    AVG_POOL,
+    CAT,
+    CLAMP,
+    CORE,
+    MATMUL,
+    MAX_POOL,
+    MUL,
+    SHAPE,
+    SIZE,
+    as_epilogue,
+)
+from quantflow.numerics.affine import dequantize, quantize
+from quantflow.stages.calibrate import CalibrationTable
+from quantflow.stages.plan import PlannedUnit, nonnegative_values
+from quantflow.stages.prepare import Prepared
+from quantflow.stages.refined import (
+    LayerNumbers,
+    Refined,
+    float_numbers,
+    left_over,
+    left_over_qparams,
+    unrefined,
+)
+
+
+def convert(prepared: Prepared, table: CalibrationTable, refined: Refined | None = None) -> Program:
+    """Write the integer program.
+
+    Args:
+        refined: what the algorithms made of the table's numbers; None takes these as they are.
+
+    Raises:
+        CalibrationError: the table lacks a value that the plan needs, or a weight holds NaN or Inf.
+    """
+    return _Converter(prepared, refined or unrefined(prepared, table)).run()
+
+
+@dataclass(frozen=True)
+class _Product:
+    """What a second term adds to a layer's sum: codes times a weight; `attrs` as a node's."""
+
+    name: str
+    x: Ref
+    attrs: dict[str, Any]
+
+
+class _Converter:
+    """Walks the planned units in execution order and emits program nodes."""
+
+    def __init__(self, prepared: Prepared, refined: Refined) -> None:
+        self._graph = prepared.graph
+        self._plan = prepared.plan
+        self._qparams = refined.qparams
+        self._layers = refined.layers
+        self._nodes: list[Node] = []
+        self._values: dict[str, Value] = {}
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._converted: set[str] = set()
+        self._nonnegative = nonnegative_values(prepared.plan)
+        self._moving = {p.unit.output: p for p in prepared.plan.units if p.is_int8 and p.unit.kind == SHAPE}
+
+    def run(self) -> Program:
+        emit = {CORE: self._linear, MATMUL: self._pair, ADD: self._pair, MUL: self._pair, CLAMP: self._clamp}
+        for planned in self._plan.units:
+            if not planned.is_int8:
+                for node in planned.unit.nodes:
+                    is_size = planned.unit.kind == SIZE or node.target is operator.getitem
+                    self._float(node, "size" if is_size else "aten")
+            else:
+                emit.get(planned.unit.kind, self._named)(planned)
+        (out,) = (node for node in self._graph.fx.nodes if node.op == "output")
+        output = fx.map_arg(out.args[0], self._as_float)
+        return Program(
+            self._graph.inputs,
+            tuple(self._nodes),
+            self._values,
+            self._tensors,
+            output,
+            self._graph.batch_is_dynamic,
+        )
+
+    # -- operands
+
+    def _as_codes(self, node: fx.Node) -> Ref:
+        """The operand as codes; a float value is quantized where it is first needed."""
+        if node.name in self._values:
+            return Ref(node.name)
+        name = f"{node.name}.codes"
+        if name not in self._converted:
+            self._converted.add(name)
+            self._values[name] = self._value(node)
+            self._nodes.append(Node(f"{node.meta['layer']}.quantize", "quantize", name, (Ref(node.name),)))
+        return Ref(name)
+
+    def _left_over(self, node: fx.Node) -> Ref:
+        """What the operand's codes leave over of it, as codes of its own."""
+        name = f"{node.name}.rest"
+        if name in self._converted:
+            return Ref(name)
+        self._converted.add(name)
+        first, layer = self._as_codes(node), node.meta["layer"]
+        qparams = self._values[first.name].qparams
+        assert qparams is not None
+        self._values[name] = Value(left_over_qparams(qparams))
+        if node in self._moving:
+
+            def rest_of(fill: float) -> float:
+                return fill - float(dequantize(quantize(torch.tensor(fill), qparams), qparams))
+
+            self._move(self._moving[node], name, self._left_over, rest_of)
+        else:
+            operands = Ref(node.name), Ref(f"{name}.first")
+            self._nodes += [
+                Node(f"{layer}.rest.dequantize", "dequantize", f"{name}.first", (first,)),
+                Node(f"{layer}.rest.sub", "aten", f"{name}.float", operands, target="sub.Tensor"),
+                Node(f"{layer}.rest.quantize", "quantize", name, (Ref(f"{name}.float"),)),
+            ]
+        return Ref(name)
+
+    def _as_float(self, node: fx.Node) -> Ref | TensorRef:
+        """The operand as float32 (or whatever it was captured as)."""
+        if node.op == "get_attr":
+            name = str(node.target)
+            self._tensors.setdefault(name, self._graph.constants[name].contiguous())
+            return TensorRef(name)
+        if node.name not in self._values:
+            return Ref(node.name)
+        name = f"{node.name}.float"
+        if name not in self._converted:
+            self._converted.add(name)
+            self._nodes.append(Node(f"{node.meta['layer']}.dequantize", "dequantize", name, (Ref(node.name),)))
+        return Ref(name)
+
+    def _define(self, planned: PlannedUnit) -> str:
+        """Name the unit's output and, if it is written as codes, record how."""
+        name = planned.unit.output.name
+        if planned.writes_codes:
+            self._values[name] = self._value(planned.unit.output)
+        return name
+
+    def _value(self, node: fx.Node) -> Value:
+        """How a graph value is held as codes."""
+        qparams = self._qparams[self._plan.codes[node.name]]
+        symmetric = qparams.dtype == "int8" and qparams.zero_point == 0
+        return Value(qparams, symmetric and node.name in self._nonnegative)
+
+    # -- int8 units
+
+    def _linear(self, planned: PlannedUnit) -> None:
+        unit, numbers = planned.unit, self._layers[planned.unit.name]
+        x, residual = self._as_codes(unit.inputs[0]), None
+        if unit.residual is not None:
+            residual = self._as_codes(unit.residual)
+        geometry: dict[str, Any] = {}
+        if unit.op != "linear":
+            ops, dims = arguments(unit.anchor), numbers.codes.dim() - 2
+            geometry = {key: _spread(ops[key], dims) for key in ("stride", "padding", "dilation")}
+            geometry["groups"] = ops["groups"]
+        further: list[_Product] = []
+        if planned.qconfig.weight.terms == 2:
+            weight, bias = float_numbers(self._graph, planned)
+            low = left_over(weight, numbers)
+            numbers = replace(numbers, bias=bias)
+            further.append(_Product(f"{unit.name}.low", x, self._weights(f"{unit.name}.low", low)))
+        main = self._weights(unit.name, numbers)
+        if planned.qconfig.input_terms == 2:
+            further.append(_Product(f"{unit.name}.rest", self._left_over(unit.inputs[0]), main | {"bias": None}))
+        output = self._define(planned)
+        op = "linear" if unit.op == "linear" else "conv"
+        for product in further:
+            # Kept in float32: rounded again, much of what a second term adds would be lost.
+            attrs = product.attrs | geometry
+            self._nodes.append(Node(product.name, op, product.name, (product.x, residual), attrs=attrs))
+            residual = Ref(product.name)
+        self._nodes.append(Node(unit.name, op, output, (x, residual), epilogue=unit.epilogue, attrs=main | geometry))
+
+    def _weights(self, name: str, numbers: LayerNumbers) -> dict[str, Any]:
+        return {
+            "weight": self._store(f"{name}.weight_int8", numbers.codes),
+            "weight_scale": self._store(f"{name}.weight_scale", numbers.scale),
+            "bias": None if numbers.bias is None else self._store(f"{name}.bias_float", numbers.bias),
+        }
+
+    def _pair(self, planned: PlannedUnit) -> None:
+        unit = planned.unit
+        args = tuple(self._as_codes(value) for value in unit.inputs)
+        output = self._define(planned)
+        self._nodes.append(Node(unit.name, unit.kind, output, args, epilogue=unit.epilogue))
+
+    def _clamp(self, planned: PlannedUnit) -> None:
+        unit = planned.unit
+        epilogue = as_epilogue(unit.anchor)
+        assert epilogue is not None
+        x = self._as_codes(unit.inputs[0])
+        low, high = epilogue.values if epilogue.values else (0.0, float("inf"))
+        output = self._define(planned)
+        bounds = quantize(torch.tensor([low, high]), self._values[output].qparams)  # type: ignore[arg-type]
+        attrs = {"low": int(bounds[0]), "high": int(bounds[1])}
+        self._nodes.append(Node(unit.name, "clamp", output, (x,), attrs=attrs))
+
+    def _named(self, planned: PlannedUnit) -> None:
+        """Ops that keep their ATen name and run on codes."""
+        self._move(planned, self._define(planned), self._as_codes)
+
+    def _move(
+        self,
+        planned: PlannedUnit,
+        output: str,
+        operand: Callable[[fx.Node], Ref],
+        filled: Callable[[float], float] = lambda fill: fill,
+    ) -> None:
+        """The unit's op on operands of any kind; `filled` is what stands around a padded one."""
+        unit, node = planned.unit, planned.unit.anchor
+        operands = set(unit.inputs)
+        args = fx.map_arg(node.args, lambda n: operand(n) if n in operands else Ref(n.name))
+        kwargs = fx.map_arg(node.kwargs, lambda n: operand(n) if n in operands else Ref(n.name))
+        target = _target(node)
+        if op_name(node) in ("constant_pad_nd", "pad"):
+            fill = filled(float(arguments(node).get("value") or 0.0))
+            qparams = self._values[output].qparams
+            assert qparams is not None
+            args = (args[0], args[1], int(quantize(torch.tensor(fill), qparams)))
+            kwargs, target = {}, "constant_pad_nd.default"
+        op = {CAT: "cat", MAX_POOL: "max_pool", AVG_POOL: "avg_pool", SHAPE: "shape"}[unit.kind]
+        name = unit.name if output == unit.output.name else f"{unit.name}.rest"
+        self._nodes.append(Node(name, op, output, tuple(args), dict(kwargs), target=target))
+
+    # -- everything else
+
+    def _float(self, node: fx.Node, op: str) -> None:
+        source = node.args[0] if node.args else None
+        if node.target is operator.getitem and isinstance(source, fx.Node) and source.name in self._values:
+            # A part of a tensor that was split as codes.
+            part = Ref(f"{node.name}.codes")
+            self._values[part.name] = self._values[source.name]
+            args = (Ref(source.name), node.args[1])
+            self._nodes.append(Node(str(node.meta["layer"]), "shape", part.name, args, target="getitem"))
+            self._nodes.append(Node(f"{node.meta['layer']}.dequantize", "dequantize", node.name, (part,)))
+            return
+        # Sizes do not depend on how a value is held, so they are read off the codes.
+        of = (lambda n: Ref(n.name)) if op == "size" else self._as_float
+        args, kwargs = fx.map_arg(node.args, of), fx.map_arg(node.kwargs, of)
+        self._nodes.append(
+            Node(str(node.meta["layer"]), op, node.name, tuple(args), dict(kwargs), target=_target(node))
+        )
+
+    def _store(self, name: str, tensor: torch.Tensor) -> str:
+        self._tensors[name] = tensor.contiguous()
+        return name
+
+
+def _target(node: fx.Node) -> str:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return f"{op_name(node)}.{node.target._overloadname}"
+    if node.target is operator.getitem:
+        return "getitem"
+    return op_name(node)
+
+
+def _spread(value: Any, dims: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return [int(v) for v in (values * dims if len(values) == 1 else values)]

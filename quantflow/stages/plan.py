@@ -1,0 +1,538 @@
+"""plan(graph, …) → Plan: what runs in int8, what stays float, and why.
+
+A tensor is held as codes where that pays: where an int8 op reads it, directly or through ops that can work on codes
+(the demand), and where its producer can write codes (the supply). Everything else stays float32, with a reason.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import fx
+
+from quantflow.errors import NothingQuantizedError, Problem, RecipeError, nearest
+from quantflow.ir.graph import Graph, arguments, op_name
+from quantflow.ir.units import (
+    ADD,
+    CAT,
+    CLAMP,
+    CORE,
+    FLOAT,
+    MATMUL,
+    MAX_POOL,
+    MUL,
+    SHAPE,
+    SIZE,
+    Unit,
+    as_epilogue,
+    find_units,
+    fuse_residual,
+    without_epilogue,
+)
+from quantflow.numerics.affine import MAX_REDUCTION
+from quantflow.schema import (
+    ActivationOverride,
+    ActivationSpec,
+    LayerOverride,
+    PolicySettings,
+    QConfig,
+    WeightOverride,
+)
+
+INT8, FLOAT32 = "int8", "float"
+IMPERATIVE = "imperative"
+NO_POLICY = PolicySettings()
+#: Their output holds the same codes as their input, so both share one scale and zero point.
+_SHARING = (CAT, MAX_POOL, CLAMP, SHAPE)
+#: Int8 units that can write float32 as well as codes.
+_WRITING_FLOAT = (CORE, MATMUL)
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One line of the plan, as printed and saved."""
+
+    name: str
+    op: str
+    precision: str
+    group: tuple[str, ...]
+    kernel: str
+    qparams: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PlannedUnit:
+    """A unit with the decisions about it. `without`: the algorithms that leave it alone."""
+
+    unit: Unit
+    is_int8: bool
+    writes_codes: bool
+    qconfig: QConfig
+    reason: str
+    without: frozenset[str] = frozenset()
+
+    def allows(self, algorithm: str) -> bool:
+        """Whether the algorithm of that name may change the layer."""
+        return not self.without & {algorithm, "all"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every decision, before any data was seen.
+
+    Attributes:
+        rows: one per layer; data movement and size arithmetic have none.
+        units: the decisions in execution order.
+        codes: for every value that is ever held as codes, the name of the value whose qparams it uses.
+        specs: for each of those, how its range is measured.
+        exact: values that some layer reads in two terms; what computes them does not round them to codes.
+        reduce_range: whether activations use 7 bits.
+        notes: what a user should know about capture and plan.
+    """
+
+    rows: tuple[PlanRow, ...]
+    units: tuple[PlannedUnit, ...]
+    codes: Mapping[str, str]
+    specs: Mapping[str, ActivationSpec]
+    reduce_range: bool
+    notes: tuple[str, ...] = ()
+    exact: frozenset[str] = frozenset()
+
+    @property
+    def core_layers(self) -> int:
+        """Convolutions and linears in the model."""
+        return sum(p.unit.kind == CORE for p in self.units)
+
+    @property
+    def int8_layers(self) -> int:
+        """Convolutions and linears that run in int8."""
+        return sum(p.unit.kind == CORE and p.is_int8 for p in self.units)
+
+    @property
+    def second_terms(self) -> int:
+        """Products that int8 layers with weights or inputs in two terms take beside their own."""
+        layers = [p.qconfig for p in self.units if p.unit.kind == CORE and p.is_int8]
+        return sum((q.weight.terms == 2) + (q.input_terms == 2) for q in layers)
+
+    @property
+    def int8_coverage(self) -> float:
+        """int8_layers / core_layers, 0 where there are none."""
+        return self.int8_layers / self.core_layers if self.core_layers else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "rows": [asdict(row) for row in self.rows],
+            "codes": dict(self.codes),
+            "reduce_range": self.reduce_range,
+            "notes": list(self.notes),
+        }
+
+
+def make_plan(
+    graph: Graph,
+    qconfig: QConfig,
+    layers: Mapping[str, str | LayerOverride] | None = None,
+    *,
+    mode: str = "export",
+    kernel_of: Callable[[PlannedUnit], str] = lambda planned: planned.unit.op,
+    reduce_range: bool = False,
+    swappable: Mapping[str, int] | None = None,
+    recipe_name: str = "custom",
+    left_float: Mapping[str, str] | None = None,
+    policy: PolicySettings = NO_POLICY,
+) -> Plan:
+    """Decide precision, fusion and shared qparams for every unit of the graph.
+
+    Args:
+        layers: overrides by exact name, glob or op type.
+        mode: "imperative" keeps float32 between int8 modules, because modules exchange ordinary tensors.
+        kernel_of: the runtime's name for the kernel that will run a unit.
+        swappable: imperative mode: the modules that are called as modules, with how often.
+        left_float: layers that measurements say must stay float, with the reason; `layers` has precedence.
+        policy: which additions, products, concatenations and matmuls may run in int8.
+
+    Raises:
+        RecipeError: an override matches nothing, or asks for int8 where there is no int8 form.
+        NothingQuantizedError: no convolution or linear would run in int8.
+    """
+    units = find_units(graph)
+    overrides = _Overrides(layers or {}, units, qconfig, recipe_name, policy)
+    core = {unit: _why_float(unit, graph, overrides, left_float or {}) for unit in units if unit.kind in (CORE, MATMUL)}
+    if mode == IMPERATIVE:
+        units, core = _module_by_module(units, core, swappable or {})
+        overrides.require_one_term(unit for unit in units if core.get(unit) == "")
+        int8 = {unit for unit in units if core.get(unit) == ""}
+        written: set[fx.Node] = set()
+        exact: set[fx.Node] = set()
+    else:
+        units, int8, exact = _chosen(units, core, overrides)
+        in_float = {unit.output for unit in int8 if unit.kind in _WRITING_FLOAT and unit.output in exact}
+        written = _written(units, int8) - in_float
+    if not any(unit.kind == CORE for unit in int8):
+        raise NothingQuantizedError(_nothing(core))
+
+    planned = []
+    for unit in units:
+        reason = _reason(unit, unit in int8, core, overrides, mode)
+        planned.append(
+            PlannedUnit(
+                unit, unit in int8, unit.output in written, overrides.qconfig(unit), reason, overrides.without(unit)
+            )
+        )
+    codes, deciding = _share_qparams(planned)
+    specs = {root: p.qconfig.activation for root, p in deciding.items()}
+    layer_of = {node.name: node.name for node in graph.fx.nodes} | {u.output.name: u.name for u in units}
+    rows = tuple(_row(p, codes, layer_of, kernel_of) for p in planned if p.unit.kind not in (SHAPE, SIZE))
+    linear = {unit.name for unit in int8 if unit.kind == CORE}
+    notes = (*graph.notes, *overrides.without_effect({p.unit.name for p in deciding.values()}, linear))
+    return Plan(rows, tuple(planned), codes, specs, reduce_range, notes, frozenset(value.name for value in exact))
+
+
+def nonnegative_values(plan: Plan) -> frozenset[str]:
+    """The values that int8 units compute and that are never negative, whatever the data."""
+    found: set[str] = set()
+    for planned in plan.units:
+        unit, node = planned.unit, planned.unit.anchor
+        epilogue = as_epilogue(node) if unit.kind == CLAMP else unit.epilogue
+        operands = unit.kind != CORE and bool(unit.inputs) and all(value.name in found for value in unit.inputs)
+        if unit.kind == SHAPE and op_name(node) in ("constant_pad_nd", "pad"):
+            operands = operands and float(arguments(node).get("value") or 0.0) >= 0
+        if epilogue is not None:
+            operands = epilogue.is_nonnegative or (operands and epilogue.keeps_nonnegative)
+        if operands and planned.is_int8:
+            found.add(unit.output.name)
+    return frozenset(found)
+
+
+_NO_TENSOR = (
+    "activation settings change nothing: the layer before writes the codes it reads, and its own result is not coded; "
+    "set them for the layer before"
+)
+_NO_LINEAR = "{} nothing: it matches no convolution or linear that runs in int8"
+
+
+class _Overrides:
+    """`layers:` resolved against the units: op types first, then globs, then exact names, so the narrowest wins."""
+
+    def __init__(
+        self,
+        layers: Mapping[str, str | LayerOverride],
+        units: Sequence[Unit],
+        qconfig: QConfig,
+        recipe_name: str,
+        policy: PolicySettings,
+    ) -> None:
+        self._base = qconfig
+        self._policy: dict[str, str] = policy.model_dump()
+        self._recipe_name = recipe_name
+        self._chosen: dict[str, list[tuple[str, str | LayerOverride]]] = {}
+        owner = {layer: unit for unit in units for layer in unit.layers if unit.kind != SIZE}
+        types = {kind for unit in units for kind in (unit.op, unit.kind) if unit.kind not in (SIZE, FLOAT)}
+        problems: list[Problem] = []
+        by_rank: list[list[tuple[str, str | LayerOverride, list[Unit]]]] = [[], [], []]
+        for pattern, value in layers.items():
+            if pattern in owner:
+                rank, matched = 2, [owner[pattern]]
+            elif pattern in types:
+                rank, matched = 0, [u for u in units if pattern in (u.op, u.kind)]
+            else:
+                rank, matched = 1, [owner[name] for name in owner if fnmatch.fnmatchcase(name, pattern)]
+            if not matched:
+                known = nearest(pattern.replace("*", ""), [*owner, *types])
+                problems.append(Problem(f"layers.{pattern}", f"'{pattern}' matches nothing; nearest names: {known}"))
+            reason = matched[0].float_reason if rank == 2 and value == INT8 else ""
+            if reason:
+                problems.append(Problem(f"layers.{pattern}", f"can't run in int8: {reason}; remove the override"))
+            by_rank[rank].append((pattern, value, matched))
+        if problems:
+            raise RecipeError(recipe_name, problems)
+        for overrides in by_rank:
+            for pattern, value, matched in overrides:
+                for unit in dict.fromkeys(matched):
+                    self._chosen.setdefault(unit.name, []).append((pattern, value))
+
+    def precision(self, unit: Unit) -> tuple[str | None, str]:
+        """("float" | "int8" | None, the setting that says so)."""
+        for pattern, value in reversed(self._chosen.get(unit.name, [])):
+            return (value, f"layers.{pattern}") if isinstance(value, str) else (INT8, f"layers.{pattern}")
+        return self._policy.get(unit.kind), f"policy.{unit.kind}"
+
+    def qconfig(self, unit: Unit) -> QConfig:
+        """The unit's own QConfig: the recipe's, changed by every override that matches."""
+        qconfig = self._base
+        for _, value in self._chosen.get(unit.name, []):
+            if isinstance(value, LayerOverride):
+                qconfig = value.apply(qconfig)
+        return qconfig
+
+    def without(self, unit: Unit) -> frozenset[str]:
+        """The algorithms that any matching override turns off."""
+        chosen = (value for _, value in self._chosen.get(unit.name, []) if isinstance(value, LayerOverride))
+        return frozenset(name for value in chosen for name in value.without)
+
+    def require_one_term(self, units: Iterable[Unit]) -> None:
+        """
+        Raises:
+            RecipeError: a layer's weight or input is to be coded in two terms, which takes two int8 layers.
+        """
+        for unit in units:
+            qconfig = self.qconfig(unit)
+            for place, terms in (("weight.terms", qconfig.weight.terms), ("input_terms", qconfig.input_terms)):
+                if terms != 1:
+                    message = (
+                        f"{terms} is not possible in imperative mode, which swaps one module for one ({unit.name}); "
+                        "use mode=export"
+                    )
+                    raise RecipeError(self._recipe_name, [Problem(place, message)])
+
+    def without_effect(self, deciding: set[str], linear: set[str]) -> list[str]:
+        """Notes on patterns with settings that change nothing.
+
+        Args:
+            deciding: the units whose activation settings reach a tensor.
+            linear: the int8 convolutions and linears, which alone have weights and can read an input in two terms.
+        """
+        effect: dict[tuple[str, str], bool] = {}
+        for name, chosen in self._chosen.items():
+            for pattern, value in chosen:
+                if not isinstance(value, LayerOverride):
+                    continue
+                given = {
+                    _NO_TENSOR: (value.activation != ActivationOverride(), name in deciding),
+                    _NO_LINEAR.format("weight settings change"): (value.weight != WeightOverride(), name in linear),
+                    _NO_LINEAR.format("input_terms changes"): (value.input_terms is not None, name in linear),
+                }
+                for text, (is_given, has_effect) in given.items():
+                    if is_given:
+                        effect[pattern, text] = effect.get((pattern, text), False) or has_effect
+        return [f"layers.{pattern}: its {text}" for (pattern, text), has_effect in effect.items() if not has_effect]
+
+
+def _why_float(unit: Unit, graph: Graph, overrides: _Overrides, left_float: Mapping[str, str]) -> str:
+    """Why a linear op or matmul stays float; empty if it becomes int8."""
+    asked, pattern = overrides.precision(unit)
+    if unit.float_reason:
+        return unit.float_reason
+    if unit.kind == MATMUL and pattern == "policy.matmul" and asked == FLOAT32:
+        return 'matmul of two activations is float unless asked for (policy.matmul, or layers: {"matmul": int8})'
+    if asked == FLOAT32:
+        return f"the recipe says so: {pattern}"
+    if asked is None and unit.name in left_float:
+        return left_float[unit.name]
+    if unit.kind == MATMUL:
+        return ""
+    weight = graph.constants[str(unit.anchor.args[1].target)]  # type: ignore[union-attr]
+    reduction = weight[0].numel()
+    if reduction > MAX_REDUCTION:
+        return f"its reduction of {reduction} products could overflow int32; at most {MAX_REDUCTION} are safe"
+    return ""
+
+
+def _chosen(
+    units: Sequence[Unit], core: Mapping[Unit, str], overrides: _Overrides
+) -> tuple[list[Unit], set[Unit], set[fx.Node]]:
+    """The units with residuals fused, those that run on codes, and the values that no codes may stand for alone."""
+    rounding: set[Unit] = set()
+    while True:
+        fused, int8 = _fuse_residuals(units, _spread_int8(units, core, overrides, rounding))
+        exact = _exact(fused, int8, overrides)
+        found = {unit for unit in int8 if unit.output in exact and unit.kind not in (*_WRITING_FLOAT, SHAPE)}
+        if not found:
+            return fused, int8, exact
+        rounding |= found
+
+
+def _exact(units: Sequence[Unit], int8: set[Unit], overrides: _Overrides) -> set[fx.Node]:
+    """What layers read in two terms. Data movement on codes moves both terms, so what it reads counts, too."""
+    exact: set[fx.Node] = set()
+    for unit in reversed(units):
+        if unit not in int8:
+            continue
+        in_two_terms = unit.kind == CORE and overrides.qconfig(unit).input_terms == 2
+        if in_two_terms or (unit.kind == SHAPE and unit.output in exact):
+            exact.add(unit.inputs[0])
+    return exact
+
+
+def _spread_int8(
+    units: Sequence[Unit], core: Mapping[Unit, str], overrides: _Overrides, rounding: set[Unit]
+) -> set[Unit]:
+    """The units that run on codes: the linear ops, and what lies between them for as long as codes are at hand.
+
+    Args:
+        rounding: units whose result may not be rounded to codes.
+    """
+
+    def capable(unit: Unit) -> bool:
+        if unit in rounding:
+            return False
+        if unit in core:
+            return core[unit] == ""
+        return unit.kind not in (FLOAT, SIZE) and not unit.float_reason and overrides.precision(unit)[0] != FLOAT32
+
+    int8 = {unit for unit in units if capable(unit)}
+    while True:
+        written = _written(units, int8)
+        kept = {unit for unit in int8 if unit in core or (unit.output in written and _has_codes(unit, written))}
+        if kept == int8:
+            return int8
+        int8 = kept
+
+
+def _written(units: Sequence[Unit], int8: set[Unit]) -> set[fx.Node]:
+    """Values that exist as codes: written by an int8 unit and read by another."""
+    read = {value for unit in int8 for value in (*unit.inputs, unit.residual)}
+    return {unit.output for unit in units if unit in int8 and unit.output in read}
+
+
+def _has_codes(unit: Unit, written: set[fx.Node]) -> bool:
+    if unit.kind in (ADD, MUL, CAT):
+        return any(value in written for value in unit.inputs)
+    return unit.inputs[0] in written
+
+
+def _fuse_residuals(units: Sequence[Unit], int8: set[Unit]) -> tuple[list[Unit], set[Unit]]:
+    """Merge every int8 `a + b` into the linear op that computes a or b, where nothing else reads that op's output.
+
+    With two candidates (a block with a projection shortcut) the later one takes the sum, so that the other exists.
+    """
+    producer = {unit.output: unit for unit in units}
+    position = {unit.output: index for index, unit in enumerate(units)}
+    fused = list(units)
+    for unit in units:
+        if unit.kind != ADD or unit not in int8 or unit.inputs[0] is unit.inputs[1]:
+            continue
+        a, b = unit.inputs
+        if a.meta["shape"] != b.meta["shape"]:
+            continue
+        candidates = [
+            (producer[x], other)
+            for x, other in ((a, b), (b, a))
+            if x in producer
+            and producer[x] in int8
+            and producer[x].kind == CORE
+            and producer[x].epilogue is None
+            and producer[x].residual is None
+            and len(x.users) == 1
+        ]
+        if not candidates:
+            continue
+        core, residual = max(candidates, key=lambda pair: position[pair[0].output])
+        merged = fuse_residual(unit, core, residual)
+        fused.remove(core)
+        fused[fused.index(unit)] = merged
+        int8 = (int8 - {core, unit}) | {merged}
+        producer[merged.output] = merged
+    return fused, int8
+
+
+def _module_by_module(
+    units: Sequence[Unit], core: Mapping[Unit, str], swappable: Mapping[str, int]
+) -> tuple[list[Unit], dict[Unit, str]]:
+    """Imperative mode: only modules called as modules are swapped, and only idempotent activations fuse.
+
+    The activation's own module stays in the user's code and runs once more on the result, which must change nothing.
+    """
+    separate: list[Unit] = []
+    reasons: dict[Unit, str] = {}
+    for unit in units:
+        reason = core.get(unit, "")
+        is_module = unit.kind == CORE and unit.anchor.meta.get("owner") in swappable
+        if unit in core and not reason and not is_module:
+            reason = "called as a function; imperative mode swaps modules only (mode=export quantizes it)"
+        parts = [unit]
+        if unit.epilogue is not None and (
+            unit.kind != CORE or reason or not unit.epilogue.is_idempotent or swappable[unit.anchor.meta["owner"]] > 1
+        ):
+            parts = list(without_epilogue(unit))
+        if unit in core:
+            reasons[parts[0]] = reason
+        separate.extend(parts)
+    return separate, reasons
+
+
+def _share_qparams(planned: Sequence[PlannedUnit]) -> tuple[dict[str, str], dict[str, PlannedUnit]]:
+    """Which values use one scale and zero point, and whose settings measure it.
+
+    These are the settings of the unit that writes the codes, or of the first reader where a float value becomes codes.
+    """
+    parent: dict[str, str] = {}
+    first: dict[str, PlannedUnit] = {}
+
+    def find(name: str) -> str:
+        while parent[name] != name:
+            name = parent[name]
+        return name
+
+    for p in planned:
+        if not p.is_int8:
+            continue
+        read = [value for value in (*p.unit.inputs, p.unit.residual) if value is not None]
+        for value in read:
+            parent.setdefault(value.name, value.name)
+            first.setdefault(value.name, p)
+        if p.writes_codes:
+            parent.setdefault(p.unit.output.name, p.unit.output.name)
+            first.setdefault(p.unit.output.name, p)
+        if p.unit.kind in _SHARING:
+            root = find(p.unit.inputs[0].name)
+            for other in (*p.unit.inputs[1:], p.unit.output):
+                parent[find(other.name)] = root
+    codes = {name: find(name) for name in parent}
+    return codes, {root: first[root] for root in dict.fromkeys(codes.values())}
+
+
+def _reason(unit: Unit, is_int8: bool, core: Mapping[Unit, str], overrides: _Overrides, mode: str) -> str:
+    if is_int8:
+        folded = unit.anchor.meta.get("batch_norm")
+        qconfig, is_core = overrides.qconfig(unit), unit.kind == CORE
+        named = (
+            ("BatchNorm folded", folded),
+            ("residual added", unit.residual),
+            ("weight in two terms", is_core and qconfig.weight.terms == 2),
+            ("input in two terms", is_core and qconfig.input_terms == 2),
+        )
+        parts = [part for part, there in named if there]
+        return ", ".join(parts)
+    if core.get(unit):
+        return core[unit]
+    asked, pattern = overrides.precision(unit)
+    if asked == FLOAT32:
+        return f"the recipe says so: {pattern}"
+    if unit.float_reason:
+        return unit.float_reason
+    if mode == IMPERATIVE:
+        return "float between int8 modules in imperative mode"
+    return "no int8 op reads its result, or none of its inputs is int8"
+
+
+def _row(
+    p: PlannedUnit, codes: Mapping[str, str], layer_of: Mapping[str, str], kernel_of: Callable[[PlannedUnit], str]
+) -> PlanRow:
+    value = p.unit.output.name
+    if not p.is_int8:
+        qparams = ""
+    elif not p.writes_codes:
+        qparams = "float32 out"
+    else:
+        qparams = "own" if codes[value] == value else f"shared with {layer_of[codes[value]]}"
+    return PlanRow(
+        name=p.unit.name,
+        op=p.unit.op,
+        precision=INT8 if p.is_int8 else FLOAT32,
+        group=p.unit.layers,
+        kernel=kernel_of(p) if p.is_int8 else f"aten.{p.unit.op}",
+        qparams=qparams,
+        reason=p.reason,
+    )
+
+
+def _nothing(core: Mapping[Unit, str]) -> str:
+    if not core:
+        return "the model has no convolution and no linear layer, so nothing can be quantized"
+    named = "; ".join(f"{unit.name}: {reason}" for unit, reason in list(core.items())[:5])
+    return f"no layer would run in int8: {named}; relax `layers` or choose another mode"

@@ -1,0 +1,179 @@
+"""warmup(compiled, batch) → Warmup: build what depends on shapes, and compare with the reference before going on."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from quantflow.errors import VerificationError
+from quantflow.ir.batch import Batch
+from quantflow.ir.program import Node
+from quantflow.numerics.agreement import disagreement, tie_tolerance
+from quantflow.numerics.measures import sqnr_db
+from quantflow.runtimes.reference import ReferenceRunner, resolve, unrounded
+from quantflow.stages.compile import Compiled
+from quantflow.stages.evaluate import tensors
+from quantflow.stages.prepare import bind
+
+#: Below this the compiled program and its layers one by one are not the same computation. They are equal to the bit
+#: unless a float op's result depends on memory layout, which a deep network can amplify.
+LEAST_WHOLE_DB = 20.0
+#: A float32 result may differ by this share of the tensor's largest magnitude.
+FLOAT_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """What warm-up saw.
+
+    Attributes:
+        time_to_first_result_s: compiling plus the first call.
+        steady_ms: median of the calls after the first, on the warm-up batch.
+        sqnr_vs_reference_db: of the whole model's output; one-code differences add up along the model.
+        one_code_differences: codes that legally differ from the reference's, over all layers.
+        layers_checked: int8 nodes compared with the reference on its own codes.
+        variants: what the runtime tried per batch size, and what it keeps (see NativeRunner.tune).
+    """
+
+    time_to_first_result_s: float
+    steady_ms: float
+    iterations: int
+    batch_size: int
+    sqnr_vs_reference_db: float
+    one_code_differences: int
+    layers_checked: int
+    notices: tuple[str, ...] = ()
+    variants: tuple[dict[str, Any], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: v for k, v in asdict(self).items() if k != "notices"}
+
+
+def warmup(
+    compiled: Compiled,
+    batch: Batch,
+    *,
+    iterations: int = 5,
+    min_sqnr_db: float = 40.0,
+    call: Callable[..., Any] | None = None,
+    tuned_for: Sequence[Batch] = (),
+    alone: Callable[[], AbstractContextManager[None]] = nullcontext,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> Warmup:
+    """Run the model, time it, and verify it layer by layer.
+
+    Every node is run on the reference's own codes and may differ by one code, only next to a rounding tie. The whole
+    model's output is held to `min_sqnr_db` against the reference's; below that, with every layer legal, the model
+    itself amplifies single codes, which is reported and does not stop the run.
+
+    Args:
+        call: what to time instead of `compiled` (imperative mode: the swapped module).
+        tuned_for: batches for which the runtime looks for its fastest variant, once it is verified.
+        alone: entered where times are measured.
+
+    Raises:
+        VerificationError: a layer differs from the reference in a way that rounding can't explain.
+    """
+    run = call or compiled
+    with alone(), torch.inference_mode():
+        start = time.perf_counter()
+        run(*batch.args, **batch.kwargs)
+        first = time.perf_counter() - start + compiled.seconds
+        taken = []
+        for done in range(iterations):
+            begin = time.perf_counter()
+            output = run(*batch.args, **batch.kwargs)
+            taken.append((time.perf_counter() - begin) * 1e3)
+            if progress is not None:
+                progress(done + 1, None)
+    _require_whole_equals_parts(compiled, batch)
+    reference, differences, checked = _verify(compiled, batch, progress)
+    quality = min(
+        (sqnr_db(a, b) for (_, a), (_, b) in zip(tensors(reference), tensors(output), strict=True)),
+        default=float("inf"),
+    )
+    notices: tuple[str, ...] = ()
+    if not quality >= min_sqnr_db:
+        notices = (
+            f"the whole model's output is {quality:.1f} dB from the reference's (warmup.min_sqnr_db: {min_sqnr_db:g}) "
+            f"although each layer is within one code of it: this model amplifies single rounding steps",
+        )
+    if left := compiled.left_to_torch():
+        named = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:5])
+        notices += (
+            f"{len(left)} nodes run in torch, between native sections ({named}{'; …' if len(left) > 5 else ''})",
+        )
+    with alone():
+        variants = [
+            row for tuned in tuned_for for row in compiled.tune(bind(compiled.program.inputs, tuned.args, tuned.kwargs))
+        ]
+    return Warmup(
+        first, statistics.median(taken), iterations, batch.size, quality, differences, checked, notices, tuple(variants)
+    )
+
+
+def _require_whole_equals_parts(compiled: Compiled, batch: Batch) -> None:
+    """The program in one go must give what its nodes give one by one: a value overwritten too early shows here."""
+    program = compiled.program
+    inputs = bind(program.inputs, batch.args, batch.kwargs)
+    wanted = set(program.output_names())
+    values = dict(zip((i.name for i in program.inputs), inputs, strict=True))
+    values |= {name: value for name, value in compiled.trace(inputs) if name in wanted}
+    parts, whole = resolve(program, program.output, values), compiled.runner(inputs)
+    for (path, expected), (_, actual) in zip(tensors(parts), tensors(whole), strict=True):
+        if not torch.equal(expected, actual) and not sqnr_db(expected, actual) >= LEAST_WHOLE_DB:
+            raise VerificationError(
+                f"{path}: the compiled program gives another result than its layers one by one; runtime "
+                f"{compiled.choice.runtime.name} must not be used: try runtime=reference, and report this"
+            )
+
+
+def _verify(
+    compiled: Compiled, batch: Batch, progress: Callable[[int, int | None], None] | None
+) -> tuple[Any, int, int]:
+    """(the reference's output, legal one-code differences, int8 nodes checked)."""
+    program, runner = compiled.program, compiled.runner
+    differing = checked = 0
+    index = 0
+
+    def compare(node: Node, values: Mapping[str, Any]) -> None:
+        nonlocal differing, checked, index
+        position, index = index, index + 1
+        if progress is not None:
+            progress(index, len(program.nodes))
+        expected = values[node.output]
+        if node.op in ("aten", "size") or not isinstance(expected, torch.Tensor) or not expected.numel():
+            return
+        actual = runner.run_node(position, values)
+        checked += 1
+        if expected.is_floating_point():
+            _require_close(node, expected, actual)
+            return
+        tolerance = tie_tolerance(node.epilogue.kind if node.epilogue else None)
+        illegal, worst = disagreement(expected, actual, unrounded(program, node, values), tolerance)
+        differing += int((expected != actual).sum())
+        if illegal:
+            raise VerificationError(
+                f"layer {node.name} ({node.fused_name}): {illegal} of {expected.numel()} codes differ from the "
+                f"reference where rounding can't explain it (worst: {worst:.3g} codes from a tie); "
+                f"runtime {compiled.choice.runtime.name} must not be used: try runtime=reference, and report this"
+            )
+
+    reference = ReferenceRunner(program)(bind(program.inputs, batch.args, batch.kwargs), compare)
+    return reference, differing, checked
+
+
+def _require_close(node: Node, expected: torch.Tensor, actual: torch.Tensor) -> None:
+    error = (expected - actual).abs().max().item()
+    bound = FLOAT_TOLERANCE * max(expected.abs().max().item(), 1e-30)
+    if not error <= bound:
+        raise VerificationError(
+            f"layer {node.name} ({node.fused_name}): its float output differs from the reference's by {error:.3g}, "
+            f"more than {bound:.3g}; report this, and use runtime=reference meanwhile"
+        )
