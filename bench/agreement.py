@@ -16,7 +16,9 @@ from typing import Any
 
 from bench.reporting import arguments, console, show, show_machine, write
 from quantflow.config.compose import load_recipe, recipe_files
-from quantflow.executor import junction as executor
+from quantflow.executor.order import build
+from quantflow.executor.run import Run
+from quantflow.executor.source import load_source
 from quantflow.report import Progress
 from quantflow.runtimes import choose_runtime
 from quantflow.stages.benchmark import resized
@@ -48,9 +50,9 @@ def _rows(name: str, sizes: list[int]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         overrides = ["data.calibration=16", "data.evaluation=16", "runtime=native", f"output={folder}/run"]
         recipe = load_recipe(name, overrides)
-        source = executor.load_source(recipe)
+        source = load_source(recipe)
         with Progress(console) as progress:
-            built = executor.build(recipe, source, progress)
+            built = build(Run.of(recipe, source, progress))
     program = built.program
     compiled = compile_program(program, choose_runtime("native"))
     samples = next(iter(source.data.evaluation))

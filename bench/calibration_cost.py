@@ -19,11 +19,14 @@ from torch import nn
 
 from bench.photo_models import model_on_photos
 from bench.reporting import arguments, console, show, show_machine, write
-from quantflow.capture import capture
-from quantflow.executor.junction import plan_for
+from quantflow.executor.run import Run
+from quantflow.executor.source import Source
+from quantflow.executor.steps import graph_of, plan_for
+from quantflow.report import Progress
 from quantflow.runtimes import choose_runtime
 from quantflow.schema import Recipe
-from quantflow.sources.data import Batch
+from quantflow.sources.data import Batch, Data
+from quantflow.sources.models import LoadedModel
 from quantflow.stages.benchmark import interleaved, threads
 from quantflow.stages.calibrate import calibrate
 from quantflow.stages.prepare import Prepared, prepare
@@ -91,8 +94,10 @@ def _prepared(module: nn.Module, example: Batch, observer: str, mode: str) -> Pr
         "calibration_cost",
     )
     choice = choose_runtime("auto", "cpu", mode)
-    graph = capture(module, example, recipe.mode)
-    plan = plan_for(recipe, graph, choice, module, example)
+    source = Source(LoadedModel(module, type(module).__name__), Data([example], [example], {}))
+    run = Run(recipe, source, choice, Progress(console, quiet=True))
+    graph = graph_of(run, example)
+    plan = plan_for(run, graph, example)
     return prepare(graph, plan, module if mode == "imperative" else None)
 
 

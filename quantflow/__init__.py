@@ -11,9 +11,9 @@ Importing quantflow registers the `quantflow::` operators that saved TorchScript
 from quantflow.api import quantize, sensitivity
 from quantflow.config.compose import load_recipe
 from quantflow.errors import QuantflowError
-from quantflow.executor.junction import run
 from quantflow.quantized import QuantizedModel, QuantizedModule, QuantizedScript, load
 from quantflow.schema import PRESETS, QConfig, Recipe
+from quantflow.tasks.run import run
 
 __all__ = [
     "PRESETS",

@@ -10,13 +10,16 @@ import torch
 from torch import nn
 
 from quantflow.errors import Problem, RecipeError, UsageError, nearest
-from quantflow.executor.junction import Source, analyse, execute
+from quantflow.executor.run import Run
+from quantflow.executor.source import Source
 from quantflow.quantized import Quantized
 from quantflow.report import Progress, make_console
 from quantflow.schema import PRESETS, Recipe
+from quantflow.search.bench import analyse
 from quantflow.sources.data import Batch, Data, as_batches
 from quantflow.sources.data.samples import hash_of, identity_of
 from quantflow.sources.models import LoadedModel
+from quantflow.tasks.run import quantized
 
 Module = nn.Module | torch.jit.ScriptModule | torch.export.ExportedProgram
 
@@ -92,7 +95,7 @@ def quantize(
     )
     source = _source(module, calibration, compared)
     with _in_eval_mode(module), Progress(make_console(), quiet=not progress) as shown:
-        return execute(recipe, source, shown, None, ())
+        return quantized(Run.of(recipe, source, shown))
 
 
 def sensitivity(
@@ -144,7 +147,7 @@ def sensitivity(
     )
     source = _source(module, calibration, calibration)
     with _in_eval_mode(module), Progress(make_console(), quiet=not progress) as shown:
-        return analyse(recipe, source, shown)
+        return analyse(Run.of(recipe, source, shown))
 
 
 def _source(module: Module, calibration: list[Batch], compared: list[Batch]) -> Source:

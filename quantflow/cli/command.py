@@ -130,7 +130,7 @@ def run_job(job: config.Job) -> Ending:
     try:
         with _interruptible():
             recipe = Recipe.from_dict(job.settings, job.name)
-            from quantflow.executor.junction import run_task
+            from quantflow.tasks.table import run_task
 
             exit_code = run_task(recipe, list(job.overrides))
             return Ending(exit_code, "a gate failed" if exit_code == EXIT_GATE else "")

@@ -1,1 +1,9 @@
-"""From a recipe to a measured int8 model: the source, the stages in their order, what they come to."""
+"""From a recipe to a measured int8 model: the source, the stages in their order, what they come to.
+
+source    the float side of a run: model and data
+run       what every step of one run is given
+order     the stages, top to bottom
+steps     stages that take more than one call
+measure   float beside int8: accuracy, layers, benchmark
+results   what the results say, and the model that carries them
+"""

@@ -7,7 +7,7 @@ and a pass more is only made for a range that is to be measured in another way.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from quantflow.algorithms import Applied
+from quantflow.executor.built import Converted
 from quantflow.ir.batch import Batch
 from quantflow.ir.graph import Graph
-from quantflow.ir.program import Program
 from quantflow.ir.units import find_units
 from quantflow.numerics.observers import AbstractObserver
 from quantflow.schema import ActivationSpec, LayerOverride, QConfig
@@ -32,16 +32,6 @@ Layers = Mapping[str, str | LayerOverride]
 #: What the algorithms make of a plan's numbers, and what each of them did.
 Refine = Callable[[Prepared, CalibrationTable], tuple[Refined, tuple[Applied, ...]]]
 Range = tuple[str, ActivationSpec]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Plan, table and program of one setting, and the algorithms behind its numbers."""
-
-    plan: Plan
-    table: CalibrationTable
-    program: Program
-    algorithms: tuple[Applied, ...] = ()
 
 
 def _as_measured(prepared: Prepared, table: CalibrationTable) -> tuple[Refined, tuple[Applied, ...]]:
@@ -104,7 +94,7 @@ class Variants:
         possible = [(name, specs.get(name, qconfig.activation)) for name in _codable(self.graph, plan)]
         self._measure(dict.fromkeys((*prepare(self.graph, plan).observed.items(), *possible)), progress)
 
-    def build(self, qconfig: QConfig, layers: Layers, changed: Layers | None = None) -> Variant:
+    def build(self, qconfig: QConfig, layers: Layers, changed: Layers | None = None) -> Converted:
         """The variant's products.
 
         Args:
@@ -117,7 +107,7 @@ class Variants:
         plain, refined, improved = self._numbers(qconfig, layers)
         if changed:
             refined = _carried_over(plain, refined, unrefined(prepared, table))
-        return Variant(prepared.plan, table, convert(prepared, table, refined), (*self._rewritten, *improved))
+        return Converted(prepared.plan, table, convert(prepared, table, refined), (*self._rewritten, *improved))
 
     def _numbers(self, qconfig: QConfig, layers: Layers) -> tuple[Refined, Refined, tuple[Applied, ...]]:
         """Before and after the algorithms, without changed layers; the last are kept: algorithms take time."""

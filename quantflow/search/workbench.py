@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
+from quantflow.executor.built import Converted
 from quantflow.ir.batch import Batch
 from quantflow.ir.program import Node, Program
 from quantflow.ir.units import CORE, MATMUL
 from quantflow.runtimes import Choice
 from quantflow.schema import Algorithm, LayerOverride, QConfig
-from quantflow.search.variants import Layers, Variant, Variants
+from quantflow.search.variants import Layers, Variants
 from quantflow.stages import benchmark as timing
 from quantflow.stages.compile import Compiled, compile_program
 from quantflow.stages.evaluate import evaluate
@@ -146,7 +147,7 @@ class Workbench:
         self._batch = batch
         self._ranking = ranking
         self._evaluation = evaluation
-        self._built: tuple[Setting, Variant, Compiled] | None = None
+        self._built: tuple[Setting, Converted, Compiled] | None = None
         self._first: Compiled | None = None
         self._profiled: tuple[Setting, Compiled] | None = None
         self._pieces: list[dict[str, Any]] | None = None
@@ -157,7 +158,7 @@ class Workbench:
             self._variants[setting.algorithms] = self._variants_of(setting.algorithms)
         return self._variants[setting.algorithms]
 
-    def variant(self, setting: Setting) -> Variant:
+    def variant(self, setting: Setting) -> Converted:
         return self._build(setting)[0]
 
     def candidates(self, setting: Setting) -> list[Candidate]:
@@ -223,7 +224,7 @@ class Workbench:
             "relative": statistics.median(ratios),
         }
 
-    def _build(self, setting: Setting) -> tuple[Variant, Compiled]:
+    def _build(self, setting: Setting) -> tuple[Converted, Compiled]:
         """The last one built is kept: most questions about a setting follow each other."""
         if self._built is None or self._built[0] != setting:
             self._built = None

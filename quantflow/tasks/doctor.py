@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from quantflow.errors import UnavailableError
+from quantflow import report
+from quantflow.errors import EXIT_PASSED, UnavailableError
 from quantflow.host.environment import DISTRIBUTIONS, distribution_version, environment, has_exact_int8_products
 from quantflow.runtimes import RUNTIMES, native_devices
 from quantflow.runtimes import native_library as lib
+from quantflow.schema import Recipe
 
 #: Distributions that the SYCL backend of the native runtime consists of.
 SYCL_DISTRIBUTIONS = ("onednn", "intel-sycl-rt", "intel-opencl-rt", "intel-cmplr-lib-ur", "tbb", "umf")
@@ -24,6 +27,12 @@ class Finding:
     topic: str
     found: str
     cure: str = ""
+
+
+def task(recipe: Recipe, _overrides: Sequence[str]) -> int:
+    """Printed, a line per finding."""
+    report.print_findings(report.make_console(plain=recipe.report.plain), diagnose())
+    return EXIT_PASSED
 
 
 def diagnose() -> list[Finding]:

@@ -7,23 +7,27 @@ Kernels are compared on random and on nasty input (odd sizes, size 1, extremes, 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from quantflow import report
 from quantflow.capture import capture
+from quantflow.errors import EXIT_GATE, EXIT_PASSED
 from quantflow.ir.graph import Input
 from quantflow.ir.program import EPILOGUES, Node, Program, Ref, TensorRef, Value
 from quantflow.ir.units import Epilogue
 from quantflow.numerics.affine import QParams
 from quantflow.numerics.agreement import disagreement, tie_tolerance
 from quantflow.numerics.measures import sqnr_db
+from quantflow.report import Progress
+from quantflow.runtimes import choose_runtime, native_devices
 from quantflow.runtimes.native import NativeRunner, kernel_of
 from quantflow.runtimes.reference import ReferenceRunner, unrounded
-from quantflow.schema import ModeSettings, QConfig
+from quantflow.schema import ModeSettings, QConfig, Recipe
 from quantflow.sources.data import as_batches
 from quantflow.stages.calibrate import calibrate
 from quantflow.stages.convert import convert
@@ -61,6 +65,24 @@ class Case:
     name: str
     program: Program
     inputs: tuple[torch.Tensor, ...]
+
+
+def task(recipe: Recipe, _overrides: Sequence[str]) -> int:
+    """Check the native runtime on this machine's own device: 0 all agree, 3 something does not.
+
+    Raises:
+        UnavailableError: the device is not here, with the devices found.
+    """
+    console = report.make_console(plain=recipe.report.plain)
+    choice = choose_runtime("native", recipe.device.kind)
+    backends = native_devices.backends_of(choice.device)
+    passed = True
+    for backend in backends:
+        with Progress(console, quiet=recipe.report.quiet) as progress, progress.stage(f"selftest {backend}") as stage:
+            rows = selftest(backend, stage.update)
+        report.print_selftest(console, backend, rows)
+        passed = passed and all(row.passed for row in rows)
+    return EXIT_PASSED if passed else EXIT_GATE
 
 
 def selftest(backend: str, progress: Callable[[int, int | None], None] | None = None) -> list[Row]:

@@ -21,7 +21,7 @@ RECIPE = "recipe=resnet18_sym_int8"
 
 
 class Executor:
-    """Stands in for quantflow.executor.junction: remembers what it got, ends as it is told to."""
+    """Stands in for quantflow.tasks.table: remembers what it got, ends as it is told to."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Recipe, list[str]]] = []
@@ -38,7 +38,7 @@ class Executor:
 @pytest.fixture
 def executor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Executor:
     fake = Executor()
-    monkeypatch.setitem(sys.modules, "quantflow.executor.junction", SimpleNamespace(run_task=fake.run_task))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "quantflow.tasks.table", SimpleNamespace(run_task=fake.run_task))  # type: ignore[arg-type]
     monkeypatch.setattr(sweep, "start_process", lambda request, *_: run_request(request))
     monkeypatch.chdir(tmp_path)
     return fake
@@ -210,7 +210,7 @@ def test_an_artifacts_recipe_is_overlaid_inside_a_job(monkeypatch: pytest.Monkey
         merged.append(Recipe.from_dict(overlay(stored, overrides)))
         return 0
 
-    monkeypatch.setitem(sys.modules, "quantflow.executor.junction", SimpleNamespace(run_task=run_task))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "quantflow.tasks.table", SimpleNamespace(run_task=run_task))  # type: ignore[arg-type]
     monkeypatch.setattr(sweep, "start_process", lambda request, *_: run_request(request))
     assert cli.run(["-m", "task=evaluate", "artifact=DIR", "data=mnist", "data.evaluation=5,6"]) == 0
     assert [(recipe.task, recipe.data.kind, recipe.data.evaluation) for recipe in merged] == [

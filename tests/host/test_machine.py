@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from quantflow import quantize
-from quantflow.executor import junction as executor
+from quantflow.executor import measure, steps
 from quantflow.host import machine
 from quantflow.host.machine import Cores
 from quantflow.stages import warmup
@@ -180,7 +180,7 @@ def test_a_run_times_alone_and_computes_beside_others(monkeypatch: pytest.Monkey
         return call
 
     for owner, name in (
-        (executor, "calibrate"), (executor, "tally"), (executor.timing, "interleaved"), (Compiled, "tune"),
+        (steps, "calibrate"), (measure, "tally"), (measure.timing, "interleaved"), (Compiled, "tune"),
         (warmup, "_verify"),
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, watched(name, getattr(owner, name)))

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from quantflow.config.compose import load_recipe
-from quantflow.executor import junction as executor
 from quantflow.report import Progress, make_console, progress, stage_times
+from quantflow.tasks.run import run
+from quantflow.tasks.stage_times import earlier_times
 
 
 class Terminal(io.StringIO):
@@ -129,15 +130,15 @@ def test_a_run_is_expected_to_take_as_long_as_the_last_one_on_the_model(
         "data.shape=[[8]]", "data.calibration=4", "data.evaluation=4",
     ]  # fmt: skip
     recipe, other = load_recipe("template", random), load_recipe("template", [*random, "mode=torchscript"])
-    assert executor._earlier_times(recipe, Path("nowhere")) == {}
-    executor.run(recipe)
+    assert earlier_times(recipe, Path("nowhere")) == {}
+    run(recipe)
     (Path("outputs/template/results.json")).unlink()
     again = load_recipe("template", [*random, "qconfig=affine_uint8"])
-    assert {"load", "capture", "compile"} <= executor._earlier_times(again, Path("outputs/template")).keys()
-    assert executor._earlier_times(other, Path("nowhere")) == {}
+    assert {"load", "capture", "compile"} <= earlier_times(again, Path("outputs/template")).keys()
+    assert earlier_times(other, Path("nowhere")) == {}
     (file,) = (tmp_path / "cache/quantflow/stages").iterdir()
     file.write_bytes(b"[" * 10)
-    assert executor._earlier_times(recipe, Path("nowhere")) == {}
+    assert earlier_times(recipe, Path("nowhere")) == {}
 
 
 def test_a_late_stage_promises_nothing() -> None:

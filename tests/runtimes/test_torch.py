@@ -9,11 +9,15 @@ import torch
 from torch import nn
 
 import quantflow as qf
-from quantflow.capture import capture
-from quantflow.executor.junction import plan_for
+from quantflow.executor.run import Run
+from quantflow.executor.source import Source
+from quantflow.executor.steps import graph_of, plan_for
 from quantflow.ir.batch import Batch
+from quantflow.report import Progress, make_console
 from quantflow.runtimes import choose_runtime, kernels
 from quantflow.schema import Recipe
+from quantflow.sources.data import Data
+from quantflow.sources.models import LoadedModel
 from quantflow.stages.plan import Plan
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -41,7 +45,9 @@ def planned(module: nn.Module, runtime: str = "torch", **settings: Any) -> Plan:
     given = {"model": {"kind": "given", "name": "residual"}, "data": {"kind": "given"}}
     recipe = Recipe.from_dict({"name": "residual", **given, **settings}, "residual")
     example = Batch((X,))
-    return plan_for(recipe, capture(module, example, recipe.mode), choose_runtime(runtime), module, example)
+    source = Source(LoadedModel(module, "residual"), Data([example], [example], {}))
+    run = Run(recipe, source, choose_runtime(runtime), Progress(make_console(), quiet=True))
+    return plan_for(run, graph_of(run, example), example)
 
 
 def about_the_cpu(notices: Any) -> list[str]:

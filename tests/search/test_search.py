@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_layer_sensitivity import PER_TENSOR, batches, fragile
+from test_sensitivity import PER_TENSOR, batches, fragile
 
 import quantflow as qf
 from quantflow.cli import command as cli

@@ -36,7 +36,7 @@ RESUMED = 5
 NURSERY = """
 import os, sys
 from quantflow.cli import command as cli
-from quantflow.executor import junction as executor
+import quantflow.tasks.table
 import quantflow.sources.models.user_model
 print("ready", flush=True)
 for line in sys.stdin:

@@ -1,0 +1,63 @@
+"""What the stages make of a source: up to the integer program, and up to what runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantflow.algorithms import NO_OUTLIERS, Applied, Outliers
+from quantflow.analysis.joins import Join
+from quantflow.ir.graph import Graph
+from quantflow.ir.program import Program
+from quantflow.quantized import Quantized, QuantizedModel, QuantizedModule, QuantizedScript, Record
+from quantflow.schema import Recipe
+from quantflow.stages.calibrate import CalibrationTable
+from quantflow.stages.compile import Compiled
+from quantflow.stages.plan import Plan
+from quantflow.stages.warmup import Warmup
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Plan, table and program of one model, and the algorithms behind its numbers."""
+
+    plan: Plan
+    table: CalibrationTable
+    program: Program
+    algorithms: tuple[Applied, ...] = ()
+
+
+@dataclass(frozen=True)
+class Built:
+    """The int8 side: every product of the stages up to warm-up, which only the first worker goes through."""
+
+    graph: Graph
+    plan: Plan
+    table: CalibrationTable
+    program: Program
+    compiled: Compiled
+    warmup: Warmup | None
+    module: nn.Module | None
+    algorithms: tuple[Applied, ...] = ()
+    outliers: Outliers = NO_OUTLIERS
+    joins: tuple[Join, ...] = ()
+
+    def call(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
+        """What the user will run: the swapped module in imperative mode, else the compiled program."""
+        return self.module(*args, **kwargs) if self.module is not None else self.compiled(*args, **kwargs)
+
+    def verified(self) -> Warmup:
+        """What warm-up found."""
+        assert self.warmup is not None, "the first worker warms up"
+        return self.warmup
+
+    def model(self, record: Record) -> Quantized:
+        """The public result for the mode."""
+        if self.module is not None:
+            return QuantizedModule(self.module, self.compiled, record)
+        if Recipe.from_dict(record.recipe).mode.kind == "torchscript":
+            return QuantizedScript.adopt(self.compiled, record)
+        return QuantizedModel(self.compiled, record)

@@ -1,0 +1,182 @@
+"""Float beside int8: the accuracy of the whole and of each layer, and the time that both take."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from quantflow.analysis.layer_errors import own_errors
+from quantflow.executor.run import Run
+from quantflow.executor.source import Source, Update, cut
+from quantflow.host.environment import environment
+from quantflow.ir.batch import Batch
+from quantflow.ir.graph import Graph, interpret
+from quantflow.ir.program import Program
+from quantflow.quantized import weights_bytes
+from quantflow.stages import benchmark as timing
+from quantflow.stages.compile import Compiled
+from quantflow.stages.evaluate import compare_layers, judge, tally
+from quantflow.stages.prepare import bind
+from quantflow.store.run_folder import Work
+
+#: SQNR per layer is measured on at most this many samples: exact integer sums are slow.
+LAYER_SAMPLES = 8
+#: And what a layer adds by itself on this many: all of the model's values are held at once.
+OWN_SAMPLES = 4
+#: Each layer is timed this often, or as often as fits in about this time.
+MOST_REPEATS = 10
+PER_LAYER_MS = 2000.0
+
+Call = Callable[..., Any]
+
+
+def measure(run: Run, compiled: Compiled, graph: Graph | None, call: Call) -> dict[str, Any]:
+    """The `accuracy` and `benchmark` sections, as far as the recipe enables them."""
+    sections: dict[str, Any] = {}
+    recipe, work, program = run.recipe, run.work, compiled.program
+    inputs = "" if work is None else _inputs(program, run.source)
+    if recipe.evaluate.enabled:
+        sections["accuracy"] = evaluated(run, program, call)
+        if recipe.evaluate.per_layer and graph is not None:
+            with run.progress.stage("layers") as stage:
+                update = stage.update
+                layers = _kept(work, "layers", inputs, lambda: _layer_errors(graph, compiled, run.source, update))
+            sections["accuracy"] = {**sections["accuracy"], **layers}
+    if recipe.benchmark.enabled:
+        with run.progress.stage("benchmark", alone=True) as stage:
+            sections["benchmark"] = _kept(
+                work,
+                "benchmark",
+                inputs + json.dumps(environment()),
+                lambda: _benchmark(run, compiled, call, stage.update),
+            )
+    return sections
+
+
+def evaluated(run: Run, program: Program, call: Call) -> dict[str, Any]:
+    """The comparison with float over all batches, each worker taking its part."""
+    source, work, workers = run.source, run.work, run.workers
+    part = workers.part(source.data.evaluation)
+    inputs = "" if work is None else _inputs(program, source)
+    with run.progress.stage("evaluate") as stage:
+        known = None if work is None else workers.from_first(lambda: work.get("accuracy", inputs))
+        if known is not None:
+            return known
+        tallies = workers.gather(
+            lambda: tally(
+                source.float_model(),
+                call,
+                part,
+                metric=source.data.metric,
+                outputs=source.model.outputs,
+                first=part.first,
+                progress=stage.update,
+            )
+        )
+    accuracy = judge(each for own in tallies for each in own)
+    if work is not None and workers.is_first:
+        work.put("accuracy", inputs, accuracy)
+    return accuracy
+
+
+def _kept(work: Work | None, name: str, inputs: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """`compute()`, or what an interrupted run has kept of it; kept for the next one if this is interrupted."""
+    if work is None:
+        return compute()
+    product = work.get(name, inputs)
+    if product is None:
+        product = compute()
+        work.put(name, inputs, product)
+    return product
+
+
+def _inputs(program: Program, source: Source) -> str:
+    """What figures depend on besides the recipe: the int8 model and the data."""
+    digest = hashlib.sha256(weights_bytes(program))
+    digest.update(json.dumps([program.to_json(), source.data.identity], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _layer_errors(graph: Graph, compiled: Compiled, source: Source, update: Update) -> dict[str, Any]:
+    """`per_layer`: each layer's error with those before it, and its own; `histograms` of the worst layers."""
+    batch = cut(next(iter(source.data.evaluation)), LAYER_SAMPLES, is_dynamic=graph.batch_is_dynamic)
+    program = compiled.program
+    names = {node.name: str(node.meta.get("layer", node.name)) for node in graph.fx.nodes}
+    computed = {
+        node.output: node.name for node in program.nodes if node.op not in ("quantize", "dequantize", "size", "shape")
+    }
+
+    def float_run(batch: Batch, on_value: Callable[[str, torch.Tensor], None]) -> None:
+        interpret(
+            graph,
+            bind(graph.inputs, batch.args, batch.kwargs),
+            lambda node, value: (
+                on_value(computed[node.name], value) if _is_real(value) and node.name in computed else None
+            ),
+        )
+
+    def int8_run(batch: Batch, on_value: Callable[[str, torch.Tensor], None]) -> None:
+        for done, (name, value) in enumerate(compiled.trace(bind(program.inputs, batch.args, batch.kwargs)), start=1):
+            update(done, 2 * len(program.nodes))
+            if name in computed and name in names and _is_real(value):
+                on_value(computed[name], value)
+
+    rows = compare_layers(float_run, int8_run, [batch])
+    own, histograms = own_errors(
+        graph,
+        compiled,
+        cut(batch, OWN_SAMPLES, is_dynamic=graph.batch_is_dynamic),
+        lambda done, total: update(total + done, 2 * total),
+    )
+    for row in rows:
+        if row["name"] in own:
+            row["own_sqnr_db"] = own[row["name"]].sqnr_db
+    return {"per_layer": rows, "histograms": histograms}
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _benchmark(run: Run, compiled: Compiled, call: Call, update: Update) -> dict[str, Any]:
+    settings, program, float_model = run.recipe.benchmark, compiled.program, run.source.float_model()
+    first = next(iter(run.source.data.evaluation))
+    sizes = settings.batch_sizes if program.batch_is_dynamic else (first.size,)
+    total, configs = len(sizes) * settings.rounds, []
+    with timing.threads(settings.threads) as threads, torch.inference_mode():
+        for done, size in enumerate(sizes):
+            batch = timing.resized(first, size)
+            timings = timing.interleaved(
+                {
+                    "float": lambda b=batch: float_model(*b.args, **b.kwargs),  # type: ignore[misc]
+                    "int8": lambda b=batch: call(*b.args, **b.kwargs),  # type: ignore[misc]
+                },
+                rounds=settings.rounds,
+                min_round_ms=settings.min_round_ms,
+                progress=lambda r, _, done=done: update(done * settings.rounds + r, total),  # type: ignore[misc]
+            )
+            configs.append(timing.comparison(size, timings))
+        per_layer = None
+        if settings.per_layer:
+            batch = timing.resized(first, sizes[0])
+            repeats = int(PER_LAYER_MS / max(configs[0]["int8"]["median_ms"], 1e-3))
+            inputs = bind(program.inputs, batch.args, batch.kwargs)
+            per_layer = compiled.layer_times(inputs, max(1, min(MOST_REPEATS, repeats)))
+    int8_bytes, float_bytes = len(weights_bytes(program)), run.source.float_bytes()
+    section = {
+        "threads": threads,
+        "rounds": settings.rounds,
+        "float": "torch float32, eager",
+        "configs": configs,
+        "size": {
+            "float_bytes": float_bytes,
+            "int8_bytes": int8_bytes,
+            "ratio": int8_bytes / float_bytes if float_bytes else None,
+        },
+        "peak_memory_bytes": timing.peak_memory_bytes(),
+    }
+    return section | ({"per_layer": per_layer} if per_layer is not None else {})

@@ -1,0 +1,69 @@
+"""The only file that knows the order of the stages.
+
+    capture → plan → outliers → prepare → calibrate → refine → convert → compile → warm up → measure → judge
+
+Algorithms that rewrite the float graph (equalize, smooth) act between capture and the plan that is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from quantflow.algorithms import find_outliers, refine
+from quantflow.analysis.joins import join_costs
+from quantflow.executor.built import Built, Converted
+from quantflow.executor.results import finished
+from quantflow.executor.run import Run
+from quantflow.executor.steps import calibrated, captured, plan_for, ready, rewritten
+from quantflow.host.machine import reused_memory
+from quantflow.quantized import Quantized
+from quantflow.stages.convert import convert
+from quantflow.stages.prepare import prepare
+
+#: What an int8 join costs is measured on at most this many samples: all operands are held at once.
+JOIN_SAMPLES = 8
+
+
+def execute(run: Run, baseline: Mapping[str, Any] | None = None) -> Quantized:
+    """Every stage on a loaded source; the result carries its record and results.
+
+    Args:
+        baseline: another artifact's figures, for the report.
+
+    Raises:
+        QuantflowError: any stage's own error.
+    """
+    return finished(run, build(run), baseline)
+
+
+@reused_memory()
+def build(run: Run) -> Built:
+    """Every stage up to warm-up.
+
+    Workers calibrate together and convert the merged table each for itself; the first one verifies and tunes.
+    """
+    recipe, stage = run.recipe, run.progress.stage
+    example, kept = run.source.first_batch, run.kept_algorithms()
+    original = captured(run, example)
+    graph, applied, module = rewritten(run, original, example, kept)
+    material = run.material(graph)
+    with stage("plan"):
+        plan = plan_for(run, graph, example)
+    with stage("outliers") as shown:
+        outliers = find_outliers(recipe.outliers, graph, plan, replace(material, update=shown.update))
+        if outliers.left_float:
+            plan = plan_for(run, graph, example, outliers)
+    with stage("prepare"):
+        prepared = prepare(graph, plan, module)
+    with stage("calibrate") as shown:
+        table = calibrated(run, prepared, shown.update)
+    refined, improved = refine(recipe.algorithms, prepared, table, material, stage, kept.numbers(prepared))
+    joins = ()
+    if recipe.evaluate.enabled and recipe.evaluate.per_layer:
+        joins = join_costs(prepared, refined, material.first(JOIN_SAMPLES))
+    with stage("convert"):
+        program = convert(prepared, table, refined)
+    built = ready(run, graph, Converted(plan, table, program, (*applied, *improved)), module, example)
+    return replace(built, outliers=outliers, joins=joins)

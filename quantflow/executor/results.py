@@ -1,0 +1,175 @@
+"""What the results say of a run, and the model that carries them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from quantflow.analysis.baseline import beside
+from quantflow.analysis.fused_graph import fused_graph
+from quantflow.analysis.joins import join_notices
+from quantflow.errors import NothingQuantizedError
+from quantflow.executor.built import Built
+from quantflow.executor.measure import measure
+from quantflow.executor.run import Run
+from quantflow.executor.source import Source, cut
+from quantflow.host.environment import environment
+from quantflow.ir.program import Program
+from quantflow.quantized import Quantized, Record, as_script
+from quantflow.schema import Recipe
+from quantflow.stages import benchmark as timing
+from quantflow.stages.evaluate import evaluate
+from quantflow.stages.gates import evaluate_gates, verdict
+from quantflow.stages.imperative import Int8Layer, called_modules
+from quantflow.stages.plan import Plan
+from quantflow.stages.prepare import bind
+
+
+@dataclass(frozen=True)
+class Addition:
+    """What a search adds to the results of the model that it found."""
+
+    sections: Mapping[str, Any] = field(default_factory=dict)
+    notices: Sequence[str] = ()
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+
+NOTHING_ADDED = Addition()
+
+
+def finished(
+    run: Run, built: Built, baseline: Mapping[str, Any] | None = None, added: Addition = NOTHING_ADDED
+) -> Quantized:
+    """Measured, judged and with its record."""
+    progress, warm = run.progress, built.verified()
+    results: dict[str, Any] = {
+        **opening(run, built.plan, built.program),
+        "calibration": {
+            "batches": built.table.batches,
+            "samples": built.table.samples,
+            "seconds": next((s["seconds"] for s in progress.stages if s["name"] == "calibrate"), None),
+            "resumed": built.table.resumed_batches > 0,
+            "workers": run.workers.count,
+        },
+        "algorithms": [applied.to_json() for applied in built.algorithms],
+        "joins": [vars(join) for join in built.joins],
+        "outliers": [each.to_json() for each in built.outliers.found],
+        "warmup": warm.to_json(),
+    }
+    results["int8_proof"] = _int8_proof(built, run.source)
+    results |= added.sections
+    results |= measure(run, built.compiled, built.graph, built.call)
+    results["notices"] = [
+        *run.source.notices,
+        *built.plan.notes,
+        *built.outliers.notices,
+        *join_notices(built.joins),
+        *built.table.notices,
+        *(notice for applied in built.algorithms for notice in applied.outcome.notices),
+        *warm.notices,
+        *timing.unsteady(timed(results)),
+        *([] if run.work is None else run.work.notices),
+        *added.notices,
+    ]
+    results["resumed"] = [] if run.work is None else run.work.resumed
+    results |= judged(run.recipe, results)
+    if baseline is not None:
+        results["baseline"] = beside(baseline, results)
+    results["stages"] = progress.stages
+    graph_text = _graph_text(run, built) if run.recipe.report.graph_dump else None
+    record = Record(
+        run.recipe.to_dict(), built.plan.to_json(), built.table, built.program, results, graph_text, added.files
+    )
+    return built.model(record)
+
+
+def opening(run: Run, plan: Plan, program: Program) -> dict[str, Any]:
+    """What the results say before anything is measured."""
+    recipe, choice = run.recipe, run.choice
+    return {
+        "format": 1,
+        "recipe": {
+            "name": recipe.name,
+            "description": recipe.description,
+            "hash": recipe.hash(),
+            "overrides": list(run.overrides),
+            "settings": recipe.to_dict(),
+        },
+        "environment": environment(),
+        "model": _model_section(run.source),
+        "data": run.source.data.identity,
+        "mode": recipe.mode.kind,
+        "device": choice.device,
+        "runtime": {"requested": choice.requested, "chosen": choice.runtime.name, "reason": choice.reason},
+        "plan": plan.to_json()["rows"],
+        "graph": fused_graph(program),
+    }
+
+
+def judged(recipe: Recipe, results: Mapping[str, Any]) -> dict[str, Any]:
+    """The `gates` and `verdict` sections."""
+    gates = evaluate_gates(recipe.gates, results)
+    return {"gates": [vars(gate) for gate in gates], "verdict": verdict(gates)}
+
+
+def timed(results: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """One entry per batch size that was timed."""
+    configs: Sequence[Mapping[str, Any]] = (results.get("benchmark") or {}).get("configs", ())
+    return configs
+
+
+def _int8_proof(built: Built, source: Source) -> dict[str, Any]:
+    """Count int8 layers in what really runs, and show that its output is not float's.
+
+    Raises:
+        NothingQuantizedError: nothing runs in int8, or the output equals float's to the last bit.
+    """
+    runs = built.compiled.runner.int8_layers()
+    if built.module is not None:
+        called = called_modules(built.module, source.first_batch)
+        runs = sum(called.get(name, 0) for name, m in built.module.named_modules() if isinstance(m, Int8Layer))
+    if runs == 0:
+        raise NothingQuantizedError("int8 proof: no int8 layer runs in the converted model; nothing was quantized")
+    batch = cut(source.first_batch, 1, is_dynamic=built.graph.batch_is_dynamic)
+    difference = evaluate(source.float_model(), built.call, [batch])
+    constant = difference["float_max_abs"] == 0
+    if difference["identical"] and not constant:
+        raise NothingQuantizedError(
+            "int8 proof: the converted model's output equals the float model's to the last bit, so int8 can't have run"
+        )
+    return {
+        "int8_layers": built.plan.int8_layers,
+        "int8_layers_run": runs - built.plan.second_terms,
+        "core_layers": built.plan.core_layers,
+        "coverage": built.plan.int8_coverage,
+        "output_differs": not difference["identical"],
+    }
+
+
+def _model_section(source: Source) -> dict[str, Any]:
+    model, module = source.model, source.model.module
+    state = module.state_dict if isinstance(module, torch.export.ExportedProgram) else dict(module.named_parameters())
+    return {
+        "name": model.name,
+        "weights_requested": model.weights_requested,
+        "weights_used": model.weights_used,
+        "parameters": sum(t.numel() for t in state.values()),
+        "float_bytes": source.float_bytes(),
+    }
+
+
+def _graph_text(run: Run, built: Built) -> str:
+    """TorchScript's own graph where the result is one or runs as one, else a line per node of the program."""
+    is_script = run.recipe.mode.kind == "torchscript"
+    script = as_script(built.compiled) if is_script else getattr(built.compiled.runner, "script", None)
+    if script is None:
+        return (
+            "\n".join(f"{node.output} = {node.fused_name}({', '.join(node.refs())})" for node in built.program.nodes)
+            + "\n"
+        )
+    batch = cut(run.source.first_batch, 1, is_dynamic=built.graph.batch_is_dynamic)
+    with torch.inference_mode():
+        return str(script.graph_for(*bind(built.program.inputs, batch.args, batch.kwargs)))

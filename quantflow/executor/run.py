@@ -1,0 +1,68 @@
+"""What every step of one run is given."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from quantflow.algorithms import Material
+from quantflow.algorithms.kept import NOTHING_KEPT, KeptAlgorithms
+from quantflow.executor.source import Source
+from quantflow.host.workers import Workers
+from quantflow.ir.graph import Graph
+from quantflow.report import Progress
+from quantflow.runtimes import Choice, choose_runtime
+from quantflow.schema import Recipe
+from quantflow.store.run_folder import Work
+
+#: This process computes everything by itself.
+ONLY = Workers()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: what was asked, on what, where; who is told of its progress, what is kept of it, who shares the work."""
+
+    recipe: Recipe
+    source: Source
+    choice: Choice
+    progress: Progress
+    work: Work | None = None
+    workers: Workers = ONLY
+    overrides: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, recipe: Recipe, source: Source, progress: Progress, **others: Any) -> Run:
+        """A run on the runtime and device that the recipe asks for.
+
+        Raises:
+            UnavailableError: this machine does not have them.
+        """
+        choice = choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind)
+        return cls(recipe, source, choice, progress, **others)
+
+    @property
+    def swapped(self) -> nn.Module | None:
+        """The module that stays the user's own code in imperative mode; None: the captured graph is what runs."""
+        module = self.source.model.module
+        return module if self.recipe.mode.kind == "imperative" and isinstance(module, nn.Module) else None
+
+    def material(self, graph: Graph) -> Material:
+        """What accuracy algorithms look at."""
+        return Material(self.source.data.calibration, graph.batch_is_dynamic, self.recipe.seed)
+
+    def kept_algorithms(self) -> KeptAlgorithms:
+        """What an interrupted run's algorithms have finished. Every worker reads it; the first one writes."""
+        if self.work is None or not (self.workers.is_first or self.recipe.resume):
+            return NOTHING_KEPT
+        inputs = json.dumps([self.choice.runtime.name, self.choice.device, self.source.data.identity], sort_keys=True)
+        return KeptAlgorithms(self.work, inputs, writes=self.workers.is_first)
+
+    def checkpoint(self) -> Path | None:
+        """Where this worker keeps the state of its calibration."""
+        return None if self.work is None else self.work.checkpoint(self.workers.rank, self.workers.count)

@@ -1,0 +1,133 @@
+"""The stages that take more than one call, as one function each."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+from torch import nn
+
+from quantflow.algorithms import NO_OUTLIERS, Applied, Outliers, rewrite
+from quantflow.algorithms.kept import KeptAlgorithms
+from quantflow.capture import capture, likely_seconds
+from quantflow.executor.built import Built, Converted
+from quantflow.executor.run import Run
+from quantflow.executor.source import Update, cut
+from quantflow.ir.batch import Batch
+from quantflow.ir.graph import Graph
+from quantflow.ir.passes.int8_embeddings import int8_embeddings
+from quantflow.stages.benchmark import resized
+from quantflow.stages.calibrate import CalibrationTable, calibrate, require_complete
+from quantflow.stages.compile import compile_program
+from quantflow.stages.imperative import called_modules, carry_over, fixed_constants, swap_modules
+from quantflow.stages.plan import Plan, make_plan
+from quantflow.stages.prepare import Prepared
+from quantflow.stages.warmup import warmup
+
+#: Warm-up compares with the reference on this many samples: exact integer sums are slow.
+VERIFIED_SAMPLES = 2
+#: Variants of larger batches are not tried: that takes longer than a user would wait.
+MOST_TUNED_SAMPLES = 64
+
+
+def captured(run: Run, example: Batch) -> Graph:
+    """The captured graph, as a stage that is shown."""
+    with run.progress.stage("capture") as stage:
+        stage.expect(likely_seconds(run.source.model.module, run.recipe.mode))
+        return graph_of(run, example)
+
+
+def graph_of(run: Run, example: Batch) -> Graph:
+    """The captured graph, with what the policy asks for before anything is planned."""
+    graph = capture(run.source.model.module, example, run.recipe.mode)
+    return int8_embeddings(graph) if run.recipe.policy.embedding == "int8" else graph
+
+
+def rewritten(
+    run: Run, original: Graph, example: Batch, kept: KeptAlgorithms
+) -> tuple[Graph, tuple[Applied, ...], nn.Module | None]:
+    """The graph that is quantized, what algorithms did to it, and in imperative mode the module that computes it."""
+    module = run.swapped
+    fixed = frozenset() if module is None else fixed_constants(module, original)
+    graph, applied = rewrite(
+        run.recipe.algorithms,
+        original,
+        lambda graph: plan_for(run, graph, example),
+        replace(run.material(original), fixed=fixed, may_insert=module is None),
+        run.progress.stage,
+        kept.graphs(),
+    )
+    return graph, applied, None if module is None else carry_over(module, original, graph)
+
+
+def plan_for(run: Run, graph: Graph, example: Batch, outliers: Outliers = NO_OUTLIERS) -> Plan:
+    """The plan for a captured graph, with what this machine decides filled in."""
+    recipe, runtime = run.recipe, run.choice.runtime
+    plan = make_plan(
+        graph,
+        recipe.qconfig,
+        recipe.layers,
+        mode=recipe.mode.kind,
+        kernel_of=runtime.kernel_of,
+        reduce_range=recipe.qconfig.reduce_range is True,
+        swappable=None if run.swapped is None else called_modules(run.swapped, example),
+        recipe_name=recipe.name,
+        left_float=outliers.left_float,
+        policy=recipe.policy,
+    )
+    return replace(plan, notes=(*plan.notes, *runtime.notes()))
+
+
+def calibrated(run: Run, prepared: Prepared, update: Update) -> CalibrationTable:
+    """The table of all batches: each worker's part, merged in order, which is what one worker gets of the whole."""
+    recipe, workers = run.recipe, run.workers
+    part = workers.part(run.source.data.calibration)
+
+    def own() -> CalibrationTable:
+        return calibrate(
+            prepared,
+            part,
+            key=recipe.calibration_key(),
+            checkpoint=run.checkpoint(),
+            checkpoint_every_s=recipe.calibrate.checkpoint_every_s,
+            resume=recipe.calibrate.resume,
+            first=None if workers.count == 1 else part.first,
+            progress=update,
+        )
+
+    if workers.count == 1:
+        return own()
+    states = workers.gather(lambda: own().to_bytes())
+    tables = [CalibrationTable.from_bytes(state, f"worker {rank}'s table") for rank, state in enumerate(states)]
+    table = functools.reduce(CalibrationTable.merge, tables)
+    require_complete(table, prepared.layers)
+    return table
+
+
+def ready(run: Run, graph: Graph, converted: Converted, module: nn.Module | None, example: Batch) -> Built:
+    """compile → warm up, which is the first worker's."""
+    plan, program = converted.plan, converted.program
+    with run.progress.stage("compile"):
+        compiled = compile_program(program, run.choice)
+        swapped = None if module is None else swap_modules(module, plan, program, run.choice.runtime.name)
+    warm = None
+    if run.workers.is_first:
+        with run.progress.stage("warm up") as stage:
+            warm = warmup(
+                compiled,
+                cut(example, VERIFIED_SAMPLES, is_dynamic=graph.batch_is_dynamic),
+                iterations=run.recipe.warmup.iterations,
+                min_sqnr_db=run.recipe.warmup.min_sqnr_db,
+                call=swapped,
+                tuned_for=_tuned_for(run, graph, example),
+                alone=run.progress.alone,
+                progress=stage.update,
+            )
+    return Built(graph, plan, converted.table, program, compiled, warm, swapped, converted.algorithms)
+
+
+def _tuned_for(run: Run, graph: Graph, example: Batch) -> list[Batch]:
+    """The batches that the runtime is tuned for: the sizes that will be timed."""
+    if not graph.batch_is_dynamic:
+        return [example]
+    return [resized(example, size) for size in run.recipe.benchmark.batch_sizes if size <= MOST_TUNED_SAMPLES]
