@@ -1,0 +1,1 @@
+"""Rewritings of a graph that keep what it computes, one file each."""
