@@ -1,0 +1,160 @@
+#include "layout.hpp"
+
+#include <algorithm>
+#include <numeric>
+#include <string>
+
+namespace quantflow::lowering {
+
+std::int64_t checked_count(const Dims& dims) {
+    constexpr std::int64_t kMost = std::int64_t{1} << 40;
+    std::int64_t n = 1, without_zeros = 1;
+    for (auto d : dims) {
+        if (d < 0 || d > kMost) throw Error("a dimension of " + std::to_string(d));
+        without_zeros *= std::max<std::int64_t>(d, 1);
+        if (without_zeros > kMost) throw Error("a tensor of more than 2^40 elements");
+        n *= d;
+    }
+    if (dims.size() > 16) throw Error("a tensor of more than 16 dimensions");
+    return n;
+}
+
+bool has_no_elements(const Dims& dims) {
+    return std::any_of(dims.begin(), dims.end(), [](std::int64_t d) { return d == 0; });
+}
+
+int axis(std::int64_t dim, int rank) {
+    const std::int64_t at = dim < 0 ? dim + rank : dim;
+    if (at < 0 || at >= rank) throw Error("dimension " + std::to_string(dim) + " of a tensor of rank " + std::to_string(rank));
+    return static_cast<int>(at);
+}
+
+Dims broadcast_dims(const Dims& a, const Dims& b) {
+    Dims out(std::max(a.size(), b.size()));
+    for (std::size_t i = 0; i < out.size(); ++i) {
+        const std::int64_t x = i < a.size() ? a[a.size() - 1 - i] : 1, y = i < b.size() ? b[b.size() - 1 - i] : 1;
+        if (x != y && x != 1 && y != 1) throw Error("shapes do not broadcast");
+        out[out.size() - 1 - i] = x == 1 ? y : x;
+    }
+    return out;
+}
+
+Dims spread(Dims v, std::size_t n) {
+    if (v.size() == 1) v.assign(n, v[0]);
+    return v;
+}
+
+bool repeats(const View& v) {
+    return std::any_of(v.strides.begin(), v.strides.end(), [](std::int64_t s) { return s == 0; });
+}
+
+Dims dense_like(const View& v) {
+    std::vector<std::size_t> order(v.dims.size());
+    std::iota(order.begin(), order.end(), std::size_t{0});
+    std::stable_sort(order.begin(), order.end(),
+                     [&](std::size_t a, std::size_t b) { return v.strides[a] > v.strides[b]; });
+    Dims strides(v.dims.size());
+    std::int64_t step = 1;
+    for (std::size_t i = order.size(); i-- > 0;) {
+        strides[order[i]] = step;
+        step *= v.dims[order[i]];
+    }
+    return strides;
+}
+
+Dims dense_like(const View& v, const Dims& dims) {
+    View shape = v;
+    shape.dims = dims;
+    return dense_like(shape);
+}
+
+bool is_dense(const View& v) { return same_layout(v.dims, v.strides, dense_like(v)); }
+
+std::optional<Dims> strides_for_reshape(const View& v, const Dims& dims) {
+    if (v.count() == 0) return row_major(dims);
+    Dims strides(dims.size());
+    int to = static_cast<int>(dims.size()) - 1;
+    std::int64_t chunk = 1, covered = 1;
+    std::int64_t base = v.rank() > 0 ? v.strides.back() : 1;
+    for (int from = v.rank() - 1; from >= 0; --from) {
+        chunk *= v.dims[static_cast<std::size_t>(from)];
+        const bool ends = from == 0 || (v.dims[static_cast<std::size_t>(from) - 1] != 1 &&
+                                        v.strides[static_cast<std::size_t>(from) - 1] != chunk * base);
+        if (!ends) continue;
+        while (to >= 0 && (covered < chunk || dims[static_cast<std::size_t>(to)] == 1)) {
+            strides[static_cast<std::size_t>(to)] = covered * base;
+            covered *= dims[static_cast<std::size_t>(to)];
+            --to;
+        }
+        if (covered != chunk) return std::nullopt;
+        if (from > 0) {
+            base = v.strides[static_cast<std::size_t>(from) - 1];
+            chunk = covered = 1;
+        }
+    }
+    for (; to >= 0; --to) strides[static_cast<std::size_t>(to)] = 1;
+    return strides;
+}
+
+View expanded(const View& v, const Dims& dims) {
+    checked_count(dims);
+    if (dims.size() < v.dims.size()) throw Error("shapes do not broadcast");
+    View out = v;
+    out.dims = dims;
+    out.strides.assign(dims.size(), 0);
+    const std::size_t lead = dims.size() - v.dims.size();
+    for (std::size_t i = 0; i < v.dims.size(); ++i) {
+        if (v.dims[i] != dims[lead + i] && v.dims[i] != 1) throw Error("shapes do not broadcast");
+        if (v.dims[i] == dims[lead + i]) out.strides[lead + i] = v.strides[i];
+    }
+    return out;
+}
+
+View permuted(const View& x, const Dims& order) {
+    View y = x;
+    if (order.size() != x.dims.size()) throw Error("permute names another number of dimensions");
+    for (std::size_t i = 0; i < order.size(); ++i) {
+        const auto from = static_cast<std::size_t>(axis(order[i], x.rank()));
+        y.dims[i] = x.dims[from];
+        y.strides[i] = x.strides[from];
+    }
+    return y;
+}
+
+View sliced(const View& x, int at, std::int64_t start, std::int64_t end, std::int64_t step) {
+    const auto i = static_cast<std::size_t>(at);
+    const std::int64_t size = x.dims[i];
+    const auto clip = [&](std::int64_t p) {
+        return std::clamp<std::int64_t>(p < 0 ? std::max(p, -size) + size : p, 0, size);
+    };
+    if (step < 1) throw Unsupported("a slice that runs backwards");
+    const std::int64_t from = clip(start), to = std::max(from, clip(end));
+    View y = x;
+    y.dims[i] = to == from ? 0 : (to - from - 1) / step + 1;
+    y.offset += from * x.strides[i] * size_of(x.dtype);
+    y.strides[i] = y.dims[i] > 1 ? x.strides[i] * step : x.strides[i];
+    if (y.count() == 0) y.offset = x.offset;
+    return y;
+}
+
+View selected(const View& x, int at, std::int64_t index) {
+    const auto i = static_cast<std::size_t>(at);
+    const std::int64_t p = index < 0 ? index + x.dims[i] : index;
+    if (p < 0 || p >= x.dims[i]) throw Error("index " + std::to_string(index) + " is outside its dimension");
+    View y = x;
+    y.offset += p * x.strides[i] * size_of(x.dtype);
+    erase_dim(y, at);
+    return y;
+}
+
+void erase_dim(View& v, int at) {
+    v.dims.erase(v.dims.begin() + at);
+    v.strides.erase(v.strides.begin() + at);
+}
+
+void insert_dim(View& v, int at, std::int64_t stride) {
+    v.dims.insert(v.dims.begin() + at, 1);
+    v.strides.insert(v.strides.begin() + at, stride);
+}
+
+}  // namespace quantflow::lowering

@@ -1,0 +1,207 @@
+#include <algorithm>
+#include <cmath>
+
+#include "nodes.hpp"
+
+namespace quantflow::lowering {
+namespace {
+
+template <Unary op>
+void unary(Context& c, const Node& n) {
+    const View x = c.spread_out(c.operand(0, "self"));
+    if (op == Unary::logical_not) {
+        if (x.dtype != DType::b8) throw Unsupported("not of what is no bool");
+        View y = c.allocate(DType::b8, x.dims, dense_like(x));
+        c.emit(c.backend.unary(op, 0, 0, {}, c.tensor(x), c.tensor(y)), {&x, &y});
+        return c.define(n.output, y);
+    }
+    if (!x.q && x.dtype != DType::f32) throw Unsupported("a float function of integers");
+    apply(c, op, 0, 0, {}, x, n.output);
+}
+
+void power(Context& c, const Node& n) {
+    if (overload_name(n.target) != "Tensor_Scalar") throw Unsupported("a power that is a tensor");
+    const View x = c.spread_out(c.operand(0, "self"));
+    if (!x.q && x.dtype != DType::f32) throw Unsupported("a power of integers");
+    apply(c, Unary::power, static_cast<float>(c.real(1, "exponent")), 0, {}, x, n.output);
+}
+
+bool is_power_of_two(double x) {
+    int exponent = 0;
+    return std::frexp(x, &exponent) == 0.5;
+}
+
+// Which operand comes first, and what they may be.
+enum class Operands { in_order, swapped, bools };
+
+template <Binary op, Operands kind = Operands::in_order>
+void arithmetic(Context& c, const Node& n) {
+    if (c.has(99, "rounding_mode")) throw Unsupported("a division that rounds");
+    if (n.args.size() < 2) throw Unsupported("an operand is missing");
+    const double alpha = c.real(2, "alpha", 1.0);
+    Val first = c.evaluated(n.args[0]), second = c.evaluated(n.args[1]);
+    if (kind == Operands::swapped) std::swap(first, second);
+    if (alpha != 1.0) throw Unsupported("alpha other than 1");
+    const View* a = first.as<View>();
+    const View* b = second.as<View>();
+    for (const View* v : {a, b})
+        if (kind == Operands::bools && v != nullptr && v->dtype != DType::b8) throw Unsupported("bitwise logic of integers");
+    if (a != nullptr && b != nullptr) return binary(c, op, *a, *b, n.output, {});
+    const View* x = a != nullptr ? a : b;
+    if (x == nullptr) throw Unsupported("no operand is a tensor");
+    const double number = as_real(a != nullptr ? second : first, "other");
+    const bool is_real = x->q || x->dtype == DType::f32;
+    const bool affine = is_real && (op == Binary::add || op == Binary::mul || (op == Binary::sub) ||
+                                    (op == Binary::div && a != nullptr && is_power_of_two(number)));
+    if (affine) {
+        float scale = 1, shift = 0;
+        const auto value = static_cast<float>(number);
+        if (op == Binary::add) shift = value;
+        if (op == Binary::mul) scale = value;
+        if (op == Binary::div) scale = 1.0f / value;  // exact: a power of two
+        if (op == Binary::sub) {
+            scale = a != nullptr ? 1.0f : -1.0f;
+            shift = a != nullptr ? -value : value;
+        }
+        Epilogue epilogue;
+        const int output = c.fusion.absorb_activation(n.output, epilogue);
+        return apply(c, Unary::affine, scale, shift, epilogue, c.spread_out(*x), output);
+    }
+    View plain_x = *x;
+    if (!is_real && number != std::floor(number)) plain_x = c.as_f32(*x);
+    const View constant = c.number_like(number, plain_x);
+    binary(c, op, a != nullptr ? plain_x : constant, a != nullptr ? constant : plain_x, n.output, {});
+}
+
+// condition ? a : b, broadcast.
+void chosen(Context& c, const View& condition, View a, View b, int output) {
+    if (condition.dtype != DType::b8) throw Unsupported("a condition that is no bool");
+    a = c.plain(a);
+    b = c.plain(b);
+    if (a.dtype != b.dtype) {
+        a = c.as_f32(a);
+        b = c.as_f32(b);
+    }
+    const Dims dims = broadcast_dims(broadcast_dims(a.dims, b.dims), condition.dims);
+    const View cond = expanded(condition, dims), ea = expanded(a, dims), eb = expanded(b, dims);
+    View y = c.allocate(a.dtype, dims, row_major(dims));
+    c.emit(c.backend.where(c.tensor(cond), c.tensor(ea), c.tensor(eb), c.tensor(y)), {&cond, &ea, &eb, &y});
+    c.define(output, y);
+}
+
+void where(Context& c, const Node& n) {
+    View condition = c.operand(0, "condition");
+    const Val first = c.evaluated(*c.argument(1, "self")), second = c.evaluated(*c.argument(2, "other"));
+    const View* a = first.as<View>();
+    const View* b = second.as<View>();
+    if (a == nullptr && b == nullptr) throw Unsupported("where of two numbers");
+    View va = a != nullptr ? *a : View{}, vb = b != nullptr ? *b : View{};
+    if (a == nullptr) va = c.number_like(as_real(first, "self"), vb);
+    if (b == nullptr) vb = c.number_like(as_real(second, "other"), va);
+    chosen(c, condition, va, vb, n.output);
+}
+
+void masked_fill(Context& c, const Node& n) {
+    const View x = c.operand(0, "self"), mask = c.operand(1, "mask");
+    const Val v = c.evaluated(*c.argument(2, "value"));
+    View fill;
+    if (const auto* view = v.as<View>())
+        fill = *view;
+    else
+        fill = c.number_like(as_real(v, "value"), x);
+    chosen(c, mask, fill, x, n.output);
+}
+
+void convert(Context& c, const Node& n) {
+    const View x = c.operand(0, "self");
+    const Word* word = nullptr;
+    for (const Arg& a : n.args)
+        if (a.as<Word>() != nullptr && a.as<Word>()->kind == "dtype") word = a.as<Word>();
+    if (const auto it = n.kwargs.find("dtype"); it != n.kwargs.end()) word = it->second.as<Word>();
+    if (word == nullptr) throw Unsupported("a conversion that names no dtype");
+    const std::optional<DType> dtype = dtype_named(word->name);
+    if (!dtype) throw Unsupported("a conversion to " + word->name);
+    const View p = c.plain(x);
+    c.define(n.output, p.dtype == *dtype ? p : c.copied(p, dense_like(p), *dtype, std::nullopt));
+}
+
+}  // namespace
+
+void binary(Context& c, Binary op, View a, View b, int output, Epilogue epilogue) {
+    const Dims dims = broadcast_dims(a.dims, b.dims);
+    const bool is_real = (a.q || a.dtype == DType::f32) || (b.q || b.dtype == DType::f32) || op == Binary::div;
+    if (is_real) {
+        a = c.as_real_operand(a);
+        b = c.as_real_operand(b);
+    } else if (a.dtype != b.dtype) {
+        const DType wide = size_of(a.dtype) >= size_of(b.dtype) ? a.dtype : b.dtype;
+        a = a.dtype == wide ? a : c.copied(a, dense_like(a), wide, std::nullopt);
+        b = b.dtype == wide ? b : c.copied(b, dense_like(b), wide, std::nullopt);
+    }
+    const View ea = expanded(a, dims), eb = expanded(b, dims);
+    const View& shape = a.dims == dims || b.dims != dims ? ea : eb;
+    const Dims strides = shape.dims == dims && !repeats(shape) ? dense_like(shape) : row_major(dims);
+    View y;
+    if (op >= Binary::eq) {
+        y = c.allocate(DType::b8, dims, strides);
+    } else if (is_real) {
+        if (epilogue.kind == Activation::none) output = c.fusion.absorb_activation(output, epilogue);
+        y = c.allocate_result(dims, strides, output);
+    } else {
+        y = c.allocate(a.dtype, dims, strides);
+    }
+    c.emit(c.backend.binary(op, c.tensor(ea), c.tensor(eb), epilogue, c.tensor(y)), {&ea, &eb, &y});
+    c.define(output, y);
+}
+
+void apply(Context& c, Unary op, float a, float b, const Epilogue& epilogue, const View& x, int output) {
+    View y = c.allocate_result(x.dims, dense_like(x), output);
+    c.emit(c.backend.unary(op, a, b, epilogue, c.tensor(x), c.tensor(y)), {&x, &y});
+    c.define(output, y);
+}
+
+const OpRows& elementwise_ops() {
+    static const OpRows rows = {
+        {"exp", unary<Unary::exp>},
+        {"log", unary<Unary::log>},
+        {"sqrt", unary<Unary::sqrt>},
+        {"rsqrt", unary<Unary::rsqrt>},
+        {"neg", unary<Unary::neg>},
+        {"abs", unary<Unary::abs>},
+        {"erf", unary<Unary::erf>},
+        {"reciprocal", unary<Unary::reciprocal>},
+        {"sin", unary<Unary::sin>},
+        {"cos", unary<Unary::cos>},
+        {"floor", unary<Unary::floor>},
+        {"logical_not", unary<Unary::logical_not>},
+        {"bitwise_not", unary<Unary::logical_not>},
+        {"pow", power},
+        {"add", arithmetic<Binary::add>, Role::add},
+        {"sub", arithmetic<Binary::sub>, Role::subtract},
+        {"mul", arithmetic<Binary::mul>, Role::multiply},
+        {"div", arithmetic<Binary::div>, Role::divide},
+        {"maximum", arithmetic<Binary::maximum>},
+        {"minimum", arithmetic<Binary::minimum>},
+        {"eq", arithmetic<Binary::eq>},
+        {"ne", arithmetic<Binary::ne>},
+        {"lt", arithmetic<Binary::lt>},
+        {"le", arithmetic<Binary::le>},
+        {"gt", arithmetic<Binary::gt>},
+        {"ge", arithmetic<Binary::ge>},
+        {"logical_and", arithmetic<Binary::logical_and>},
+        {"logical_or", arithmetic<Binary::logical_or>},
+        {"rsub", arithmetic<Binary::sub, Operands::swapped>},
+        {"bitwise_and", arithmetic<Binary::logical_and, Operands::bools>},
+        {"bitwise_or", arithmetic<Binary::logical_or, Operands::bools>},
+        {"__and__", arithmetic<Binary::logical_and, Operands::bools>},
+        {"__or__", arithmetic<Binary::logical_or, Operands::bools>},
+        {"where", where},
+        {"masked_fill", masked_fill},
+        {"to", convert},
+        {"_to_copy", convert},
+        {"type_as", convert},
+    };
+    return rows;
+}
+
+}  // namespace quantflow::lowering

@@ -1,0 +1,215 @@
+#include <algorithm>
+
+#include "nodes.hpp"
+
+namespace quantflow::lowering {
+namespace {
+
+void matmul(Context& c, const Node& n) {
+    if (written_out_attention(c, n)) return;
+    const View b = c.as_f32(c.operand(1, "other")), a = c.as_f32(c.operand(0, "self"));
+    multiply(c, a, b, n.output);
+}
+
+void float_linear(Context& c, const Node& n) {
+    const View x = c.in_row_major(c.as_f32(c.operand(0, "input"))), w = c.operand(1, "weight");
+    const std::optional<View> bias = c.optional_operand(2, "bias");
+    if (!c.is_constant(w) || w.dtype != DType::f32 || w.rank() != 2 ||
+        (bias && !c.is_constant(*bias)))
+        throw Unsupported("a weight that is computed at run time");
+    if (x.rank() == 0 || x.dims.back() != w.dims[1]) throw Error("takes " + std::to_string(w.dims[1]) + " features");
+    Dims dims = x.dims;
+    dims.back() = w.dims[0];
+    View y = c.allocate(DType::f32, dims, row_major(dims));
+    c.emit(c.backend.float_linear(c.tensor(x), c.tensor(w), c.tensor(bias).get(), c.tensor(y)),
+           {&x, &w, &y, pointer_to(bias)});
+    c.define(n.output, y);
+}
+
+void float_conv(Context& c, const Node& n) {
+    const View w = c.operand(1, "weight");
+    const std::optional<View> bias = c.optional_operand(2, "bias");
+    const auto is_weight = [&](const View& v) {
+        return c.is_constant(v) && v.dtype == DType::f32;
+    };
+    if (!is_weight(w) || (bias && !is_weight(*bias))) throw Unsupported("a weight that is computed at run time");
+    if (w.rank() < 3 || w.rank() > 5 || w.strides != row_major(w.dims)) throw Unsupported("a weight of this layout");
+    if (n.target.find(".padding") != std::string::npos) throw Unsupported("padding by name");
+    const auto spatial = static_cast<std::size_t>(w.rank()) - 2;
+    const auto each = [&](std::size_t position, const char* name, std::int64_t fallback) {
+        Dims values = c.integers(position, name, Dims{fallback});
+        if (values.size() == 1) values.resize(spatial, values[0]);
+        if (values.size() != spatial) throw Error(std::string(name) + " of another number of dimensions");
+        return values;
+    };
+    ConvGeometry g;
+    g.stride = each(3, "stride", 1);
+    g.padding = each(4, "padding", 0);
+    g.dilation = each(5, "dilation", 1);
+    g.groups = c.integer(6, "groups", 1);
+    View x = c.as_f32(c.operand(0, "input"));
+    if (x.rank() != w.rank()) throw Unsupported("a convolution without a batch dimension");
+    if (g.groups < 1 || w.dims[0] % g.groups != 0 || x.dims[1] != w.dims[1] * g.groups)
+        throw Error("takes other channels than it gets");
+    Dims dims = x.dims;
+    dims[1] = w.dims[0];
+    for (std::size_t i = 0; i < spatial; ++i) {
+        if (g.stride[i] < 1 || g.dilation[i] < 1 || g.padding[i] < 0 ||
+            std::max({g.stride[i], g.dilation[i], g.padding[i]}) > kMaxExtent)
+            throw Error("an illegal stride, padding or dilation");
+        const std::int64_t room = x.dims[i + 2] + 2 * g.padding[i] - g.dilation[i] * (w.dims[i + 2] - 1) - 1;
+        if (room < 0) throw Error("its input is smaller than its kernel");
+        dims[i + 2] = room / g.stride[i] + 1;
+    }
+    if (has_no_elements(dims) || has_no_elements(w.dims)) throw Unsupported("an empty convolution");
+    x = c.in_channels_last(x);
+    const View y = c.allocate(DType::f32, dims, channels_last(dims));
+    c.emit(c.backend.float_conv(g, c.tensor(x), c.tensor(w), c.tensor(bias).get(), c.tensor(y)),
+           {&x, &w, &y, pointer_to(bias)});
+    c.define(n.output, y);
+}
+
+// Whether what the next node multiplies has x's shape.
+bool is_alike_next(const Context& c, const View& x) {
+    const Ref* next = c.graph.node(c.node_index + 1).args[0].as<Ref>();
+    const View* other = next == nullptr ? nullptr : c.value(next->value).as<View>();
+    return other != nullptr && other->dims == x.dims;
+}
+
+}  // namespace
+
+void int8_linear(Context& c, const Node& n) {
+    const bool is_conv = n.op == Op::conv;
+    View x = c.operand(0, "input");
+    ConvGeometry geometry = n.geometry;
+    const std::int64_t out = n.weights.dims[0];
+    Dims dims = x.dims;
+    Dims strides;
+    if (is_conv) {
+        const std::size_t spatial = n.weights.dims.size() - 2;
+        if (x.dims.size() != spatial + 2)
+            throw Error("takes " + std::to_string(spatial + 2) + " dimensions, has " + std::to_string(x.rank()));
+        if (x.dims[1] != n.weights.dims[1] * n.geometry.groups)
+            throw Error("takes " + std::to_string(n.weights.dims[1] * n.geometry.groups) + " channels, has " +
+                        std::to_string(x.dims[1]));
+        dims[1] = out;
+        const Border* border = c.fusion.border_of(n.args[0].as<Ref>()->value);
+        for (std::size_t i = 0; i < spatial; ++i) {
+            const std::int64_t span = geometry.dilation[i] * (n.weights.dims[i + 2] - 1) + 1;
+            std::int64_t room = x.dims[i + 2] + 2 * geometry.padding[i] - span;
+            if (border != nullptr) {
+                room += border->before[i] + border->after[i];
+                geometry.padding[i] += border->before[i];
+            }
+            if (room < 0) throw Error("its input is smaller than its kernel");
+            dims[i + 2] = room / geometry.stride[i] + 1;
+        }
+        x = c.in_channels_last(x);
+        strides = channels_last(dims);
+    } else {
+        if (x.dims.empty() || x.dims.back() != n.weights.dims[1])
+            throw Error("takes " + std::to_string(n.weights.dims[1]) + " features, has " +
+                        (x.dims.empty() ? std::string("none") : std::to_string(x.dims.back())));
+        dims.back() = out;
+        x = c.in_row_major(x);
+        strides = row_major(dims);
+    }
+    const bool is_empty = has_no_elements(dims);
+    const auto step_of = [&](const View& to, const Tensor* residual, const Epilogue& epilogue,
+                             const Terms& terms = {}) {
+        return is_conv ? c.backend.conv(n.weights, geometry, c.tensor(x), residual, epilogue, c.tensor(to), terms)
+                       : c.backend.linear(n.weights, c.tensor(x), residual, epilogue, c.tensor(to), terms);
+    };
+    std::vector<HeldProduct> products = c.fusion.take_products();
+    std::optional<View> residual;
+    bool adds_reals = false;
+    if (!products.empty()) {
+        residual = products[0].residual;
+    } else if (!n.args[1].is_none()) {
+        residual = c.operand(1, "residual");
+        if (residual->dims != dims) throw Unsupported("a residual that broadcasts");
+        adds_reals = !c.graph.value(n.args[1].as<Ref>()->value).q;
+        if (adds_reals) residual = c.as_f32(*residual);
+    }
+    if (residual) residual = c.in_layout(*residual, strides);
+    if (products.size() < Terms::kMost && c.fusion.is_added_next(c.node_index) && is_alike_next(c, x) &&
+        !is_empty) {
+        products.push_back({&n, x, products.empty() ? residual : std::nullopt});
+        return c.fusion.hold(std::move(products));
+    }
+    const Form form = c.graph.form_of(n.output);
+    if (adds_reals && !c.backend.takes_terms() && !is_empty) {
+        const View product = c.allocate(DType::f32, dims, strides);
+        c.emit(step_of(product, nullptr, {}), {&x, &product});
+        const View y = c.allocate(form.dtype, dims, strides, form.q, form.is_real);
+        c.emit(c.backend.binary(Binary::add, c.tensor(product), c.tensor(*residual), n.epilogue, c.tensor(y)),
+             {&product, &*residual, &y});
+        return c.define(n.output, y);
+    }
+    View y;
+    if (residual && products.empty()) {
+        const bool in_place = form.q && residual->dtype == form.dtype && !form.is_real && c.dies_here(*residual) &&
+                              residual->buffer != x.buffer;
+        if (in_place) {
+            y = *residual;
+            y.q = form.q;
+        }
+    }
+    const std::optional<TwoTerms> written = is_empty ? std::nullopt : c.fusion.absorb_two_terms(n.output);
+    std::optional<View> rest;
+    if (written) {
+        y = c.allocate(written->first.dtype, dims, strides, written->first.q);
+        rest = c.allocate(written->second.dtype, dims, strides, written->second.q);
+        c.define(written->codes, y);
+        c.define(written->rest, *rest);
+    } else {
+        if (y.buffer < 0) y = c.allocate(form.dtype, dims, strides, form.q, form.is_real);
+        c.define(n.output, y);
+    }
+    if (is_empty) return c.emit(c.backend.fill(0, c.plain_tensor(y)), {&y});
+    Terms terms;
+    const OptionalTensor rest_tensor = c.tensor(rest);
+    terms.rest = rest_tensor.get();
+    for (const HeldProduct& product : products) terms.products.push_back({product.node->weights, c.tensor(product.x)});
+    c.emit(step_of(y, c.tensor(residual).get(), n.epilogue, terms), {&x, &y, pointer_to(residual), pointer_to(rest)});
+    for (const HeldProduct& product : products) c.touch(product.x);
+}
+
+void int8_matmul(Context& c, const Node& n) {
+    View a = c.operand(0, "a"), b = c.operand(1, "b");
+    multiply(c, a, b, n.output);
+}
+
+void multiply(Context& c, View a, View b, int output) {
+    if (a.rank() == 0 || b.rank() == 0) throw Unsupported("matmul of a scalar");
+    const bool drop_row = a.rank() == 1, drop_column = b.rank() == 1;
+    if (drop_row) insert_dim(a, 0, 0);
+    if (drop_column) insert_dim(b, 1, 0);
+    const auto ra = a.dims.size(), rb = b.dims.size();
+    if (a.dims[ra - 1] != b.dims[rb - 2]) throw Error("inner sizes of the product differ");
+    const Dims batch = broadcast_dims(Dims(a.dims.begin(), a.dims.end() - 2), Dims(b.dims.begin(), b.dims.end() - 2));
+    Dims da = batch, db = batch, dims = batch;
+    da.insert(da.end(), {a.dims[ra - 2], a.dims[ra - 1]});
+    db.insert(db.end(), {b.dims[rb - 2], b.dims[rb - 1]});
+    dims.insert(dims.end(), {a.dims[ra - 2], b.dims[rb - 1]});
+    const View ea = expanded(a, da), eb = expanded(b, db);
+    View y = c.allocate_result(dims, row_major(dims), output);
+    c.emit(c.backend.matmul(c.tensor(ea), c.tensor(eb), 1.0f, c.tensor(y)), {&ea, &eb, &y});
+    if (drop_row) erase_dim(y, static_cast<int>(dims.size()) - 2);
+    if (drop_column) erase_dim(y, y.rank() - 1);
+    c.define(output, y);
+}
+
+const OpRows& linear_ops() {
+    static const OpRows rows = {
+        {"matmul", matmul, Role::product},
+        {"bmm", matmul},
+        {"linear", float_linear},
+        {"conv1d", float_conv},
+        {"conv2d", float_conv},
+        {"conv3d", float_conv},
+    };
+    return rows;
+}
+
+}  // namespace quantflow::lowering

@@ -1,0 +1,204 @@
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+
+#include "nodes.hpp"
+
+namespace quantflow::lowering {
+namespace {
+
+void pad(Context& c, const Node& n, const Arg* mode, std::size_t value_at) {
+    View x = c.operand(0, "self");
+    const Dims pads = c.integers(1, "pad");
+    const Word* word = mode == nullptr ? nullptr : mode->as<Word>();
+    if (word != nullptr && word->name != "constant") throw Unsupported("padding other than constant");
+    double value = c.real(value_at, "value", 0.0);
+    if (pads.size() > 2 * x.dims.size() || pads.size() % 2 != 0) throw Error("pad does not fit its input");
+    Dims dims = x.dims;
+    Dims before(x.dims.size(), 0);
+    for (std::size_t i = 0; i < pads.size() / 2; ++i) {
+        const std::size_t at = x.dims.size() - 1 - i;
+        const std::int64_t left = pads[2 * i], right = pads[2 * i + 1];
+        if (std::abs(left) > kMaxExtent || std::abs(right) > kMaxExtent) throw Error("padding of " + std::to_string(left));
+        x = sliced(x, static_cast<int>(at), std::max<std::int64_t>(0, -left),
+                   x.dims[at] + std::min<std::int64_t>(0, right), 1);
+        before[at] = std::max<std::int64_t>(0, left);
+        dims[at] = before[at] + x.dims[at] + std::max<std::int64_t>(0, right);
+    }
+    if (x.q && !x.is_real) {  // the program's fill is a code
+        value += c.graph.stored_as(n.output).shift;
+    } else if (x.q) {
+        const double code = std::nearbyint(value / x.q->scale) + x.q->zero_point;
+        value = std::clamp<double>(code, x.q->qmin, x.q->qmax);
+    }
+    if (value == (x.q ? x.q->zero_point : 0) && c.fusion.leave_border(n.output, x.dims, before, dims))
+        return c.define(n.output, x);
+    View y = c.allocate_like(x, dims, [&] {
+        View shape = x;
+        shape.dims = dims;
+        return x.count() == 0 ? row_major(dims) : dense_like(shape);
+    }());
+    c.emit(c.backend.fill(value, c.plain_tensor(y)), {&y});
+    View inside = y;
+    for (std::size_t i = 0; i < dims.size(); ++i)
+        inside = sliced(inside, static_cast<int>(i), before[i], before[i] + x.dims[i], 1);
+    c.put(x, inside);
+    c.define(n.output, y);
+}
+
+View with_batch(const View& x, std::size_t spatial, bool& added) {
+    View v = x;
+    added = v.dims.size() == spatial + 1;
+    if (added) {
+        v.strides.insert(v.strides.begin(), v.count());
+        v.dims.insert(v.dims.begin(), 1);
+    }
+    if (v.dims.size() != spatial + 2) throw Error("a pool over another number of dimensions");
+    return v;
+}
+
+void pooled(Context& c, const Node& n, const PoolGeometry& g, const View& given, const Dims& dims, bool added) {
+    View x = given;
+    if (!same_layout(x.dims, x.strides, dense_like(x))) x = c.in_channels_last(x);
+    View shape = x;
+    shape.dims = dims;
+    View y;
+    if (g.is_max && x.q && x.is_real) {  // max of codes is codes of the max
+        y = c.allocate(x.dtype, dims, dense_like(shape), x.q, true);
+    } else {
+        y = c.allocate_result(dims, dense_like(shape), n.output);
+        if (g.is_max && !x.q && y.q) y = c.allocate(DType::f32, dims, y.strides);
+    }
+    c.emit(c.backend.pool(g, c.tensor(x), c.tensor(y)), {&x, &y});
+    if (added) erase_dim(y, 0);
+    c.define(n.output, y);
+}
+
+void pad_in_mode(Context& c, const Node& n) { pad(c, n, c.argument(2, "mode"), 3); }
+void pad_with_constant(Context& c, const Node& n) { pad(c, n, nullptr, 2); }
+
+template <bool is_max, std::size_t spatial>
+void pool(Context& c, const Node& n) {
+    bool added = false;
+    View x = with_batch(c.as_real_operand(c.operand(0, "self")), spatial, added);
+    PoolGeometry g;
+    g.is_max = is_max;
+    g.kernel = spread(c.integers(1, "kernel_size"), spatial);
+    Dims stride = c.integers(2, "stride", Dims{});
+    g.stride = stride.empty() ? g.kernel : spread(stride, spatial);
+    g.padding = spread(c.integers(3, "padding", Dims{0}), spatial);
+    g.dilation = is_max ? spread(c.integers(4, "dilation", Dims{1}), spatial) : Dims(spatial, 1);
+    const bool ceil = c.flag(is_max ? 5 : 4, "ceil_mode", false);
+    if (!is_max) {
+        g.count_include_pad = c.flag(5, "count_include_pad", true);
+        g.divisor_override = c.integer(6, "divisor_override", 0);
+    }
+    Dims dims = x.dims;
+    for (std::size_t i = 0; i < spatial; ++i) {
+        for (const auto v : {g.stride.at(i), g.kernel.at(i), g.dilation.at(i)})
+            if (v < 1 || v > kMaxExtent) throw Error("a pool window of size or step " + std::to_string(v));
+        if (g.padding.at(i) < 0 || g.padding[i] > g.kernel[i] / 2)
+            throw Error("pool padding must be at most half of the window");
+        const std::int64_t room = x.dims[i + 2] + 2 * g.padding[i] - (g.dilation[i] * (g.kernel[i] - 1) + 1);
+        if (room < 0) throw Error("its input is smaller than its window");
+        std::int64_t out = (ceil ? (room + g.stride[i] - 1) / g.stride[i] : room / g.stride[i]) + 1;
+        if (ceil && (out - 1) * g.stride[i] >= x.dims[i + 2] + g.padding[i]) --out;
+        dims[i + 2] = out;
+    }
+    pooled(c, n, g, x, dims, added);
+}
+
+template <std::size_t spatial>
+void adaptive_pool(Context& c, const Node& n) {
+    bool added = false;
+    View x = with_batch(c.as_real_operand(c.operand(0, "self")), spatial, added);
+    const Arg* sizes = c.argument(1, "output_size");
+    Dims dims = x.dims;
+    if (sizes == nullptr) throw Unsupported("a pool without a size");
+    if (const auto* items = sizes->as<Args>()) {
+        for (std::size_t i = 0; i < items->size() && i < spatial; ++i)
+            if (!(*items)[i].is_none()) dims[i + 2] = as_integer(c.evaluated((*items)[i]), "output_size");
+        if (items->size() == 1)
+            for (std::size_t i = 1; i < spatial; ++i) dims[i + 2] = dims[2];
+    } else {
+        for (std::size_t i = 0; i < spatial; ++i) dims[i + 2] = as_integer(c.evaluated(*sizes), "output_size");
+    }
+    PoolGeometry g;
+    g.is_max = false;
+    g.is_adaptive = true;
+    checked_count(dims);
+    pooled(c, n, g, x, dims, added);
+}
+
+template <Interpolation how, std::size_t spatial>
+void upsample(Context& c, const Node& n) {
+    constexpr bool bilinear = how == Interpolation::bilinear;
+    const View x = c.operand(0, "self");
+    if (x.dims.size() != spatial + 2) throw Error("an image of another number of dimensions");
+    const bool is_vec = n.target.find(".vec") != std::string::npos;
+    const bool align = bilinear && c.flag(2, "align_corners", false);
+    const std::size_t scales_at = bilinear ? 3 : 2;
+    std::vector<double> given;
+    if (is_vec) {
+        if (c.has(scales_at, "scale_factors")) {
+            const Val factors = c.evaluated(*c.argument(scales_at, "scale_factors"));
+            if (const auto* items = factors.as<Vals>())
+                for (const Val& s : *items) given.push_back(as_real(s, "scale"));
+        }
+    } else {
+        for (std::size_t i = 0; i < spatial; ++i)
+            if (scales_at + i < n.args.size() && !n.args[scales_at + i].is_none()) given.push_back(as_real(c.evaluated(n.args[scales_at + i]), "scale"));
+    }
+    for (const double s : given)
+        if (!(s > 0) || s > 1e6) throw Error("a scale of " + std::to_string(s));
+    Dims dims = x.dims;
+    if (c.has(1, "output_size")) {
+        const Dims sizes = c.integers(1, "output_size");
+        for (std::size_t i = 0; i < spatial; ++i) dims[i + 2] = sizes.at(i);
+    } else {
+        for (std::size_t i = 0; i < spatial; ++i)
+            dims[i + 2] = static_cast<std::int64_t>(std::floor(static_cast<double>(x.dims[i + 2]) * given.at(i)));
+    }
+    checked_count(dims);
+    std::vector<double> steps;
+    for (std::size_t i = 0; i < spatial; ++i) {
+        const double in = static_cast<double>(x.dims[i + 2]), out = static_cast<double>(dims[i + 2]);
+        if (align)
+            steps.push_back(out > 1 ? (in - 1) / (out - 1) : 0.0);
+        else
+            steps.push_back(given.size() == spatial && given[i] > 0 ? 1.0 / given[i] : in / out);
+    }
+    const View source = same_layout(x.dims, x.strides, dense_like(x)) ? x : c.in_row_major(x);
+    View shape = source;
+    shape.dims = dims;
+    View y = !bilinear ? c.allocate(source.dtype, dims, dense_like(shape), source.q, source.is_real)
+                       : c.allocate_result(dims, dense_like(shape), n.output);
+    c.emit(c.backend.upsample(how, align, steps, c.tensor(source), c.tensor(y)),
+         {&source, &y});
+    c.define(n.output, y);
+}
+
+}  // namespace
+
+const OpRows& window_ops() {
+    static const OpRows rows = {
+        {"pad", pad_in_mode},
+        {"constant_pad_nd", pad_with_constant},
+        {"max_pool1d", pool<true, 1>},
+        {"max_pool2d", pool<true, 2>},
+        {"max_pool3d", pool<true, 3>},
+        {"avg_pool1d", pool<false, 1>},
+        {"avg_pool2d", pool<false, 2>},
+        {"avg_pool3d", pool<false, 3>},
+        {"adaptive_avg_pool1d", adaptive_pool<1>},
+        {"adaptive_avg_pool2d", adaptive_pool<2>},
+        {"adaptive_avg_pool3d", adaptive_pool<3>},
+        {"upsample_nearest1d", upsample<Interpolation::nearest, 1>},
+        {"upsample_nearest2d", upsample<Interpolation::nearest, 2>},
+        {"upsample_nearest3d", upsample<Interpolation::nearest, 3>},
+        {"upsample_bilinear2d", upsample<Interpolation::bilinear, 2>},
+    };
+    return rows;
+}
+
+}  // namespace quantflow::lowering
