@@ -160,7 +160,8 @@ inline Result lowered(const Build& b, const std::vector<InputForm>& forms, const
 }
 
 inline void expect_steps(const Result& r, const std::string& names, const std::string& what) {
-    expect(r.error.empty() && r.names() == names, what + ": '" + r.names() + "' " + r.error + ", expected '" + names + "'");
+    expect(r.error.empty() && r.names() == names,
+           what + ": '" + r.names() + "' " + r.error + ", expected '" + names + "'");
 }
 
 }  // namespace lowering_checks

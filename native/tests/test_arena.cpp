@@ -33,21 +33,24 @@ void random_lifetimes() {
         for (std::size_t i = 0; i < buffers.size(); ++i) {
             const Buffer& b = buffers[i];
             const bool is_placed = b.storage == Storage::arena && b.first >= 0;
-            expect((plan.offsets[i] >= 0) == is_placed, "exactly the buffers of the arena that steps touch have a place");
+            expect((plan.offsets[i] >= 0) == is_placed,
+                   "exactly the buffers of the arena that steps touch have a place");
             if (!is_placed) continue;
             sum += rounded(b.bytes);
             expect(plan.offsets[i] % 64 == 0, "an offset of a multiple of 64");
             expect(plan.offsets[i] + b.bytes <= plan.bytes, "a buffer inside the arena");
             for (std::size_t j = 0; j < i; ++j) {
                 if (plan.offsets[j] < 0 || !live_together(b, buffers[j])) continue;
-                expect(plan.offsets[i] + b.bytes <= plan.offsets[j] || plan.offsets[j] + buffers[j].bytes <= plan.offsets[i],
+                expect(plan.offsets[i] + b.bytes <= plan.offsets[j] ||
+                           plan.offsets[j] + buffers[j].bytes <= plan.offsets[i],
                        "buffers that live at the same time lie apart");
             }
         }
         for (int step = 0; step < steps; ++step) {
             Int live = 0;
             for (std::size_t i = 0; i < buffers.size(); ++i)
-                if (plan.offsets[i] >= 0 && buffers[i].first <= step && step <= buffers[i].last) live += rounded(buffers[i].bytes);
+                if (plan.offsets[i] >= 0 && buffers[i].first <= step && step <= buffers[i].last)
+                    live += rounded(buffers[i].bytes);
             peak = std::max(peak, live);
         }
         expect(plan.bytes <= sum, "no more than all buffers side by side");
@@ -73,7 +76,8 @@ void placement() {
     expect(a == 0 && b == 1, "buffers are numbered in order");
     buffers.touch(a, 3);
     buffers.touch(a, 7);
-    expect(buffers[a].first == 3 && buffers[a].last == 7, "a buffer lives from the first to the last step that touches it");
+    expect(buffers[a].first == 3 && buffers[a].last == 7,
+           "a buffer lives from the first to the last step that touches it");
     buffers.make_output(a);
     expect(plan_arena(buffers.all()).offsets == Dims{-1, -1}, "outputs and inputs are not in the arena");
 }

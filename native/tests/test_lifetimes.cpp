@@ -40,7 +40,9 @@ void residuals() {
         backend.unsigned_codes = false;
         return lowered(b, {form({2, 64}, DType::s8), form({2, 64}, DType::s8)}, {z}, backend);
     };
-    const auto in_place = [](const Result& r, std::size_t step) { return r.cell(step, "residual") == r.cell(step, "y"); };
+    const auto in_place = [](const Result& r, std::size_t step) {
+        return r.cell(step, "residual") == r.cell(step, "y");
+    };
     expect(in_place(build(false, false, false), 1), "a residual that nothing reads later is overwritten");
     const Result later = build(true, false, false);
     expect(!in_place(later, 1), "one that is read later is not");
@@ -58,8 +60,10 @@ void inputs_and_outputs() {
     const Result r = lowered(b, {form({4, 64})}, {y, w});
     expect_steps(r, "unary unary unary", "results are written where they leave");
     expect(r.offset(r.lowered.input_cells[0]) == -1, "an input is not in the arena");
-    for (int cell : r.lowered.output_cells) expect(r.offset(cell) == -1, "an output is not in the arena, so nothing reuses it");
-    expect(r.cell(0, "y") == r.lowered.output_cells[0] && r.cell(2, "y") == r.lowered.output_cells[1], "owned by the caller");
+    for (int cell : r.lowered.output_cells)
+        expect(r.offset(cell) == -1, "an output is not in the arena, so nothing reuses it");
+    expect(r.cell(0, "y") == r.lowered.output_cells[0] && r.cell(2, "y") == r.lowered.output_cells[1],
+           "owned by the caller");
     expect(r.lowered.arena_bytes == 4 * 64 * 4, "only what is between lies in it");
 
     // What the section doesn't own, or what lies otherwise, is copied out.
@@ -93,7 +97,8 @@ void numbers() {
     const int width = size.output;
     const int twice = b.node(Op::size, "mul", {Ref{width}, Int{2}}).output;
     const Result r = lowered(b, {form({4, 6})}, {twice});
-    expect(r.size() == 0 && r.lowered.outputs[0].is_number && r.lowered.outputs[0].number == 12, "a size leaves as a number");
+    expect(r.size() == 0 && r.lowered.outputs[0].is_number && r.lowered.outputs[0].number == 12,
+           "a size leaves as a number");
     expect(r.lowered.output_cells[0] == -1 && r.lowered.arena_bytes == 0, "and takes no memory");
 }
 
@@ -107,7 +112,8 @@ void constants() {
     expect_steps(r, "float_linear float_linear", "two products");
     const int cell = r.cell(0, "w");
     expect(cell == r.cell(1, "w") && r.offset(cell) == -1, "a stored tensor has one cell, outside the arena");
-    expect(r.lowered.cells[static_cast<std::size_t>(cell)] == reinterpret_cast<const std::byte*>(numbers), "at its own address");
+    expect(r.lowered.cells[static_cast<std::size_t>(cell)] == reinterpret_cast<const std::byte*>(numbers),
+           "at its own address");
 }
 
 }  // namespace

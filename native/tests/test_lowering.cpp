@@ -26,7 +26,8 @@ void activations_are_absorbed() {
     Build twice;
     const int sum = twice.aten("add.Tensor", {Ref{twice.input()}, 1.5});
     const int first = twice.aten("relu.default", {Ref{sum}}), second = twice.aten("exp.default", {Ref{sum}});
-    expect_steps(lowered(twice, {form({4})}, {first, second}), "unary unary unary", "a value with two readers is not fused");
+    expect_steps(lowered(twice, {form({4})}, {first, second}), "unary unary unary",
+                 "a value with two readers is not fused");
 
     Build tensors;
     const int x = tensors.input(), bound = tensors.input();
@@ -42,14 +43,16 @@ void borders_are_left_to_convolutions() {
         const int x = b.input(kQ);
         const int y = b.node(Op::shape, "constant_pad_nd.default", {Ref{x}, list({left, 1, 1, 1}), value}, kQ).output;
         const int out = b.conv(y, 3, 4, 3, kQ);
-        return lowered(b, {form({2, 3, 8, 8}, DType::s8)}, is_read_twice ? std::vector<int>{out, y} : std::vector<int>{out});
+        return lowered(b, {form({2, 3, 8, 8}, DType::s8)},
+                       is_read_twice ? std::vector<int>{out, y} : std::vector<int>{out});
     };
     const Result folded = padded(2, 0, false);
     expect_steps(folded, "copy copy conv copy", "padding in front of a convolution takes no step");
     expect(folded.step(2).settings.find("[ 1 1 ] [ 1 2 ] [ 1 1 ]") != std::string::npos,
            "the convolution pads:" + folded.step(2).settings);
     expect(folded.operand(2, "y").dims == Dims({2, 4, 8, 9}), "and its result has the padded size");
-    expect_steps(padded(3, 0, false), "copy fill copy copy conv copy", "more than the kernel reaches over is no padding");
+    expect_steps(padded(3, 0, false), "copy fill copy copy conv copy",
+                 "more than the kernel reaches over is no padding");
     expect_steps(padded(2, 1, false), "copy fill copy copy conv copy", "only zeros are padding");
     expect_steps(padded(2, 0, true), "copy fill copy copy conv copy copy", "what others read must exist");
 }
@@ -68,7 +71,8 @@ void terms() {
     const Result r = lowered(b, forms, {out});
     expect_steps(r, "copy copy linear copy copy matmul", "a sum of products, written in two terms, is one step");
     const RecordedStep& step = r.step(2);
-    expect(step.settings.find("product") != std::string::npos && step.operand("x0") != nullptr, "it has the first product");
+    expect(step.settings.find("product") != std::string::npos && step.operand("x0") != nullptr,
+           "it has the first product");
     expect(step.operand("rest") != nullptr && step.operand("rest")->q->scale == kOther.scale, "and writes the rest");
     expect(r.lowered.steps[2].node == 1, "the step is the last product's");
     recording::RecordingBackend plain;
@@ -86,13 +90,15 @@ void quantize_is_folded() {
         const int y = b.aten("exp.default", {Ref{b.input()}});
         const int moved = between == nullptr ? y : b.aten(between, {Ref{y}, list({8})});
         const int a = b.quantize(y, kQ), c = b.quantize(moved, second);
-        std::vector<int> outputs = {b.aten("neg.default", {Ref{b.dequantize(a)}}), b.aten("neg.default", {Ref{b.dequantize(c)}})};
+        std::vector<int> outputs = {b.aten("neg.default", {Ref{b.dequantize(a)}}),
+                                    b.aten("neg.default", {Ref{b.dequantize(c)}})};
         if (leaves) outputs.push_back(y);
         return lowered(b, {form({2, 4})}, outputs);
     };
     const Result agreed = steps(kQ, false);
     expect_steps(agreed, "unary unary unary", "readers that agree: the result is written as their codes");
-    expect(agreed.operand(0, "y").dtype == DType::u8 && agreed.operand(0, "y").q->zero_point == 128, "as they are stored");
+    expect(agreed.operand(0, "y").dtype == DType::u8 && agreed.operand(0, "y").q->zero_point == 128,
+           "as they are stored");
     expect_steps(steps(kQ, false, "reshape.default"), "unary unary unary", "codes pass through moves");
     expect_steps(steps(kOther, false), "unary copy copy unary unary", "readers that don't agree");
     expect_steps(steps(kQ, true), "unary copy copy unary unary", "an output stays a float");
@@ -127,7 +133,8 @@ void moves_take_no_step() {
     const Result r = lowered(b, {form({2, 4, 8})}, {out});
     expect_steps(r, "unary", "views take no step");
     const Tensor& read = r.operand(0, "x");
-    expect(read.place.offset == 2 * 8 * 4 && read.dims == Dims({1, 2, 8}) && read.strides[1] == 32, "they are read where they lie");
+    expect(read.place.offset == 2 * 8 * 4 && read.dims == Dims({1, 2, 8}) && read.strides[1] == 32,
+           "they are read where they lie");
 
     Build joined;
     const int transposed = joined.aten("transpose.int", {Ref{joined.input()}, Int{0}, Int{1}});
@@ -149,7 +156,8 @@ void attention_written_out() {
     const int out = b.aten("matmul.default", {Ref{soft}, Ref{v}});
     const std::vector<InputForm> forms = {form({2, 3, 4}), form({2, 4, 5}), form({2, 5, 4})};
     const Result r = lowered(b, forms, {out});
-    expect(r.error.empty() && r.step(0).name == "attention" && r.step(0).settings == " 0 0.5", "four nodes are one step");
+    expect(r.error.empty() && r.step(0).name == "attention" && r.step(0).settings == " 0 0.5",
+           "four nodes are one step");
     expect_steps(lowered(b, forms, {out, soft}), "matmul unary softmax matmul", "unless something else reads between");
 }
 
@@ -173,8 +181,8 @@ void registry() {
     using namespace quantflow::lowering;
     std::size_t rows = 0;
     std::set<std::string> names;
-    for (const OpRows* family : {&shape_ops(), &piece_ops(), &size_ops(), &window_ops(), &elementwise_ops(), &activation_ops(),
-                                 &linear_ops(), &attention_ops(), &float_math_ops()}) {
+    for (const OpRows* family : {&shape_ops(), &piece_ops(), &size_ops(), &window_ops(), &elementwise_ops(),
+                                 &activation_ops(), &linear_ops(), &attention_ops(), &float_math_ops()}) {
         for (const OpRow& row : *family) {
             ++rows;
             const std::string name = row.name;
@@ -183,14 +191,16 @@ void registry() {
             Node n;
             n.target = name + ".default";
             expect(find_op(n) == &row && is_supported(n), name + " is found");
-            expect((row.activation == nullptr) == !activation_of(n).has_value(), name + " is an activation if its row says so");
+            expect((row.activation == nullptr) == !activation_of(n).has_value(),
+                   name + " is an activation if its row says so");
             Build b;
             const int none = b.node(Op::size, "add", {Int{1}, Int{1}}).output;
             const int out = b.aten(n.target, Args(8, Arg(Ref{none})));  // a number, where a tensor is due
             const Result r = lowered(b, {}, {out});
             expect(r.error.find("has no native kernel") == std::string::npos, name + " is lowered by its row");
             const bool needs_no_tensor = name == "zeros" || name == "ones";
-            expect(needs_no_tensor || r.error.find("layer n1 (" + n.target + "): ") != std::string::npos, name + " refuses: " + r.error);
+            expect(needs_no_tensor || r.error.find("layer n1 (" + n.target + "): ") != std::string::npos,
+                   name + " refuses: " + r.error);
         }
     }
     expect(rows == op_table().size(), "all rows are in the table");

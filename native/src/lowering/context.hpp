@@ -1,7 +1,6 @@
 // The state of one lowering: its values, buffers and steps, and the arguments of the node at hand.
 #pragma once
 
-#include <functional>
 #include <initializer_list>
 #include <memory>
 #include <optional>

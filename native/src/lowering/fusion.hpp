@@ -4,7 +4,8 @@
 //    walk skips them (`is_absorbed`);
 //  * attention written out as separate nodes: the first product's step computes all of them, too;
 //  * zeros around an image: the convolution that reads it pads (`border_of`);
-//  * a product that the next node adds to its own of the same shapes: the next node's step computes it (`take_products`).
+//  * a product that the next node adds to its own of the same shapes: the next node's step computes it, too
+//    (`take_products`).
 #pragma once
 
 #include <initializer_list>

@@ -25,7 +25,8 @@ bool has_no_elements(const Dims& dims) {
 
 int axis(std::int64_t dim, int rank) {
     const std::int64_t at = dim < 0 ? dim + rank : dim;
-    if (at < 0 || at >= rank) throw Error("dimension " + std::to_string(dim) + " of a tensor of rank " + std::to_string(rank));
+    if (at < 0 || at >= rank)
+        throw Error("dimension " + std::to_string(dim) + " of a tensor of rank " + std::to_string(rank));
     return static_cast<int>(at);
 }
 

@@ -6,14 +6,16 @@
 namespace quantflow::lowering {
 namespace {
 
+// softmax(scale * q @ k.T + mask) @ v into the value `output`.
 void attend(Context& c, View q, View k, View v, std::optional<View> mask, bool causal, double scale, int output) {
     q = c.as_real_operand(q);
     k = c.as_real_operand(k);
     v = c.as_real_operand(v);
     if (q.rank() < 2 || k.rank() != q.rank() || v.rank() != q.rank()) throw Unsupported("attention of these ranks");
     const auto rank = q.dims.size();
-    const Dims batch = broadcast_dims(broadcast_dims(Dims(q.dims.begin(), q.dims.end() - 2), Dims(k.dims.begin(), k.dims.end() - 2)),
-                                      Dims(v.dims.begin(), v.dims.end() - 2));
+    const Dims batch =
+        broadcast_dims(broadcast_dims(Dims(q.dims.begin(), q.dims.end() - 2), Dims(k.dims.begin(), k.dims.end() - 2)),
+                       Dims(v.dims.begin(), v.dims.end() - 2));
     const auto shaped = [&](const View& x) {
         Dims dims = batch;
         dims.insert(dims.end(), x.dims.end() - 2, x.dims.end());
@@ -22,7 +24,8 @@ void attend(Context& c, View q, View k, View v, std::optional<View> mask, bool c
     q = shaped(q);
     k = shaped(k);
     v = shaped(v);
-    if (q.dims[rank - 1] != k.dims[rank - 1] || k.dims[rank - 2] != v.dims[rank - 2]) throw Error("attention of shapes that do not fit");
+    if (q.dims[rank - 1] != k.dims[rank - 1] || k.dims[rank - 2] != v.dims[rank - 2])
+        throw Error("attention of shapes that do not fit");
     if (mask) {
         if (mask->dtype != DType::b8) mask = c.as_f32(*mask);
         Dims dims = batch;
@@ -38,10 +41,9 @@ void attend(Context& c, View q, View k, View v, std::optional<View> mask, bool c
         strides = {dims[2] * heads * width, width, heads * width, 1};
     }
     View y = c.allocate_result(dims, strides, output);
-    std::optional<Tensor> tm;
-    if (mask) tm = c.tensor(*mask);
-    c.emit(c.backend.attention(c.tensor(q), c.tensor(k), c.tensor(v), tm ? &*tm : nullptr, causal, static_cast<float>(scale), c.tensor(y)),
-         {&q, &k, &v, mask ? &*mask : nullptr, &y});
+    c.emit(c.backend.attention(c.tensor(q), c.tensor(k), c.tensor(v), c.tensor(mask).get(), causal,
+                               static_cast<float>(scale), c.tensor(y)),
+           {&q, &k, &v, pointer_to(mask), &y});
     c.define(output, y);
 }
 

@@ -1,6 +1,7 @@
 #include "nodes.hpp"
 
 namespace quantflow::lowering {
+
 void quantize(Context& c, const Node& n) {
     const View x = c.operand(0, "self");
     const StoredAs s = c.graph.stored_as(n.output);

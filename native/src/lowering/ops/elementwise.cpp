@@ -45,7 +45,8 @@ void arithmetic(Context& c, const Node& n) {
     const View* a = first.as<View>();
     const View* b = second.as<View>();
     for (const View* v : {a, b})
-        if (kind == Operands::bools && v != nullptr && v->dtype != DType::b8) throw Unsupported("bitwise logic of integers");
+        if (kind == Operands::bools && v != nullptr && v->dtype != DType::b8)
+            throw Unsupported("bitwise logic of integers");
     if (a != nullptr && b != nullptr) return binary(c, op, *a, *b, n.output, {});
     const View* x = a != nullptr ? a : b;
     if (x == nullptr) throw Unsupported("no operand is a tensor");

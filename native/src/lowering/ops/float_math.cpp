@@ -8,6 +8,7 @@
 namespace quantflow::lowering {
 namespace {
 
+// The named dimensions in order; all of them where none is named.
 std::vector<int> axes_of(Context& c, const View& x, std::size_t position, const char* name) {
     std::vector<int> axes;
     if (c.has(position, name))
@@ -20,10 +21,12 @@ std::vector<int> axes_of(Context& c, const View& x, std::size_t position, const 
     return axes;
 }
 
+// Into the value `output`, or into plain f32 where it is -1.
 View reduced(Context& c, Reduction how, const View& x, const std::vector<int>& axes, bool keep, int output) {
     Dims dims = x.dims;
     for (int a : axes) dims[static_cast<std::size_t>(a)] = 1;
-    View y = output < 0 ? c.allocate(DType::f32, dims, row_major(dims)) : c.allocate_result(dims, row_major(dims), output);
+    View y =
+        output < 0 ? c.allocate(DType::f32, dims, row_major(dims)) : c.allocate_result(dims, row_major(dims), output);
     c.emit(c.backend.reduce(how, c.tensor(x), axes, c.tensor(y)), {&x, &y});
     if (!keep)
         for (auto it = axes.rbegin(); it != axes.rend(); ++it) erase_dim(y, *it);
@@ -83,13 +86,12 @@ void normalize(Context& c, const Node& n, const Dims& shape, std::size_t weight_
     if (c.has(weight_at, "weight")) gamma = c.operand(weight_at, "weight");
     if (!is_rms && c.has(weight_at + 1, "bias")) beta = c.operand(weight_at + 1, "bias");
     for (const auto* v : {&gamma, &beta})
-        if (*v && ((*v)->dtype != DType::f32 || (*v)->count() != width)) throw Unsupported("a norm whose weight is not float32");
+        if (*v && ((*v)->dtype != DType::f32 || (*v)->count() != width))
+            throw Unsupported("a norm whose weight is not float32");
     View y = c.allocate_result(x.dims, row_major(x.dims), n.output);
-    std::optional<Tensor> tg, tb;
-    if (gamma) tg = c.tensor(*gamma);
-    if (beta) tb = c.tensor(*beta);
-    c.emit(c.backend.layer_norm(c.tensor(x), tg ? &*tg : nullptr, tb ? &*tb : nullptr, static_cast<float>(eps), is_rms, c.tensor(y)),
-         {&x, gamma ? &*gamma : nullptr, beta ? &*beta : nullptr, &y});
+    c.emit(c.backend.layer_norm(c.tensor(x), c.tensor(gamma).get(), c.tensor(beta).get(), static_cast<float>(eps),
+                                is_rms, c.tensor(y)),
+           {&x, pointer_to(gamma), pointer_to(beta), &y});
     y.strides = row_major(given);
     y.dims = given;
     c.define(n.output, y);
@@ -132,8 +134,9 @@ void batch_norm(Context& c, const Node& n) {
         v.dtype = DType::f32;
         v.dims = {channels};
         v.strides = {1};
-        v.buffer = c.new_buffer(Storage::constant, 0,
-                              c.constants.keep(std::to_string(c.node_index) + suffix, data.data(), data.size() * sizeof(float)));
+        v.buffer = c.new_buffer(
+            Storage::constant, 0,
+            c.constants.keep(std::to_string(c.node_index) + suffix, data.data(), data.size() * sizeof(float)));
         return v;
     };
     const View s = keep(".scale", scale), b = keep(".shift", shift);
@@ -141,7 +144,8 @@ void batch_norm(Context& c, const Node& n) {
     const int output = c.fusion.absorb_activation(n.output, epilogue);
     const View source = c.spread_out(x);
     View y = c.allocate_result(source.dims, dense_like(source), output);
-    c.emit(c.backend.channel_affine(c.tensor(source), 1, c.tensor(s), c.tensor(b), epilogue, c.tensor(y)), {&source, &y});
+    c.emit(c.backend.channel_affine(c.tensor(source), 1, c.tensor(s), c.tensor(b), epilogue, c.tensor(y)),
+           {&source, &y});
     c.define(output, y);
 }
 

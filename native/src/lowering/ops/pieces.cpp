@@ -76,7 +76,8 @@ void join(Context& c, const Node& n, const std::vector<View>& all, std::int64_t 
         if (v.count() > shape.count()) shape = v;
     shape.dims = dims;
     const Dims strides = repeats(shape) ? row_major(dims) : dense_like(shape);
-    if (is_float && std::any_of(parts.begin(), parts.end(), [](const View& v) { return v.q || v.dtype == DType::f32; })) {
+    if (is_float &&
+        std::any_of(parts.begin(), parts.end(), [](const View& v) { return v.q || v.dtype == DType::f32; })) {
         y = c.allocate_result(dims, strides, n.output);
     } else {
         y = is_float ? c.allocate(parts[0].dtype, dims, strides) : c.allocate_result(dims, strides, n.output);

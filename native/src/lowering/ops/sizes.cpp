@@ -65,7 +65,8 @@ const SizeOp kSizeOps[] = {
 
 Size size_value(Context& c, const Node& n) {
     const std::string base = base_name(n.target);
-    const auto* op = std::find_if(std::begin(kSizeOps), std::end(kSizeOps), [&](const SizeOp& o) { return o.name == base; });
+    const auto* op =
+        std::find_if(std::begin(kSizeOps), std::end(kSizeOps), [&](const SizeOp& o) { return o.name == base; });
     const bool is_known = op != std::end(kSizeOps), is_unary = is_known && op->of_one != nullptr;
     if (is_known && op->measure != nullptr) return op->measure(c);
     Vals args;

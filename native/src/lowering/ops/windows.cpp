@@ -19,7 +19,8 @@ void pad(Context& c, const Node& n, const Arg* mode, std::size_t value_at) {
     for (std::size_t i = 0; i < pads.size() / 2; ++i) {
         const std::size_t at = x.dims.size() - 1 - i;
         const std::int64_t left = pads[2 * i], right = pads[2 * i + 1];
-        if (std::abs(left) > kMaxExtent || std::abs(right) > kMaxExtent) throw Error("padding of " + std::to_string(left));
+        if (std::abs(left) > kMaxExtent || std::abs(right) > kMaxExtent)
+            throw Error("padding of " + std::to_string(left));
         x = sliced(x, static_cast<int>(at), std::max<std::int64_t>(0, -left),
                    x.dims[at] + std::min<std::int64_t>(0, right), 1);
         before[at] = std::max<std::int64_t>(0, left);
@@ -33,11 +34,7 @@ void pad(Context& c, const Node& n, const Arg* mode, std::size_t value_at) {
     }
     if (value == (x.q ? x.q->zero_point : 0) && c.fusion.leave_border(n.output, x.dims, before, dims))
         return c.define(n.output, x);
-    View y = c.allocate_like(x, dims, [&] {
-        View shape = x;
-        shape.dims = dims;
-        return x.count() == 0 ? row_major(dims) : dense_like(shape);
-    }());
+    View y = c.allocate_like(x, dims, x.count() == 0 ? row_major(dims) : dense_like(x, dims));
     c.emit(c.backend.fill(value, c.plain_tensor(y)), {&y});
     View inside = y;
     for (std::size_t i = 0; i < dims.size(); ++i)
@@ -46,27 +43,24 @@ void pad(Context& c, const Node& n, const Arg* mode, std::size_t value_at) {
     c.define(n.output, y);
 }
 
+// (batch, channels, *spatial): pools of PyTorch also take tensors without a batch.
 View with_batch(const View& x, std::size_t spatial, bool& added) {
     View v = x;
     added = v.dims.size() == spatial + 1;
-    if (added) {
-        v.strides.insert(v.strides.begin(), v.count());
-        v.dims.insert(v.dims.begin(), 1);
-    }
+    if (added) insert_dim(v, 0, v.count());
     if (v.dims.size() != spatial + 2) throw Error("a pool over another number of dimensions");
     return v;
 }
 
 void pooled(Context& c, const Node& n, const PoolGeometry& g, const View& given, const Dims& dims, bool added) {
     View x = given;
-    if (!same_layout(x.dims, x.strides, dense_like(x))) x = c.in_channels_last(x);
-    View shape = x;
-    shape.dims = dims;
+    if (!is_dense(x)) x = c.in_channels_last(x);
+    const Dims strides = dense_like(x, dims);
     View y;
     if (g.is_max && x.q && x.is_real) {  // max of codes is codes of the max
-        y = c.allocate(x.dtype, dims, dense_like(shape), x.q, true);
+        y = c.allocate(x.dtype, dims, strides, x.q, true);
     } else {
-        y = c.allocate_result(dims, dense_like(shape), n.output);
+        y = c.allocate_result(dims, strides, n.output);
         if (g.is_max && !x.q && y.q) y = c.allocate(DType::f32, dims, y.strides);
     }
     c.emit(c.backend.pool(g, c.tensor(x), c.tensor(y)), {&x, &y});
@@ -147,7 +141,8 @@ void upsample(Context& c, const Node& n) {
         }
     } else {
         for (std::size_t i = 0; i < spatial; ++i)
-            if (scales_at + i < n.args.size() && !n.args[scales_at + i].is_none()) given.push_back(as_real(c.evaluated(n.args[scales_at + i]), "scale"));
+            if (scales_at + i < n.args.size() && !n.args[scales_at + i].is_none())
+                given.push_back(as_real(c.evaluated(n.args[scales_at + i]), "scale"));
     }
     for (const double s : given)
         if (!(s > 0) || s > 1e6) throw Error("a scale of " + std::to_string(s));
@@ -168,11 +163,10 @@ void upsample(Context& c, const Node& n) {
         else
             steps.push_back(given.size() == spatial && given[i] > 0 ? 1.0 / given[i] : in / out);
     }
-    const View source = same_layout(x.dims, x.strides, dense_like(x)) ? x : c.in_row_major(x);
-    View shape = source;
-    shape.dims = dims;
-    View y = !bilinear ? c.allocate(source.dtype, dims, dense_like(shape), source.q, source.is_real)
-                       : c.allocate_result(dims, dense_like(shape), n.output);
+    const View source = is_dense(x) ? x : c.in_row_major(x);
+    const Dims strides = dense_like(source, dims);
+    View y = !bilinear ? c.allocate(source.dtype, dims, strides, source.q, source.is_real)
+                       : c.allocate_result(dims, strides, n.output);
     c.emit(c.backend.upsample(how, align, steps, c.tensor(source), c.tensor(y)),
          {&source, &y});
     c.define(n.output, y);
