@@ -12,9 +12,10 @@ flags=(-std=c++17 -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -f
 clang++ "${flags[@]}" -fsanitize=fuzzer -c "$native/fuzz/fuzz_program.cpp" -o "$out/target.o"
 clang++ "${flags[@]}" -fsanitize=fuzzer -DQUANTFLOW_FUZZ_LOWER -c "$native/fuzz/fuzz_program.cpp" -o "$out/target_lower.o"
 core=()
-for source in program lower thread_pool; do
-    clang++ "${flags[@]}" -fsanitize=fuzzer-no-link -c "$native/src/$source.cpp" -o "$out/$source.o"
-    core+=("$out/$source.o")
+for source in "$native"/src/{program,lower,thread_pool}.cpp "$native"/src/lowering/*.cpp "$native"/src/lowering/ops/*.cpp; do
+    object="$out/$(basename "$source" .cpp).core.o"
+    clang++ "${flags[@]}" -fsanitize=fuzzer-no-link -c "$source" -o "$object"
+    core+=("$object")
 done
 # The kernels are built once, for the instruction set that needs no flags.
 host=()
