@@ -2,10 +2,10 @@
 
     python -m bench.same_speed --other-python OLD/bin/python --threads 2
 
-Both sides take turns, in processes of their own that stay alive: the time to import quantflow (a fresh process each), to
-load a saved ResNet-50 and get its first result, and the latency of int8 ResNet-50, MobileNetV2 and of a small
-SqueezeNet, where the call itself counts. Each side makes its own models, with random weights, and what a round measures
-is the ratio of the two in that round. Cases use quantflow's public names alone, so that modules may be moved and renamed.
+Both sides take turns, in processes of their own that stay alive: the time to import quantflow (a fresh process each),
+to load a saved ResNet-50 and get its first result, and the latency of int8 ResNet-50, MobileNetV2 and of a small
+SqueezeNet, where the call itself counts. Each side makes its own models, with random weights, and what a round
+measures is the ratio of the two in that round. quantflow's public names are all it needs, so that modules may move.
 """
 
 from __future__ import annotations

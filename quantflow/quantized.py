@@ -24,9 +24,6 @@ from quantflow.host.environment import environment
 from quantflow.ir.program import Program
 from quantflow.report import from_json, html, junit, markdown, summary, to_json
 from quantflow.runtimes import choose_runtime
-from quantflow.runtimes.native import NativeRunner
-from quantflow.runtimes.native_op import adopt
-from quantflow.runtimes.torch import TorchRunner, build_script
 from quantflow.schema import Recipe
 from quantflow.stages.calibrate import CalibrationTable
 from quantflow.stages.compile import Compiled, compile_program
@@ -198,14 +195,10 @@ class QuantizedModule(QuantizedModel):
 
 
 def as_script(compiled: Compiled) -> torch.jit.ScriptModule:
-    """The compiled program as a ScriptModule; its runner is the native or the torch one."""
-    runner, program = compiled.runner, compiled.program
-    if isinstance(runner, TorchRunner):
-        return runner.script
-    # The file runs on any machine: natively where that is possible, else by the same fused ops of PyTorch.
-    script = build_script(program, calls_native=True)
-    adopt([program.tensors[name] for name in sorted(program.tensors)], runner)
-    return script
+    """The compiled program as a ScriptModule, which runs on any machine."""
+    script_of = compiled.choice.runtime.script
+    assert script_of is not None, "a runtime that serves torchscript makes scripts"
+    return script_of(compiled.runner)
 
 
 class QuantizedScript(torch.jit.RecursiveScriptModule):  # type: ignore[misc]
@@ -268,9 +261,9 @@ def load(directory: str | Path, *, runtime: str = "auto", device: str = "auto") 
     mode = recipe.mode.kind
     choice = choose_runtime(wanted, device, "export" if runtime != "auto" else mode)
     compiled = compile_program(record.program, choice)
-    if isinstance(compiled.runner, NativeRunner) and _same_machine(record.results.get("environment")):
+    if _same_machine(record.results.get("environment")):
         compiled.runner.adopt(record.results.get("warmup", {}).get("variants", ()))
-    if mode == "torchscript" and choice.runtime.name in ("native", "torch"):
+    if mode == "torchscript" and choice.runtime.script is not None:
         return QuantizedScript.adopt(compiled, record)
     return QuantizedModel(compiled, record)
 

@@ -165,7 +165,7 @@ def _benchmark(run: Run, compiled: Compiled, call: Call, update: Update) -> dict
             batch = timing.resized(first, sizes[0])
             repeats = int(PER_LAYER_MS / max(configs[0]["int8"]["median_ms"], 1e-3))
             inputs = bind(program.inputs, batch.args, batch.kwargs)
-            per_layer = compiled.layer_times(inputs, max(1, min(MOST_REPEATS, repeats)))
+            per_layer = compiled.runner.profile(inputs, max(1, min(MOST_REPEATS, repeats)))
     int8_bytes, float_bytes = len(weights_bytes(program)), run.source.float_bytes()
     section = {
         "threads": threads,

@@ -23,7 +23,7 @@ from quantflow.schema import Recipe
 from quantflow.stages import benchmark as timing
 from quantflow.stages.evaluate import evaluate
 from quantflow.stages.gates import evaluate_gates, verdict
-from quantflow.stages.imperative import Int8Layer, called_modules
+from quantflow.stages.imperative import int8_calls
 from quantflow.stages.plan import Plan
 from quantflow.stages.prepare import bind
 
@@ -129,8 +129,7 @@ def _int8_proof(built: Built, source: Source) -> dict[str, Any]:
     """
     runs = built.compiled.runner.int8_layers()
     if built.module is not None:
-        called = called_modules(built.module, source.first_batch)
-        runs = sum(called.get(name, 0) for name, m in built.module.named_modules() if isinstance(m, Int8Layer))
+        runs = int8_calls(built.module, source.first_batch)
     if runs == 0:
         raise NothingQuantizedError("int8 proof: no int8 layer runs in the converted model; nothing was quantized")
     batch = cut(source.first_batch, 1, is_dynamic=built.graph.batch_is_dynamic)
@@ -164,7 +163,7 @@ def _model_section(source: Source) -> dict[str, Any]:
 def _graph_text(run: Run, built: Built) -> str:
     """TorchScript's own graph where the result is one or runs as one, else a line per node of the program."""
     is_script = run.recipe.mode.kind == "torchscript"
-    script = as_script(built.compiled) if is_script else getattr(built.compiled.runner, "script", None)
+    script = as_script(built.compiled) if is_script else built.compiled.runner.script
     if script is None:
         return (
             "\n".join(f"{node.output} = {node.fused_name}({', '.join(node.refs())})" for node in built.program.nodes)

@@ -109,7 +109,7 @@ def ready(run: Run, graph: Graph, converted: Converted, module: nn.Module | None
     plan, program = converted.plan, converted.program
     with run.progress.stage("compile"):
         compiled = compile_program(program, run.choice)
-        swapped = None if module is None else swap_modules(module, plan, program, run.choice.runtime.name)
+        swapped = None if module is None else swap_modules(module, plan, program, run.choice.runtime)
     warm = None
     if run.workers.is_first:
         with run.progress.stage("warm up") as stage:

@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 
+import torch
 from torch import Tensor, get_num_threads, xpu
 
 from quantflow.errors import UnavailableError
-from quantflow.ir.program import Node, Program
-from quantflow.runtimes import native_devices
+from quantflow.host.finding import Finding
+from quantflow.ir.program import Program
+from quantflow.runtimes import native_devices, native_library, native_op, reference
+from quantflow.runtimes import torch as on_torch
 from quantflow.runtimes.native import NativeRunner
 from quantflow.runtimes.native import kernel_of as native_kernel_of
-from quantflow.runtimes.reference import ReferenceRunner
-from quantflow.runtimes.torch import TorchRunner
-from quantflow.runtimes.torch import kernel_of as torch_kernel_of
-from quantflow.runtimes.torch import notes as torch_notes
+from quantflow.runtimes.runner import AbstractRunner
 from quantflow.stages.plan import PlannedUnit
-
-
-class Runner(Protocol):
-    """A compiled program. Safe to call from several threads."""
-
-    program: Program
-
-    def __call__(self, inputs: Sequence[Tensor]) -> Any:
-        """The output for inputs in the order of `program.inputs`."""
-
-    def run_node(self, index: int, values: Mapping[str, Any]) -> Any:
-        """One node's value from given values, codes as the program defines them."""
-
-    def int8_layers(self) -> int:
-        """Convolutions and linears that run in int8, counted in what really runs."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +30,26 @@ class Runtime:
         missing: device → why the runtime can't use it on this machine, with the cure; None: it can.
         modes: how a model must be captured for it.
         notes: what its user should know about this machine, for the plan.
+        layer: imperative mode: (a program of one layer, that layer's float32 input) → its float32 output.
+        script: torchscript mode: a runner's program as a ScriptModule that runs on any machine.
+        backends: device → its own kernels, which a self-test there compares: name → what builds a runner on them.
+        about: what its kernels are made for on this machine, for task=doctor.
+        packages: distributions that it needs and the package does not → how to get them.
+        findings: what else it has to say about this machine.
     """
 
     name: str
-    build: Callable[[Program, str], Runner]
+    build: Callable[[Program, str], AbstractRunner]
     kernel_of: Callable[[PlannedUnit], str]
     missing: Callable[[str], str | None]
     modes: tuple[str, ...]
     notes: Callable[[], tuple[str, ...]] = tuple
+    layer: Callable[[Program, Tensor], Tensor] | None = None
+    script: Callable[[AbstractRunner], torch.jit.ScriptModule] | None = None
+    backends: Callable[[str], Mapping[str, Callable[[Program], AbstractRunner]]] | None = None
+    about: Callable[[], str] = str
+    packages: Mapping[str, str] = field(default_factory=dict)
+    findings: Callable[[], list[Finding]] = list
 
 
 def _reference_kernel(planned: PlannedUnit) -> str:
@@ -71,19 +68,41 @@ RUNTIMES: dict[str, Runtime] = {
         native_kernel_of,
         native_devices.missing,
         ("export", "torchscript"),
+        script=native_op.as_script,
+        backends=lambda device: {
+            backend: partial(NativeRunner, backend=backend) for backend in native_devices.backends_of(device)
+        },
+        about=lambda: f"kernels for {native_library.host_isa()}",
+        packages=dict.fromkeys(native_devices.SYCL_DISTRIBUTIONS, native_library.INSTALL_SYCL),
+        findings=native_devices.findings,
     ),
     "torch": Runtime(
         "torch",
-        lambda program, _: TorchRunner(program),
-        torch_kernel_of,
+        lambda program, _: on_torch.TorchRunner(program),
+        on_torch.kernel_of,
         _only_cpu,
         ("export", "torchscript", "imperative"),
-        torch_notes,
+        on_torch.notes,
+        layer=on_torch.run_layer,
+        script=on_torch.as_script,
+        about=lambda: "not accelerated" if on_torch.notes() else "",
     ),
     "reference": Runtime(
-        "reference", lambda program, _: ReferenceRunner(program), _reference_kernel, _only_cpu, ("export", "imperative")
+        "reference",
+        lambda program, _: reference.ReferenceRunner(program),
+        _reference_kernel,
+        _only_cpu,
+        ("export", "imperative"),
+        layer=reference.run_layer,
     ),
 }
+#: The device that every machine has.
+HOST = "cpu"
+
+
+def tested_by_itself() -> Runtime:
+    """The first runtime with kernels of its own, which a self-test compares."""
+    return next(runtime for runtime in RUNTIMES.values() if runtime.backends is not None)
 
 
 @dataclass(frozen=True)
@@ -143,4 +162,4 @@ def devices() -> list[str]:
     return found + [f"SYCL {device['type']} ({device['name']})" for device in native_devices.sycl_devices()]
 
 
-__all__ = ["RUNTIMES", "Choice", "Node", "Runner", "Runtime", "choose_runtime", "devices"]
+__all__ = ["HOST", "RUNTIMES", "AbstractRunner", "Choice", "Runtime", "choose_runtime", "devices", "tested_by_itself"]

@@ -26,6 +26,7 @@ from quantflow.ir.units import CORE
 from quantflow.runtimes import native_library as lib
 from quantflow.runtimes.reference import resolve
 from quantflow.runtimes.reference import run_node as run_in_torch
+from quantflow.runtimes.runner import AbstractRunner
 from quantflow.stages.plan import PlannedUnit
 
 #: Plans kept per section, one per set of input shapes; the least recently used is dropped.
@@ -66,8 +67,10 @@ class Plan:
         return outputs
 
 
-class NativeRunner:
+class NativeRunner(AbstractRunner):
     """Executes a program on the native library. Safe to call from several threads."""
+
+    name = "native"
 
     def __init__(self, program: Program, backend: str = "host", threads: int | None = None) -> None:
         """
@@ -140,6 +143,10 @@ class NativeRunner:
         for row in rows:
             if row["chosen"]:
                 self.variants[row["batch"], row["asked_threads"]] = Variant(row["threads"], row["chunk"])
+
+    def left_to_torch(self) -> dict[int, str]:
+        """Node index → why PyTorch computes it."""
+        return dict(sorted(self.in_torch.items()))
 
     def _batch(self, inputs: Sequence[torch.Tensor]) -> int:
         return inputs[0].shape[0] if inputs and inputs[0].dim() else 0

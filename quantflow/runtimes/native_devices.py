@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from quantflow.errors import UnavailableError
+from quantflow.host.finding import Finding
 from quantflow.runtimes import native_library as lib
 
 _INTEL = "0x8086"
+#: What the SYCL backend consists of.
+SYCL_DISTRIBUTIONS = ("onednn", "intel-sycl-rt", "intel-opencl-rt", "intel-cmplr-lib-ur", "tbb", "umf")
 
 
 def backend_of(device: str) -> str:
@@ -75,3 +81,29 @@ def _sycl_devices() -> list[dict[str, Any]]:
     if broken := [device["error"] for device in found if "error" in device]:
         raise UnavailableError(f"device: SYCL can't list devices ({'; '.join(broken)}); {lib.INSTALL_SYCL}")
     return found
+
+
+def findings() -> list[Finding]:
+    """PyTorch's and SYCL's devices, Intel's driver, and what is missing."""
+    rows = [Finding("torch xpu", f"{torch.xpu.device_count()} devices")] if torch.xpu.is_available() else []
+    try:
+        devices = sycl_devices(strict=True)
+    except UnavailableError as error:
+        return [*rows, Finding("SYCL", "can't be used", str(error))]
+    rows += [
+        Finding(
+            f"SYCL {d['type']}",
+            f"{d['name']} ({d['backend']}, driver {d['driver']}, {d['compute_units']} compute units, "
+            f"{d['memory_bytes'] / 2**30:.1f} GiB)" + ("" if d["onednn"] else ", not usable by oneDNN"),
+        )
+        for d in devices
+    ]
+    if not any(d["type"] == "gpu" for d in devices):
+        if has_intel_gpu():
+            cure = "install Intel's driver: apt install intel-level-zero-gpu libze1 (or your system's package)"
+            if not os.access("/dev/dri", os.R_OK):
+                cure = "join the group that may use it: sudo usermod -aG render $USER, then log in again"
+            rows.append(Finding("Intel GPU", "the system shows one, SYCL does not", cure))
+        else:
+            rows.append(Finding("Intel GPU", "none found"))
+    return rows

@@ -17,6 +17,8 @@ import torch
 from quantflow.ir.program import Program
 from quantflow.runtimes import native_devices
 from quantflow.runtimes.native import NativeRunner
+from quantflow.runtimes.runner import AbstractRunner
+from quantflow.runtimes.torch import build_script
 
 _ATTRIBUTE = "_quantflow_native"
 _lock = threading.Lock()
@@ -26,6 +28,18 @@ _library = torch.library.Library("quantflow", "FRAGMENT")
 def adopt(tensors: Sequence[torch.Tensor], runner: NativeRunner) -> None:
     """Let the operator use this runner for the program whose tensors these are."""
     tensors[0].__dict__[_ATTRIBUTE] = runner
+
+
+def as_script(runner: AbstractRunner) -> torch.jit.ScriptModule:
+    """A native runner's program as a ScriptModule, which runs natively where that is possible.
+
+    Elsewhere it runs by the same fused ops of PyTorch, so that the file runs on any machine.
+    """
+    assert isinstance(runner, NativeRunner)
+    program = runner.program
+    script = build_script(program, calls_native=True)
+    adopt([program.tensors[name] for name in sorted(program.tensors)], runner)
+    return script
 
 
 @cache

@@ -16,6 +16,7 @@ from quantflow.ir.graph import SIZE_FUNCTIONS
 from quantflow.ir.program import LINEAR_OPS, Node, Program, Ref, TensorRef, aten_op, substitute
 from quantflow.ir.units import Epilogue
 from quantflow.numerics.affine import QParams, dequantize, quantize
+from quantflow.runtimes.runner import AbstractRunner
 
 #: Ops that compute a real number per element; every other op moves codes, or is float by itself.
 _COMPUTED = ("quantize", *LINEAR_OPS, "matmul", "add", "mul", "avg_pool")
@@ -24,8 +25,10 @@ _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 _CLAMPS = ("relu", "hardtanh")
 
 
-class ReferenceRunner:
+class ReferenceRunner(AbstractRunner):
     """Executes a program node by node. Stateless between calls, so safe to call from several threads."""
+
+    name = "reference"
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -59,6 +62,14 @@ class ReferenceRunner:
     def int8_layers(self) -> int:
         """Convolutions and linears of the program: this runtime executes every one as integer sums."""
         return len(self.program.int8_nodes())
+
+
+def run_layer(program: Program, x: torch.Tensor) -> torch.Tensor:
+    """A program of one convolution or linear on float32 input: quantized, computed, float32 again."""
+    (node,) = program.nodes
+    name = node.args[0].name
+    result: torch.Tensor = run_node(program, node, {name: quantize(x, _known(qparams_of(program, name)))})
+    return result
 
 
 def resolve(program: Program, argument: Any, values: Mapping[str, Any]) -> Any:

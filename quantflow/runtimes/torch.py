@@ -27,6 +27,7 @@ from quantflow.ir.program import LINEAR_OPS, Node, Program, Ref, TensorRef, aten
 from quantflow.ir.units import CORE, MATMUL, Epilogue, Unit
 from quantflow.numerics.affine import QParams
 from quantflow.runtimes import kernels
+from quantflow.runtimes.runner import AbstractRunner
 from quantflow.stages.plan import PlannedUnit
 
 _BIAS = 128
@@ -215,8 +216,11 @@ class Lowering:
         return Call(node.output, f"quantflow.{op}", args, {})
 
 
-class TorchRunner:
+class TorchRunner(AbstractRunner):
     """Executes a program as one ScriptModule. Safe to call from several threads."""
+
+    name = "torch"
+    script: torch.jit.ScriptModule
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -249,6 +253,30 @@ class TorchRunner:
     def _from_stored(self, name: str, value: Any) -> Any:
         stored = self._lowering.stored.get(name)
         return value if stored is None or not stored.shift else torch.utils._pytree.tree_map(kernels.flip, value)
+
+
+def as_script(runner: AbstractRunner) -> torch.jit.ScriptModule:
+    """The ScriptModule that this runtime's runner runs as."""
+    assert isinstance(runner, TorchRunner)
+    return runner.script
+
+
+def run_layer(program: Program, x: torch.Tensor) -> torch.Tensor:
+    """A program of one convolution or linear on float32 input: quantized, computed, float32 again."""
+    (node,) = program.nodes
+    name = node.args[0].name
+    qparams, tensors, a = program.values[name].qparams, program.tensors, node.attrs
+    assert qparams is not None
+    # The kernels take uint8; int8 codes are the same integers with zero_point + 128.
+    zero_point = qparams.zero_point + (128 if qparams.dtype == "int8" else 0)
+    codes = kernels.quantize(x, qparams.scale, zero_point, "uint8")
+    kind, values = _epilogue(node.epilogue)
+    bias = None if a["bias"] is None else tensors[a["bias"]]
+    operands = (codes, qparams.scale, zero_point, False, tensors[a["weight"]], tensors[a["weight_scale"]], bias)
+    if node.op == "linear":
+        return kernels.linear(*operands, 1.0, 0, "float32", kind, values)
+    geometry = (a["stride"], a["padding"], a["dilation"], a["groups"])
+    return kernels.conv(*operands, *geometry, 1.0, 0, "float32", kind, values)
 
 
 def count_int8_layers(script: torch.jit.ScriptModule) -> int:

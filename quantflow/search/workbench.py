@@ -199,7 +199,7 @@ class Workbench:
         inputs = bind(before.program.inputs, self._batch.args, self._batch.kwargs)
 
         def ms(compiled: Compiled) -> float:
-            rows = compiled.layer_times(inputs, PROFILE_RUNS)
+            rows = compiled.runner.profile(inputs, PROFILE_RUNS)
             return sum(row["ms"] for row in rows if row["name"] in touched)
 
         return statistics.median(ms(after) - ms(before) for _ in range(ROUNDS))
@@ -240,8 +240,8 @@ class Workbench:
         if judged.size == self._batch.size:
             return  # nor what is timed
         if self._pieces is None:
-            self._pieces = compiled.tune(bind(compiled.program.inputs, judged.args, judged.kwargs))
-        compiled.adopt(self._pieces)
+            self._pieces = compiled.runner.tune(bind(compiled.program.inputs, judged.args, judged.kwargs))
+        compiled.runner.adopt(self._pieces)
 
 
 def _in_two_terms(change: str, layer: str | LayerOverride | None) -> LayerOverride:

@@ -20,10 +20,8 @@ from quantflow.ir.batch import Batch
 from quantflow.ir.graph import Graph
 from quantflow.ir.program import Node, Program, Ref
 from quantflow.ir.units import CORE
-from quantflow.numerics.affine import QParams, quantize
-from quantflow.runtimes import reference
-from quantflow.runtimes.kernels import conv, linear
-from quantflow.runtimes.kernels import quantize as fast_quantize
+from quantflow.numerics.affine import QParams
+from quantflow.runtimes import Runtime
 from quantflow.stages.plan import Plan, PlannedUnit
 
 OnValue = Callable[[str, torch.Tensor], None]
@@ -141,15 +139,17 @@ class Int8Layer(nn.Module):
     The input is quantized, the kernel's float32 result has the folded BatchNorm and the fused activation applied.
     """
 
-    def __init__(self, node: Node, program: Program, runtime: str) -> None:
+    def __init__(self, node: Node, program: Program, runtime: Runtime) -> None:
         super().__init__()
+        assert runtime.layer is not None, "a runtime that serves imperative mode computes layers"
         x = node.args[0]
         assert isinstance(x, Ref)
         qparams = program.values[x.name].qparams
         assert qparams is not None
         self.node = node
         self.qparams: QParams = qparams
-        self.runtime = runtime
+        self.runtime = runtime.name
+        self._compute = runtime.layer
         a = node.attrs
         self.register_buffer("weight", program.tensors[a["weight"]])
         self.register_buffer("weight_scale", program.tensors[a["weight_scale"]])
@@ -158,25 +158,7 @@ class Int8Layer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return self._exact(x) if self.runtime == "reference" else self._fast(x)
-
-    def _exact(self, x: torch.Tensor) -> torch.Tensor:
-        name = self.node.args[0].name
-        result: torch.Tensor = reference.run_node(self._program, self.node, {name: quantize(x, self.qparams)})
-        return result
-
-    def _fast(self, x: torch.Tensor) -> torch.Tensor:
-        a, q = self.node.attrs, self.qparams
-        # The kernels take uint8; int8 codes are the same integers with zero_point + 128.
-        zero_point = q.zero_point + (128 if q.dtype == "int8" else 0)
-        codes = fast_quantize(x, q.scale, zero_point, "uint8")
-        epilogue = self.node.epilogue
-        kind, values = (epilogue.kind, list(epilogue.values)) if epilogue else ("", [])
-        operands = (codes, q.scale, zero_point, False, self.weight, self.weight_scale, self.bias)
-        if self.node.op == "linear":
-            return linear(*operands, 1.0, 0, "float32", kind, values)
-        geometry = (a["stride"], a["padding"], a["dilation"], a["groups"])
-        return conv(*operands, *geometry, 1.0, 0, "float32", kind, values)
+            return self._compute(self._program, x)
 
     def extra_repr(self) -> str:
         q, shape = self.qparams, "x".join(map(str, self.weight.shape))
@@ -187,7 +169,7 @@ class Int8Layer(nn.Module):
         )
 
 
-def swap_modules(module: nn.Module, plan: Plan, program: Program, runtime: str) -> nn.Module:
+def swap_modules(module: nn.Module, plan: Plan, program: Program, runtime: Runtime) -> nn.Module:
     """A copy of the module with int8 layers in place and folded BatchNorms replaced by Identity."""
     swapped = _copied(module).eval()
     nodes = {node.name: node for node in program.int8_nodes()}
@@ -201,6 +183,12 @@ def swap_modules(module: nn.Module, plan: Plan, program: Program, runtime: str) 
     for parameter in swapped.parameters():
         parameter.requires_grad_(False)
     return swapped
+
+
+def int8_calls(module: nn.Module, batch: Batch) -> int:
+    """Calls of int8 layers in one forward of a swapped module."""
+    called = called_modules(module, batch)
+    return sum(called.get(name, 0) for name, child in module.named_modules() if isinstance(child, Int8Layer))
 
 
 def int8_layers(module: nn.Module) -> int:

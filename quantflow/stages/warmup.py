@@ -16,7 +16,7 @@ from quantflow.ir.batch import Batch
 from quantflow.ir.program import Node
 from quantflow.numerics.agreement import disagreement, tie_tolerance
 from quantflow.numerics.measures import sqnr_db
-from quantflow.runtimes.reference import ReferenceRunner, resolve, unrounded
+from quantflow.runtimes.specification import ASKED_FOR, Specification, resolve, unrounded
 from quantflow.stages.compile import Compiled
 from quantflow.stages.evaluate import tensors
 from quantflow.stages.prepare import bind
@@ -38,7 +38,7 @@ class Warmup:
         sqnr_vs_reference_db: of the whole model's output; one-code differences add up along the model.
         one_code_differences: codes that legally differ from the reference's, over all layers.
         layers_checked: int8 nodes compared with the reference on its own codes.
-        variants: what the runtime tried per batch size, and what it keeps (see NativeRunner.tune).
+        variants: what the runtime tried per batch size, and what it keeps (see AbstractRunner.tune).
     """
 
     time_to_first_result_s: float
@@ -111,7 +111,9 @@ def warmup(
         )
     with alone():
         variants = [
-            row for tuned in tuned_for for row in compiled.tune(bind(compiled.program.inputs, tuned.args, tuned.kwargs))
+            row
+            for tuned in tuned_for
+            for row in compiled.runner.tune(bind(compiled.program.inputs, tuned.args, tuned.kwargs))
         ]
     return Warmup(
         first, statistics.median(taken), iterations, batch.size, quality, differences, checked, notices, tuple(variants)
@@ -130,7 +132,7 @@ def _require_whole_equals_parts(compiled: Compiled, batch: Batch) -> None:
         if not torch.equal(expected, actual) and not sqnr_db(expected, actual) >= LEAST_WHOLE_DB:
             raise VerificationError(
                 f"{path}: the compiled program gives another result than its layers one by one; runtime "
-                f"{compiled.choice.runtime.name} must not be used: try runtime=reference, and report this"
+                f"{compiled.choice.runtime.name} must not be used: try {ASKED_FOR}, and report this"
             )
 
 
@@ -162,10 +164,10 @@ def _verify(
             raise VerificationError(
                 f"layer {node.name} ({node.fused_name}): {illegal} of {expected.numel()} codes differ from the "
                 f"reference where rounding can't explain it (worst: {worst:.3g} codes from a tie); "
-                f"runtime {compiled.choice.runtime.name} must not be used: try runtime=reference, and report this"
+                f"runtime {compiled.choice.runtime.name} must not be used: try {ASKED_FOR}, and report this"
             )
 
-    reference = ReferenceRunner(program)(bind(program.inputs, batch.args, batch.kwargs), compare)
+    reference = Specification(program)(bind(program.inputs, batch.args, batch.kwargs), compare)
     return reference, differing, checked
 
 
@@ -175,5 +177,5 @@ def _require_close(node: Node, expected: torch.Tensor, actual: torch.Tensor) -> 
     if not error <= bound:
         raise VerificationError(
             f"layer {node.name} ({node.fused_name}): its float output differs from the reference's by {error:.3g}, "
-            f"more than {bound:.3g}; report this, and use runtime=reference meanwhile"
+            f"more than {bound:.3g}; report this, and use {ASKED_FOR} meanwhile"
         )

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-import torch
 
 from quantflow import report
-from quantflow.errors import EXIT_PASSED, UnavailableError
+from quantflow.errors import EXIT_PASSED
 from quantflow.host.environment import DISTRIBUTIONS, distribution_version, environment, has_exact_int8_products
-from quantflow.runtimes import RUNTIMES, native_devices
-from quantflow.runtimes import native_library as lib
+from quantflow.host.finding import Finding
+from quantflow.runtimes import HOST, RUNTIMES
 from quantflow.schema import Recipe
-
-#: Distributions that the SYCL backend of the native runtime consists of.
-SYCL_DISTRIBUTIONS = ("onednn", "intel-sycl-rt", "intel-opencl-rt", "intel-cmplr-lib-ur", "tbb", "umf")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line: what was looked at, what was found, and what to do about it (empty: nothing)."""
-
-    topic: str
-    found: str
-    cure: str = ""
 
 
 def task(recipe: Recipe, _overrides: Sequence[str]) -> int:
@@ -37,7 +21,7 @@ def task(recipe: Recipe, _overrides: Sequence[str]) -> int:
 
 def diagnose() -> list[Finding]:
     """Look at processor, packages, runtimes and devices. Never raises for something that is missing."""
-    return [*_machine(), *_packages(), *_runtimes(), *_sycl()]
+    return [*_machine(), *_packages(), *_runtimes(), *_compiler()]
 
 
 def _machine() -> list[Finding]:
@@ -52,50 +36,26 @@ def _machine() -> list[Finding]:
 
 def _packages() -> list[Finding]:
     rows = [Finding("python", str(environment()["python"]))]
-    for name in (*DISTRIBUTIONS, *SYCL_DISTRIBUTIONS):
+    cures = {name: cure for runtime in RUNTIMES.values() for name, cure in runtime.packages.items()}
+    for name in (*DISTRIBUTIONS, *cures):
         version = distribution_version(name)
-        needed = name in SYCL_DISTRIBUTIONS and version is None
-        rows.append(Finding(name, version or "not installed", lib.INSTALL_SYCL if needed else ""))
+        rows.append(Finding(name, version or "not installed", cures.get(name, "") if version is None else ""))
     return rows
 
 
 def _runtimes() -> list[Finding]:
     rows = []
     for name, runtime in RUNTIMES.items():
-        reason = runtime.missing("cpu")
+        reason = runtime.missing(HOST)
         if reason is not None:
             rows.append(Finding(f"runtime {name}", "can't run on the CPU", reason))
-        elif name == "native":
-            rows.append(Finding("runtime native", f"runs on the CPU, kernels for {lib.host_isa()}"))
         else:
-            notes = runtime.notes()
-            rows.append(Finding(f"runtime {name}", "runs on the CPU" + (", not accelerated" if notes else "")))
-    if torch.xpu.is_available():
-        rows.append(Finding("torch xpu", f"{torch.xpu.device_count()} devices"))
-    return rows
+            about = runtime.about()
+            rows.append(Finding(f"runtime {name}", "runs on the CPU" + (f", {about}" if about else "")))
+    return [*rows, *(finding for runtime in RUNTIMES.values() for finding in runtime.findings())]
 
 
-def _sycl() -> list[Finding]:
-    try:
-        devices = native_devices.sycl_devices(strict=True)
-    except UnavailableError as error:
-        return [Finding("SYCL", "can't be used", str(error))]
-    rows = [
-        Finding(
-            f"SYCL {d['type']}",
-            f"{d['name']} ({d['backend']}, driver {d['driver']}, {d['compute_units']} compute units, "
-            f"{d['memory_bytes'] / 2**30:.1f} GiB)" + ("" if d["onednn"] else ", not usable by oneDNN"),
-        )
-        for d in devices
-    ]
-    if not any(d["type"] == "gpu" for d in devices):
-        if native_devices.has_intel_gpu():
-            cure = "install Intel's driver: apt install intel-level-zero-gpu libze1 (or your system's package)"
-            if not os.access("/dev/dri", os.R_OK):
-                cure = "join the group that may use it: sudo usermod -aG render $USER, then log in again"
-            rows.append(Finding("Intel GPU", "the system shows one, SYCL does not", cure))
-        else:
-            rows.append(Finding("Intel GPU", "none found"))
-    if shutil.which("g++") is None:
-        rows.append(Finding("compiler", "no g++", "only needed to build quantflow from source: apt install g++"))
-    return rows
+def _compiler() -> list[Finding]:
+    if shutil.which("g++") is not None:
+        return []
+    return [Finding("compiler", "no g++", "only needed to build quantflow from source: apt install g++")]

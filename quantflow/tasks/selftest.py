@@ -24,9 +24,8 @@ from quantflow.numerics.affine import QParams
 from quantflow.numerics.agreement import disagreement, tie_tolerance
 from quantflow.numerics.measures import sqnr_db
 from quantflow.report import Progress
-from quantflow.runtimes import choose_runtime, native_devices
-from quantflow.runtimes.native import NativeRunner, kernel_of
-from quantflow.runtimes.reference import ReferenceRunner, unrounded
+from quantflow.runtimes import AbstractRunner, choose_runtime, tested_by_itself
+from quantflow.runtimes.specification import Specification, unrounded
 from quantflow.schema import ModeSettings, QConfig, Recipe
 from quantflow.sources.data import as_batches
 from quantflow.stages.calibrate import calibrate
@@ -35,6 +34,8 @@ from quantflow.stages.plan import make_plan
 from quantflow.stages.prepare import prepare
 
 FLOAT_TOLERANCE = 2e-5
+#: Makes a program's runner on the backend under test.
+Build = Callable[[Program], AbstractRunner]
 _X = QParams("int8", 0.05, 0)
 _U = QParams("uint8", 0.04, 131)
 _OUT = QParams("int8", 0.11, -7)
@@ -68,28 +69,28 @@ class Case:
 
 
 def task(recipe: Recipe, _overrides: Sequence[str]) -> int:
-    """Check the native runtime on this machine's own device: 0 all agree, 3 something does not.
+    """Check the kernels of our own on this machine's device: 0 all agree, 3 something does not.
 
     Raises:
         UnavailableError: the device is not here, with the devices found.
     """
     console = report.make_console(plain=recipe.report.plain)
-    choice = choose_runtime("native", recipe.device.kind)
-    backends = native_devices.backends_of(choice.device)
+    choice = choose_runtime(tested_by_itself().name, recipe.device.kind)
+    assert choice.runtime.backends is not None, "it is tested by itself"
     passed = True
-    for backend in backends:
+    for backend, build in choice.runtime.backends(choice.device).items():
         with Progress(console, quiet=recipe.report.quiet) as progress, progress.stage(f"selftest {backend}") as stage:
-            rows = selftest(backend, stage.update)
+            rows = selftest(build, stage.update)
         report.print_selftest(console, backend, rows)
         passed = passed and all(row.passed for row in rows)
     return EXIT_PASSED if passed else EXIT_GATE
 
 
-def selftest(backend: str, progress: Callable[[int, int | None], None] | None = None) -> list[Row]:
-    """Run everything on a backend of the native runtime.
+def selftest(build: Build, progress: Callable[[int, int | None], None] | None = None) -> list[Row]:
+    """Run everything on one backend of a runtime.
 
     Args:
-        backend: "host", "sycl.cpu" or "sycl.gpu".
+        build: makes a program's runner on it.
 
     Raises:
         UnavailableError: the backend can't run here.
@@ -100,12 +101,12 @@ def selftest(backend: str, progress: Callable[[int, int | None], None] | None = 
     total = len(cases) + len(models)
     for done, case in enumerate(cases, start=1):
         row = rows.setdefault(case.kernel, Row(case.kernel))
-        _run(row, case.name, lambda row=row, case=case: _compare(row, case, backend))
+        _run(row, case.name, lambda row=row, case=case: _compare(row, case, build))
         if progress is not None:
             progress(done, total)
     for done, (name, module, x) in enumerate(models, start=len(cases) + 1):
         row = rows.setdefault(f"model {name}", Row(f"model {name}"))
-        _run(row, name, lambda row=row, module=module, x=x: _compare_model(row, module, x, backend))
+        _run(row, name, lambda row=row, module=module, x=x: _compare_model(row, module, x, build))
         if progress is not None:
             progress(done, total)
     return list(rows.values())
@@ -132,18 +133,18 @@ def _run(row: Row, name: str, check: Callable[[], None]) -> None:
     row.seconds += time.perf_counter() - start
 
 
-def _compare(row: Row, case: Case, backend: str) -> None:
+def _compare(row: Row, case: Case, build: Build) -> None:
     """The case's last node on the reference's own values."""
-    runner = NativeRunner(case.program, backend)
+    runner = build(case.program)
     values: dict[str, Any] = {}
-    ReferenceRunner(case.program)(case.inputs, lambda _, seen: values.update(seen))
+    Specification(case.program)(case.inputs, lambda _, seen: values.update(seen))
     _compare_node(row, case.name, case.program, runner, len(case.program.nodes) - 1, values)
-    if runner.in_torch:
-        row.failures.append(f"{case.name}: has no kernel on this backend ({'; '.join(runner.in_torch.values())})")
+    if left := runner.left_to_torch():
+        row.failures.append(f"{case.name}: has no kernel on this backend ({'; '.join(left.values())})")
 
 
 def _compare_node(
-    row: Row, name: str, program: Program, runner: NativeRunner, index: int, values: dict[str, Any]
+    row: Row, name: str, program: Program, runner: AbstractRunner, index: int, values: dict[str, Any]
 ) -> None:
     node = program.nodes[index]
     expected = values[node.output]
@@ -166,18 +167,18 @@ def _compare_node(
         row.failures.append(f"{name}: {illegal} of {expected.numel()} codes wrong, up to {worst:.3g} codes from a tie")
 
 
-def _compare_model(row: Row, module: nn.Module, x: torch.Tensor, backend: str) -> None:
+def _compare_model(row: Row, module: nn.Module, x: torch.Tensor, build: Build) -> None:
     program = quantized_program(module, x)
-    runner = NativeRunner(program, backend)
+    runner = build(program)
     values: dict[str, Any] = {}
-    reference = ReferenceRunner(program)([x], lambda _, seen: values.update(seen))
+    reference = Specification(program)([x], lambda _, seen: values.update(seen))
     quality = sqnr_db(reference, runner([x]))
     if quality < 40:
         row.failures.append(f"whole model: {quality:.1f} dB from the reference")
     for index in range(len(program.nodes)):
         _compare_node(row, program.nodes[index].name, program, runner, index, values)
-    if runner.in_torch:
-        row.failures.append(f"left to torch: {runner.in_torch}")
+    if left := runner.left_to_torch():
+        row.failures.append(f"left to torch: {left}")
 
 
 def quantized_program(
@@ -187,7 +188,9 @@ def quantized_program(
     batches = list(as_batches([x]))
     qconfig = qconfig or QConfig()
     graph = capture(module.eval(), batches[0], ModeSettings())
-    plan = make_plan(graph, qconfig, layers, mode="export", kernel_of=kernel_of, recipe_name="selftest")
+    plan = make_plan(
+        graph, qconfig, layers, mode="export", kernel_of=tested_by_itself().kernel_of, recipe_name="selftest"
+    )
     prepared = prepare(graph, plan, None)
     return convert(prepared, calibrate(prepared, batches, key="selftest"))
 

@@ -20,8 +20,8 @@ from quantflow import quantize
 from quantflow.executor import measure, steps
 from quantflow.host import machine
 from quantflow.host.machine import Cores
+from quantflow.runtimes.native import NativeRunner
 from quantflow.stages import warmup
-from quantflow.stages.compile import Compiled
 
 ROOT = Path(machine.__file__).parents[2]
 
@@ -180,7 +180,7 @@ def test_a_run_times_alone_and_computes_beside_others(monkeypatch: pytest.Monkey
         return call
 
     for owner, name in (
-        (steps, "calibrate"), (measure, "tally"), (measure.timing, "interleaved"), (Compiled, "tune"),
+        (steps, "calibrate"), (measure, "tally"), (measure.timing, "interleaved"), (NativeRunner, "tune"),
         (warmup, "_verify"),
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, watched(name, getattr(owner, name)))

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_every_kernel_and_three_models_agree_with_the_reference() -> None:
-    rows = selftest("host")
+    rows = selftest(NativeRunner)
     assert [failure for row in rows for failure in row.failures] == []
     assert {"conv", "linear", "depthwise", "attention", "quantize", "model transformer"} <= {row.kernel for row in rows}
     assert sum(row.values for row in rows) > 100_000

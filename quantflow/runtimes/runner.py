@@ -1,0 +1,84 @@
+"""What a runtime makes of a program. What only some can do is a method with a default: stages ask, they never look."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from quantflow.ir.program import Program
+
+
+class AbstractRunner(ABC):
+    """A compiled program. Safe to call from several threads.
+
+    Attributes:
+        name: the runtime's, for the table of times.
+        script: the ScriptModule that it runs as; None: it runs as something else.
+    """
+
+    name: ClassVar[str]
+    program: Program
+    script: torch.jit.ScriptModule | None = None
+
+    @abstractmethod
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> Any:
+        """The output for inputs in the order of `program.inputs`."""
+
+    @abstractmethod
+    def run_node(self, index: int, values: Mapping[str, Any]) -> Any:
+        """One node's value from given values, codes as the program defines them."""
+
+    @abstractmethod
+    def int8_layers(self) -> int:
+        """Convolutions and linears that run in int8, counted in what really runs."""
+
+    def tune(self, inputs: Sequence[torch.Tensor]) -> list[dict[str, Any]]:  # noqa: ARG002 what it is tuned for
+        """Find the fastest way to run this batch and keep it; rows for the report, none where there is one way."""
+        return []
+
+    def adopt(self, rows: Sequence[Mapping[str, Any]]) -> None:  # noqa: B027 nothing to do is a good default
+        """Run as `tune` found fastest for another program of the same model, or in an earlier process."""
+
+    def left_to_torch(self) -> dict[int, str]:
+        """Node index → why PyTorch computes it instead of a kernel of the runtime."""
+        return {}
+
+    def trace(self, inputs: Sequence[torch.Tensor]) -> Iterator[tuple[int, Any]]:
+        """Run the program node by node and yield every node's index and value."""
+        program = self.program
+        values: dict[str, Any] = {i.name: x for i, x in zip(program.inputs, inputs, strict=True)}
+        frees = program.last_uses()
+        for index, node in enumerate(program.nodes):
+            values[node.output] = value = self.run_node(index, values)
+            yield index, value
+            for dead in frees.get(index, ()):
+                del values[dead]
+
+    def profile(self, inputs: Sequence[torch.Tensor], runs: int = 10) -> list[dict[str, Any]]:
+        """Where the time goes: one {"name", "op", "kernel", "ms"} per kernel, or here per node, in execution order.
+
+        Each node runs by itself (median): that includes the call's overhead, so the sum exceeds the model's latency.
+        """
+        taken: dict[int, list[float]] = {}
+        for _ in range(runs):
+            steps = self.trace(inputs)
+            while True:
+                start = time.perf_counter()
+                step = next(steps, None)
+                if step is None:
+                    break
+                taken.setdefault(step[0], []).append((time.perf_counter() - start) * 1e3)
+        return [
+            {
+                "name": node.name,
+                "op": node.target or node.op,
+                "kernel": f"{self.name}.{node.fused_name}",
+                "ms": statistics.median(taken[index]),
+            }
+            for index, node in enumerate(self.program.nodes)
+        ]
