@@ -16,7 +16,7 @@ import pytest
 import yaml
 from junitparser import JUnitXml
 
-from quantflow.quantized import Record
+from quantflow.stages.record import Record
 
 ROOT = Path(__file__).parent.parent
 WORKFLOWS = ROOT / "docs/ci"

@@ -23,8 +23,8 @@ from torch import nn
 import quantflow as qf
 from quantflow.cli import command as cli
 from quantflow.config.compose import recipe_files
-from quantflow.quantized import Record
 from quantflow.stages.benchmark import UNSTEADY_NOTICE, unsteady
+from quantflow.stages.record import Record
 
 ROOT = Path(cli.__file__).parents[2]
 MODES = ("export", "torchscript", "imperative")

@@ -8,7 +8,7 @@ import struct
 import sys
 from pathlib import Path
 
-from quantflow.quantized import weights_bytes
+from quantflow.stages.record import weights_bytes
 from quantflow.tasks.selftest import selftest_programs
 
 folder = Path(sys.argv[1])

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from quantflow.errors import ArtifactError
-from quantflow.report import from_json
 from quantflow.store.artifact import RESULTS, parse_json, read_artifact
+from quantflow.store.json_values import from_json
 
 #: Sections of the baseline's results that are kept, and fields of them that would make it large.
 _SECTIONS = ("recipe", "verdict", "environment", "model", "data", "mode", "device", "runtime", "int8_proof", "accuracy",

@@ -19,9 +19,9 @@ from quantflow.errors import UsageError
 from quantflow.host.environment import environment
 from quantflow.ir.program import LINEAR_OPS, Node, Program
 from quantflow.numerics.measures import sqnr_db
-from quantflow.quantized import Record, weights_bytes
 from quantflow.schema import CompareSettings, Recipe
 from quantflow.stages.gates import GateResult, hold, verdict
+from quantflow.stages.record import Record, weights_bytes
 
 #: Sections of a recipe that leave the program's numbers as they are.
 _WITHOUT_NUMBERS = {

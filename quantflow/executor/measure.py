@@ -16,11 +16,11 @@ from quantflow.host.environment import environment
 from quantflow.ir.batch import Batch
 from quantflow.ir.graph import Graph, interpret
 from quantflow.ir.program import Program
-from quantflow.quantized import weights_bytes
 from quantflow.stages import benchmark as timing
 from quantflow.stages.compile import Compiled
 from quantflow.stages.evaluate import compare_layers, judge, tally
 from quantflow.stages.prepare import bind
+from quantflow.stages.record import weights_bytes
 from quantflow.store.run_folder import Work
 
 #: SQNR per layer is measured on at most this many samples: exact integer sums are slow.

@@ -18,7 +18,7 @@ from quantflow.executor.run import Run
 from quantflow.executor.source import Source, cut
 from quantflow.host.environment import environment
 from quantflow.ir.program import Program
-from quantflow.quantized import Quantized, Record, as_script
+from quantflow.quantized import Quantized, as_script
 from quantflow.schema import Recipe
 from quantflow.stages import benchmark as timing
 from quantflow.stages.evaluate import evaluate
@@ -26,6 +26,7 @@ from quantflow.stages.gates import evaluate_gates, verdict
 from quantflow.stages.imperative import int8_calls
 from quantflow.stages.plan import Plan
 from quantflow.stages.prepare import bind
+from quantflow.stages.record import Record
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from quantflow.report.terminal import (
     print_summary,
     print_sweep,
 )
+from quantflow.report.views import views
 from quantflow.store.json_values import from_json, to_json
 
 __all__ = [
@@ -42,4 +43,5 @@ __all__ = [
     "summary",
     "sweep_files",
     "to_json",
+    "views",
 ]

@@ -14,7 +14,7 @@ from quantflow.executor.results import Addition, finished, opening
 from quantflow.executor.results import judged as judged_by_gates
 from quantflow.executor.run import Run
 from quantflow.executor.steps import ready
-from quantflow.quantized import Quantized, Record
+from quantflow.quantized import Quantized, save_record
 from quantflow.report import Progress, make_console
 from quantflow.schema import ConstraintSettings, Recipe
 from quantflow.search.bench import measurement_key, sensitivity_cache, workbench
@@ -22,6 +22,7 @@ from quantflow.search.sensitivity import SEARCHED, measure_sensitivity
 from quantflow.search.steps import Outcome, Search, Trial, judged
 from quantflow.search.workbench import Setting, Workbench
 from quantflow.stages import benchmark as timing
+from quantflow.stages.record import Record
 from quantflow.store.journal import Journal
 
 #: A search keeps this many times the seconds that its end was measured to take.
@@ -50,7 +51,7 @@ def tuned(run: Run, baseline: Mapping[str, Any] | None = None, destination: Path
 
     def save(trial: Trial) -> None:
         if destination is not None:
-            _best_so_far(run, bench, trial).save(destination)
+            save_record(_best_so_far(run, bench, trial), destination)
 
     with (
         timing.threads(recipe.benchmark.threads),

@@ -38,6 +38,15 @@ CALIBRATION = "calibration.safetensors"
 RESULTS = "results.json"
 MANIFEST = "manifest.json"
 NAMES = (RECIPE, PLAN, PROGRAM, WEIGHTS, CALIBRATION, RESULTS, MANIFEST)
+#: The fused graph as text, where it was asked for.
+GRAPH = "graph.txt"
+#: Views of the results.
+REPORT = "report.md"
+PAGE = "report.html"
+SUMMARY = "summary.md"
+JUNIT = "junit.xml"
+#: All others in an artifact are kept as they are.
+OWN = {*NAMES, GRAPH, REPORT, PAGE, SUMMARY, JUNIT}
 
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_JSON_BYTES = 64 << 20

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,14 @@ from quantflow.executor.source import load_source
 from quantflow.executor.steps import captured, rewritten
 from quantflow.host.environment import environment
 from quantflow.numerics.seed import seeded
-from quantflow.quantized import Record, load
+from quantflow.quantized import load
 from quantflow.report import Progress
 from quantflow.schema import Recipe
 from quantflow.stages import benchmark as timing
 from quantflow.stages.compile import Compiled
 from quantflow.stages.gates import FAILED
-from quantflow.store.artifact import add_files
+from quantflow.stages.record import Record
+from quantflow.store.artifact import RESULTS, add_files
 from quantflow.tasks.run import named_baseline
 
 
@@ -63,7 +63,7 @@ def measure_again(recipe: Recipe, overrides: Sequence[str]) -> int:
     results |= judged(stored, results)
     if (baseline := named_baseline(recipe)) is not None:
         results["baseline"] = beside(baseline, results)
-    add_files(Path(recipe.artifact), replace(record, results=results).result_files())
+    add_files(Path(recipe.artifact), _result_files(results))
     report.print_summary(console, results, artifact=recipe.artifact, quiet=stored.report.quiet)
     return EXIT_GATE if results["verdict"] == FAILED else EXIT_PASSED
 
@@ -84,11 +84,17 @@ def report_again(recipe: Recipe, _overrides: Sequence[str]) -> int:
     assert recipe.artifact is not None, "the schema asks for it"
     console = report.make_console(plain=recipe.report.plain)
     record = Record.load(recipe.artifact)
+    results = record.results
     if (baseline := named_baseline(recipe)) is not None:
-        record = replace(record, results={**record.results, "baseline": beside(baseline, record.results)})
-    add_files(Path(recipe.artifact), record.result_files())
-    report.print_summary(console, record.results, artifact=recipe.artifact)
+        results = {**results, "baseline": beside(baseline, results)}
+    add_files(Path(recipe.artifact), _result_files(results))
+    report.print_summary(console, results, artifact=recipe.artifact)
     return EXIT_PASSED
+
+
+def _result_files(results: Mapping[str, Any]) -> dict[str, bytes]:
+    """What is written again beside the model."""
+    return {RESULTS: report.to_json(results), **report.views(results)}
 
 
 def _computing(compiled: Compiled) -> Callable[..., Any]:

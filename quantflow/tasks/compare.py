@@ -8,10 +8,10 @@ from pathlib import Path
 from quantflow import report
 from quantflow.analysis.compare import compare
 from quantflow.errors import EXIT_GATE, EXIT_PASSED, UsageError
-from quantflow.quantized import JUNIT, SUMMARY, Record
 from quantflow.schema import Recipe
 from quantflow.stages.gates import FAILED
-from quantflow.store.artifact import check_destination, write_artifact
+from quantflow.stages.record import Record
+from quantflow.store.artifact import JUNIT, SUMMARY, check_destination, write_artifact
 from quantflow.tasks.shown import shown
 
 

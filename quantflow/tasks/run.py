@@ -16,7 +16,7 @@ from quantflow.executor.run import ONLY, Run
 from quantflow.executor.source import load_source
 from quantflow.host.workers import Workers, joined, rank_and_count
 from quantflow.numerics.seed import seeded
-from quantflow.quantized import Quantized
+from quantflow.quantized import Quantized, save_record
 from quantflow.report import Progress
 from quantflow.runtimes import choose_runtime
 from quantflow.schema import Recipe
@@ -71,7 +71,7 @@ def run(recipe: Recipe, overrides: Sequence[str] = (), workers: Workers = ONLY) 
         report.print_notices(console, work.notices)
     remember_times(recipe, progress)
     with Progress(console, quiet=recipe.report.quiet) as progress, progress.stage("save"):
-        saved = model.record.save(destination)
+        saved = save_record(model.record, destination)
     work.remove()
     journal_beside(destination).unlink(missing_ok=True)
     report.print_summary(console, model.results, artifact=shown(saved), quiet=recipe.report.quiet)

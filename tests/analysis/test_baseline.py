@@ -15,7 +15,7 @@ import pytest
 from quantflow.analysis.baseline import beside, read_baseline
 from quantflow.cli import command as cli
 from quantflow.errors import ArtifactError
-from quantflow.quantized import Record
+from quantflow.stages.record import Record
 
 SMALL = [
     "model=entry", "model.entry=mine:net", "data=random", "data.shape=[[3,8,8]]", "data.calibration=4",

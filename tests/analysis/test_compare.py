@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from quantflow.analysis.compare import GATES, compare
 from quantflow.cli import command as cli
 from quantflow.errors import RecipeError, UsageError
-from quantflow.quantized import Record
 from quantflow.schema import CompareSettings, Recipe
 from quantflow.stages.gates import FAILED, PASSED
+from quantflow.stages.record import Record
 from quantflow.store import artifact
 
 MODEL = ["model=entry", "model.entry=mine:net"]

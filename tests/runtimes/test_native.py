@@ -492,7 +492,7 @@ def test_files_are_opened_without_python(convolutions: Program, tmp_path: Path) 
     """The C interface alone, from an artifact's files."""
     import json
 
-    from quantflow.quantized import weights_bytes
+    from quantflow.stages.record import weights_bytes
 
     (tmp_path / "program.json").write_text(json.dumps(convolutions.to_json()))
     (tmp_path / "weights").write_bytes(weights_bytes(convolutions))

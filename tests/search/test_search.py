@@ -22,7 +22,6 @@ from test_sensitivity import PER_TENSOR, batches, fragile
 import quantflow as qf
 from quantflow.cli import command as cli
 from quantflow.errors import RecipeError
-from quantflow.quantized import Record
 from quantflow.schema import ConstraintSettings, LayerOverride, QConfig, TuneSettings
 from quantflow.search.steps import (
     MET,
@@ -38,6 +37,7 @@ from quantflow.search.steps import (
     taken,
 )
 from quantflow.search.workbench import FLOAT, INPUT_TERMS, WEIGHT_TERMS, Setting
+from quantflow.stages.record import Record
 from quantflow.store.journal import Journal
 
 ROOT = Path(cli.__file__).parents[2]

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from quantflow.cli import command as cli
-from quantflow.quantized import Record
+from quantflow.stages.record import Record
 
 ROOT = Path(cli.__file__).parents[2]
 ARGUMENTS = [
