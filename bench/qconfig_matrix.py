@@ -28,13 +28,13 @@ from torch import nn
 import quantflow
 from bench.photo_models import model_on_photos
 from bench.reporting import arguments, console, show, show_machine, write
+from quantflow.ir.binding import bind
 from quantflow.ir.program import Node
 from quantflow.numerics.measures import sqnr_db
 from quantflow.runtimes import choose_runtime
 from quantflow.runtimes.reference import ReferenceRunner
 from quantflow.sources.data import Batch
 from quantflow.stages.compile import Compiled, compile_program
-from quantflow.stages.prepare import bind
 
 MODES = ("export", "torchscript", "imperative")
 COLUMNS = (

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from quantflow.host.environment import environment
+from quantflow.ir.binding import bind
 from quantflow.report import views
 from quantflow.runtimes import choose_runtime
 from quantflow.schema import Recipe
 from quantflow.stages.compile import Compiled, compile_program
-from quantflow.stages.prepare import bind
 from quantflow.stages.record import Record
 from quantflow.store import artifact
 

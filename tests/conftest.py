@@ -14,11 +14,12 @@ from quantflow.capture import capture_export
 from quantflow.ir.batch import Batch
 from quantflow.ir.graph import Graph
 from quantflow.ir.passes.fold_batchnorm import fold_batch_norms
+from quantflow.ir.plan import Plan
 from quantflow.ir.program import Program
 from quantflow.schema import PRESETS, LayerOverride, QConfig
 from quantflow.stages.calibrate import CalibrationTable, calibrate
 from quantflow.stages.convert import convert
-from quantflow.stages.plan import Plan, make_plan
+from quantflow.stages.plan import make_plan
 from quantflow.stages.prepare import Prepared, prepare
 
 if "PYTEST_XDIST_WORKER" in os.environ:

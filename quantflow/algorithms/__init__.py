@@ -31,9 +31,9 @@ from quantflow.algorithms.outliers import NO_OUTLIERS, Outliers, find_outliers
 from quantflow.algorithms.smooth import smooth
 from quantflow.algorithms.unsigned import unsigned
 from quantflow.ir.graph import Graph
+from quantflow.ir.plan import Plan
 from quantflow.schema import Algorithm
 from quantflow.stages.calibrate import CalibrationTable
-from quantflow.stages.plan import Plan
 from quantflow.stages.prepare import Prepared
 from quantflow.stages.refined import Refined, unrefined
 

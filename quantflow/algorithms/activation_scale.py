@@ -21,11 +21,12 @@ from torch import fx
 from quantflow.algorithms.gram import grouped, windows_of
 from quantflow.algorithms.outcome import Change, Material, Outcome, db
 from quantflow.algorithms.simulate import on_grid
+from quantflow.ir.binding import bind
 from quantflow.ir.graph import interpret
+from quantflow.ir.plan import PlannedUnit
 from quantflow.ir.units import CORE
 from quantflow.numerics.affine import QParams, activation_qparams
-from quantflow.stages.plan import PlannedUnit
-from quantflow.stages.prepare import Prepared, bind
+from quantflow.stages.prepare import Prepared
 from quantflow.stages.refined import Refined, float_numbers
 
 if TYPE_CHECKING:

@@ -22,10 +22,11 @@ from torch import fx
 
 from quantflow.algorithms.outcome import Change, Material, Outcome
 from quantflow.algorithms.simulate import Layer, walk
+from quantflow.ir.binding import bind
 from quantflow.ir.graph import arguments, interpret
+from quantflow.ir.plan import PlannedUnit
 from quantflow.ir.units import CORE
-from quantflow.stages.plan import PlannedUnit
-from quantflow.stages.prepare import Prepared, bind
+from quantflow.stages.prepare import Prepared
 from quantflow.stages.refined import LayerNumbers, Refined, float_numbers
 
 if TYPE_CHECKING:

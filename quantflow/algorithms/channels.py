@@ -13,8 +13,8 @@ import torch
 from torch import fx
 
 from quantflow.ir.graph import Graph, arguments, is_aten, op_name
+from quantflow.ir.plan import Plan
 from quantflow.ir.units import AVERAGES, LINEAR_OPS, POOLS
-from quantflow.stages.plan import Plan
 
 _HOMOGENEOUS = (
     "relu", "leaky_relu", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",

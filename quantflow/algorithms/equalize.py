@@ -36,11 +36,11 @@ from torch import fx
 
 from quantflow.algorithms.channels import ChannelSet, find_sets
 from quantflow.algorithms.outcome import Change, Material, Outcome, Rewriting
+from quantflow.ir.binding import bind
 from quantflow.ir.graph import Graph, arguments, float_leaves, interpret, is_aten
+from quantflow.ir.plan import Plan, PlannedUnit
 from quantflow.ir.units import CORE, LINEAR_OPS, as_epilogue
 from quantflow.numerics.measures import sqnr_db
-from quantflow.stages.plan import Plan, PlannedUnit
-from quantflow.stages.prepare import bind
 
 if TYPE_CHECKING:
     from quantflow.ir.batch import Batch

@@ -18,7 +18,7 @@ import torch
 
 from quantflow.algorithms.simulate import Layer, weight_shape
 from quantflow.ir.graph import arguments
-from quantflow.stages.plan import PlannedUnit
+from quantflow.ir.plan import PlannedUnit
 
 #: Windows per sample, and in all per value of a window: enough for a well-conditioned H.
 WINDOWS_PER_SAMPLE = 256

@@ -23,11 +23,12 @@ import torch
 from quantflow.algorithms.outcome import Change, Material, Outcome, Rewriting
 from quantflow.algorithms.simulate import simulate
 from quantflow.ir.batch import Batch
+from quantflow.ir.binding import bind
 from quantflow.ir.graph import Graph, float_leaves, interpret
+from quantflow.ir.plan import Plan
 from quantflow.schema import ActivationSpec, Algorithm
 from quantflow.stages.calibrate import calibrate
-from quantflow.stages.plan import Plan
-from quantflow.stages.prepare import Prepared, bind, prepare
+from quantflow.stages.prepare import Prepared, prepare
 from quantflow.stages.refined import Refined, unrefined
 
 #: Samples held out, and the largest share of all that they may be.

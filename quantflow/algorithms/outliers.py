@@ -23,13 +23,13 @@ from torch import fx
 
 from quantflow.algorithms.outcome import Material
 from quantflow.algorithms.simulate import on_grid, with_second_term
+from quantflow.ir.binding import bind
 from quantflow.ir.graph import Graph, interpret
+from quantflow.ir.plan import Plan, PlannedUnit
 from quantflow.ir.units import CORE
 from quantflow.numerics.affine import activation_qparams
 from quantflow.numerics.observers import AbstractObserver, make_observer
 from quantflow.schema import OutlierSettings
-from quantflow.stages.plan import Plan, PlannedUnit
-from quantflow.stages.prepare import bind
 from quantflow.stages.refined import float_numbers, nearest_codes
 
 #: Rows of an input that the error is measured on hold at most this many numbers, and are at least so many.

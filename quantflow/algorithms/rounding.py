@@ -17,8 +17,8 @@ import torch
 from quantflow.algorithms.gram import MAX_WINDOW, Gram, gram_of, grouped
 from quantflow.algorithms.outcome import Change, Material, Outcome, db
 from quantflow.algorithms.simulate import Layer, shared_weight, walk, weight_shape
+from quantflow.ir.plan import PlannedUnit
 from quantflow.numerics.affine import WEIGHT_RANGE
-from quantflow.stages.plan import PlannedUnit
 from quantflow.stages.prepare import Prepared
 from quantflow.stages.refined import LayerNumbers, Refined, float_numbers
 

@@ -15,11 +15,12 @@ import torch
 from torch import fx
 
 from quantflow.ir.batch import Batch
+from quantflow.ir.binding import bind
 from quantflow.ir.graph import arguments, laid_out, last_uses
+from quantflow.ir.plan import Plan, PlannedUnit
 from quantflow.ir.units import CORE
 from quantflow.numerics.affine import QParams
-from quantflow.stages.plan import Plan, PlannedUnit
-from quantflow.stages.prepare import Prepared, bind
+from quantflow.stages.prepare import Prepared
 from quantflow.stages.refined import LayerNumbers, Refined, float_numbers, left_over_qparams
 
 Values = dict[fx.Node, Any]

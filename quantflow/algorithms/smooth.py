@@ -33,14 +33,14 @@ from torch import fx
 
 from quantflow.algorithms.outcome import Change, Material, Outcome, Rewriting, db
 from quantflow.ir.batch import Batch
+from quantflow.ir.binding import bind
 from quantflow.ir.graph import Graph, arguments, copied, interpret, is_aten
 from quantflow.ir.passes.normalize import add_constant
+from quantflow.ir.plan import Plan
 from quantflow.ir.units import CORE, SHAPES
 from quantflow.numerics.affine import activation_qparams, dequantize_weight, quantize_weight, weight_scale
 from quantflow.numerics.observers import make_observer, weight_max_abs
 from quantflow.schema import ActivationSpec, SmoothAlgorithm, WeightSpec
-from quantflow.stages.plan import Plan
-from quantflow.stages.prepare import bind
 
 aten = torch.ops.aten
 

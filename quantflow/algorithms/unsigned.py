@@ -14,8 +14,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quantflow.algorithms.outcome import Change, Material, Outcome
+from quantflow.ir.plan import nonnegative_values
 from quantflow.numerics.affine import QParams, activation_qparams
-from quantflow.stages.plan import nonnegative_values
 from quantflow.stages.prepare import Prepared
 from quantflow.stages.refined import Refined
 

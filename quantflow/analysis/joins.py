@@ -18,12 +18,13 @@ import torch
 from torch import fx
 
 from quantflow.ir.batch import Batch
+from quantflow.ir.binding import bind
 from quantflow.ir.graph import interpret
+from quantflow.ir.plan import PlannedUnit
 from quantflow.ir.units import ADD, CAT, MUL
 from quantflow.numerics.affine import dequantize, quantize
 from quantflow.stages.evaluate import ErrorSum
-from quantflow.stages.plan import PlannedUnit
-from quantflow.stages.prepare import Prepared, bind
+from quantflow.stages.prepare import Prepared
 from quantflow.stages.refined import Refined
 
 #: Below this an op alone is named in a notice: it would bound the whole model's accuracy.

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from quantflow.ir.batch import Batch
+from quantflow.ir.binding import bind
 from quantflow.ir.graph import Graph, interpret, is_aten
 from quantflow.ir.program import LINEAR_OPS, Node
 from quantflow.numerics.affine import WEIGHT_RANGE, QParams, quantize
 from quantflow.stages.compile import Compiled
 from quantflow.stages.evaluate import ErrorSum
-from quantflow.stages.prepare import bind
 
 #: Histograms are kept of the inputs, weights and outputs of this many layers.
 WORST_LAYERS = 6

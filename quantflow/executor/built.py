@@ -11,12 +11,12 @@ from torch import nn
 from quantflow.algorithms import NO_OUTLIERS, Applied, Outliers
 from quantflow.analysis.joins import Join
 from quantflow.ir.graph import Graph
+from quantflow.ir.plan import Plan
 from quantflow.ir.program import Program
 from quantflow.quantized import Quantized, QuantizedModel, QuantizedModule, QuantizedScript
 from quantflow.schema import Recipe
 from quantflow.stages.calibrate import CalibrationTable
 from quantflow.stages.compile import Compiled
-from quantflow.stages.plan import Plan
 from quantflow.stages.record import Record
 from quantflow.stages.warmup import Warmup
 

@@ -14,12 +14,12 @@ from quantflow.executor.run import Run
 from quantflow.executor.source import Source, Update, cut
 from quantflow.host.environment import environment
 from quantflow.ir.batch import Batch
+from quantflow.ir.binding import bind
 from quantflow.ir.graph import Graph, interpret
 from quantflow.ir.program import Program
 from quantflow.stages import benchmark as timing
 from quantflow.stages.compile import Compiled
 from quantflow.stages.evaluate import compare_layers, judge, tally
-from quantflow.stages.prepare import bind
 from quantflow.stages.record import weights_bytes
 from quantflow.store.run_folder import Work
 

@@ -17,6 +17,8 @@ from quantflow.executor.measure import measure
 from quantflow.executor.run import Run
 from quantflow.executor.source import Source, cut
 from quantflow.host.environment import environment
+from quantflow.ir.binding import bind
+from quantflow.ir.plan import Plan
 from quantflow.ir.program import Program
 from quantflow.quantized import Quantized, as_script
 from quantflow.schema import Recipe
@@ -24,8 +26,6 @@ from quantflow.stages import benchmark as timing
 from quantflow.stages.evaluate import evaluate
 from quantflow.stages.gates import evaluate_gates, verdict
 from quantflow.stages.imperative import int8_calls
-from quantflow.stages.plan import Plan
-from quantflow.stages.prepare import bind
 from quantflow.stages.record import Record
 
 

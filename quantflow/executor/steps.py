@@ -16,11 +16,12 @@ from quantflow.executor.source import Update, cut
 from quantflow.ir.batch import Batch
 from quantflow.ir.graph import Graph
 from quantflow.ir.passes.int8_embeddings import int8_embeddings
+from quantflow.ir.plan import Plan
 from quantflow.stages.benchmark import resized
 from quantflow.stages.calibrate import CalibrationTable, calibrate, require_complete
 from quantflow.stages.compile import compile_program
 from quantflow.stages.imperative import called_modules, carry_over, fixed_constants, swap_modules
-from quantflow.stages.plan import Plan, make_plan
+from quantflow.stages.plan import make_plan
 from quantflow.stages.prepare import Prepared
 from quantflow.stages.warmup import warmup
 

@@ -11,13 +11,13 @@ from torch import Tensor, get_num_threads, xpu
 
 from quantflow.errors import UnavailableError
 from quantflow.host.finding import Finding
+from quantflow.ir.plan import PlannedUnit
 from quantflow.ir.program import Program
 from quantflow.runtimes import native_devices, native_library, native_op, reference
 from quantflow.runtimes import torch as on_torch
 from quantflow.runtimes.native import NativeRunner
 from quantflow.runtimes.native import kernel_of as native_kernel_of
 from quantflow.runtimes.runner import AbstractRunner
-from quantflow.stages.plan import PlannedUnit
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
+from quantflow.ir.plan import PlannedUnit
 from quantflow.ir.program import Node, Program
 from quantflow.ir.units import CORE
 from quantflow.runtimes import native_library as lib
 from quantflow.runtimes.reference import resolve
 from quantflow.runtimes.reference import run_node as run_in_torch
 from quantflow.runtimes.runner import AbstractRunner
-from quantflow.stages.plan import PlannedUnit
 
 #: Plans kept per section, one per set of input shapes; the least recently used is dropped.
 PLANS_PER_SECTION = 16

@@ -23,7 +23,6 @@ from quantflow.numerics.observers import AbstractObserver
 from quantflow.schema import ActivationSpec, LayerOverride, QConfig
 from quantflow.stages.calibrate import CalibrationTable, calibrate
 from quantflow.stages.convert import convert
-from quantflow.stages.plan import Plan
 from quantflow.stages.prepare import Prepared, prepare
 from quantflow.stages.refined import LayerNumbers, Refined, unrefined
 

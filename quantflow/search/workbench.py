@@ -16,6 +16,8 @@ import torch
 
 from quantflow.executor.built import Converted
 from quantflow.ir.batch import Batch
+from quantflow.ir.binding import bind
+from quantflow.ir.plan import PlannedUnit
 from quantflow.ir.program import Node, Program
 from quantflow.ir.units import CORE, MATMUL
 from quantflow.runtimes import Choice
@@ -24,8 +26,6 @@ from quantflow.search.variants import Layers, Variants
 from quantflow.stages import benchmark as timing
 from quantflow.stages.compile import Compiled, compile_program
 from quantflow.stages.evaluate import evaluate
-from quantflow.stages.plan import PlannedUnit
-from quantflow.stages.prepare import bind
 
 #: How a layer is made more exact.
 FLOAT, WEIGHT_TERMS, INPUT_TERMS = "float", "weight in two terms", "input in two terms"

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from quantflow.ir.binding import bind
 from quantflow.ir.program import Node, Program
 from quantflow.numerics.affine import dequantize
 from quantflow.runtimes import AbstractRunner, Choice
-from quantflow.stages.prepare import bind
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from quantflow.ir.graph import arguments, op_name
+from quantflow.ir.plan import PlannedUnit, nonnegative_values
 from quantflow.ir.program import Node, Program, Ref, TensorRef, Value
 from quantflow.ir.units import (
     ADD,
@@ -27,7 +28,6 @@ from quantflow.ir.units import (
 )
 from quantflow.numerics.affine import dequantize, quantize
 from quantflow.stages.calibrate import CalibrationTable
-from quantflow.stages.plan import PlannedUnit, nonnegative_values
 from quantflow.stages.prepare import Prepared
 from quantflow.stages.refined import (
     LayerNumbers,

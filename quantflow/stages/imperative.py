@@ -18,11 +18,11 @@ from torch import nn
 from quantflow.errors import CaptureError
 from quantflow.ir.batch import Batch
 from quantflow.ir.graph import Graph
+from quantflow.ir.plan import Plan, PlannedUnit
 from quantflow.ir.program import Node, Program, Ref
 from quantflow.ir.units import CORE
 from quantflow.numerics.affine import QParams
 from quantflow.runtimes import Runtime
-from quantflow.stages.plan import Plan, PlannedUnit
 
 OnValue = Callable[[str, torch.Tensor], None]
 

@@ -6,15 +6,13 @@ A tensor is held as codes where that pays: where an int8 op reads it, directly o
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import fx
 
-from quantflow.errors import NothingQuantizedError, Problem, RecipeError, nearest
-from quantflow.ir.graph import Graph, arguments, op_name
+from quantflow.errors import NothingQuantizedError
+from quantflow.ir.graph import Graph
+from quantflow.ir.plan import FLOAT32, IMPERATIVE, INT8, Plan, PlannedUnit, PlanRow
 from quantflow.ir.units import (
     ADD,
     CAT,
@@ -27,109 +25,19 @@ from quantflow.ir.units import (
     SHAPE,
     SIZE,
     Unit,
-    as_epilogue,
     find_units,
     fuse_residual,
     without_epilogue,
 )
 from quantflow.numerics.affine import MAX_REDUCTION
-from quantflow.schema import (
-    ActivationOverride,
-    ActivationSpec,
-    LayerOverride,
-    PolicySettings,
-    QConfig,
-    WeightOverride,
-)
+from quantflow.schema import LayerOverride, PolicySettings, QConfig
+from quantflow.stages.overrides import Overrides
 
-INT8, FLOAT32 = "int8", "float"
-IMPERATIVE = "imperative"
 NO_POLICY = PolicySettings()
 #: Their output holds the same codes as their input, so both share one scale and zero point.
 _SHARING = (CAT, MAX_POOL, CLAMP, SHAPE)
 #: Int8 units that can write float32 as well as codes.
 _WRITING_FLOAT = (CORE, MATMUL)
-
-
-@dataclass(frozen=True)
-class PlanRow:
-    """One line of the plan, as printed and saved."""
-
-    name: str
-    op: str
-    precision: str
-    group: tuple[str, ...]
-    kernel: str
-    qparams: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class PlannedUnit:
-    """A unit with the decisions about it. `without`: the algorithms that leave it alone."""
-
-    unit: Unit
-    is_int8: bool
-    writes_codes: bool
-    qconfig: QConfig
-    reason: str
-    without: frozenset[str] = frozenset()
-
-    def allows(self, algorithm: str) -> bool:
-        """Whether the algorithm of that name may change the layer."""
-        return not self.without & {algorithm, "all"}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Every decision, before any data was seen.
-
-    Attributes:
-        rows: one per layer; data movement and size arithmetic have none.
-        units: the decisions in execution order.
-        codes: for every value that is ever held as codes, the name of the value whose qparams it uses.
-        specs: for each of those, how its range is measured.
-        exact: values that some layer reads in two terms; what computes them does not round them to codes.
-        reduce_range: whether activations use 7 bits.
-        notes: what a user should know about capture and plan.
-    """
-
-    rows: tuple[PlanRow, ...]
-    units: tuple[PlannedUnit, ...]
-    codes: Mapping[str, str]
-    specs: Mapping[str, ActivationSpec]
-    reduce_range: bool
-    notes: tuple[str, ...] = ()
-    exact: frozenset[str] = frozenset()
-
-    @property
-    def core_layers(self) -> int:
-        """Convolutions and linears in the model."""
-        return sum(p.unit.kind == CORE for p in self.units)
-
-    @property
-    def int8_layers(self) -> int:
-        """Convolutions and linears that run in int8."""
-        return sum(p.unit.kind == CORE and p.is_int8 for p in self.units)
-
-    @property
-    def second_terms(self) -> int:
-        """Products that int8 layers with weights or inputs in two terms take beside their own."""
-        layers = [p.qconfig for p in self.units if p.unit.kind == CORE and p.is_int8]
-        return sum((q.weight.terms == 2) + (q.input_terms == 2) for q in layers)
-
-    @property
-    def int8_coverage(self) -> float:
-        """int8_layers / core_layers, 0 where there are none."""
-        return self.int8_layers / self.core_layers if self.core_layers else 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "rows": [asdict(row) for row in self.rows],
-            "codes": dict(self.codes),
-            "reduce_range": self.reduce_range,
-            "notes": list(self.notes),
-        }
 
 
 def make_plan(
@@ -160,7 +68,7 @@ def make_plan(
         NothingQuantizedError: no convolution or linear would run in int8.
     """
     units = find_units(graph)
-    overrides = _Overrides(layers or {}, units, qconfig, recipe_name, policy)
+    overrides = Overrides(layers or {}, units, qconfig, recipe_name, policy)
     core = {unit: _why_float(unit, graph, overrides, left_float or {}) for unit in units if unit.kind in (CORE, MATMUL)}
     if mode == IMPERATIVE:
         units, core = _module_by_module(units, core, swappable or {})
@@ -192,127 +100,7 @@ def make_plan(
     return Plan(rows, tuple(planned), codes, specs, reduce_range, notes, frozenset(value.name for value in exact))
 
 
-def nonnegative_values(plan: Plan) -> frozenset[str]:
-    """The values that int8 units compute and that are never negative, whatever the data."""
-    found: set[str] = set()
-    for planned in plan.units:
-        unit, node = planned.unit, planned.unit.anchor
-        epilogue = as_epilogue(node) if unit.kind == CLAMP else unit.epilogue
-        operands = unit.kind != CORE and bool(unit.inputs) and all(value.name in found for value in unit.inputs)
-        if unit.kind == SHAPE and op_name(node) in ("constant_pad_nd", "pad"):
-            operands = operands and float(arguments(node).get("value") or 0.0) >= 0
-        if epilogue is not None:
-            operands = epilogue.is_nonnegative or (operands and epilogue.keeps_nonnegative)
-        if operands and planned.is_int8:
-            found.add(unit.output.name)
-    return frozenset(found)
-
-
-_NO_TENSOR = (
-    "activation settings change nothing: the layer before writes the codes it reads, and its own result is not coded; "
-    "set them for the layer before"
-)
-_NO_LINEAR = "{} nothing: it matches no convolution or linear that runs in int8"
-
-
-class _Overrides:
-    """`layers:` resolved against the units: op types first, then globs, then exact names, so the narrowest wins."""
-
-    def __init__(
-        self,
-        layers: Mapping[str, str | LayerOverride],
-        units: Sequence[Unit],
-        qconfig: QConfig,
-        recipe_name: str,
-        policy: PolicySettings,
-    ) -> None:
-        self._base = qconfig
-        self._policy: dict[str, str] = policy.model_dump()
-        self._recipe_name = recipe_name
-        self._chosen: dict[str, list[tuple[str, str | LayerOverride]]] = {}
-        owner = {layer: unit for unit in units for layer in unit.layers if unit.kind != SIZE}
-        types = {kind for unit in units for kind in (unit.op, unit.kind) if unit.kind not in (SIZE, FLOAT)}
-        problems: list[Problem] = []
-        by_rank: list[list[tuple[str, str | LayerOverride, list[Unit]]]] = [[], [], []]
-        for pattern, value in layers.items():
-            if pattern in owner:
-                rank, matched = 2, [owner[pattern]]
-            elif pattern in types:
-                rank, matched = 0, [u for u in units if pattern in (u.op, u.kind)]
-            else:
-                rank, matched = 1, [owner[name] for name in owner if fnmatch.fnmatchcase(name, pattern)]
-            if not matched:
-                known = nearest(pattern.replace("*", ""), [*owner, *types])
-                problems.append(Problem(f"layers.{pattern}", f"'{pattern}' matches nothing; nearest names: {known}"))
-            reason = matched[0].float_reason if rank == 2 and value == INT8 else ""
-            if reason:
-                problems.append(Problem(f"layers.{pattern}", f"can't run in int8: {reason}; remove the override"))
-            by_rank[rank].append((pattern, value, matched))
-        if problems:
-            raise RecipeError(recipe_name, problems)
-        for overrides in by_rank:
-            for pattern, value, matched in overrides:
-                for unit in dict.fromkeys(matched):
-                    self._chosen.setdefault(unit.name, []).append((pattern, value))
-
-    def precision(self, unit: Unit) -> tuple[str | None, str]:
-        """("float" | "int8" | None, the setting that says so)."""
-        for pattern, value in reversed(self._chosen.get(unit.name, [])):
-            return (value, f"layers.{pattern}") if isinstance(value, str) else (INT8, f"layers.{pattern}")
-        return self._policy.get(unit.kind), f"policy.{unit.kind}"
-
-    def qconfig(self, unit: Unit) -> QConfig:
-        """The unit's own QConfig: the recipe's, changed by every override that matches."""
-        qconfig = self._base
-        for _, value in self._chosen.get(unit.name, []):
-            if isinstance(value, LayerOverride):
-                qconfig = value.apply(qconfig)
-        return qconfig
-
-    def without(self, unit: Unit) -> frozenset[str]:
-        """The algorithms that any matching override turns off."""
-        chosen = (value for _, value in self._chosen.get(unit.name, []) if isinstance(value, LayerOverride))
-        return frozenset(name for value in chosen for name in value.without)
-
-    def require_one_term(self, units: Iterable[Unit]) -> None:
-        """
-        Raises:
-            RecipeError: a layer's weight or input is to be coded in two terms, which takes two int8 layers.
-        """
-        for unit in units:
-            qconfig = self.qconfig(unit)
-            for place, terms in (("weight.terms", qconfig.weight.terms), ("input_terms", qconfig.input_terms)):
-                if terms != 1:
-                    message = (
-                        f"{terms} is not possible in imperative mode, which swaps one module for one ({unit.name}); "
-                        "use mode=export"
-                    )
-                    raise RecipeError(self._recipe_name, [Problem(place, message)])
-
-    def without_effect(self, deciding: set[str], linear: set[str]) -> list[str]:
-        """Notes on patterns with settings that change nothing.
-
-        Args:
-            deciding: the units whose activation settings reach a tensor.
-            linear: the int8 convolutions and linears, which alone have weights and can read an input in two terms.
-        """
-        effect: dict[tuple[str, str], bool] = {}
-        for name, chosen in self._chosen.items():
-            for pattern, value in chosen:
-                if not isinstance(value, LayerOverride):
-                    continue
-                given = {
-                    _NO_TENSOR: (value.activation != ActivationOverride(), name in deciding),
-                    _NO_LINEAR.format("weight settings change"): (value.weight != WeightOverride(), name in linear),
-                    _NO_LINEAR.format("input_terms changes"): (value.input_terms is not None, name in linear),
-                }
-                for text, (is_given, has_effect) in given.items():
-                    if is_given:
-                        effect[pattern, text] = effect.get((pattern, text), False) or has_effect
-        return [f"layers.{pattern}: its {text}" for (pattern, text), has_effect in effect.items() if not has_effect]
-
-
-def _why_float(unit: Unit, graph: Graph, overrides: _Overrides, left_float: Mapping[str, str]) -> str:
+def _why_float(unit: Unit, graph: Graph, overrides: Overrides, left_float: Mapping[str, str]) -> str:
     """Why a linear op or matmul stays float; empty if it becomes int8."""
     asked, pattern = overrides.precision(unit)
     if unit.float_reason:
@@ -333,7 +121,7 @@ def _why_float(unit: Unit, graph: Graph, overrides: _Overrides, left_float: Mapp
 
 
 def _chosen(
-    units: Sequence[Unit], core: Mapping[Unit, str], overrides: _Overrides
+    units: Sequence[Unit], core: Mapping[Unit, str], overrides: Overrides
 ) -> tuple[list[Unit], set[Unit], set[fx.Node]]:
     """The units with residuals fused, those that run on codes, and the values that no codes may stand for alone."""
     rounding: set[Unit] = set()
@@ -346,7 +134,7 @@ def _chosen(
         rounding |= found
 
 
-def _exact(units: Sequence[Unit], int8: set[Unit], overrides: _Overrides) -> set[fx.Node]:
+def _exact(units: Sequence[Unit], int8: set[Unit], overrides: Overrides) -> set[fx.Node]:
     """What layers read in two terms. Data movement on codes moves both terms, so what it reads counts, too."""
     exact: set[fx.Node] = set()
     for unit in reversed(units):
@@ -359,7 +147,7 @@ def _exact(units: Sequence[Unit], int8: set[Unit], overrides: _Overrides) -> set
 
 
 def _spread_int8(
-    units: Sequence[Unit], core: Mapping[Unit, str], overrides: _Overrides, rounding: set[Unit]
+    units: Sequence[Unit], core: Mapping[Unit, str], overrides: Overrides, rounding: set[Unit]
 ) -> set[Unit]:
     """The units that run on codes: the linear ops, and what lies between them for as long as codes are at hand.
 
@@ -486,7 +274,7 @@ def _share_qparams(planned: Sequence[PlannedUnit]) -> tuple[dict[str, str], dict
     return codes, {root: first[root] for root in dict.fromkeys(codes.values())}
 
 
-def _reason(unit: Unit, is_int8: bool, core: Mapping[Unit, str], overrides: _Overrides, mode: str) -> str:
+def _reason(unit: Unit, is_int8: bool, core: Mapping[Unit, str], overrides: Overrides, mode: str) -> str:
     if is_int8:
         folded = unit.anchor.meta.get("batch_norm")
         qconfig, is_core = overrides.qconfig(unit), unit.kind == CORE

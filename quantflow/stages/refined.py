@@ -14,11 +14,11 @@ from torch import fx
 
 from quantflow.errors import CalibrationError
 from quantflow.ir.graph import Graph, arguments
+from quantflow.ir.plan import PlannedUnit
 from quantflow.ir.units import CORE
 from quantflow.numerics.affine import QParams, activation_qparams, dequantize_weight, quantize_weight, weight_scale
 from quantflow.numerics.observers import weight_max_abs
 from quantflow.stages.calibrate import CalibrationTable
-from quantflow.stages.plan import PlannedUnit
 from quantflow.stages.prepare import Prepared
 
 

@@ -13,13 +13,13 @@ import torch
 
 from quantflow.errors import VerificationError
 from quantflow.ir.batch import Batch
+from quantflow.ir.binding import bind
 from quantflow.ir.program import Node
 from quantflow.numerics.agreement import disagreement, tie_tolerance
 from quantflow.numerics.measures import sqnr_db
 from quantflow.runtimes.specification import ASKED_FOR, Specification, resolve, unrounded
 from quantflow.stages.compile import Compiled
 from quantflow.stages.evaluate import tensors
-from quantflow.stages.prepare import bind
 
 #: Below this the compiled program and its layers one by one are not the same computation. They are equal to the bit
 #: unless a float op's result depends on memory layout, which a deep network can amplify.

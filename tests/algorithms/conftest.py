@@ -16,12 +16,13 @@ from quantflow.capture import capture_export
 from quantflow.ir.batch import Batch
 from quantflow.ir.graph import Graph, interpret
 from quantflow.ir.passes.fold_batchnorm import fold_batch_norms
+from quantflow.ir.plan import Plan
 from quantflow.numerics.measures import sqnr_db
 from quantflow.runtimes.reference import ReferenceRunner
 from quantflow.schema import PRESETS, QConfig
 from quantflow.stages.calibrate import CalibrationTable, calibrate
 from quantflow.stages.convert import convert
-from quantflow.stages.plan import Plan, make_plan
+from quantflow.stages.plan import make_plan
 from quantflow.stages.prepare import Prepared, prepare
 from quantflow.stages.refined import Refined, unrefined
 

@@ -19,8 +19,9 @@ from quantflow.capture import capture_export
 from quantflow.ir.batch import Batch
 from quantflow.ir.graph import Graph
 from quantflow.ir.passes.fold_batchnorm import fold_batch_norms
+from quantflow.ir.plan import Plan
 from quantflow.schema import ClipWeightsAlgorithm, EqualizeAlgorithm, QConfig
-from quantflow.stages.plan import Plan, make_plan
+from quantflow.stages.plan import make_plan
 from quantflow.stages.prepare import Prepared
 from quantflow.stages.refined import Refined
 

@@ -20,10 +20,11 @@ from quantflow.capture import capture_export
 from quantflow.ir.batch import Batch
 from quantflow.ir.graph import Graph, copied, is_aten
 from quantflow.ir.passes.fold_batchnorm import fold_batch_norms
+from quantflow.ir.plan import Plan
 from quantflow.report import Progress, make_console
 from quantflow.schema import PRESETS, Algorithm, Recipe
 from quantflow.stages.calibrate import calibrate
-from quantflow.stages.plan import Plan, make_plan
+from quantflow.stages.plan import make_plan
 from quantflow.stages.prepare import prepare
 from quantflow.stages.refined import Refined
 from quantflow.store.run_folder import Work

@@ -13,9 +13,9 @@ import quantflow as qf
 from quantflow.algorithms.activation_scale import activation_scale
 from quantflow.algorithms.unsigned import unsigned
 from quantflow.ir.batch import Batch
+from quantflow.ir.plan import nonnegative_values
 from quantflow.runtimes import RUNTIMES
 from quantflow.schema import ActivationScaleAlgorithm, LayerOverride, UnsignedAlgorithm
-from quantflow.stages.plan import nonnegative_values
 
 Prepare = Callable[..., Any]
 SETTINGS = UnsignedAlgorithm()

@@ -51,7 +51,9 @@ def test_no_stage_asks_which_runner_it_holds() -> None:
         f"{name}:{node.lineno}"
         for name, tree in modules()
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "issubclass")
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ("isinstance", "issubclass")
         if any("Runner" in ast.unparse(argument) for argument in node.args[1:])
     ]
     assert asked == []

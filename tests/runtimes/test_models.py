@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from quantflow.capture import capture_export
 from quantflow.ir.batch import Batch
+from quantflow.ir.binding import bind
 from quantflow.ir.graph import Graph
 from quantflow.ir.passes.fold_batchnorm import fold_batch_norms
 from quantflow.ir.program import Node, Program
@@ -23,7 +24,6 @@ from quantflow.numerics.measures import sqnr_db
 from quantflow.runtimes.reference import ReferenceRunner, unrounded
 from quantflow.runtimes.torch import TorchRunner
 from quantflow.schema import PRESETS, QConfig, WeightSpec
-from quantflow.stages.prepare import bind
 
 Stages = Callable[..., Any]
 

@@ -13,12 +13,12 @@ from quantflow.executor.run import Run
 from quantflow.executor.source import Source
 from quantflow.executor.steps import graph_of, plan_for
 from quantflow.ir.batch import Batch
+from quantflow.ir.plan import Plan
 from quantflow.report import Progress, make_console
 from quantflow.runtimes import choose_runtime, kernels
 from quantflow.schema import Recipe
 from quantflow.sources.data import Data
 from quantflow.sources.models import LoadedModel
-from quantflow.stages.plan import Plan
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -15,9 +15,9 @@ from quantflow.capture import capture_export
 from quantflow.errors import NothingQuantizedError, RecipeError
 from quantflow.ir.batch import Batch
 from quantflow.ir.graph import Graph
+from quantflow.ir.plan import Plan
 from quantflow.numerics.affine import MAX_REDUCTION
 from quantflow.schema import PRESETS, ActivationSpec, LayerOverride, QConfig
-from quantflow.stages.plan import Plan
 
 Stages = Callable[..., Any]
 
