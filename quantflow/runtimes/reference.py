@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from quantflow.ir.aten_policy import aten_op
 from quantflow.ir.graph import SIZE_FUNCTIONS
-from quantflow.ir.program import LINEAR_OPS, Node, Program, Ref, TensorRef, aten_op, substitute
+from quantflow.ir.program import LINEAR_OPS, Node, Program, Ref, TensorRef, substitute
 from quantflow.ir.units import Epilogue
 from quantflow.numerics.affine import QParams, dequantize, quantize
 from quantflow.runtimes.runner import AbstractRunner

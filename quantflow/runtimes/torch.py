@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 
+from quantflow.ir.aten_policy import aten_op
 from quantflow.ir.graph import SIZE_FUNCTIONS, arguments
 from quantflow.ir.plan import PlannedUnit
-from quantflow.ir.program import LINEAR_OPS, Node, Program, Ref, TensorRef, aten_op, substitute
+from quantflow.ir.program import LINEAR_OPS, Node, Program, Ref, TensorRef, substitute
 from quantflow.ir.units import CORE, MATMUL, Epilogue, Unit
 from quantflow.numerics.affine import QParams
 from quantflow.runtimes import kernels

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from quantflow.errors import ArtifactError
+from quantflow.ir.aten_policy import aten_op
 from quantflow.ir.graph import Input
-from quantflow.ir.program import OPS, Node, Program, Ref, TensorRef, Value, aten_op
+from quantflow.ir.program import OPS, Node, Program, Ref, TensorRef, Value
 from quantflow.ir.units import Epilogue
 from quantflow.numerics.affine import MAX_REDUCTION, QParams
 

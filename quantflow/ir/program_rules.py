@@ -1,0 +1,132 @@
+"""What a legal program is: every value defined before it is read, codes where an op takes codes, numbers in range."""
+
+from __future__ import annotations
+
+import torch
+
+from quantflow.errors import ArtifactError
+from quantflow.ir.aten_policy import aten_op
+from quantflow.ir.graph import SIZE_FUNCTIONS
+from quantflow.ir.program import LINEAR_OPS, NAMED_OPS, Node, Program, Ref, referenced_tensors, referenced_values
+from quantflow.ir.units import AVERAGES, POOLS, SHAPES
+from quantflow.numerics.affine import MAX_REDUCTION, WEIGHT_RANGE
+
+#: How many arguments an op without a name of its own takes.
+_ARITY = {"quantize": 1, "dequantize": 1, "conv": 2, "linear": 2, "matmul": 2, "add": 2, "mul": 2, "clamp": 1}
+#: The ATen ops that may stand behind an op on codes.
+_TARGETS = {"max_pool": POOLS, "avg_pool": AVERAGES, "cat": ("cat",), "shape": SHAPES}
+#: Ops whose output shares its codes' meaning with its inputs.
+_SHARING = ("max_pool", "cat", "clamp", "shape")
+
+
+def check(program: Program) -> None:
+    """Every node, value and tensor of the program.
+
+    Raises:
+        ArtifactError: names the node and what is not legal about it.
+    """
+    known = {i.name for i in program.inputs}
+    if len(known) != len(program.inputs):
+        raise ArtifactError("program.json: two inputs have one name")
+    for index, node in enumerate(program.nodes):
+        where = f"program.json: node {index} ({node.name})"
+        for ref in node.refs():
+            if ref not in known:
+                raise ArtifactError(f"{where}: reads {ref!r}, which no earlier node defines")
+        if node.output in known:
+            raise ArtifactError(f"{where}: defines {node.output!r} a second time")
+        known.add(node.output)
+        for ref in referenced_tensors((node.args, tuple(node.kwargs.values()))):
+            if ref not in program.tensors:
+                raise ArtifactError(f"{where}: reads tensor {ref!r}, which weights.safetensors does not hold")
+        if node.op in NAMED_OPS:
+            _check_target(node, where)
+        elif len(node.args) != _ARITY[node.op]:
+            raise ArtifactError(f"{where}: {node.op} takes {_ARITY[node.op]} arguments, has {len(node.args)}")
+        if node.op in LINEAR_OPS:
+            _check_linear(program, node, where)
+        _check_codes(program, node, where)
+    for ref in referenced_values(program.output):
+        if ref not in known:
+            raise ArtifactError(f"program.json: the output {ref!r} is not defined")
+    for ref in referenced_tensors(program.output):
+        if ref not in program.tensors:
+            raise ArtifactError(f"program.json: the output tensor {ref!r} is not in weights.safetensors")
+
+
+def _check_target(node: Node, where: str) -> None:
+    """The ATen op or size function that a node names exists and is legal for it."""
+    if node.op == "size" and node.target in SIZE_FUNCTIONS:
+        return
+    if node.op == "shape" and node.target == "getitem":
+        return
+    if node.op in _TARGETS and node.target.partition(".")[0] not in _TARGETS[node.op]:
+        raise ArtifactError(f"{where}: {node.op} can't be {node.target!r}; legal are {', '.join(_TARGETS[node.op])}")
+    aten_op(node.target)
+
+
+def _check_codes(program: Program, node: Node, where: str) -> None:
+    """Operands that must be codes are, the others are not, and ops that pass codes on keep their meaning."""
+    held = program.values
+    if node.op == "cat":
+        operands = list(node.args[0])
+    elif node.op == "size":
+        operands = []
+    elif node.op in ("quantize", "aten"):
+        operands = []
+        for ref in node.refs():
+            if ref in held:
+                raise ArtifactError(f"{where}: {node.op} reads {ref!r}, which holds int8 codes")
+    else:
+        operands = list(node.args[: 1 if node.op in LINEAR_OPS else _ARITY.get(node.op, 1)])
+        if not operands:
+            raise ArtifactError(f"{where}: has no operand")
+    for operand in operands:
+        if not isinstance(operand, Ref) or operand.name not in held:
+            raise ArtifactError(f"{where}: operand {operand!r} holds no int8 codes")
+    if node.op in LINEAR_OPS and not isinstance(node.args[1], Ref | None):
+        raise ArtifactError(f"{where}: residual {node.args[1]!r} is no value")
+    if node.op in ("quantize", *_SHARING) and node.output not in held:
+        raise ArtifactError(f"{where}: its output has no scale and zero_point")
+    if node.op in ("dequantize", "aten", "size") and node.output in held:
+        raise ArtifactError(f"{where}: its output can't hold int8 codes")
+    if node.op in _SHARING and any(held[o.name].qparams != held[node.output].qparams for o in operands):
+        raise ArtifactError(f"{where}: its output and its inputs must share one scale and zero_point")
+    if node.op == "clamp":
+        qparams, bounds = held[node.output].qparams, (node.attrs["low"], node.attrs["high"])
+        legal = range(qparams.range[0], qparams.range[1] + 1) if qparams is not None else ()
+        if any(not isinstance(bound, int) or bound not in legal for bound in bounds):
+            raise ArtifactError(f"{where}: low and high {bounds} are not codes")
+
+
+def _check_linear(program: Program, node: Node, where: str) -> None:
+    a = node.attrs
+    for role in ("weight", "weight_scale", "bias"):
+        if a[role] is None and role == "bias":
+            continue
+        if a[role] not in program.tensors:
+            raise ArtifactError(f"{where}: {role} {a[role]!r} is not in weights.safetensors")
+    if not isinstance(node.args[0], Ref):
+        raise ArtifactError(f"{where}: operand {node.args[0]!r} holds no int8 codes")
+    weight, scale = program.tensors[a["weight"]], program.tensors[a["weight_scale"]]
+    legal = (2,) if node.op == "linear" else (3, 4, 5)
+    if weight.dtype is not torch.int8 or weight.dim() not in legal or not weight.numel():
+        raise ArtifactError(f"{where}: weight is {weight.dtype} {tuple(weight.shape)}, {node.op} takes int8 codes")
+    if int(weight.min()) < WEIGHT_RANGE[0]:
+        raise ArtifactError(f"{where}: weight holds codes below {WEIGHT_RANGE[0]}")
+    if scale.dtype is not torch.float32 or scale.numel() not in (1, weight.shape[0]):
+        raise ArtifactError(f"{where}: weight_scale must be 1 or {weight.shape[0]} float32 values, has {scale.numel()}")
+    if not bool((scale > 0).all()) or not bool(scale.isfinite().all()):
+        raise ArtifactError(f"{where}: weight_scale holds a value that is not positive and finite")
+    if weight[0].numel() > MAX_REDUCTION:
+        raise ArtifactError(f"{where}: reduction of {weight[0].numel()} exceeds {MAX_REDUCTION}, int32 could overflow")
+    bias = None if a["bias"] is None else program.tensors[a["bias"]]
+    if bias is not None and (bias.shape != (weight.shape[0],) or bias.dtype is not torch.float32):
+        raise ArtifactError(f"{where}: bias must hold {weight.shape[0]} float32 values")
+    if node.op == "conv":
+        dims = weight.dim() - 2
+        for key, least in (("stride", 1), ("padding", 0), ("dilation", 1)):
+            if len(a[key]) != dims or any(not isinstance(v, int) or v < least for v in a[key]):
+                raise ArtifactError(f"{where}: {key} {a[key]} is not {dims} numbers of at least {least}")
+        if not isinstance(a["groups"], int) or a["groups"] < 1 or weight.shape[0] % a["groups"]:
+            raise ArtifactError(f"{where}: groups {a['groups']} does not divide {weight.shape[0]} channels")
