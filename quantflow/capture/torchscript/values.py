@@ -38,6 +38,18 @@ class TracedSize:
     node: fx.Node | None
 
 
+@dataclass(frozen=True)
+class Module:
+    """A module of the ScriptModule that is walked through, and its name in it."""
+
+    script: Any
+    path: str
+
+    @property
+    def is_leaf(self) -> bool:
+        return ".torch.nn.modules." in self.script._type().qualified_name()
+
+
 #: Comparisons and logic on numbers that may follow the batch size.
 COMPARISONS: dict[str, Callable[..., Any]] = {
     "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
@@ -53,6 +65,28 @@ def flat(value: Any) -> Iterator[Any]:
         yield from flat(list(value.values()))
     else:
         yield value
+
+
+def wrapped(value: Any, runs: int, name: str = "", is_attribute: bool = False) -> Any:
+    """A plain value as the interpreter holds it."""
+    if isinstance(value, torch.Tensor):
+        return TracedTensor((value.detach(),) * runs, None, name, is_attribute)
+    if isinstance(value, dict):
+        return {key: wrapped(item, runs, f"{name}.{key}", is_attribute) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(wrapped(v, runs, name and f"{name}.{i}", is_attribute) for i, v in enumerate(value))
+    return value
+
+
+def concrete(value: Any, run: int) -> Any:
+    """The value in one run."""
+    if isinstance(value, (TracedTensor, TracedSize)):
+        return value.values[run]
+    if isinstance(value, dict):
+        return {key: concrete(item, run) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(concrete(item, run) for item in value)
+    return value
 
 
 def compare(function: Callable[..., Any], args: Sequence[Any], runs: int) -> Any:

@@ -1,0 +1,168 @@
+"""A model as TorchScript, and the graph imported from it, checked against what the model computes."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from quantflow.capture.export import at_least_two, plain, plain_attention
+from quantflow.capture.torchscript.failure import CURE, DependsOnBatch, class_name, first_line
+from quantflow.capture.torchscript.walk import Walk
+from quantflow.errors import CaptureError
+from quantflow.ir.batch import Batch
+from quantflow.ir.graph import Graph, interpret
+from quantflow.ir.passes.normalize import simplify
+from quantflow.sources.models.loaded import eval_mode
+
+
+def capture_torchscript(
+    model: nn.Module | torch.jit.ScriptModule, example: Batch, method: Literal["trace", "script"] = "trace"
+) -> Graph:
+    """Capture a module by tracing or scripting it, or take over a ScriptModule as it is.
+
+    Where the code (or an earlier trace) depends on the batch size, the graph holds for the example's only, and a note
+    says so.
+
+    Args:
+        example: one calibration batch.
+        method: how an nn.Module becomes TorchScript; a ScriptModule already is.
+
+    Raises:
+        CaptureError: the model can't be traced or scripted, holds an op with no functional form, or the imported
+            graph does not compute what the model does; the message carries the cure.
+    """
+    model = eval_mode(model)
+    attempts = [(at_least_two(example.head(2)), 2)]
+    if example.size > 2:
+        attempts.append((example, 2))
+    attempts.append((example, 1))
+    reason: BaseException | None = None
+    with torch.no_grad(), plain_attention(), _quiet():
+        try:
+            script = _as_script(model, at_least_two(example), method)
+        except CaptureError:
+            if example.size != 1:
+                raise
+            script = _as_script(model, example, method)  # code for one sample at a time
+        for batch, runs in attempts:
+            if runs == 1 and example.size == 1:
+                script = _as_script(model, example, method)
+            try:
+                graph = _import(script, model, [batch] if runs == 1 else [batch, _repeated(batch)])
+            except DependsOnBatch as error:
+                reason = error
+                continue
+            if runs == 1:
+                return replace(graph, batch_is_dynamic=False).with_notes(
+                    f"the graph holds for batches of {example.size} only: {reason}; for other batch sizes {CURE} or "
+                    "mode.method=script, and read sizes from x.shape in its code"
+                )
+            return graph
+    raise CaptureError(f"mode: the TorchScript of {class_name(model)} can't be imported: {reason}; {CURE}") from reason
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings about tracing and scripting: every graph is checked against its model instead."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _as_script(model: nn.Module | torch.jit.ScriptModule, example: Batch, method: str) -> torch.jit.ScriptModule:
+    if isinstance(model, torch.jit.ScriptModule):
+        return model
+    try:
+        if method == "script":
+            return torch.jit.script(model)
+        options: dict[str, Any] = {"example_inputs": example.args}
+        if example.kwargs:
+            bound = inspect.signature(model.forward).bind(*example.args, **example.kwargs)
+            options = {"example_kwarg_inputs": dict(bound.arguments)}
+        return torch.jit.trace(model, check_trace=False, strict=False, **options)
+    except Exception as error:  # torch.jit raises many unrelated types, and the model's own
+        other = "mode.method=trace" if method == "script" else "mode.method=script"
+        raise CaptureError(
+            f"mode: torch.jit.{method} can't capture {class_name(model)}: {first_line(error)}; "
+            f"try {other} or mode=export"
+        ) from error
+
+
+def _repeated(batch: Batch) -> Batch:
+    """Every sample twice."""
+
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, x]) if x.dim() and x.shape[0] == batch.size else x
+
+    return Batch(args=tuple(twice(x) for x in batch.args), kwargs={k: twice(v) for k, v in batch.kwargs.items()})
+
+
+def _import(
+    script: torch.jit.ScriptModule, model: nn.Module | torch.jit.ScriptModule, batches: Sequence[Batch]
+) -> Graph:
+    expected = []
+    for batch in batches:
+        try:
+            expected.append(plain(model(*batch.args, **batch.kwargs)))
+        except Exception as error:  # the model's own code
+            if len(batches) > 1:
+                raise DependsOnBatch(f"the model fails on a batch of {batch.size}: {first_line(error)}") from error
+            raise CaptureError(
+                f"mode: {class_name(model)} fails on the example batch: {first_line(error)}; "
+                "check the data's input names and shapes"
+            ) from error
+    try:
+        imported = Walk(script, batches).run(None if isinstance(model, torch.jit.ScriptModule) else expected[0])
+    except (CaptureError, DependsOnBatch):
+        raise
+    except Exception as error:  # a builtin of TorchScript that Python does not run in the same way
+        raise CaptureError(
+            f"mode: the TorchScript of {class_name(model)} can't be imported: {type(error).__name__}: "
+            f"{first_line(error)}; {CURE}"
+        ) from error
+    graph = simplify(imported)
+    batches, expected = list(batches), list(expected)
+    if len(batches) > 1:
+        # Both runs hold several samples; code may well treat one sample in another way.
+        with contextlib.suppress(Exception):
+            single = batches[0].head(1)
+            expected.append(plain(model(*single.args, **single.kwargs)))
+            batches.append(single)
+    for batch, wanted in zip(batches, expected, strict=True):
+        try:
+            found = interpret(graph, batch.tensors)
+        except Exception as error:  # any op may raise anything
+            raise DependsOnBatch(f"the imported graph fails on a batch of {batch.size}: {first_line(error)}") from error
+        if not _agree(found, wanted):
+            raise DependsOnBatch(
+                f"the imported graph differs from the model on a batch of {batch.size} (tracing fixed a branch or a "
+                "size, or the model draws random numbers or writes into a view of another tensor)"
+            )
+    return graph
+
+
+def _agree(found: Any, wanted: Any) -> bool:
+    """Same tensors up to rounding: |a - b| <= 1e-5 * max|b| + 1e-4 * |b|."""
+    a, b = _tensors(found), _tensors(wanted)
+    return len(a) == len(b) and all(
+        x.shape == y.shape
+        and torch.allclose(x.double(), y.double(), rtol=1e-4, atol=1e-5 * _largest(y), equal_nan=True)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _largest(x: torch.Tensor) -> float:
+    finite = x.double()[x.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
