@@ -18,6 +18,7 @@ from quantflow.algorithms import Applied
 from quantflow.executor.built import Converted
 from quantflow.ir.batch import Batch
 from quantflow.ir.graph import Graph
+from quantflow.ir.plan import Plan
 from quantflow.ir.units import find_units
 from quantflow.numerics.observers import AbstractObserver
 from quantflow.schema import ActivationSpec, LayerOverride, QConfig
