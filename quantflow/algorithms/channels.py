@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from quantflow.ir.activations import HOMOGENEOUS
 from quantflow.ir.graph import Graph, arguments, is_aten, op_name
 from quantflow.ir.plan import Plan
 from quantflow.ir.units import AVERAGES, LINEAR_OPS, POOLS
 
 _HOMOGENEOUS = (
-    "relu", "leaky_relu", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
+    *HOMOGENEOUS, "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
     "upsample_bilinear2d", *POOLS, *(name for name in AVERAGES if name != "mean"),
 )  # fmt: skip
 _CLAMPS = ("relu6", "hardtanh", "clamp", "clamp_max", "minimum")
@@ -161,7 +162,7 @@ class _Finder:
             zeros = a.get("mode", "constant") == "constant" and not a.get("value")
             return axis if zeros and axis == 1 and len(a["pad"]) <= 2 * (len(shape) - 2) else None
         if is_aten(node, *_HOMOGENEOUS):
-            return axis if axis == 1 or is_aten(node, "relu", "leaky_relu") else None
+            return axis if axis == 1 or is_aten(node, *HOMOGENEOUS) else None
         if is_aten(node, "mean"):
             a = arguments(node)
             dims = {d % len(shape) for d in a.get("dim") or ()}

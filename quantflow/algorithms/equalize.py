@@ -36,10 +36,11 @@ from torch import fx
 
 from quantflow.algorithms.channels import ChannelSet, find_sets
 from quantflow.algorithms.outcome import Change, Material, Outcome, Rewriting
+from quantflow.ir.activations import as_epilogue
 from quantflow.ir.binding import bind
 from quantflow.ir.graph import Graph, arguments, float_leaves, interpret, is_aten
 from quantflow.ir.plan import Plan, PlannedUnit
-from quantflow.ir.units import CORE, LINEAR_OPS, as_epilogue
+from quantflow.ir.units import CORE, LINEAR_OPS
 from quantflow.numerics.measures import sqnr_db
 
 if TYPE_CHECKING:
@@ -361,7 +362,8 @@ def _bounded(
     for clip in s.clips:
         epilogue = as_epilogue(clip)
         assert epilogue is not None
-        bound, seen = epilogue.values[1], measured.clipped[clip]
+        assert epilogue.bounds
+        bound, seen = epilogue.bounds[1], measured.clipped[clip]
         if clip_margin is None:
             pinned[:] = True
             continue

@@ -32,6 +32,7 @@ import torch
 from torch import fx
 
 from quantflow.algorithms.outcome import Change, Material, Outcome, Rewriting, db
+from quantflow.ir.activations import HOMOGENEOUS
 from quantflow.ir.batch import Batch
 from quantflow.ir.binding import bind
 from quantflow.ir.graph import Graph, arguments, copied, interpret, is_aten
@@ -55,7 +56,6 @@ OCTAVES = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
 SMALLEST_SHARE = 1e-5
 #: What an attention does to V's channels is the same for every key.
 _ATTENTIONS = ("matmul", "bmm", "scaled_dot_product_attention")
-_ACTIVATIONS = ("relu", "leaky_relu")
 #: A channel index in padding: zeros may belong to any channel.
 _ANY = -1
 _NO_SOURCE = "nothing in front of it can take up the factors"
@@ -398,7 +398,7 @@ def _paths(x: fx.Node) -> Iterator[list[fx.Node]]:
         node = path[0]
         if len(node.args) == 0 or not isinstance(node.args[0], fx.Node):
             continue
-        if is_aten(node, *SHAPES, *_ACTIVATIONS) or node.target is operator.getitem:
+        if is_aten(node, *SHAPES, *HOMOGENEOUS) or node.target is operator.getitem:
             pending.append([node.args[0], *path])
         elif is_aten(node, "matmul", "bmm"):
             pending.append([node.args[1], *path])  # type: ignore[list-item]
@@ -472,7 +472,7 @@ def _moved(
     node: fx.Node, source: fx.Node, value: Any, sizes: Mapping[fx.Node, Any], shapes: Mapping[fx.Node, torch.Size]
 ) -> Any:
     """The channel numbers of a node's value, from those of one operand; None where they mix."""
-    if is_aten(node, *_ACTIVATIONS, "mul"):
+    if is_aten(node, *HOMOGENEOUS, "mul"):
         return value
     if is_aten(node, *_ATTENTIONS):
         first = value[..., :1, :]

@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch.export.graph_signature import ConstantArgument, InputKind
 
 from quantflow.errors import CaptureError
+from quantflow.ir import activations
 from quantflow.ir.batch import Batch
 from quantflow.ir.graph import Graph, Input, arguments, name_layers, op_name
 from quantflow.ir.passes.normalize import simplify
@@ -20,10 +21,9 @@ from quantflow.ir.passes.normalize import simplify
 #: Ops that every pass knows by these names, and whose result is no part of an operand's memory.
 _FRESH = frozenset(
     [
-        "conv1d", "conv2d", "conv3d", "linear", "batch_norm", "relu", "relu6", "hardtanh", "hardswish", "hardsigmoid",
-        "silu", "sigmoid", "tanh", "gelu", "leaky_relu", "add", "sub", "mul", "div", "cat", "mean", "max_pool1d",
-        "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d", "adaptive_avg_pool3d", "pad", "constant_pad_nd", "sym_size",
+        *activations.ATEN, "relu6", "conv1d", "conv2d", "conv3d", "linear", "batch_norm", "add", "sub", "mul", "div",
+        "cat", "mean", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+        "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "pad", "constant_pad_nd", "sym_size",
     ]
 )  # fmt: skip
 #: And those whose result may be their operand's own memory.

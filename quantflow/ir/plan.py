@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from quantflow.ir.activations import as_epilogue
 from quantflow.ir.graph import arguments, op_name
-from quantflow.ir.units import CLAMP, CORE, SHAPE, Unit, as_epilogue
+from quantflow.ir.units import CLAMP, CORE, SHAPE, Unit
 from quantflow.schema import ActivationSpec, QConfig
 
 INT8, FLOAT32 = "int8", "float"

@@ -30,18 +30,14 @@ from typing import Any
 
 import torch
 
+from quantflow.ir.activations import Epilogue
 from quantflow.ir.graph import Input
-from quantflow.ir.units import Epilogue
 from quantflow.numerics.affine import QParams
 
 LINEAR_OPS = ("conv", "linear")
 #: Ops that carry the name of an ATen op (or a size function) and its arguments.
 NAMED_OPS = ("max_pool", "avg_pool", "shape", "cat", "aten", "size")
 OPS = ("quantize", "dequantize", *LINEAR_OPS, "matmul", "add", "mul", "clamp", *NAMED_OPS)
-EPILOGUES = {
-    "relu": 0, "hardtanh": 2, "hardswish": 0, "hardsigmoid": 0, "silu": 0, "sigmoid": 0, "gelu": 0, "gelu_tanh": 0,
-    "leaky_relu": 1, "tanh": 0,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

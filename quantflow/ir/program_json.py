@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from quantflow.errors import ArtifactError
+from quantflow.ir.activations import ACTIVATIONS, Epilogue
 from quantflow.ir.graph import Input
-from quantflow.ir.program import EPILOGUES, OPS, Node, Program, Ref, TensorRef, Value
+from quantflow.ir.program import OPS, Node, Program, Ref, TensorRef, Value
 from quantflow.ir.program_rules import check
-from quantflow.ir.units import Epilogue
 from quantflow.numerics.affine import ACTIVATION_RANGE, QParams
 
 FORMAT = 1
@@ -120,7 +120,8 @@ def _node_from_json(data: Any) -> Node:
     epilogue = None
     if (given := data.get("epilogue")) is not None:
         values = tuple(float(_decode(v)) for v in given["values"])
-        if EPILOGUES.get(given["kind"]) != len(values):
+        activation = ACTIVATIONS.get(given["kind"])
+        if activation is None or len(activation.numbers) != len(values):
             raise ValueError(
                 f"node {data['name']!r}: epilogue {given['kind']!r} with {len(values)} numbers is not known"
             )

@@ -6,7 +6,6 @@ Finding units is pure analysis; `quantflow.stages.plan` decides which of them ru
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from quantflow.ir.activations import Epilogue, as_epilogue
 from quantflow.ir.graph import Graph, arguments, is_aten, only_user, op_name
 
 #: op type as users write it → ATen names.
@@ -24,7 +24,6 @@ AVERAGES = (
     "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
     "mean",
 )  # fmt: skip
-_CLAMPS = ("relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max")
 SHAPES = (
     "reshape", "flatten", "unflatten", "permute", "transpose", "t", "slice", "select", "squeeze", "unsqueeze", "split",
     "split_with_sizes", "chunk", "unbind", "expand", "repeat", "roll", "flip", "pixel_shuffle", "pixel_unshuffle",
@@ -39,32 +38,6 @@ _SIZES = ("sym_size", "sym_numel", "sym_stride", "sym_storage_offset")
 CORE, MATMUL, ADD, MUL, CAT, MAX_POOL, AVG_POOL, CLAMP, SHAPE, FLOAT, SIZE = (
     "core", "matmul", "add", "mul", "cat", "max_pool", "avg_pool", "clamp", "shape", "float", "size",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Epilogue:
-    """An activation applied to the float32 accumulator before it is quantized.
-
-    `kind` is one of relu, hardtanh, hardswish, hardsigmoid, silu, sigmoid, gelu, gelu_tanh, leaky_relu, tanh;
-    `values` are its numbers (hardtanh: low, high; leaky_relu: slope).
-    """
-
-    kind: str
-    values: tuple[float, ...] = ()
-
-    @property
-    def is_nonnegative(self) -> bool:
-        return self.kind in ("relu", "sigmoid", "hardsigmoid") or (self.kind == "hardtanh" and min(self.values) >= 0)
-
-    @property
-    def keeps_nonnegative(self) -> bool:
-        """Whether x >= 0 gives f(x) >= 0: true of all but a clamp to negative numbers."""
-        return self.kind != "hardtanh" or self.values[1] >= 0
-
-    @property
-    def is_idempotent(self) -> bool:
-        """Whether applying it twice changes nothing."""
-        return self.kind in ("relu", "hardtanh")
 
 
 @dataclass(frozen=True)
@@ -143,40 +116,6 @@ def without_epilogue(unit: Unit) -> tuple[Unit, Unit]:
     return rest, alone
 
 
-def as_epilogue(node: fx.Node) -> Epilogue | None:
-    """The activation a node computes, or None."""
-    if is_aten(node, "relu"):
-        return Epilogue("relu")
-    if is_aten(node, "relu6"):
-        return Epilogue("hardtanh", (0.0, 6.0))
-    if is_aten(node, "hardtanh"):
-        a = arguments(node)
-        return Epilogue("hardtanh", (float(a["min_val"]), float(a["max_val"])))
-    if is_aten(node, "clamp"):
-        a = arguments(node)
-        return _clamp(a["min"], a["max"])
-    if is_aten(node, "clamp_min"):
-        return _clamp(node.args[1], None)
-    if is_aten(node, "clamp_max"):
-        return _clamp(None, node.args[1])
-    if is_aten(node, "gelu"):
-        return Epilogue("gelu_tanh" if arguments(node)["approximate"] == "tanh" else "gelu")
-    if is_aten(node, "leaky_relu"):
-        return Epilogue("leaky_relu", (float(arguments(node)["negative_slope"]),))
-    if is_aten(node, "hardswish", "hardsigmoid", "silu", "sigmoid", "tanh"):
-        return Epilogue(op_name(node))
-    return None
-
-
-def _clamp(low: Any, high: Any) -> Epilogue | None:
-    """A clamp to numbers; None leaves a side open."""
-    if not all(bound is None or isinstance(bound, (int, float)) for bound in (low, high)):
-        return None
-    if low == 0 and high is None:
-        return Epilogue("relu")
-    return Epilogue("hardtanh", (-math.inf if low is None else float(low), math.inf if high is None else float(high)))
-
-
 def _grow(unit: Unit) -> Unit:
     user = only_user(unit.output)
     epilogue = as_epilogue(user) if user is not None else None
@@ -222,7 +161,7 @@ def _classify(node: fx.Node, constants: Mapping[str, torch.Tensor]) -> Unit:
         return unit(MAX_POOL, node.args[0])
     if is_aten(node, *AVERAGES):
         return unit(AVG_POOL, node.args[0])
-    if is_aten(node, *_CLAMPS) and as_epilogue(node) is not None:
+    if (alone := as_epilogue(node)) is not None and alone.bounds:
         return unit(CLAMP, node.args[0])
     if is_aten(node, "constant_pad_nd", "pad") and arguments(node).get("mode", "constant") != "constant":
         return floating("pad with a mode other than constant has no int8 form")

@@ -12,12 +12,6 @@ import math
 import torch
 
 TIE_CODES, TRANSCENDENTAL_TIE_CODES = 1e-3, 1e-2
-TRANSCENDENTAL = ("gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid")
-
-
-def tie_tolerance(epilogue: str | None) -> float:
-    """How far from a tie, in codes, a difference is still legal after this activation."""
-    return TRANSCENDENTAL_TIE_CODES if epilogue in TRANSCENDENTAL else TIE_CODES
 
 
 def disagreement(

@@ -22,10 +22,8 @@ import torch
 import torch.nn.functional as F
 
 from quantflow.host.environment import has_exact_int8_products
-from quantflow.ir.program import EPILOGUES
-from quantflow.ir.units import Epilogue
+from quantflow.ir.activations import ACTIVATIONS, Epilogue, apply_epilogue
 from quantflow.numerics.affine import ACTIVATION_RANGE, TORCH_DTYPE
-from quantflow.runtimes.reference import apply_epilogue
 
 Tensor = torch.Tensor
 _onednn = torch.ops.onednn
@@ -399,7 +397,7 @@ def _register(name: str, schema: str, function: Callable[..., Any]) -> None:
     _library.impl(name, function, "CPU")
 
 
-for _kind in ("", *EPILOGUES):
+for _kind in ("", *ACTIVATIONS):
     _suffix = f"_{_kind}" if _kind else ""
     _register(f"conv{_suffix}", _X + _GEOMETRY + _OUTPUT + _EPILOGUE, conv)
     _register(f"conv_sum{_suffix}", _X + _GEOMETRY + _OUTPUT + _EPILOGUE + _RESIDUAL, conv)

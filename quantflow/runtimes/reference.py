@@ -5,25 +5,22 @@ Every other runtime is compared with it, node by node, on the same codes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from quantflow.ir.activations import Epilogue, apply_epilogue
 from quantflow.ir.aten_policy import aten_op
 from quantflow.ir.graph import SIZE_FUNCTIONS
 from quantflow.ir.program import LINEAR_OPS, Node, Program, Ref, TensorRef, substitute
-from quantflow.ir.units import Epilogue
 from quantflow.numerics.affine import QParams, dequantize, quantize
 from quantflow.runtimes.runner import AbstractRunner
 
 #: Ops that compute a real number per element; every other op moves codes, or is float by itself.
 _COMPUTED = ("quantize", *LINEAR_OPS, "matmul", "add", "mul", "avg_pool")
 _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
-#: Activations that are a clamp, on codes as on real numbers.
-_CLAMPS = ("relu", "hardtanh")
 
 
 class ReferenceRunner(AbstractRunner):
@@ -156,34 +153,6 @@ def qparams_of(program: Program, name: str) -> QParams | None:
     return value.qparams if value is not None else None
 
 
-def apply_epilogue(r: torch.Tensor, epilogue: Epilogue | None) -> torch.Tensor:
-    """The fused activation, in float32."""
-    if epilogue is None:
-        return r
-    match epilogue.kind:
-        case "relu":
-            return F.relu(r)
-        case "hardtanh":
-            return r.clamp(*epilogue.values)
-        case "leaky_relu":
-            return F.leaky_relu(r, epilogue.values[0])
-        case "gelu":
-            return F.gelu(r)
-        case "gelu_tanh":
-            return F.gelu(r, approximate="tanh")
-        case "hardswish":
-            return F.hardswish(r)
-        case "hardsigmoid":
-            return F.hardsigmoid(r)
-        case "silu":
-            return F.silu(r)
-        case "sigmoid":
-            return torch.sigmoid(r)
-        case "tanh":
-            return torch.tanh(r)
-    raise ValueError(f"epilogue {epilogue.kind!r} is not known")
-
-
 def _linear(program: Program, node: Node, args: Any, operands: Sequence[QParams | None]) -> torch.Tensor:
     """acc * (scale_x * scale_w[c]) + bias[c] (+ the residual, dequantized if it is codes), float32."""
     acc, scale, bias = _sums(program, node, args, operands)
@@ -223,7 +192,7 @@ def _steps(program: Program, node: Node, values: Mapping[str, Any], out: QParams
 
     None where an activation that is no clamp comes first, a residual is float32, or a constant leaves float32's range.
     """
-    if node.op not in LINEAR_OPS or (node.epilogue is not None and node.epilogue.kind not in _CLAMPS):
+    if node.op not in LINEAR_OPS or (node.epilogue is not None and node.epilogue.bounds is None):
         return None
     args = resolve(program, node.args, values)
     operands = [qparams_of(program, a.name) if isinstance(a, Ref) else None for a in node.args]
@@ -249,10 +218,9 @@ def _fused_multiply_add(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> to
 def _bounds(epilogue: Epilogue | None, out: QParams) -> tuple[float, float]:
     """The least and the largest number of steps that the codes and the activation allow."""
     low, high = (float(bound - out.zero_point) for bound in out.range)
-    if epilogue is None:
+    if epilogue is None or epilogue.bounds is None:
         return low, high
-    a, b = (0.0, math.inf) if epilogue.kind == "relu" else epilogue.values
-    steps = [float(torch.round(_float32(bound) / _float32(out.scale))) for bound in (a, b)]
+    steps = [float(torch.round(_float32(bound) / _float32(out.scale))) for bound in epilogue.bounds]
     return min(max(steps[0], low), high), min(max(steps[1], low), high)
 
 

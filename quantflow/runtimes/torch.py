@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 
+from quantflow.ir.activations import Epilogue
 from quantflow.ir.aten_policy import aten_op
 from quantflow.ir.graph import SIZE_FUNCTIONS, arguments
 from quantflow.ir.plan import PlannedUnit
 from quantflow.ir.program import LINEAR_OPS, Node, Program, Ref, TensorRef, substitute
-from quantflow.ir.units import CORE, MATMUL, Epilogue, Unit
+from quantflow.ir.units import CORE, MATMUL, Unit
 from quantflow.numerics.affine import QParams
 from quantflow.runtimes import kernels
 from quantflow.runtimes.runner import AbstractRunner

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from quantflow.ir.activations import as_epilogue
 from quantflow.ir.graph import arguments, op_name
 from quantflow.ir.plan import PlannedUnit, nonnegative_values
 from quantflow.ir.program import Node, Program, Ref, TensorRef, Value
@@ -24,7 +25,6 @@ from quantflow.ir.units import (
     MUL,
     SHAPE,
     SIZE,
-    as_epilogue,
 )
 from quantflow.numerics.affine import dequantize, quantize
 from quantflow.stages.calibrate import CalibrationTable
@@ -207,10 +207,10 @@ class _Converter:
         unit = planned.unit
         epilogue = as_epilogue(unit.anchor)
         assert epilogue is not None
+        assert epilogue.bounds
         x = self._as_codes(unit.inputs[0])
-        low, high = epilogue.values if epilogue.values else (0.0, float("inf"))
         output = self._define(planned)
-        bounds = quantize(torch.tensor([low, high]), self._values[output].qparams)  # type: ignore[arg-type]
+        bounds = quantize(torch.tensor(epilogue.bounds), self._values[output].qparams)  # type: ignore[arg-type]
         attrs = {"low": int(bounds[0]), "high": int(bounds[1])}
         self._nodes.append(Node(unit.name, "clamp", output, (x,), attrs=attrs))
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from quantflow.errors import VerificationError
+from quantflow.ir.activations import tie_tolerance
 from quantflow.ir.batch import Batch
 from quantflow.ir.binding import bind
 from quantflow.ir.program import Node
-from quantflow.numerics.agreement import disagreement, tie_tolerance
+from quantflow.numerics.agreement import disagreement
 from quantflow.numerics.measures import sqnr_db
 from quantflow.runtimes.specification import ASKED_FOR, Specification, resolve, unrounded
 from quantflow.stages.compile import Compiled
@@ -157,7 +158,7 @@ def _verify(
         if expected.is_floating_point():
             _require_close(node, expected, actual)
             return
-        tolerance = tie_tolerance(node.epilogue.kind if node.epilogue else None)
+        tolerance = tie_tolerance(node.epilogue)
         illegal, worst = disagreement(expected, actual, unrounded(program, node, values), tolerance)
         differing += int((expected != actual).sum())
         if illegal:

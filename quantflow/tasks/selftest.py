@@ -17,11 +17,11 @@ from torch import nn
 from quantflow import report
 from quantflow.capture import capture
 from quantflow.errors import EXIT_GATE, EXIT_PASSED
+from quantflow.ir.activations import ACTIVATIONS, Epilogue, tie_tolerance
 from quantflow.ir.graph import Input
-from quantflow.ir.program import EPILOGUES, Node, Program, Ref, TensorRef, Value
-from quantflow.ir.units import Epilogue
+from quantflow.ir.program import Node, Program, Ref, TensorRef, Value
 from quantflow.numerics.affine import QParams
-from quantflow.numerics.agreement import disagreement, tie_tolerance
+from quantflow.numerics.agreement import disagreement
 from quantflow.numerics.measures import sqnr_db
 from quantflow.report import Progress
 from quantflow.runtimes import AbstractRunner, choose_runtime, tested_by_itself
@@ -161,7 +161,7 @@ def _compare_node(
             row.failures.append(f"{name}: differs by {error:.3g}, more than {bound:.3g}")
         return
     real = unrounded(program, node, values)
-    illegal, worst = disagreement(expected, actual, real, tie_tolerance(node.epilogue.kind if node.epilogue else None))
+    illegal, worst = disagreement(expected, actual, real, tie_tolerance(node.epilogue))
     row.one_code += int((expected != actual).sum()) if expected.shape == actual.shape else 0
     if illegal:
         row.failures.append(f"{name}: {illegal} of {expected.numel()} codes wrong, up to {worst:.3g} codes from a tie")
@@ -296,9 +296,8 @@ def _epilogue_cases() -> Iterator[Case]:
         "weight": "w", "weight_scale": "s", "bias": "b", "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1],
         "groups": 1,
     }  # fmt: skip
-    numbers = {"hardtanh": (-0.4, 1.3), "leaky_relu": (0.1,)}
-    for kind in EPILOGUES:
-        epilogue = Epilogue(kind, numbers.get(kind, ()))
+    for kind, activation in ACTIVATIONS.items():
+        epilogue = Epilogue(kind, activation.example)
         x, r = _codes((1, 16, 6, 5), Value(_X)), _codes((1, 20, 6, 5), Value(_U))
         for name, residual in (("", None), (" after a residual", r), (" after a float residual", torch.randn(r.shape))):
             args = (Ref("x"), None if residual is None else Ref("r"))
@@ -385,7 +384,8 @@ def _float_cases() -> Iterator[Case]:
     )
     yield aten("batch_norm", "batch_norm.default", Ref("x"), c, d, d, c, False, 0.1, 1e-5, True, x=image)
     yield aten("embedding", "embedding.default", TensorRef("table"), Ref("i"), i=torch.randint(0, 50, (2, 9)))
-    for name in ("relu", "gelu", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "exp", "neg", "abs", "erf"):
+    plain = dict.fromkeys(activation.aten for activation in ACTIVATIONS.values() if not activation.numbers)
+    for name in (*plain, "exp", "neg", "abs", "erf"):
         yield aten("float functions", f"{name}.default", Ref("x"), x=torch.randn(3, 37) * 4)
     for name in ("add", "sub", "mul", "div"):
         yield aten("float arithmetic", f"{name}.Tensor", Ref("a"), Ref("b"), a=image, b=torch.rand(6, 1, 1) + 0.5)

@@ -14,11 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantflow.ir.activations import ACTIVATIONS, Epilogue, tie_tolerance
 from quantflow.ir.graph import Input
 from quantflow.ir.program import Node, Program, Ref, Value
-from quantflow.ir.units import Epilogue
 from quantflow.numerics.affine import QParams
-from quantflow.numerics.agreement import disagreement, tie_tolerance
+from quantflow.numerics.agreement import disagreement
 from quantflow.runtimes import kernels
 from quantflow.runtimes.reference import run_node, unrounded
 from quantflow.runtimes.torch import TorchRunner
@@ -32,17 +32,9 @@ UINT8_LOWEST, UINT8_HIGHEST = Value(QParams("uint8", 0.03, 0)), Value(QParams("u
 HELD = (SIGNED, NONNEGATIVE, AFFINE, LOWEST, HIGHEST, UINT8, UINT8_LOWEST, UINT8_HIGHEST)
 EPILOGUES = (
     None,
-    Epilogue("relu"),
     Epilogue("hardtanh", (0.0, 6.0)),
     Epilogue("hardtanh", (-1.5, 2.5)),
-    Epilogue("hardswish"),
-    Epilogue("hardsigmoid"),
-    Epilogue("silu"),
-    Epilogue("sigmoid"),
-    Epilogue("gelu"),
-    Epilogue("gelu_tanh"),
-    Epilogue("leaky_relu", (0.1,)),
-    Epilogue("tanh"),
+    *(Epilogue(kind, row.example) for kind, row in ACTIVATIONS.items()),
 )
 FILLS = ("random", "lowest", "highest", "alternating")
 #: Float results: rounding steps of float32 between the sum and the result, and what an approximated activation adds.
@@ -93,7 +85,6 @@ def check(program: Program, values: Mapping[str, Any], magnitude: torch.Tensor |
     """
     node = program.nodes[-1]
     expected = run_node(program, node, values)
-    kind = node.epilogue.kind if node.epilogue else None
     actual = torch.empty(0)
     for has_int8_kernels in dict.fromkeys((False, kernels.HAS_INT8_KERNELS)):
         with mock.patch.object(kernels, "HAS_INT8_KERNELS", has_int8_kernels):
@@ -101,11 +92,13 @@ def check(program: Program, values: Mapping[str, Any], magnitude: torch.Tensor |
         assert actual.shape == expected.shape
         assert actual.dtype == expected.dtype
         if expected.is_floating_point():
-            approximation = APPROXIMATION * (1 + expected.abs()) if tie_tolerance(kind) > 1e-3 else 0
+            approximation = APPROXIMATION * (1 + expected.abs()) if tie_tolerance(node.epilogue) > 1e-3 else 0
             bound = FLOAT_STEPS * magnitude + approximation
             assert ((expected - actual).abs() <= bound).all(), (expected - actual).abs().max()
         else:
-            illegal, worst = disagreement(expected, actual, unrounded(program, node, values), tie_tolerance(kind))
+            illegal, worst = disagreement(
+                expected, actual, unrounded(program, node, values), tie_tolerance(node.epilogue)
+            )
             assert not illegal, f"{illegal} of {expected.numel()} codes differ, up to {worst} codes from a tie"
     return actual
 

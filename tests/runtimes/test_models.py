@@ -14,12 +14,13 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from quantflow.capture import capture_export
+from quantflow.ir.activations import tie_tolerance
 from quantflow.ir.batch import Batch
 from quantflow.ir.binding import bind
 from quantflow.ir.graph import Graph
 from quantflow.ir.passes.fold_batchnorm import fold_batch_norms
 from quantflow.ir.program import Node, Program
-from quantflow.numerics.agreement import disagreement, tie_tolerance
+from quantflow.numerics.agreement import disagreement
 from quantflow.numerics.measures import sqnr_db
 from quantflow.runtimes.reference import ReferenceRunner, unrounded
 from quantflow.runtimes.torch import TorchRunner
@@ -317,7 +318,7 @@ def require_agreement(program: Program, inputs: list[torch.Tensor]) -> None:
         if node.output not in program.values:
             assert torch.allclose(expected, actual, rtol=1e-5, atol=1e-5), node
             return
-        tolerance = tie_tolerance(node.epilogue.kind if node.epilogue else None)
+        tolerance = tie_tolerance(node.epilogue)
         illegal, worst = disagreement(expected, actual, unrounded(program, node, values), tolerance)
         assert not illegal, f"{node.name} ({node.fused_name}): {illegal} codes, up to {worst} from a tie"
 

@@ -22,11 +22,11 @@ from torch import nn
 import quantflow
 from quantflow.errors import ArtifactError, UnavailableError
 from quantflow.host.environment import isa
+from quantflow.ir.activations import ACTIVATIONS, Epilogue, tie_tolerance
 from quantflow.ir.graph import Input
-from quantflow.ir.program import EPILOGUES, Node, Program, Ref, Value
-from quantflow.ir.units import Epilogue
+from quantflow.ir.program import Node, Program, Ref, Value
 from quantflow.numerics.affine import QParams
-from quantflow.numerics.agreement import disagreement, tie_tolerance
+from quantflow.numerics.agreement import disagreement
 from quantflow.numerics.measures import sqnr_db
 from quantflow.runtimes import RUNTIMES, choose_runtime, native, native_devices
 from quantflow.runtimes import native_library as lib
@@ -98,8 +98,7 @@ def _extremes() -> st.SearchStrategy[str]:
 
 
 def _epilogues() -> st.SearchStrategy[Epilogue | None]:
-    numbers = {0: (), 1: (0.1,), 2: (-0.5, 2.0)}
-    return st.sampled_from([None, *(Epilogue(kind, numbers[count]) for kind, count in EPILOGUES.items())])
+    return st.sampled_from([None, *(Epilogue(kind, row.example) for kind, row in ACTIVATIONS.items())])
 
 
 def _codes(shape: tuple[int, ...], value: Value, kind: str = "random") -> torch.Tensor:
@@ -152,9 +151,9 @@ def _compare_linear(
             actual, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max() if expected.numel() else 1)
         )
         return
-    if (epilogue is None or epilogue.kind in ("relu", "hardtanh")) and "avx512_vnni" in isa():
+    if (epilogue is None or epilogue.bounds) and "avx512_vnni" in isa():
         assert torch.equal(expected, actual), f"{int((expected != actual).sum())} of {expected.numel()} codes differ"
-    tolerance = tie_tolerance(epilogue.kind if epilogue else None)
+    tolerance = tie_tolerance(epilogue)
     illegal, worst = disagreement(expected, actual, unrounded(chosen, chosen.nodes[0], inputs), tolerance)
     assert not illegal, f"{illegal} of {expected.numel()} codes differ, up to {worst} codes from a tie"
 
