@@ -6,7 +6,7 @@
 
 namespace quantflow::host {
 
-// Activation's values: int8_gemm.cpp asserts that they agree.
+// Activation's values: int8_output.cpp asserts that they agree.
 enum Int8Activation : int {
     kInt8None, kInt8Relu, kInt8Hardtanh, kInt8Hardswish, kInt8Hardsigmoid, kInt8Silu, kInt8Sigmoid, kInt8Gelu,
     kInt8GeluTanh, kInt8LeakyRelu, kInt8Tanh, kInt8Activations,

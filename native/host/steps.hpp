@@ -8,7 +8,7 @@ namespace quantflow::host {
 
 using StepPtr = std::unique_ptr<Step>;
 
-// int8_gemm.cpp
+// int8_gemm.cpp, int8_matmul_step.cpp
 StepPtr make_linear(ThreadPool&, const Weights&, const Tensor& x, const Tensor* residual, const Epilogue&,
                     const Tensor& y, const Terms& = {});
 StepPtr make_conv(ThreadPool&, const Weights&, const ConvGeometry&, const Tensor& x, const Tensor* residual,

@@ -1,0 +1,79 @@
+#include "int8_cost.hpp"
+
+#include <algorithm>
+#include <limits>
+
+namespace quantflow::host::int8 {
+
+Grouping merge_groups(const Int8Kernels& kernels, i64 groups, i64 in_channels, i64 out_channels, i64 taps) {
+    Grouping best{groups, in_channels, out_channels, 1};
+    double best_cost = std::numeric_limits<double>::infinity();
+    for (i64 merged = 1; merged <= groups; ++merged) {
+        if (groups % merged != 0 || (merged > 1 && merged * out_channels > 2 * kernels.columns)) continue;
+        const i64 in = merged * in_channels, quads = divide_up(taps * in, 4);
+        const i64 vectors = divide_up(merged * out_channels, kernels.lanes);
+        // Cycles for one row of all groups: packing, then products.
+        const double cost = static_cast<double>(groups / merged) *
+                            (static_cast<double>(taps) * (6 + static_cast<double>(in) / 16) +
+                             0.75 * static_cast<double>(quads * std::max<i64>(vectors, 2)));
+        if (cost < best_cost) {
+            best_cost = cost;
+            best = {groups / merged, in, merged * out_channels, merged};
+        }
+    }
+    return best;
+}
+
+i64 chunk_of(const Int8Kernels& kernels, i64 quads) {
+    const i64 most = 20 * 1024 / (4 * (kernels.columns + 2 * kernels.rows));
+    return std::max<i64>(kernels.depth, round_up(divide_up(quads, std::max<i64>(1, divide_up(quads, most))), kernels.depth));
+}
+
+Tasks cut(const Int8Kernels& kernels, const Int8Gemm& g, i64 groups, i64 rows, int threads) {
+    const bool has_tiles = kernels.depth > 1, by_lines = g.is_windowed || g.is_direct;
+    const double cycles_per_tile_row = has_tiles ? 0.16 : kernels.is_exact ? 1.6 : 2.4;  // of one quad and panel
+    const double tile_cost = has_tiles ? 8 : 1;                                        // in rows: its weights are loaded
+    const i64 cache = (has_tiles || by_lines ? 512 : 128) * 1024;
+    const double quads = static_cast<double>(g.quads), columns = kernels.columns;
+    // Windows are cut at the ends of lines.
+    const i64 unit = g.is_windowed ? std::max<i64>(g.out[2], 1) : kernels.rows, units = divide_up(rows, unit);
+    const i64 line_bytes = (g.out[2] * g.stride[2] + g.reach[2]) * g.pixel;
+    Tasks best;
+    double best_cost = std::numeric_limits<double>::infinity();
+    for (i64 row_tasks = 1; row_tasks <= units; row_tasks += 1 + row_tasks / 8) {
+        const i64 task_rows = std::min(rows, unit * divide_up(units, row_tasks));
+        const i64 lines = task_rows / unit * g.stride[1] + g.reach[1] + 1;
+        const i64 row_bytes = g.is_windowed ? lines * line_bytes : task_rows * (g.is_direct ? g.quads : g.chunk) * 4;
+        if (task_rows > unit && row_bytes > cache) continue;
+        for (i64 panel_tasks = 1; panel_tasks <= g.panels; panel_tasks += 1 + panel_tasks / 8) {
+            const i64 task_panels = divide_up(g.panels, panel_tasks);
+            const i64 sums_bytes = task_rows * task_panels * kernels.columns * 4;
+            if (!by_lines && g.chunk < g.quads && task_panels > 1 && sums_bytes > cache) continue;
+            const double r = static_cast<double>(task_rows), p = static_cast<double>(task_panels);
+            const double tile_rows = static_cast<double>(divide_up(task_rows, kernels.rows)) * tile_cost + r;
+            const double products = tile_rows * p * quads * cycles_per_tile_row;
+            const double fetching = p * quads * columns * 4 / 16;
+            const double finishing = r * p * columns * 0.5;
+            // Every panel passes over the task's rows of x and y, which lie in the L1 cache or beyond.
+            const double x_bytes = static_cast<double>(row_bytes) / r, y_bytes = g.output.residual_scale != 0 ? 128 : 64;
+            const double passing = r * (x_bytes + y_bytes) <= 32 * 1024 ? 0 : r * p * (x_bytes + y_bytes) / 24;
+            double packing = 0;
+            if (g.is_windowed)
+                packing = g.reads_in_place ? 0 : static_cast<double>(lines) * (static_cast<double>(line_bytes) / 16 + 40);
+            else if (!g.is_direct)
+                packing = r * (4 * quads * 0.06 + 5 * static_cast<double>(g.runs));
+            const double task = products + fetching + finishing + passing + packing + 400;
+            const i64 tasks = divide_up(rows, task_rows) * divide_up(g.panels, task_panels) * groups;
+            double cost = task * static_cast<double>(divide_up(tasks, threads));
+            if (threads > 1 && tasks > 1) cost += 0.3 * task + kHandOver;
+            if (cost < best_cost) {
+                best_cost = cost;
+                best = {task_rows, task_panels, divide_up(rows, task_rows), divide_up(g.panels, task_panels)};
+            }
+        }
+    }
+    best.shares_rows = rows * (g.in_channels + g.channels) > g.channels * g.quads * 4;
+    return best;
+}
+
+}  // namespace quantflow::host::int8

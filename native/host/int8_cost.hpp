@@ -1,0 +1,26 @@
+// What int8 steps cost in cycles, and what is chosen by it: how groups are merged, how the work is cut into tasks.
+#pragma once
+
+#include "int8_packing.hpp"
+
+namespace quantflow::host::int8 {
+
+Grouping merge_groups(const Int8Kernels&, i64 groups, i64 in_channels, i64 out_channels, i64 taps);
+
+// Tasks of `rows` rows and `panels` panels. A thread works on neighbouring tasks: on the same rows, where these are the
+// larger part of what it touches (the next step finds them in its cache), else on the same panels.
+struct Tasks {
+    i64 rows = 1, panels = 1, row_tasks = 1, panel_tasks = 1;
+    bool shares_rows = false;
+};
+
+// Quads summed at a time: the panel's and the tile's operands then share the L1 cache.
+i64 chunk_of(const Int8Kernels&, i64 quads);
+
+// Cycles that spreading a step over threads costs.
+constexpr double kHandOver = 6000;
+
+// Weighs packing and fetching, which small tasks repeat, against idle threads at the end, which large ones cause.
+Tasks cut(const Int8Kernels&, const Int8Gemm&, i64 groups, i64 rows, int threads);
+
+}  // namespace quantflow::host::int8

@@ -1,0 +1,156 @@
+// A product of matrices: linear, and convolutions whose windows are rows.
+#include "int8_steps.hpp"
+
+namespace quantflow::host::int8 {
+namespace {
+
+class GemmStep final : public Step {
+public:
+    GemmStep(ThreadPool& pool, const Weights& w, const Grouping& grouping, const Shape3& shape, const Tensor& x,
+             const Tensor* residual, const Epilogue& epilogue, const Tensor& y, i64 rows, const Terms& terms)
+        : pool_(pool), kernels_(*int8_kernels_in_use()), x_(x), y_(y), rows_(rows), groups_(grouping.groups) {
+        for (const Product& p : terms.products)
+            before_.push_back(std::make_unique<GemmStep>(pool, p.weights, grouping, shape, p.x, nullptr, Epilogue{}, y,
+                                                         rows, Terms{}));
+        if (residual != nullptr) residual_ = *residual;
+        if (terms.rest != nullptr) rest_ = *terms.rest;
+        const i64 taps = shape.taps(), steps = taps * grouping.in_channels;
+        const i64 columns = kernels_.columns, panels = divide_up(grouping.out_channels, columns);
+        gemm_.zero = x.q->zero_point;
+        gemm_.pixel = grouping.groups * grouping.in_channels;
+        gemm_.in_channels = grouping.in_channels;
+        gemm_.is_pointwise = shape.is_pointwise();
+        // Rows a multiple of 2 KiB apart would compete for the same few sets of the L1 cache.
+        gemm_.is_direct = kernels_.is_exact && gemm_.is_pointwise && steps % (4 * kernels_.depth) == 0 &&
+                          gemm_.pixel % 2048 != 0;
+        gemm_.is_row_run = grouping.groups == 1 && shape.dilation[2] == 1;
+        taps_ = shape.table(gemm_.is_row_run);
+        gemm_.runs = static_cast<i64>(taps_.z.size());
+        gemm_.run_length = gemm_.is_row_run ? shape.kernel[2] * grouping.in_channels : grouping.in_channels;
+        gemm_.run_z = taps_.z.data();
+        gemm_.run_y = taps_.y.data();
+        gemm_.run_x = taps_.x.data();
+        for (int i = 0; i < 3; ++i) {
+            gemm_.in[i] = shape.in[i];
+            gemm_.out[i] = shape.out[i];
+            gemm_.stride[i] = shape.stride[i];
+            gemm_.padding[i] = shape.padding[i];
+            gemm_.reach[i] = (shape.kernel[i] - 1) * shape.dilation[i];
+            gemm_.inside_from[i] = shape.padding[i];
+            gemm_.inside_to[i] = shape.in[i] + shape.padding[i] - gemm_.reach[i];
+        }
+        const Runs run(kernels_, gemm_.runs, gemm_.run_length);
+        gemm_.is_windowed = suits_windows(grouping, shape, run);
+        gemm_.reads_in_place = gemm_.is_windowed && 4 * run.quads == run.length;
+        for (int i = 1; i < 3; ++i)
+            gemm_.reads_in_place = gemm_.reads_in_place && shape.padding[i] == 0 &&
+                                   (shape.out[i] - 1) * shape.stride[i] + gemm_.reach[i] < shape.in[i];
+        for (i64 i = 0; i < gemm_.runs; ++i) {
+            const std::size_t r = static_cast<std::size_t>(i);
+            run_offset_.push_back(((taps_.z[r] * shape.in[1] + taps_.y[r]) * shape.in[2] + taps_.x[r]) * gemm_.pixel);
+            window_offset_.push_back((taps_.y[r] + shape.padding[1]) * kernels_.line_bytes(gemm_) +
+                                     (taps_.x[r] + shape.padding[2]) * gemm_.pixel);
+        }
+        gemm_.run_offset = run_offset_.data();
+        gemm_.window_offset = window_offset_.data();
+        const Runs runs = gemm_.is_windowed ? run : Runs(kernels_, 1, steps);
+        std::vector<i64> key{address(w.codes), address(&kernels_), grouping.merged, taps, gemm_.is_windowed};
+        key.insert(key.end(), w.dims.begin(), w.dims.end());
+        weights_ = shared_weights(key, [&] { return pack_gemm_weights(kernels_, w, grouping, taps, runs); });
+        constants_ = std::make_unique<ChannelConstants>(
+            w, *x.q, weights_->sums, !kernels_.is_exact, [&](i64 c) {
+                return c / grouping.out_channels * panels * columns + c % grouping.out_channels;
+            });
+        gemm_.weights = weights_->codes.data();
+        gemm_.start = constants_->start.data();
+        gemm_.channels = grouping.out_channels;
+        gemm_.panels = panels;
+        gemm_.quads = runs.runs * runs.quads;
+        gemm_.chunk = chunk_of(kernels_, gemm_.quads);
+        gemm_.output = output_of(residual, epilogue, y, grouping.groups * grouping.out_channels, terms.rest);
+        std::vector<const ChannelConstants*> before;
+        for (const auto& step : before_) before.push_back(step->constants_.get());
+        constants_->bind(gemm_.output, taps * w.dims[1], *x.q, y.q, is_real(residual) || rest_, before);
+        tasks_ = cut(kernels_, gemm_, groups_, rows_, pool.size());
+    }
+
+    void run() override {
+        if (y_.count() == 0) return;
+        bind();
+        pool_.run(tasks_.row_tasks * tasks_.panel_tasks * groups_, [this](i64 task) {
+            const Part part(gemm_, tasks_, rows_, task);
+            before_.empty() ? run_part(kernels_, gemm_, part) : run_products(part);
+        });
+    }
+
+    std::string kernel() const override { return tile_name(kernels_, "igemm"); }
+
+private:
+    // Windows read from lines of x save the copying of rows, which repeats every pixel once per tap. What they cost is
+    // the padding of runs.
+    bool suits_windows(const Grouping& grouping, const Shape3& shape, const Runs& run) const {
+        const double padding = static_cast<double>(4 * run.quads) / static_cast<double>(std::max<i64>(run.length, 1));
+        return kernels_.is_exact && grouping.groups == 1 && !gemm_.is_pointwise && shape.in[0] == 1 &&
+               shape.out[0] == 1 && shape.kernel[0] == 1 && run.length > 0 && (kernels_.depth > 1 || padding < 1.4) &&
+               (shape.kernel[1] > 1 || shape.kernel[2] > 1 || padding == 1);
+    }
+
+    void bind() {
+        for (const auto& step : before_) step->bind();
+        gemm_.x = x_.data<const u8>();
+        gemm_.x_end = gemm_.x + x_.count();
+        bind_output(gemm_.output, residual_, y_, rest_);
+    }
+
+    // A block of rows through all products before the next one.
+    void run_products(Part part) const {
+        const i64 width = part.panels * kernels_.columns, unit = gemm_.is_windowed ? gemm_.out[2] : kernels_.rows;
+        const i64 block = unit * std::max<i64>(1, kSumsBytes / (4 * width * unit)), end = part.row + part.rows;
+        const i64 sums_bytes = round_up(4 * width * std::min(block, part.rows), 64);
+        i64 scratch_bytes = 0;
+        for (part.rows = std::min(block, part.rows); part.row < end; part.row += part.rows) {
+            part.rows = std::min(block, end - part.row);
+            if (scratch_bytes == 0) scratch_bytes = kernels_.gemm_scratch(gemm_, part.rows, part.panels);
+            u8* scratch = thread_scratch(static_cast<i64>(before_.size()) * sums_bytes + scratch_bytes);
+            u8* own = scratch + static_cast<i64>(before_.size()) * sums_bytes;
+            const i64 first = part.row * width + (part.group * gemm_.panels + part.panel) * kernels_.columns;
+            const auto run = [&](const Int8Gemm& g) {
+                kernels_.gemm(g, part.group, part.row, part.rows, part.panel, part.panels, own);
+            };
+            Int8Gemm last = gemm_;
+            last.output.sums_row = width;
+            for (std::size_t i = 0; i < before_.size(); ++i) {
+                Int8Gemm g = before_[i]->gemm_;
+                auto* sums = reinterpret_cast<std::int32_t*>(scratch + static_cast<i64>(i) * sums_bytes);
+                g.output.raw_sums = reaching(sums, first);
+                g.output.sums_row = width;
+                last.output.before[i].sums = g.output.raw_sums;
+                run(g);
+            }
+            run(last);
+        }
+    }
+
+    ThreadPool& pool_;
+    const Int8Kernels& kernels_;
+    Tensor x_, y_;
+    std::optional<Tensor> residual_, rest_;
+    std::vector<std::unique_ptr<GemmStep>> before_;  // products that come before this one
+    i64 rows_, groups_;
+    std::shared_ptr<const PackedWeights> weights_;
+    std::unique_ptr<ChannelConstants> constants_;
+    TapTable taps_;
+    std::vector<i64> run_offset_, window_offset_;
+    Int8Gemm gemm_;
+    Tasks tasks_;
+};
+
+}  // namespace
+
+StepPtr make_gemm_step(ThreadPool& pool, const Weights& w, const Grouping& grouping, const Shape3& shape,
+                       const Tensor& x, const Tensor* residual, const Epilogue& epilogue, const Tensor& y, i64 rows,
+                       const Terms& terms) {
+    return std::make_unique<GemmStep>(pool, w, grouping, shape, x, residual, epilogue, y, rows, terms);
+}
+
+}  // namespace quantflow::host::int8

@@ -1,0 +1,103 @@
+#include "int8_packing.hpp"
+
+#include <cstring>
+
+namespace quantflow::host::int8 {
+
+PackedWeights pack_gemm_weights(const Int8Kernels& kernels, const Weights& w, const Grouping& g, i64 taps,
+                                const Runs& runs) {
+    const i64 columns = kernels.columns, quads = runs.runs * runs.quads;
+    const i64 panels = divide_up(g.out_channels, columns);
+    const i64 own_in = g.in_channels / g.merged, own_out = g.out_channels / g.merged;
+    PackedWeights packed{Aligned<std::int8_t>(g.groups * panels * quads * columns * 4),
+                         Aligned<std::int32_t>(g.groups * panels * columns)};
+    for (i64 group = 0; group < g.groups; ++group)
+        for (i64 n = 0; n < g.out_channels; ++n) {
+            const i64 panel = group * panels + n / columns, column = n % columns;
+            const std::int8_t* from = w.codes + (group * g.out_channels + n) * own_in * taps;
+            std::int8_t* to = packed.codes.data() + panel * quads * columns * 4 + column * 4;
+            const i64 first = n / own_out * own_in;  // input channel of the merged group
+            std::int32_t sum = 0;
+            for (i64 c = 0; c < own_in; ++c)
+                for (i64 t = 0; t < taps; ++t) {
+                    const i64 step = t * g.in_channels + first + c;
+                    const i64 k = step / runs.length * runs.quads * 4 + step % runs.length;
+                    const std::int8_t code = from[c * taps + t];
+                    to[k / 4 * columns * 4 + k % 4] = code;
+                    sum += code;
+                }
+            packed.sums[panel * columns + column] = sum;
+        }
+    return packed;
+}
+
+WinogradWeights pack_winograd_weights(const Int8Kernels& kernels, const Weights& w) {
+    const i64 out = w.dims[0], in = w.dims[1], columns = kernels.columns, panels = divide_up(out, columns);
+    WinogradWeights packed{Aligned<std::int16_t>(16 * panels * columns * in), panels};
+    const auto transform = [](int a, int b, int c, int (&to)[4]) {
+        to[0] = 2 * a;
+        to[1] = a + b + c;
+        to[2] = a - b + c;
+        to[3] = 2 * c;
+    };
+    for (i64 n = 0; n < out; ++n)
+        for (i64 k = 0; k < in; ++k) {
+            const std::int8_t* g = w.codes + (n * in + k) * 9;
+            int columns_of[3][4], point[4];
+            for (int x = 0; x < 3; ++x) transform(g[x], g[3 + x], g[6 + x], columns_of[x]);
+            for (int y = 0; y < 4; ++y) {
+                transform(columns_of[0][y], columns_of[1][y], columns_of[2][y], point);
+                for (int x = 0; x < 4; ++x) {
+                    const i64 panel = (4 * y + x) * panels + n / columns;
+                    packed.words[(panel * (in / 2) + k / 2) * columns * 2 + n % columns * 2 + k % 2] =
+                        static_cast<std::int16_t>(point[x]);
+                }
+            }
+        }
+    return packed;
+}
+
+std::vector<i64> plain_taps(const Int8Kernels& kernels, i64 taps) {
+    std::vector<i64> order(static_cast<std::size_t>(round_up(taps, kernels.tap_group)), -1);
+    for (i64 t = 0; t < taps; ++t) order[static_cast<std::size_t>(t)] = t;
+    return order;
+}
+std::vector<i64> rolling_taps(const Int8Kernels& kernels, i64 size) {
+    std::vector<i64> order;
+    const i64 group = kernels.tap_group;
+    for (i64 row = 0; row < size; row += group) {
+        const bool is_last_alone = row + 1 == size;
+        for (i64 column = 0; column < size; column += is_last_alone ? group : 1)
+            for (i64 t = 0; t < group; ++t) {
+                const i64 y = is_last_alone ? row : row + t, x = is_last_alone ? column + t : column;
+                order.push_back(y < size && x < size ? y * size + x : -1);
+            }
+    }
+    return order;
+}
+
+PackedWeights pack_depthwise_weights(const Int8Kernels& kernels, const Weights& w, i64 channels, i64 taps,
+                                     const std::vector<i64>& order) {
+    const i64 block = 4 * kernels.lanes, blocks = divide_up(channels, block), group = kernels.tap_group;
+    const i64 places = static_cast<i64>(order.size()), groups = places / group;
+    PackedWeights packed{Aligned<std::int8_t>(blocks * groups * block * 4), Aligned<std::int32_t>(blocks * block)};
+    for (i64 c = 0; c < channels; ++c) {
+        const i64 b = c / block, at = block_position(kernels, c % block);
+        for (i64 place = 0; place < places; ++place) {
+            const i64 tap = order[static_cast<std::size_t>(place)], t = place % group;
+            if (tap < 0) continue;
+            const std::int8_t code = w.codes[c * taps + tap];
+            std::int8_t* to = packed.codes.data() + ((b * groups + place / group) * block + at) * 4;
+            if (group == 2) {
+                const std::int16_t wide = code;
+                std::memcpy(to + 2 * t, &wide, 2);
+            } else {
+                to[t] = code;
+            }
+            packed.sums[b * block + at] += code;
+        }
+    }
+    return packed;
+}
+
+}  // namespace quantflow::host::int8
