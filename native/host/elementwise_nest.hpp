@@ -17,6 +17,10 @@ namespace quantflow::host {
 
 using Dims = std::vector<std::int64_t>;
 
+inline std::byte* address(const Tensor& t, std::int64_t element) {
+    return t.place.get() + element * size_of(t.dtype);
+}
+
 // A step that is a function.
 class FunctionStep final : public Step {
 public:

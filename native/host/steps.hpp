@@ -15,7 +15,7 @@ StepPtr make_conv(ThreadPool&, const Weights&, const ConvGeometry&, const Tensor
                   const Epilogue&, const Tensor& y, const Terms& = {});
 StepPtr make_int8_matmul(ThreadPool&, const Tensor& a, const Tensor& b, float alpha, const Tensor& y);
 
-// float_math.cpp
+// float_matmul.cpp, float_conv.cpp, float_attention.cpp, float_rows.cpp
 StepPtr make_float_matmul(ThreadPool&, const Tensor& a, const Tensor& b, float alpha, const Tensor& y);
 StepPtr make_float_linear(ThreadPool&, const Tensor& x, const Tensor& w, const Tensor* bias, const Tensor& y);
 StepPtr make_float_conv(ThreadPool&, const ConvGeometry&, const Tensor& x, const Tensor& w, const Tensor* bias,
@@ -26,16 +26,18 @@ StepPtr make_softmax(ThreadPool&, const Tensor& x, int axis, const Tensor& y);
 StepPtr make_layer_norm(ThreadPool&, const Tensor& x, const Tensor* gamma, const Tensor* beta, float eps, bool is_rms,
                         const Tensor& y);
 
-// elementwise.cpp
+// copies.cpp
 StepPtr make_copy(ThreadPool&, const Tensor& x, const Tensor& y);
 StepPtr make_fill(ThreadPool&, double value, const Tensor& y);
+StepPtr make_where(ThreadPool&, const Tensor& cond, const Tensor& a, const Tensor& b, const Tensor& y);
+
+// elementwise.cpp
 StepPtr make_binary(ThreadPool&, Binary, const Tensor& a, const Tensor& b, const Epilogue&, const Tensor& y);
 StepPtr make_unary(ThreadPool&, Unary, float a, float b, const Epilogue&, const Tensor& x, const Tensor& y);
-StepPtr make_where(ThreadPool&, const Tensor& cond, const Tensor& a, const Tensor& b, const Tensor& y);
 StepPtr make_channel_affine(ThreadPool&, const Tensor& x, int axis, const Tensor& scale, const Tensor& shift,
                             const Epilogue&, const Tensor& y);
 
-// windows.cpp
+// pool.cpp, reduce.cpp, gather.cpp, upsample.cpp
 StepPtr make_pool(ThreadPool&, const PoolGeometry&, const Tensor& x, const Tensor& y);
 StepPtr make_reduce(ThreadPool&, Reduction, const Tensor& x, const std::vector<int>& axes, const Tensor& y);
 StepPtr make_gather(ThreadPool&, const Tensor& table, const Tensor& index, const Tensor& y);
