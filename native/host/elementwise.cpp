@@ -118,7 +118,7 @@ std::string name_with(const char* op, const Epilogue& e) {
 }
 
 const char* word_of(Binary op) {
-    static const char* const words[] = {"add", "sub", "mul", "div", "maximum", "minimum",     "pow",       "eq",
+    static const char* const words[] = {"add", "sub", "mul", "div", "maximum", "minimum",     "eq",
                                         "ne",  "lt",  "le",  "gt",  "ge",      "logical_and", "logical_or"};
     return words[static_cast<int>(op)];
 }
@@ -127,18 +127,6 @@ const char* word_of(Unary op) {
     static const char* const words[] = {"activation", "affine",     "exp", "log", "sqrt",  "rsqrt",       "neg",  "abs",
                                         "erf",        "reciprocal", "sin", "cos", "floor", "logical_not", "power"};
     return words[static_cast<int>(op)];
-}
-
-template <class T>
-T power_of(T base, T exponent) {
-    if (exponent < 0) return base == T(1) ? T(1) : base == T(-1) ? (exponent % 2 == 0 ? T(1) : T(-1)) : T(0);
-    T result(1);
-    for (; exponent > 0; exponent = static_cast<T>(exponent / 2)) {
-        if (exponent % 2 != 0)
-            result = static_cast<T>(static_cast<std::uint64_t>(result) * static_cast<std::uint64_t>(base));
-        base = static_cast<T>(static_cast<std::uint64_t>(base) * static_cast<std::uint64_t>(base));
-    }
-    return result;
 }
 
 // Calls use(f) with the function of two integers that `op` is; false if it is none. Sums and products wrap around.
@@ -151,7 +139,6 @@ bool with_integer_op(Binary op, Use use) {
         case Binary::mul: use([=](T a, T b) { return static_cast<T>(wide(a) * wide(b)); }); return true;
         case Binary::maximum: use([](T a, T b) { return std::max(a, b); }); return true;
         case Binary::minimum: use([](T a, T b) { return std::min(a, b); }); return true;
-        case Binary::pow: use([](T a, T b) { return power_of(a, b); }); return true;
         default: return false;
     }
 }
@@ -231,7 +218,7 @@ StepPtr make_binary(ThreadPool& pool, Binary op, const Tensor& given_a, const Te
         job.op = Binary::add;
         job.b.scale = -job.b.scale;
     }
-    fold_clamp(job.epilogue, job.y, !all_codes || op == Binary::div || op == Binary::pow);
+    fold_clamp(job.epilogue, job.y, !all_codes || op == Binary::div);
     if (all_codes && job.op == Binary::mul) {
         const double factor = static_cast<double>(a.q->scale) * b.q->scale / y.q->scale;
         // An exact product of integers, then one rounding.

@@ -29,9 +29,6 @@ static void combine(Binary op, const float* a, const float* b, std::int64_t n, f
             return each([](F x, F y) QF_ALWAYS_INLINE { return Vec::select(Vec::equal(x, x), Vec::max(x, y), x); });
         case Binary::minimum:
             return each([](F x, F y) QF_ALWAYS_INLINE { return Vec::select(Vec::equal(x, x), Vec::min(x, y), x); });
-        case Binary::pow:
-            for (std::int64_t i = 0; i < n; ++i) r[i] = ::powf(a[i], b[i]);
-            return;
         default: return;
     }
 }

@@ -76,7 +76,6 @@ public:
                 g.m = std::min(block_, space_.pixels - first);
                 g.k = k_;
                 g.n = out_;
-                g.alpha = 1;
                 g.a = is_direct ? x + first * channels : rows;
                 g.a_stride = is_direct ? channels : k_;
                 if (!is_direct) lay_out(x, first, g.m, rows);

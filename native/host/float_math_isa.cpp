@@ -240,7 +240,6 @@ static void gemm(const GemmBlock& g) {
     for (Int cut = 0; cut < cuts; ++cut) {
         const Int k0 = cut * depth, k = smaller(depth, g.k - k0);
         const bool is_first = cut == 0, is_last = cut + 1 == cuts;
-        const F alpha = V::set(g.alpha);
         for (Int j = 0; j < g.n; j += kColumns) {
             const float* b = g.b + j / kColumns * g.panel_stride + k0 * g.b_stride;
             const int columns = static_cast<int>(smaller<Int>(kColumns, g.n - j));
@@ -252,12 +251,9 @@ static void gemm(const GemmBlock& g) {
                     float* to = c + r * g.c_stride + half * W;
                     const bool is_whole = count >= W;
                     if (!is_first) sum = sum + (is_whole ? V::load(to) : V::load(to, count, zero()));
-                    if (is_last) {
-                        sum = sum * alpha;
-                        if (g.bias != nullptr) {
-                            const float* bias = g.bias + j + half * W;
-                            sum = sum + (is_whole ? V::load(bias) : V::load(bias, count, zero()));
-                        }
+                    if (is_last && g.bias != nullptr) {
+                        const float* bias = g.bias + j + half * W;
+                        sum = sum + (is_whole ? V::load(bias) : V::load(bias, count, zero()));
                     }
                     if (is_whole)
                         V::store(to, sum);
@@ -631,37 +627,12 @@ static void layer_norm_row(const float* x, Int n, const float* gamma, const floa
     }
 }
 
-// Elementary functions -----------------------------------------------------------------------------------------
-
-template <F (*f)(F)>
-static void map_with(const float* x, Int n, float* y) {
-    for (Int i = 0; i < n; i += W) {
-        const int count = static_cast<int>(smaller<Int>(W, n - i));
-        if (count == W)
-            V::store(y + i, f(V::load(x + i)));
-        else
-            V::store(y + i, f(V::load(x + i, count, zero())), count);
-    }
-}
-
-static void map(Elementary function, const float* x, Int n, float* y) {
-    switch (function) {
-        case Elementary::exp: return map_with<exp<V>>(x, n, y);
-        case Elementary::erf: return map_with<erf<V>>(x, n, y);
-        case Elementary::tanh: return map_with<tanh<V>>(x, n, y);
-        case Elementary::sigmoid: return map_with<sigmoid<V>>(x, n, y);
-        case Elementary::silu: return map_with<silu<V>>(x, n, y);
-        case Elementary::gelu: return map_with<gelu<V>>(x, n, y);
-        case Elementary::gelu_tanh: return map_with<gelu_tanh<V>>(x, n, y);
-    }
-}
-
 }  // namespace
 
 const FloatKernels& float_kernels() {
     static constexpr FloatKernels kernels = {
         kRows,       kColumns,        load,           store, pack, gemm, depthwise, attention_scratch, attention,
-        softmax_row, softmax_columns, layer_norm_row, map,
+        softmax_row, softmax_columns, layer_norm_row,
     };
     return kernels;
 }

@@ -23,7 +23,7 @@ struct RealMatrix {
     Real real;
 };
 
-// C = alpha * A @ B + bias for f32 A (m, k) and C (m, n) with dense rows.
+// C = A @ B + bias for f32 A (m, k) and C (m, n) with dense rows.
 // B is cut into panels of `tile_columns` columns; in each, row i starts at `panel + i * b_stride`. All columns of
 // the last panel are read, but only n are written.
 struct GemmBlock {
@@ -34,7 +34,6 @@ struct GemmBlock {
     std::int64_t b_stride, panel_stride;
     float* c;
     std::int64_t c_stride;
-    float alpha;
     const float* bias;  // n, or null
 };
 
@@ -63,8 +62,6 @@ struct AttentionHead {
     float scale = 1;
 };
 
-enum class Elementary : std::uint8_t { exp, erf, tanh, sigmoid, silu, gelu, gelu_tanh };
-
 struct FloatKernels {
     int tile_rows, tile_columns;
 
@@ -90,9 +87,6 @@ struct FloatKernels {
     // gamma, beta: n values or null; y may be x.
     void (*layer_norm_row)(const float* x, std::int64_t n, const float* gamma, const float* beta, float eps,
                            bool is_rms, float* y);
-
-    // y[i] = f(x[i]); y may be x.
-    void (*map)(Elementary, const float* x, std::int64_t n, float* y);
 };
 
 namespace isa_generic { const FloatKernels& float_kernels(); }

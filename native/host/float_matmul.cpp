@@ -7,14 +7,14 @@ using namespace floats;
 
 namespace {
 
-// y = alpha * a @ b + bias, for every position of a walk over batches.
+// y = a @ b + bias, for every position of a walk over batches.
 class Gemm final : public Step {
 public:
     // `walk`: the offsets in a, b and y of every row of a. Where b stays the same along the innermost dimension,
     // those rows are multiplied together.
     Gemm(ThreadPool& pool, const Operand& a, const Operand& b, const Operand& y, Walk<3> walk, Int k, Int n,
-         float alpha, const Tensor* bias, bool is_b_constant)
-        : pool_(pool), a_(a), b_(b), y_(y), k_(k), n_(n), alpha_(alpha) {
+         const Tensor* bias, bool is_b_constant)
+        : pool_(pool), a_(a), b_(b), y_(y), k_(k), n_(n) {
         if (bias != nullptr) {
             if (bias->dtype != DType::f32 || bias->q || (n > 1 && bias->strides[0] != 1))
                 throw Unsupported("float linear takes a dense f32 bias");
@@ -105,7 +105,6 @@ private:
             GemmBlock g{};
             g.m = std::min(block, m0 + m - i);
             g.k = k_;
-            g.alpha = alpha_;
             const RealMatrix a = a_.at(offset[0] + i * a_.row_stride);
             if (copies_a) tile_.load(a, g.m, k_, a_scratch, k_);
             g.a = copies_a ? a_scratch : static_cast<const float*>(a.data);
@@ -145,7 +144,6 @@ private:
     Operand a_, b_, y_;
     Walk<3> batches_;
     Int rows_ = 0, k_, n_;
-    float alpha_;
     Place bias_;
     bool has_bias_ = false;
     std::shared_ptr<const PackedWeight> packed_;
@@ -155,7 +153,7 @@ private:
 
 }  // namespace
 
-StepPtr make_float_matmul(ThreadPool& pool, const Tensor& a, const Tensor& b, float alpha, const Tensor& y) {
+StepPtr make_float_matmul(ThreadPool& pool, const Tensor& a, const Tensor& b, const Tensor& y) {
     const std::size_t r = a.dims.size();
     const Int k = a.dims[r - 1], n = b.dims[r - 1];
     const Operand a_operand{a.place, real_of(a, "float matmul"), 0, k > 1 ? a.strides[r - 1] : 1};
@@ -165,7 +163,7 @@ StepPtr make_float_matmul(ThreadPool& pool, const Tensor& a, const Tensor& b, fl
     b_strides[r - 2] = 0;  // along the rows of a and y
     return std::make_unique<Gemm>(pool, a_operand, b_operand, y_operand,
                                   Walk<3>({a.dims.begin(), a.dims.end() - 1}, {a.strides, b_strides, y.strides}), k, n,
-                                  alpha, nullptr, false);
+                                  nullptr, false);
 }
 
 StepPtr make_float_linear(ThreadPool& pool, const Tensor& x, const Tensor& w, const Tensor* bias, const Tensor& y) {
@@ -178,7 +176,7 @@ StepPtr make_float_linear(ThreadPool& pool, const Tensor& x, const Tensor& w, co
     return std::make_unique<Gemm>(pool, x_operand, w_operand, y_operand,
                                   Walk<3>({x.dims.begin(), x.dims.end() - 1},
                                           {x.strides, std::vector<Int>(r, 0), y.strides}),
-                                  k, n, 1.0f, bias, true);
+                                  k, n, bias, true);
 }
 
 }  // namespace quantflow::host

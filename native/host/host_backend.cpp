@@ -37,8 +37,8 @@ public:
                                const Epilogue& e, const Tensor& y, const Terms& terms) override {
         return host::make_conv(pool_, w, g, x, residual, e, y, terms);
     }
-    std::unique_ptr<Step> matmul(const Tensor& a, const Tensor& b, float alpha, const Tensor& y) override {
-        return a.q ? host::make_int8_matmul(pool_, a, b, alpha, y) : host::make_float_matmul(pool_, a, b, alpha, y);
+    std::unique_ptr<Step> matmul(const Tensor& a, const Tensor& b, const Tensor& y) override {
+        return a.q ? host::make_int8_matmul(pool_, a, b, y) : host::make_float_matmul(pool_, a, b, y);
     }
     std::unique_ptr<Step> float_linear(const Tensor& x, const Tensor& w, const Tensor* bias,
                                        const Tensor& y) override {

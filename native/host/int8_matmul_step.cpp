@@ -11,7 +11,7 @@ namespace {
 // sum A * (b - zero_b) = sum A * (b - 128) + (128 - zero_b) * sum A, and the last term is one number per row.
 class MatmulStep final : public Step {
 public:
-    MatmulStep(ThreadPool& pool, const Tensor& a, const Tensor& b, float alpha, const Tensor& y)
+    MatmulStep(ThreadPool& pool, const Tensor& a, const Tensor& b, const Tensor& y)
         : pool_(pool), kernels_(*int8_kernels_in_use()), a_(a), b_(b), y_(y) {
         const int rank = a.rank();
         rows_ = a.dims[rank - 2];
@@ -35,7 +35,7 @@ public:
         const i64 padded = gemm_.panels * kernels_.columns;
         scale_ = Aligned<float>(padded);
         bias_ = Aligned<float>(padded);
-        const double scale = static_cast<double>(a.q->scale) * b.q->scale * alpha;
+        const double scale = static_cast<double>(a.q->scale) * b.q->scale;
         std::fill_n(scale_.data(), padded, static_cast<float>(scale));
         gemm_.output.scale = scale_.data();
         gemm_.output.bias = bias_.data();
@@ -149,13 +149,13 @@ private:
 }  // namespace
 }  // namespace int8
 
-StepPtr make_int8_matmul(ThreadPool& pool, const Tensor& a, const Tensor& b, float alpha, const Tensor& y) {
+StepPtr make_int8_matmul(ThreadPool& pool, const Tensor& a, const Tensor& b, const Tensor& y) {
     using int8::require;
     require(a.dtype == DType::u8 && a.q && b.dtype == DType::u8 && b.q, "matmul operands must be u8 codes");
     require((y.dtype == DType::u8 && y.q) || (y.dtype == DType::f32 && !y.q), "y must be u8 codes or f32");
     require(a.rank() >= 2 && a.rank() == b.rank() && a.rank() == y.rank() && is_row_major(y),
             "matmul takes operands of equal rank and a row-major result");
-    return std::make_unique<int8::MatmulStep>(pool, a, b, alpha, y);
+    return std::make_unique<int8::MatmulStep>(pool, a, b, y);
 }
 
 }  // namespace quantflow::host

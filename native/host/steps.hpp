@@ -13,10 +13,10 @@ StepPtr make_linear(ThreadPool&, const Weights&, const Tensor& x, const Tensor* 
                     const Tensor& y, const Terms& = {});
 StepPtr make_conv(ThreadPool&, const Weights&, const ConvGeometry&, const Tensor& x, const Tensor* residual,
                   const Epilogue&, const Tensor& y, const Terms& = {});
-StepPtr make_int8_matmul(ThreadPool&, const Tensor& a, const Tensor& b, float alpha, const Tensor& y);
+StepPtr make_int8_matmul(ThreadPool&, const Tensor& a, const Tensor& b, const Tensor& y);
 
 // float_matmul.cpp, float_conv.cpp, float_attention.cpp, float_rows.cpp
-StepPtr make_float_matmul(ThreadPool&, const Tensor& a, const Tensor& b, float alpha, const Tensor& y);
+StepPtr make_float_matmul(ThreadPool&, const Tensor& a, const Tensor& b, const Tensor& y);
 StepPtr make_float_linear(ThreadPool&, const Tensor& x, const Tensor& w, const Tensor* bias, const Tensor& y);
 StepPtr make_float_conv(ThreadPool&, const ConvGeometry&, const Tensor& x, const Tensor& w, const Tensor* bias,
                         const Tensor& y);

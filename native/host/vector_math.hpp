@@ -2,7 +2,7 @@
 //
 // Everything here has internal linkage: a function compiled for AVX512 must never stand in for the generic one.
 // `Vec` is the widest vector of this instruction set; the functions take such a traits struct as V.
-// Errors are relative to the exact result, measured over all float32 inputs' range (test_float_math.cpp).
+// Errors are relative to the exact result, measured over all float32 inputs' range (test_elementwise.cpp).
 #pragma once
 
 #include <cstdint>

@@ -71,7 +71,7 @@ struct Terms {
 };
 
 enum class Binary : std::uint8_t {
-    add, sub, mul, div, maximum, minimum, pow,
+    add, sub, mul, div, maximum, minimum,
     eq, ne, lt, le, gt, ge, logical_and, logical_or,  // result b8
 };
 
@@ -126,9 +126,9 @@ public:
     virtual std::unique_ptr<Step> conv(const Weights&, const ConvGeometry&, const Tensor& x, const Tensor* residual,
                                        const Epilogue&, const Tensor& y, const Terms& = {}) = 0;
 
-    // y = alpha * a @ b over the last two dimensions, batch dimensions equal in all three (broadcast by stride 0).
+    // y = a @ b over the last two dimensions, batch dimensions equal in all three (broadcast by stride 0).
     // Both codes (exact integer sum), or both f32. Any strides on a and b; y real result, row-major.
-    virtual std::unique_ptr<Step> matmul(const Tensor& a, const Tensor& b, float alpha, const Tensor& y) = 0;
+    virtual std::unique_ptr<Step> matmul(const Tensor& a, const Tensor& b, const Tensor& y) = 0;
     // f32 linear: y = x @ w.T + bias. x (*, in) f32 row-major, w (out, in) and bias (out) constant or null, y f32.
     virtual std::unique_ptr<Step> float_linear(const Tensor& x, const Tensor& w, const Tensor* bias,
                                                const Tensor& y) = 0;

@@ -13,7 +13,7 @@ static_assert(kF32 == static_cast<int>(DType::f32) && kU8 == static_cast<int>(DT
 static_assert(kRelu == static_cast<int>(Activation::relu) && kTanh == static_cast<int>(Activation::tanh) &&
               kHardsigmoid == static_cast<int>(Activation::hardsigmoid) &&
               kGelu == static_cast<int>(Activation::gelu));
-static_assert(kPow == static_cast<int>(Binary::pow) && kLogicalOr == static_cast<int>(Binary::logical_or) &&
+static_assert(kEq == static_cast<int>(Binary::eq) && kLogicalOr == static_cast<int>(Binary::logical_or) &&
               kMaximum == static_cast<int>(Binary::maximum) && kGe == static_cast<int>(Binary::ge));
 static_assert(kAffine == static_cast<int>(Unary::affine) && kPower == static_cast<int>(Unary::power) &&
               kErf == static_cast<int>(Unary::erf) && kLogicalNot == static_cast<int>(Unary::logical_not));

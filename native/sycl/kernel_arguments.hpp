@@ -17,7 +17,7 @@ QF_SHARED_WITH_KERNELS(
         kNone, kRelu, kHardtanh, kHardswish, kHardsigmoid, kSilu, kSigmoid, kGelu, kGeluTanh, kLeakyRelu, kTanh
     };
     enum BinaryCode : int {
-        kAdd, kSub, kMul, kDiv, kMaximum, kMinimum, kPow, kEq, kNe, kLt, kLe, kGt, kGe, kLogicalAnd, kLogicalOr
+        kAdd, kSub, kMul, kDiv, kMaximum, kMinimum, kEq, kNe, kLt, kLe, kGt, kGe, kLogicalAnd, kLogicalOr
     };
     enum UnaryCode : int {
         kActivation, kAffine, kExp, kLog, kSqrt, kRsqrt, kNeg, kAbs, kErf, kReciprocal, kSin, kCos, kFloor,

@@ -180,7 +180,6 @@ inline float compute(int op, float a, float b) {
         case kDiv: return a / b;
         case kMaximum: return a != a || a > b ? a : b;
         case kMinimum: return a != a || a < b ? a : b;
-        case kPow: return sycl::pow(a, b);
         case kEq: return a == b;
         case kNe: return a != b;
         case kLt: return a < b;
@@ -198,14 +197,6 @@ KERNEL qf_binary(const void* a, const void* b, void* y, Space s, int op, Epilogu
     });
 }
 
-inline int64_t power(int64_t base, int64_t exponent) {
-    if (exponent < 0) return base == 1 ? 1 : base == -1 ? (exponent & 1 ? -1 : 1) : 0;
-    unsigned long long result = 1, factor = base;
-    for (; exponent > 0; exponent >>= 1, factor *= factor)
-        if (exponent & 1) result *= factor;
-    return result;
-}
-
 inline int64_t compute_integer(int op, int64_t a, int64_t b) {
     switch (op) {
         case kAdd: return static_cast<unsigned long long>(a) + b;
@@ -213,7 +204,6 @@ inline int64_t compute_integer(int op, int64_t a, int64_t b) {
         case kMul: return static_cast<unsigned long long>(a) * b;
         case kMaximum: return a > b ? a : b;
         case kMinimum: return a < b ? a : b;
-        case kPow: return power(a, b);
         case kEq: return a == b;
         case kNe: return a != b;
         case kLt: return a < b;

@@ -55,8 +55,8 @@ public:
                  const Tensor& y, const Terms&) override {
         return locked([&] { return xpu::make_conv(device_, w, g, x, residual, e, y); });
     }
-    StepPtr matmul(const Tensor& a, const Tensor& b, float alpha, const Tensor& y) override {
-        return locked([&] { return xpu::make_matmul(device_, a, b, alpha, y); });
+    StepPtr matmul(const Tensor& a, const Tensor& b, const Tensor& y) override {
+        return locked([&] { return xpu::make_matmul(device_, a, b, 1.0f, y); });
     }
     StepPtr float_linear(const Tensor& x, const Tensor& w, const Tensor* bias, const Tensor& y) override {
         return locked([&] { return xpu::make_float_linear(device_, x, w, bias, y); });

@@ -85,7 +85,7 @@ void matmul(ThreadPool& pool, const char* what, Int b, Int m, Int k, Int n, bool
         std::swap(right.dims[1], right.dims[2]);
         std::swap(right.strides[1], right.strides[2]);
     }
-    auto step = host::make_float_matmul(pool, x.t, right, 1.0f, y.t);
+    auto step = host::make_float_matmul(pool, x.t, right, y.t);
     measure(what, *step, 2.0 * static_cast<double>(b * m * n * k));
 }
 

@@ -57,8 +57,8 @@ public:
                                const Epilogue& e, const Tensor& y, const Terms& terms = {}) override {
         return product("conv", text(w) + text(g) + text(e), x, residual, y, terms);
     }
-    std::unique_ptr<Step> matmul(const Tensor& a, const Tensor& b, float alpha, const Tensor& y) override {
-        return step("matmul", number(alpha), {{"a", a}, {"b", b}, {"y", y}});
+    std::unique_ptr<Step> matmul(const Tensor& a, const Tensor& b, const Tensor& y) override {
+        return step("matmul", "", {{"a", a}, {"b", b}, {"y", y}});
     }
     std::unique_ptr<Step> float_linear(const Tensor& x, const Tensor& w, const Tensor* bias, const Tensor& y) override {
         return step("float_linear", "", {{"x", x}, {"w", w}, {"y", y}}, {{"bias", bias}});

@@ -469,7 +469,6 @@ void test_matmul() {
         const int zeros[] = {128, 0, 255, 91};
         const QParams aq{0.02f, zeros[pick(0, 3)], 0, 255}, bq{0.03f, zeros[pick(0, 3)], 0, 255};
         const bool is_float = pick(0, 1);
-        const float alpha = pick(0, 1) ? 1.0f : 0.125f;
         // Strides of a permuted tensor, or a batch dimension that repeats.
         const auto operand = [&](i64 rows, i64 columns, const QParams& q) {
             const std::vector<i64> dims{b0, b1, rows, columns};
@@ -490,7 +489,7 @@ void test_matmul() {
         Buffer y(is_float ? DType::f32 : DType::u8, yd, row_major(yd),
                  is_float ? std::nullopt : std::optional<QParams>(QParams{0.6f, 100, 0, 255}));
         ThreadPool pool(int(pick(1, 3)));
-        StepPtr step = host::make_int8_matmul(pool, a.tensor, b.tensor, alpha, y.tensor);
+        StepPtr step = host::make_int8_matmul(pool, a.tensor, b.tensor, y.tensor);
         step->run();
         for (i64 p = 0; p < b0; ++p)
             for (i64 q = 0; q < b1; ++q)
@@ -502,7 +501,7 @@ void test_matmul() {
                         for (i64 t = 0; t < k; ++t)
                             acc += (i64(a.codes()[p * sa[0] + q * sa[1] + r * sa[2] + t * sa[3]]) - aq.zero_point) *
                                    (i64(b.codes()[p * sb[0] + q * sb[1] + t * sb[2] + c * sb[3]]) - bq.zero_point);
-                        const float real = float(acc) * float(double(aq.scale) * bq.scale * alpha);
+                        const float real = float(acc) * float(double(aq.scale) * bq.scale);
                         check_result("matmul", y, ((p * b1 + q) * m + r) * n + c, real, Epilogue{});
                     }
     }

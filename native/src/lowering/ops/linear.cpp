@@ -194,7 +194,7 @@ void multiply(Context& c, View a, View b, int output) {
     dims.insert(dims.end(), {a.dims[ra - 2], b.dims[rb - 1]});
     const View ea = expanded(a, da), eb = expanded(b, db);
     View y = c.allocate_result(dims, row_major(dims), output);
-    c.emit(c.backend.matmul(c.tensor(ea), c.tensor(eb), 1.0f, c.tensor(y)), {&ea, &eb, &y});
+    c.emit(c.backend.matmul(c.tensor(ea), c.tensor(eb), c.tensor(y)), {&ea, &eb, &y});
     if (drop_row) erase_dim(y, static_cast<int>(dims.size()) - 2);
     if (drop_column) erase_dim(y, y.rank() - 1);
     c.define(output, y);
