@@ -3,6 +3,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "../src/activation_formulas.hpp"
 #include "elementwise_steps.hpp"
 #include "isa.hpp"
 
@@ -40,25 +41,6 @@ void elementwise::refuse(const char* what, std::initializer_list<const Tensor*> 
 
 namespace {
 
-double activated(const Epilogue& e, double x) {
-    const auto gate = [](double v) { return std::isnan(v) ? v : std::min(6.0, std::max(0.0, v + 3)) / 6; };
-    switch (e.kind) {
-        case Activation::none: return x;
-        case Activation::relu: return x < 0 ? 0 : x;
-        case Activation::hardtanh: return x < e.a ? e.a : x > e.b ? e.b : x;
-        case Activation::hardswish: return x * gate(x);
-        case Activation::hardsigmoid: return gate(x);
-        case Activation::silu: return x / (1 + std::exp(-x));
-        case Activation::sigmoid: return 1 / (1 + std::exp(-x));
-        case Activation::gelu: return x / 2 * std::erfc(-x * std::sqrt(0.5));
-        case Activation::gelu_tanh:
-            return x / 2 * (1 + std::tanh(std::sqrt(2 / 3.14159265358979323846) * (x + 0.044715 * x * x * x)));
-        case Activation::leaky_relu: return x > 0 ? x : x * e.a;
-        case Activation::tanh: return std::tanh(x);
-    }
-    return x;
-}
-
 double function_of(Unary op, double a, double b, const Epilogue& e, double x) {
     switch (op) {
         case Unary::activation: break;
@@ -77,7 +59,7 @@ double function_of(Unary op, double a, double b, const Epilogue& e, double x) {
         case Unary::power: x = std::pow(x, a); break;
         case Unary::logical_not: x = x == 0 ? 1 : 0; break;
     }
-    return activated(e, x);
+    return exact_activation(e, x);
 }
 
 // Activations that only clamp need no pass of their own where y holds codes: they bound the codes. hardtanh would give
@@ -97,19 +79,10 @@ void fold_clamp(Epilogue& e, Form& y, bool may_be_nan) {
 }
 
 const char* word_of(Activation kind) {
-    switch (kind) {
-        case Activation::relu: return "relu";
-        case Activation::hardtanh: return "hardtanh";
-        case Activation::hardswish: return "hardswish";
-        case Activation::hardsigmoid: return "hardsigmoid";
-        case Activation::silu: return "silu";
-        case Activation::sigmoid: return "sigmoid";
-        case Activation::gelu: return "gelu";
-        case Activation::gelu_tanh: return "gelu_tanh";
-        case Activation::leaky_relu: return "leaky_relu";
-        case Activation::tanh: return "tanh";
-        default: return "identity";
-    }
+#define QF_WORD(name, ...) #name,
+    static const char* const words[] = {"identity", QF_ACTIVATIONS(QF_WORD)};
+#undef QF_WORD
+    return words[static_cast<int>(kind)];
 }
 
 std::string name_with(const char* op, const Epilogue& e) {

@@ -4,14 +4,17 @@
 
 #include <cstdint>
 
+#include "../src/activations.hpp"
+
 namespace quantflow::host {
 
-// Activation's values: int8_output.cpp asserts that they agree.
+// Activation's values.
+#define QF_INT8_ENUMERATOR(name, Name, ...) kInt8##Name,
 enum Int8Activation : int {
-    kInt8None, kInt8Relu, kInt8Hardtanh, kInt8Hardswish, kInt8Hardsigmoid, kInt8Silu, kInt8Sigmoid, kInt8Gelu,
-    kInt8GeluTanh, kInt8LeakyRelu, kInt8Tanh, kInt8Activations,
+    kInt8None, QF_ACTIVATIONS(QF_INT8_ENUMERATOR) kInt8Activations,
     kInt8Linear = kInt8Activations,  // see Int8Output::is_linear; of depthwise convolutions
 };
+#undef QF_INT8_ENUMERATOR
 
 // Sums of a product that comes before, with constants as those of Int8Output.
 struct Int8Before {

@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "activations.hpp"
 #include "tensor.hpp"
 
 namespace quantflow {
@@ -27,16 +28,6 @@ public:
     virtual void run() = 0;
     // The kernel that runs, for profiles and the plan: "host.igemm.avx512_vnni 6x64".
     virtual std::string kernel() const = 0;
-};
-
-enum class Activation : std::uint8_t {
-    none, relu, hardtanh, hardswish, hardsigmoid, silu, sigmoid, gelu, gelu_tanh, leaky_relu, tanh,
-};
-
-// f(r) applied in float32 before the result is quantized. hardtanh: [a, b]; leaky_relu: slope a.
-struct Epilogue {
-    Activation kind = Activation::none;
-    float a = 0, b = 0;
 };
 
 // int8 weight codes in [-127, 127], symmetric. `codes`: (out, in / groups, *kernel), row-major; they stay valid as

@@ -35,13 +35,9 @@ struct ActivationInfo {
     Activation kind;
     std::size_t numbers;
 };
-const std::unordered_map<std::string, ActivationInfo> kActivations = {
-    {"relu", {Activation::relu, 0}},           {"hardtanh", {Activation::hardtanh, 2}},
-    {"hardswish", {Activation::hardswish, 0}}, {"hardsigmoid", {Activation::hardsigmoid, 0}},
-    {"silu", {Activation::silu, 0}},           {"sigmoid", {Activation::sigmoid, 0}},
-    {"gelu", {Activation::gelu, 0}},           {"gelu_tanh", {Activation::gelu_tanh, 0}},
-    {"leaky_relu", {Activation::leaky_relu, 1}}, {"tanh", {Activation::tanh, 0}},
-};
+#define QF_NAMED(name, Name, aten, numbers, ...) {#name, {Activation::name, numbers}},
+const std::unordered_map<std::string, ActivationInfo> kActivationsByName = {QF_ACTIVATIONS(QF_NAMED)};
+#undef QF_NAMED
 
 [[noreturn]] void fail(const std::string& where, const std::string& what) {
     throw Error("program.json: " + (where.empty() ? what : where + ": " + what));
@@ -231,9 +227,9 @@ private:
 
     Epilogue read_epilogue(const json& data, const std::string& where) {
         const std::string kind = text(field(data, "kind", where + ": epilogue"), where + ": epilogue");
-        const auto known = kActivations.find(kind);
+        const auto known = kActivationsByName.find(kind);
         const json& values = list(field(data, "values", where + ": epilogue"), where + ": epilogue values");
-        if (known == kActivations.end() || known->second.numbers != values.size())
+        if (known == kActivationsByName.end() || known->second.numbers != values.size())
             fail(where, "epilogue '" + kind + "' with " + std::to_string(values.size()) + " numbers is not known");
         Epilogue epilogue;
         epilogue.kind = known->second.kind;

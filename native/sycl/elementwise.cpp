@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "../src/activation_formulas.hpp"
 #include "steps.hpp"
 
 namespace quantflow::xpu {
@@ -10,9 +11,6 @@ namespace {
 static_assert(kF32 == static_cast<int>(DType::f32) && kU8 == static_cast<int>(DType::u8) &&
               kS8 == static_cast<int>(DType::s8) && kS32 == static_cast<int>(DType::s32) &&
               kS64 == static_cast<int>(DType::s64) && kB8 == static_cast<int>(DType::b8));
-static_assert(kRelu == static_cast<int>(Activation::relu) && kTanh == static_cast<int>(Activation::tanh) &&
-              kHardsigmoid == static_cast<int>(Activation::hardsigmoid) &&
-              kGelu == static_cast<int>(Activation::gelu));
 static_assert(kEq == static_cast<int>(Binary::eq) && kLogicalOr == static_cast<int>(Binary::logical_or) &&
               kMaximum == static_cast<int>(Binary::maximum) && kGe == static_cast<int>(Binary::ge));
 static_assert(kAffine == static_cast<int>(Unary::affine) && kPower == static_cast<int>(Unary::power) &&
@@ -39,24 +37,6 @@ private:
 };
 
 // The kernels' formulas on the host, for tables.
-float activate(const Epilogue& e, float r) {
-    const auto clamped = [](float v, float low, float high) { return v < low ? low : v > high ? high : v; };
-    switch (e.kind) {
-        case Activation::relu: return r < 0 ? 0.0f : r;
-        case Activation::hardtanh: return clamped(r, e.a, e.b);
-        case Activation::hardswish: return r * clamped(r + 3.0f, 0.0f, 6.0f) / 6.0f;
-        case Activation::hardsigmoid: return clamped(r + 3.0f, 0.0f, 6.0f) / 6.0f;
-        case Activation::silu: return r / (1.0f + std::exp(-r));
-        case Activation::sigmoid: return 1.0f / (1.0f + std::exp(-r));
-        case Activation::gelu: return r * 0.5f * (1.0f + std::erf(r * 0.70710678118654752440f));
-        case Activation::gelu_tanh:
-            return 0.5f * r * (1.0f + std::tanh(0.79788456080286535588f * (r + 0.044715f * r * r * r)));
-        case Activation::leaky_relu: return r > 0 ? r : r * e.a;
-        case Activation::tanh: return std::tanh(r);
-        default: return r;
-    }
-}
-
 float compute(Unary op, float a, float b, float r) {
     switch (op) {
         case Unary::affine: return a * r + b;
@@ -158,7 +138,7 @@ StepPtr make_unary(Device& device, Unary op, float a, float b, const Epilogue& e
     }
     if (!is_real(x) || !is_real(y)) throw Unsupported("unary: x and y are f32 or codes");
     if (x.q) {
-        Constant table = make_table(device, x, y, [&](float r) { return activate(e, compute(op, a, b, r)); });
+        Constant table = make_table(device, x, y, [&](float r) { return real_activation(e, compute(op, a, b, r)); });
         return launch(device, "qf_lookup", range, x.place, y.place, table, space, bytes_of(y));
     }
     if (op == Unary::sin || op == Unary::cos)

@@ -4,18 +4,21 @@
 
 #include <cstdint>
 
+#include "../src/activations.hpp"
+
+// Macros inside are expanded before they become text.
+#define QF_TEXT(...) #__VA_ARGS__
 #define QF_SHARED_WITH_KERNELS(...) \
     __VA_ARGS__                     \
-    inline constexpr char kSharedSource[] = #__VA_ARGS__;
+    inline constexpr char kSharedSource[] = QF_TEXT(__VA_ARGS__);
+#define QF_ACTIVATION_CODE(name, Name, ...) k##Name,
 
 namespace quantflow::xpu {
 
 QF_SHARED_WITH_KERNELS(
     // As in tensor.hpp and backend.hpp; steps.cpp asserts that they agree.
     enum TypeCode : int { kF32, kU8, kS8, kS32, kS64, kB8 };
-    enum ActivationCode : int {
-        kNone, kRelu, kHardtanh, kHardswish, kHardsigmoid, kSilu, kSigmoid, kGelu, kGeluTanh, kLeakyRelu, kTanh
-    };
+    enum ActivationCode : int { kNone, QF_ACTIVATIONS(QF_ACTIVATION_CODE) };
     enum BinaryCode : int {
         kAdd, kSub, kMul, kDiv, kMaximum, kMinimum, kEq, kNe, kLt, kLe, kGt, kGe, kLogicalAnd, kLogicalOr
     };

@@ -4,7 +4,11 @@
 // as the reference runtime does.
 #pragma once
 
+#include "../src/activations.hpp"
+
 namespace quantflow::xpu {
+
+#define QF_ACTIVATION_CASE(name, Name, aten, numbers, exact, real, ...) "        case k" #Name ": return " #real ";\n"
 
 inline constexpr char kKernelSource[] = R"SYCL(
 namespace this_item = sycl::ext::oneapi::this_work_item;
@@ -74,17 +78,12 @@ inline void store_real(void* p, const Value& v, int64_t i, float r) {
 inline float clamped(float r, float low, float high) { return r < low ? low : r > high ? high : r; }  // keeps NaN
 
 inline float activate(const EpilogueArg& e, float r) {
+    using sycl::erf;
+    using sycl::exp;
+    using sycl::tanh;
+    const float a = e.a, b = e.b;
     switch (e.kind) {
-        case kRelu: return r < 0 ? 0.0f : r;
-        case kHardtanh: return clamped(r, e.a, e.b);
-        case kHardswish: return r * clamped(r + 3.0f, 0.0f, 6.0f) / 6.0f;
-        case kHardsigmoid: return clamped(r + 3.0f, 0.0f, 6.0f) / 6.0f;
-        case kSilu: return r / (1.0f + sycl::exp(-r));
-        case kSigmoid: return 1.0f / (1.0f + sycl::exp(-r));
-        case kGelu: return r * 0.5f * (1.0f + sycl::erf(r * 0.70710678118654752440f));
-        case kGeluTanh: return 0.5f * r * (1.0f + sycl::tanh(0.79788456080286535588f * (r + 0.044715f * r * r * r)));
-        case kLeakyRelu: return r > 0 ? r : r * e.a;
-        case kTanh: return sycl::tanh(r);
+)SYCL" QF_ACTIVATIONS(QF_ACTIVATION_CASE) R"SYCL(
         default: return r;
     }
 }

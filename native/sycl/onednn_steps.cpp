@@ -155,18 +155,15 @@ auto fast(const Make& make) -> std::optional<decltype(make())> {
 
 // The epilogue in float32, on the real result.
 void append(dnnl::post_ops& ops, const Epilogue& e) {
+    const float a = e.a, b = e.b;
     switch (e.kind) {
         case Activation::none: break;
-        case Activation::relu: ops.append_eltwise(algorithm::eltwise_relu, 0, 0); break;
-        case Activation::hardtanh: ops.append_eltwise(algorithm::eltwise_clip, e.a, e.b); break;
-        case Activation::hardswish: ops.append_eltwise(algorithm::eltwise_hardswish, 1.0f / 6, 0.5f); break;
-        case Activation::hardsigmoid: ops.append_eltwise(algorithm::eltwise_hardsigmoid, 1.0f / 6, 0.5f); break;
-        case Activation::silu: ops.append_eltwise(algorithm::eltwise_swish, 1, 0); break;
-        case Activation::sigmoid: ops.append_eltwise(algorithm::eltwise_logistic, 0, 0); break;
-        case Activation::gelu: ops.append_eltwise(algorithm::eltwise_gelu_erf, 0, 0); break;
-        case Activation::gelu_tanh: ops.append_eltwise(algorithm::eltwise_gelu_tanh, 0, 0); break;
-        case Activation::leaky_relu: ops.append_eltwise(algorithm::eltwise_relu, e.a, 0); break;
-        case Activation::tanh: ops.append_eltwise(algorithm::eltwise_tanh, 0, 0); break;
+#define QF_LIST(...) __VA_ARGS__
+#define QF_CASE(name, Name, aten, numbers, exact, real, onednn) \
+    case Activation::name: ops.append_eltwise(algorithm::QF_LIST onednn); break;
+        QF_ACTIVATIONS(QF_CASE)
+#undef QF_CASE
+#undef QF_LIST
     }
 }
 

@@ -272,7 +272,7 @@ void test_linear(ThreadPool& pool) {
             second->run();
             Value turned({s[1], s[2]});
             for_each(turned.t.dims, [&](const Dims& i) { turned.f32(i) = static_cast<float>(w({0, i[1], i[0]})); });
-            check_product("linear", x, turned, variant == 1 ? nullptr : &bias.t, 1.0, y);
+            check_product("linear", x, turned, variant == 1 ? nullptr : &bias.t, y);
         }
     // The same memory with other values is another weight.
     Value x({3, 4}), w({5, 4}), y({3, 5});
@@ -281,7 +281,7 @@ void test_linear(ThreadPool& pool) {
     host::make_float_linear(pool, x.t, w.t, nullptr, y.t)->run();
     Value turned({4, 5});
     for_each(turned.t.dims, [&](const Dims& i) { turned.f32(i) = static_cast<float>(w({i[1], i[0]})); });
-    check_product("linear", x, turned, nullptr, 1.0, y);
+    check_product("linear", x, turned, nullptr, y);
     // Leading dimensions that can't be joined.
     Value x3({4, 3, 9}, {}, DType::f32, {1, 0, 2}), w3({6, 9}), y3({4, 3, 6});
     host::make_float_linear(pool, x3.t, w3.t, nullptr, y3.t)->run();

@@ -1,4 +1,6 @@
+#include <algorithm>
 #include <limits>
+#include <string_view>
 
 #include "nodes.hpp"
 
@@ -66,21 +68,27 @@ void activation(Context& c, const Node& n) {
 }  // namespace
 
 const OpRows& activation_ops() {
-    static const OpRows rows = {
-        {"relu", activation, Role::none, simple<Activation::relu>},
-        {"relu6", activation, Role::none, relu6},
-        {"hardtanh", activation, Role::none, hardtanh},
-        {"clamp", activation, Role::none, clamp},
-        {"clamp_min", activation, Role::none, clamp_min},
-        {"clamp_max", activation, Role::none, clamp_max},
-        {"leaky_relu", activation, Role::none, leaky_relu},
-        {"hardswish", activation, Role::none, simple<Activation::hardswish>},
-        {"hardsigmoid", activation, Role::none, simple<Activation::hardsigmoid>},
-        {"silu", activation, Role::none, simple<Activation::silu>},
-        {"sigmoid", activation, Role::none, simple<Activation::sigmoid>},
-        {"tanh", activation, Role::none, simple<Activation::tanh>},
-        {"gelu", activation, Role::none, gelu},
-    };
+    static const OpRows rows = [] {
+        OpRows made = {
+            {"relu6", activation, Role::none, relu6},
+            {"hardtanh", activation, Role::none, hardtanh},
+            {"clamp", activation, Role::none, clamp},
+            {"clamp_min", activation, Role::none, clamp_min},
+            {"clamp_max", activation, Role::none, clamp_max},
+            {"leaky_relu", activation, Role::none, leaky_relu},
+            {"gelu", activation, Role::none, gelu},
+        };
+        const auto add = [&made](const char* aten, Found (*found)(const Node&)) {
+            const bool reads_arguments = std::any_of(made.begin(), made.end(), [aten](const OpRow& row) {
+                return std::string_view(row.name) == aten;
+            });
+            if (!reads_arguments) made.push_back({aten, activation, Role::none, found});
+        };
+#define QF_ROW(name, Name, aten, ...) add(aten, simple<Activation::name>);
+        QF_ACTIVATIONS(QF_ROW)
+#undef QF_ROW
+        return made;
+    }();
     return rows;
 }
 
