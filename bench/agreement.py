@@ -15,7 +15,8 @@ import tempfile
 from typing import Any
 
 from bench.reporting import arguments, console, show, show_machine, write
-from quantflow.config.compose import load_recipe, recipe_files
+from quantflow.config.compose import load_recipe
+from quantflow.config.recipe_file import recipe_files
 from quantflow.executor.order import build
 from quantflow.executor.run import Run
 from quantflow.executor.source import load_source

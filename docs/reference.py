@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files
 
 import quantflow
 from quantflow.cli.command import help_text
-from quantflow.config import compose as recipes
+from quantflow.config import recipe_file as recipes
 from quantflow.schema import ALGORITHM_PRESETS, Recipe
 
 _REFERENCE = "#/$defs/"

@@ -22,7 +22,7 @@ from torch import nn
 
 import quantflow as qf
 from quantflow.cli import command as cli
-from quantflow.config.compose import recipe_files
+from quantflow.config.recipe_file import recipe_files
 from quantflow.stages.benchmark import UNSTEADY_NOTICE, unsteady
 from quantflow.stages.record import Record
 

@@ -20,7 +20,8 @@ from typing import NoReturn, get_args
 from rich.console import Console
 
 from quantflow.cli import sweep
-from quantflow.config import compose as config
+from quantflow.config import app
+from quantflow.config.recipe_file import config_dirs, group_choices, recipe_description, recipe_files
 from quantflow.errors import EXIT_CRASH, EXIT_GATE, EXIT_INTERRUPTED, EXIT_PASSED, QuantflowError, UsageError
 from quantflow.schema import Recipe, Task
 
@@ -107,13 +108,13 @@ def run(arguments: Sequence[str]) -> int:
     endings: list[Ending] = []
     try:
         with _interruptible():
-            if config.is_multirun(arguments):
+            if app.is_multirun(arguments):
                 if "WORLD_SIZE" in os.environ:
                     raise UsageError(
                         "command line: a sweep can't run under torchrun; its launchers start its processes"
                     )
                 return sweep.run_sweep(arguments)
-            config.run_app(arguments, lambda job: endings.append(run_job(job)))
+            app.run_app(arguments, lambda job: endings.append(run_job(job)))
     except QuantflowError as error:
         return _complain(error)
     except KeyboardInterrupt:
@@ -125,7 +126,7 @@ def run(arguments: Sequence[str]) -> int:
     return endings[0].exit_code if endings else EXIT_PASSED
 
 
-def run_job(job: config.Job) -> Ending:
+def run_job(job: app.Job) -> Ending:
     """Validates and runs one job. Never raises, save KeyboardInterrupt."""
     try:
         with _interruptible():
@@ -143,9 +144,9 @@ def run_job(job: config.Job) -> Ending:
 
 def help_text(arguments: Sequence[str] = ()) -> str:
     """--help, with the recipes of every --config-dir in `arguments`."""
-    files = config.recipe_files(config.config_dirs(arguments))
-    recipes = {name: config.recipe_description(file) for name, file in files.items()}
-    groups = {group: ", ".join(names) for group, names in config.group_choices().items()}
+    files = recipe_files(config_dirs(arguments))
+    recipes = {name: recipe_description(file) for name, file in files.items()}
+    groups = {group: ", ".join(names) for group, names in group_choices().items()}
     return _HELP.format(
         tasks=_columns({task: TASKS[task] for task in get_args(Task)}),
         recipes=_columns(recipes),

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from quantflow.cli import command as cli
-from quantflow.config.compose import Job
+from quantflow.config.app import Job
 
 _PR_SET_PDEATHSIG = 1
 

@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Any
 
 from quantflow import report
-from quantflow.config import compose as config
-from quantflow.config.compose import Job
+from quantflow.config import app
+from quantflow.config.app import Job
 from quantflow.errors import (
     EXIT_CRASH,
     EXIT_GATE,
@@ -113,7 +113,7 @@ def run_sweep(arguments: Sequence[str]) -> int:
         RecipeError: the command line can't be composed. Nothing has been written then.
         UsageError: the same sweep is running already.
     """
-    folder = config.sweep_folder(arguments)
+    folder = app.sweep_folder(arguments)
     environment = {name: os.environ.get(name) for name in THREADS}
     sweep = Sweep(str(folder), str(Path.cwd()), uuid.uuid4().hex, environment)
     with _running(sweep, is_forced=_is_forced(arguments)):
@@ -371,7 +371,7 @@ def _launch(arguments: Sequence[str], sweep: Sweep) -> str:
         before = _progress(sweep)
         try:
             with _grid_without_stop() if "hydra/sweeper=optuna" in arguments else nullcontext():
-                config.run_app(arguments, partial(run_one, sweep=sweep), Path(sweep.folder))
+                app.run_app(arguments, partial(run_one, sweep=sweep), Path(sweep.folder))
             return ""
         except Exception as error:  # the launcher's, not a job's: those don't raise
             if _progress(sweep) == before:

@@ -23,7 +23,7 @@ def recipe_json_schema(groups: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """The schema as JSON-ready data.
 
     Args:
-        groups: group → the names that it accepts, as `quantflow.config.compose.group_choices` gives them.
+        groups: group → the names that it accepts, as `quantflow.config.recipe_file.group_choices` gives them.
     """
     generated = _partial(Recipe.model_json_schema())
     definitions, sections = generated["$defs"], generated["properties"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from quantflow.config.compose import group_choices
+from quantflow.config.recipe_file import group_choices
 from quantflow.errors import EXIT_PASSED
 from quantflow.schema import Recipe
 from quantflow.schema.json_schema import recipe_json_schema

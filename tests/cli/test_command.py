@@ -13,7 +13,8 @@ import yaml
 from quantflow.cli import command as cli
 from quantflow.cli import sweep
 from quantflow.cli.job import run_request
-from quantflow.config.compose import group_choices, load_recipe, overlay, recipe_description, recipe_files
+from quantflow.config.compose import load_recipe, overlay
+from quantflow.config.recipe_file import group_choices, recipe_description, recipe_files
 from quantflow.errors import DataError, UnavailableError
 from quantflow.schema import Recipe, Task
 

@@ -17,8 +17,9 @@ import pytest
 from quantflow.cli import command as cli
 from quantflow.cli import sweep
 from quantflow.cli.sweep import Outcome, Sweep, figures, pareto, read_outcomes, run_one
-from quantflow.config import compose as config
-from quantflow.config.compose import Job
+from quantflow.config import app
+from quantflow.config.app import Job
+from quantflow.config.recipe_file import recipe_files
 from quantflow.errors import (
     EXIT_CRASH,
     EXIT_GATE,
@@ -127,7 +128,7 @@ def test_an_illegal_point_is_a_row_too(endings: list[int]) -> None:
 def test_every_recipe_by_glob(endings: list[int]) -> None:
     assert cli.run(["-m", "recipe=glob(resnet*)", "task=plan", "hydra.sweep.dir=sw"]) == EXIT_PASSED
     names = [job["name"] for job in report_of("sw")["jobs"]]
-    assert names == sorted(name for name in config.recipe_files() if name.startswith("resnet"))
+    assert names == sorted(name for name in recipe_files() if name.startswith("resnet"))
     assert endings == []
 
 
@@ -166,14 +167,14 @@ def test_a_launcher_that_fails_is_started_again_and_what_takes_it_down_is_given_
 def test_a_launcher_that_can_not_work_is_reported(endings: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """After the first job, always."""
     assert endings == []
-    run_app = config.run_app
+    run_app = app.run_app
 
     def fails(_: list[str], job: Any, folder: Path) -> None:
         if not (folder / "0.json").exists():
             run_app(["-m", *PLAN, "seed=1"], job, folder)
         raise ConnectionError("the cluster is gone")
 
-    monkeypatch.setattr(config, "run_app", fails)
+    monkeypatch.setattr(app, "run_app", fails)
     assert cli.run(["-m", *PLAN, "seed=1,2", "hydra.sweep.dir=sw"]) == EXIT_CRASH
     assert report_of("sw")["trouble"] == "the launcher failed: the cluster is gone"
     assert len(report_of("sw")["jobs"]) == 1

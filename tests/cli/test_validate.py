@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from quantflow.cli.validate import run
-from quantflow.config.compose import recipe_files
+from quantflow.config.recipe_file import recipe_files
 
 ROOT = Path(__file__).parents[2]
 GOOD = "model: {kind: torchvision, name: resnet18}\n"

@@ -1,7 +1,8 @@
+"""Recipes from names, files and overrides: what wins over what."""
+
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +10,11 @@ import pytest
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 
-from quantflow.config.compose import (
-    Job,
-    _prepare,
-    _sweeper_arguments,
-    group_choices,
-    load_recipe,
-    overlay,
-    recipe_description,
-    recipe_files,
-    run_app,
-    shipped,
-    sweep_folder,
-)
+from quantflow.config.compose import load_recipe, overlay
+from quantflow.config.recipe_file import group_choices, recipe_description, recipe_files, shipped
 from quantflow.errors import RecipeError
 from quantflow.schema import PRESETS, Recipe
-
-RECIPE = "resnet18_sym_int8"
+from tests.config.recipes import PLAIN, RECIPE, write
 
 #: What a choice needs beside itself to be complete.
 NEEDS = {
@@ -40,19 +29,6 @@ NEEDS = {
 }
 CHOICES = [f"{group}={name}" for group, names in group_choices().items() for name in names]
 SHIPPED_RECIPES = [file.stem for file in shipped("recipes").rglob("*.yaml")]
-
-
-def write(folder: Path, name: str, text: str) -> Path:
-    file = folder / name
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
-    return file
-
-
-def test_the_yaml_files_are_all_found() -> None:
-    found = {str(file.relative_to(shipped("conf")).with_suffix("")) for file in shipped("conf").rglob("*.yaml")}
-    assert found == {choice.replace("=", "/") for choice in CHOICES} | {"config"}
-    assert set(SHIPPED_RECIPES) == recipe_files().keys()
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -123,18 +99,6 @@ def test_layers_on_the_command_line(override: str, layers: dict[str, Any]) -> No
     assert load_recipe(RECIPE, [override]).to_dict()["layers"] == layers
 
 
-PLAIN = """
-# What mine is for
-model: {kind: torchvision, name: resnet18, weights: random}
-data: {kind: folder, path: photos, calibration: 8}
-qconfig: {activation: {dtype: uint8, qscheme: affine, observer: mse}, weight: {granularity: per_tensor}}
-mode: torchscript
-device: {kind: cpu}
-layers: {"layer4.*": float, fc: {weight: {observer: mse}}}
-gates: {min_sqnr_db: 20}
-"""
-
-
 def test_a_file_of_ones_own_needs_no_defaults_list(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, "mine.yaml", PLAIN))
     assert (recipe.name, recipe.description) == ("mine", "What mine is for")
@@ -181,17 +145,6 @@ def test_a_recipe_may_build_on_another(tmp_path: Path) -> None:
     assert (recipe.name, recipe.seed, recipe.qconfig) == ("mine", 7, PRESETS["affine_uint8"])
 
 
-def test_a_recipe_of_ones_own_may_build_on_another_and_take_a_shipped_name(tmp_path: Path) -> None:
-    write(tmp_path, "recipe/base.yaml", "model: mnist_cnn\nseed: 5\n")
-    write(tmp_path, f"recipe/{RECIPE}.yaml", "defaults: [base]\ndata: mnist\n")
-    jobs: list[Job] = []
-    run_app(["--config-dir", str(tmp_path), f"recipe={RECIPE}"], jobs.append)
-    recipe = Recipe.from_dict(jobs[0].settings)
-    assert (jobs[0].name, recipe.name, recipe.seed) == (RECIPE, RECIPE, 5)
-    assert recipe.model is not None
-    assert (recipe.model.kind, recipe.data.kind) == ("mnist_cnn", "mnist")
-
-
 @pytest.mark.parametrize("name", SHIPPED_RECIPES)
 def test_a_written_out_recipe_is_a_recipe_file(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
@@ -210,85 +163,9 @@ def test_overlay_refuses_another_recipe() -> None:
         overlay(load_recipe(RECIPE).to_dict(), [f"recipe={RECIPE}"])
 
 
-@pytest.mark.parametrize(
-    ("text", "place", "message"),
-    [
-        ("a: [1", r"mine\.yaml", "is not YAML"),
-        ("- a\n- b", r"mine\.yaml", "must be a mapping"),
-        ("defaults: resnet18", "defaults", "must be a list"),
-        ("hydra: {job: {name: x}}", "hydra", "belong on the command line"),
-        ("defaults: [override hydra/launcher: joblib]", "hydra", "belong on the command line"),
-        ("defaults: [resnet19]", "recipe", "'resnet19' is not known"),
-        ("model: {kind: torchvison}", "model", "'torchvison' is not known; nearest: torchvision"),
-        ("qconfig: sym_int9", "qconfig", "'sym_int9' is not known; nearest: sym_int8"),
-        ("seed: ${nowhere}", "seed", "Interpolation key 'nowhere' not found"),
-        ("mdoel: {}", "mdoel", "nearest: model"),
-        ("1: 2", "1", "no such setting"),
-    ],
-)
-def test_a_bad_file_names_place_and_cure(tmp_path: Path, text: str, place: str, message: str) -> None:
-    file = write(tmp_path, "mine.yaml", text)
-    with pytest.raises(RecipeError, match=rf"recipe 'mine' can't run(.|\n)*{place}: .*{re.escape(message)}"):
-        load_recipe(file)
-
-
-def test_a_broken_neighbour_does_not_matter(tmp_path: Path) -> None:
-    write(tmp_path, "recipe/broken.yaml", "a: [1")
-    write(tmp_path, "recipe/fine.yaml", PLAIN)
-    jobs: list[Job] = []
-    run_app(["--config-dir", str(tmp_path), "recipe=fine"], jobs.append)
-    assert [(len(job.settings["layers"]), job.overrides) for job in jobs] == [(2, ("recipe=fine",))]
-    with pytest.raises(RecipeError, match="is not YAML"):
-        run_app(["--config-dir", str(tmp_path), "recipe=broken"], lambda _: 0)
-
-
 def test_hydra_is_left_as_it_was() -> None:
     load_recipe(RECIPE)
     assert not GlobalHydra.instance().is_initialized()
     with pytest.raises(RecipeError):
         load_recipe(RECIPE, ["nonsense"])
     assert not GlobalHydra.instance().is_initialized()
-
-
-def test_the_same_sweep_has_the_same_folder_whatever_launches_it() -> None:
-    folder = sweep_folder(["-m", "recipe=a", "seed=1,2"])
-    assert folder.parent == Path("outputs", "multirun")
-    assert folder.name.startswith("a-")
-    same = (["recipe=a", "seed=1,2", "--multirun", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
-            ["-m", "recipe=a", "resume=false", "seed=1,2"])  # fmt: skip
-    assert {sweep_folder(arguments) for arguments in same} == {folder}
-    assert sweep_folder(["-m", "recipe=a", "seed=1,3"]) != folder
-    assert sweep_folder(["-m", "recipe=a", "hydra.sweep.dir=here"]) == Path("here")
-    assert re.fullmatch(r"glob_resnet-\w{10}", sweep_folder(["-m", "recipe=glob(resnet*)"]).name)
-
-
-RAY = ["hydra/launcher=ray", "hydra.launcher.ray.init.address=a:1"]
-OPTUNA = ["hydra/sweeper=optuna", f"recipe={RECIPE}"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["seed=1,2"], []),
-        (["hydra.sweep.dir=there"], None),
-        (["hydra/launcher=ray"], []),
-        (RAY, ["++hydra.launcher.ray.init.object_store_memory=null"]),
-        ([*RAY, "hydra.launcher.ray.init.object_store_memory=1"], []),
-        (OPTUNA, ["hydra.sweeper.direction=maximize", "hydra.sweeper.max_failure_rate=1.0"]),
-        (
-            [*OPTUNA, "sweep.objectives=[speedup,size_ratio]", "seed=choice(1,2)"],
-            ["hydra.sweeper.direction=[maximize,minimize]", "hydra.sweeper.max_failure_rate=1.0"],
-        ),
-        (
-            [*OPTUNA, "hydra.sweeper.direction=minimize", "hydra.sweeper.max_failure_rate=0"],
-            [],
-        ),
-    ],
-)
-def test_what_hydra_is_told_beside_the_users_words(
-    monkeypatch: pytest.MonkeyPatch, arguments: list[str], told: list[str] | None
-) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    _prepare(arguments)
-    expected = [] if told is None else ["hydra.sweep.dir=sw", *told]
-    assert _sweeper_arguments(arguments, Path("sw")) == expected

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given, settings
 
 from quantflow.cli import command as cli
-from quantflow.config.compose import group_choices, recipe_files, shipped
+from quantflow.config.recipe_file import group_choices, recipe_files, shipped
 from quantflow.schema import Recipe
 from quantflow.schema.json_schema import recipe_json_schema
 from tests.schema.test_recipe import BAD, RECIPES
