@@ -44,8 +44,8 @@ from quantflow.errors import (
     UsageError,
     worst,
 )
+from quantflow.host.cores import CORES, INHERITED
 from quantflow.host.environment import distribution_version
-from quantflow.host.machine import CORES, INHERITED
 from quantflow.schema import Recipe
 from quantflow.store.artifact import MANIFEST, RESULTS
 

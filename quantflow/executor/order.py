@@ -17,7 +17,7 @@ from quantflow.executor.built import Built, Converted
 from quantflow.executor.results import finished
 from quantflow.executor.run import Run
 from quantflow.executor.steps import calibrated, captured, plan_for, ready, rewritten
-from quantflow.host.machine import reused_memory
+from quantflow.host.memory import reused_memory
 from quantflow.quantized import Quantized
 from quantflow.stages.convert import convert
 from quantflow.stages.prepare import prepare

@@ -20,7 +20,7 @@ from typing import Any, TypeVar, overload
 import torch.distributed
 
 from quantflow.errors import QuantflowError, WorkerError
-from quantflow.host.machine import CORES
+from quantflow.host.cores import CORES
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from rich import progress as bars
 from rich.console import Console
 from rich.text import Text
 
-from quantflow.host.machine import CORES
+from quantflow.host.cores import CORES
 from quantflow.report.fields import is_number, items, text
 
 #: In a pipe, a stage that takes longer says so this often.
@@ -76,7 +76,7 @@ class Progress:
                 calibrate(..., progress=stage.update)
         progress.stages  # [{"name": "calibrate", "seconds": 1.9}]
 
-    A stage shares the cores with other runs, or has them alone where it measures time (quantflow.host.machine).
+    A stage shares the cores with other runs, or has them alone where it measures time (quantflow.host.cores).
     When quiet it shows nothing; the times are kept all the same.
 
     Args:

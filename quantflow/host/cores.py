@@ -1,6 +1,4 @@
-"""This machine's memory, which a run that computes keeps, and its cores.
-
-Those are shared by the runs that compute and given to one alone while it measures time.
+"""This machine's cores: shared by the runs that compute, and given to one alone while it measures time.
 
 Two files that every quantflow process of the user locks with flock, so that a process that dies lets go:
 
@@ -13,7 +11,6 @@ others are in, not for their runs.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import re
@@ -29,11 +26,6 @@ INHERITED = "QUANTFLOW_CORES"
 #: Waiting for longer is announced.
 PATIENCE_S = 1.0
 POLL_S = 0.01
-
-#: mallopt's parameters, and what glibc's own thresholds grow to in a process that frees large blocks.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
-_NEVER = 2**31 - 1
-_GROWN = ((_M_MMAP_THRESHOLD, 2**25), (_M_TRIM_THRESHOLD, 2**26), (_M_MMAP_MAX, 2**16))
 
 Use = Literal["none", "shared", "alone"]
 Announce = Callable[[str], None]
@@ -145,30 +137,6 @@ class Cores:
             with suppress(OSError):
                 fcntl.flock(self._file, fcntl.LOCK_UN)
         self._use = "none"
-
-
-@contextmanager
-def reused_memory() -> Iterator[None]:
-    """Has glibc keep what tensors free for the next ones.
-
-    It returns large blocks to the system, and a batch's activations then cost the page faults of fresh memory in every
-    op: half the time of a small net's float pass. What was kept goes back at the end. It reaches the main thread; in
-    others, glibc maps blocks of 32 MiB and more whatever it is told.
-    """
-    try:
-        glibc = ctypes.CDLL(None)
-        tell, trim = glibc.mallopt, glibc.malloc_trim
-    except (OSError, AttributeError):  # another C library
-        yield
-        return
-    tell(_M_MMAP_MAX, 0)
-    tell(_M_TRIM_THRESHOLD, _NEVER)
-    try:
-        yield
-    finally:
-        for parameter, value in _GROWN:
-            tell(parameter, value)
-        trim(0)
 
 
 def _cores() -> Cores:
