@@ -119,6 +119,17 @@ def worst(exit_codes: Iterable[int]) -> int:
     return max(exit_codes, key=lambda code: ranks.index(code) if code in ranks else len(ranks), default=EXIT_PASSED)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that is not blank, else the name of its class."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def cause_line(error: BaseException) -> str:
+    """The line that says what happened: TorchScript puts it after its own traceback, as `RuntimeError: …`."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in reversed(lines) if line.startswith("RuntimeError: ")), first_line(error))
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """The known names closest to `name`, as text for an error message; all of a short list when none is close."""
     candidates = list(known)

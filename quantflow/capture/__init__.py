@@ -8,7 +8,7 @@ from torch.utils import _pytree as pytree
 
 from quantflow.capture.export import at_least_two, capture_export, plain
 from quantflow.capture.torchscript import capture_torchscript
-from quantflow.errors import CaptureError, DataError, ModelError
+from quantflow.errors import CaptureError, DataError, ModelError, cause_line
 from quantflow.ir.batch import Batch
 from quantflow.ir.graph import Graph
 from quantflow.ir.passes.fold_batchnorm import fold_batch_norms
@@ -111,12 +111,10 @@ def _require_runs(model: Model, example: Batch) -> None:
         with torch.no_grad():
             output = run(*example.args, **example.kwargs)
     except Exception as error:  # the user's code may raise anything
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        reason = next((line for line in reversed(lines) if line.startswith("RuntimeError: ")), lines[0])
         found = [f"input {i} {_form(x)}" for i, x in enumerate(example.args)]
         found += [f"{name} {_form(x)}" for name, x in example.kwargs.items()]
         raise DataError(
-            f"calibration data: the model fails on the first batch: {reason}; found {', '.join(found)}; "
+            f"calibration data: the model fails on the first batch: {cause_line(error)}; found {', '.join(found)}; "
             "give it the inputs that it takes"
         ) from error
     if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(plain(output))):

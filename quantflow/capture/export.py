@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 from torch.export.graph_signature import ConstantArgument, InputKind
 
-from quantflow.errors import CaptureError
+from quantflow.errors import CaptureError, first_line
 from quantflow.ir import activations
 from quantflow.ir.batch import Batch
 from quantflow.ir.graph import Graph, Input, arguments, name_layers, op_name
@@ -65,7 +65,7 @@ def _export(model: nn.Module, batch: Batch) -> torch.export.ExportedProgram:
             return torch.export.export(model, batch.args, dict(batch.kwargs), dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise CaptureError(
-            f"mode: torch.export can't capture {type(model).__name__}: {_first_line(error)}; "
+            f"mode: torch.export can't capture {type(model).__name__}: {first_line(error)}; "
             "try mode=torchscript (traces one path through the code) or mode=imperative"
         ) from error
 
@@ -256,8 +256,3 @@ def _static(size: torch.SymInt) -> int | None:
 
 def _dtype_name(node: fx.Node) -> str:
     return str(node.meta["dtype"]).removeprefix("torch.")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from quantflow.cli import command as cli
 from quantflow.config.app import Job
+from quantflow.store.whole_file import replace_file
 
 _PR_SET_PDEATHSIG = 1
 
@@ -24,10 +25,8 @@ def run_request(request: Path) -> int:
     """Runs the job that the file describes and writes how it ended."""
     content = json.loads(request.read_text())
     ending = cli.run_job(Job(content["name"], content["settings"], tuple(content["overrides"])))
-    ended = request.with_suffix(".ending")
-    partial = ended.with_suffix(".partial")
-    partial.write_text(json.dumps({"exit_code": ending.exit_code, "reason": ending.reason}))
-    partial.replace(ended)
+    told = {"exit_code": ending.exit_code, "reason": ending.reason}
+    replace_file(request.with_suffix(".ending"), json.dumps(told).encode())
     return ending.exit_code
 
 

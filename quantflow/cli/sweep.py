@@ -42,12 +42,14 @@ from quantflow.errors import (
     QuantflowError,
     UnavailableError,
     UsageError,
+    first_line,
     worst,
 )
 from quantflow.host.cores import CORES, INHERITED
 from quantflow.host.environment import distribution_version
 from quantflow.schema import Recipe
 from quantflow.store.artifact import MANIFEST, RESULTS
+from quantflow.store.whole_file import replace_file
 
 WORK = ".work"
 #: How often a job may take its launcher's process down with it.
@@ -379,8 +381,8 @@ def _launch(arguments: Sequence[str], sweep: Sweep) -> str:
                     _require_slurm(arguments)
                     raise
                 traceback.print_exc()
-                return f"the launcher failed: {_first_line(error)}"
-            print(f"the launcher failed and is started again for what is left: {_first_line(error)}", file=sys.stderr)
+                return f"the launcher failed: {first_line(error)}"
+            print(f"the launcher failed and is started again for what is left: {first_line(error)}", file=sys.stderr)
 
 
 @contextmanager
@@ -473,7 +475,7 @@ def _report(arguments: Sequence[str], sweep: Sweep, trouble: str) -> dict[str, A
     results = summarize(arguments, [each for each in read_outcomes(sweep.path) if each.run == sweep.run], trouble)
     if results["jobs"]:
         for name, content in report.sweep_files(results).items():
-            _write_bytes(sweep.path / name, content)
+            replace_file(sweep.path / name, content)
     return results
 
 
@@ -495,7 +497,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _write_outcome(sweep: Sweep, outcome: Outcome) -> None:
-    _write_bytes(sweep.path / f"{outcome.number}.json", report.to_json(asdict(outcome)))
+    replace_file(sweep.path / f"{outcome.number}.json", report.to_json(asdict(outcome)))
 
 
 def _read_outcome(path: Path) -> Outcome | None:
@@ -507,7 +509,7 @@ def _read_outcome(path: Path) -> Outcome | None:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    _write_bytes(path, json.dumps(content).encode())
+    replace_file(path, json.dumps(content).encode())
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -517,20 +519,8 @@ def _read(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def _write_bytes(path: Path, content: bytes) -> None:
-    """The old file or the new one, at any moment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial_file.write_bytes(content)
-    partial_file.replace(path)
-
-
 def _version() -> str:
     return distribution_version("quantflow") or "not installed"
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _is_number(value: Any) -> bool:

@@ -12,7 +12,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from quantflow.config.overrides import UNIONS
 from quantflow.config.recipe_file import config_dirs, group_choices, recipe_files
-from quantflow.errors import Problem, RecipeError
+from quantflow.errors import Problem, RecipeError, first_line
 from quantflow.schema import Recipe
 from quantflow.schema.problems import choices, legal_keys
 
@@ -49,9 +49,9 @@ def _problem(error: Exception, arguments: Sequence[str], kinds_of: KindsOf) -> P
             f"can't read '{error.override}'; write key=value, with quotes around odd values and never around keys",
         )
     if "hydra." in text.split("\n")[0]:
-        return Problem("command line", f"{text.splitlines()[0]} (--hydra-help lists Hydra's own settings)")
+        return Problem("command line", f"{first_line(error)} (--hydra-help lists Hydra's own settings)")
     if isinstance(error, InterpolationResolutionError):
-        return Problem(str(error.full_key or "recipe"), text.splitlines()[0])
+        return Problem(str(error.full_key or "recipe"), first_line(error))
     if match := re.search(r"(?:Could not override|Key) '(?:[+~]*)([^'@]+)'", text):
         return _unknown_key(match[1], kinds_of(arguments))
     return Problem("command line", " ".join(text.split()))

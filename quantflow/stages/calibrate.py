@@ -22,10 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from quantflow.errors import ArtifactError, CalibrationError, DataError
+from quantflow.errors import ArtifactError, CalibrationError, DataError, cause_line
 from quantflow.numerics.observers import AbstractObserver, extremes, flat, make_observer
 from quantflow.schema import ActivationSpec
-from quantflow.store.run_folder import write_whole
+from quantflow.store.whole_file import write_whole
 
 if TYPE_CHECKING:
     from quantflow.ir.batch import Batch
@@ -248,11 +248,11 @@ def _observe(prepared: Prepared, batch: Batch, index: int, table: CalibrationTab
         place, found = _place(batch, index), _shapes(batch)
         if found == first_shapes:
             raise CalibrationError(
-                f"calibration: the model failed on {place}, though batches of these shapes passed: {_reason(error)}"
+                f"calibration: the model failed on {place}, though batches of these shapes passed: {cause_line(error)}"
             ) from error
         expected = f"the first batch had {first_shapes}" if first_shapes else "it is the first batch"
         raise DataError(
-            f"calibration data: the model refuses {place}: {_reason(error)}; found {found} per sample, {expected}; "
+            f"calibration data: the model refuses {place}: {cause_line(error)}; found {found} per sample, {expected}; "
             "give every sample the shape that the model takes"
         ) from error
 
@@ -303,12 +303,6 @@ def _place(batch: Batch, index: int, x: torch.Tensor | None = None) -> str:
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more
-
-
-def _reason(error: Exception) -> str:
-    """The line that says what happened; TorchScript puts it after its own traceback."""
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return next((line for line in reversed(lines) if line.startswith("RuntimeError: ")), lines[0])
 
 
 # --- digests and the file ---
@@ -373,7 +367,9 @@ def _decode(data: bytes, where: str) -> tuple[CalibrationTable, str]:
             observers[name].load_state(states[name])
         table = CalibrationTable(observers, content["batches"], content["samples"], content["data_sha256"])
     except (SafetensorError, ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{where}: not a calibration table, or a damaged one ({_reason(error)}); {cure}") from error
+        raise ArtifactError(
+            f"{where}: not a calibration table, or a damaged one ({cause_line(error)}); {cure}"
+        ) from error
     return table, content["key"]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from quantflow.errors import DataError, ModelError, VerificationError
+from quantflow.errors import DataError, ModelError, VerificationError, first_line
 from quantflow.ir.batch import Batch
 from quantflow.numerics import measures
 
@@ -436,7 +436,7 @@ def _float_output(float_fn: Callable[..., Any], batch: Batch, index: int) -> Any
     try:
         return float_fn(*batch.args, **batch.kwargs)
     except Exception as error:  # the user's code may raise anything
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = first_line(error)
         shapes = ", ".join(str(list(x.shape)) for x in batch.tensors)
         raise DataError(
             f"evaluation data: the float model fails on batch {index} of shape {shapes}: {reason}; "

@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from quantflow.errors import ArtifactError
 from quantflow.host.environment import distribution_version
 from quantflow.store.json_values import from_json, to_json
+from quantflow.store.whole_file import write_whole
 
 FORMAT = 1
 #: Files in the folder that are ours.
@@ -129,44 +128,6 @@ class Work:
     def _full_key(self, inputs: str) -> str:
         version = distribution_version("quantflow") or "not installed"
         return hashlib.sha256(f"{self._key}\n{version}\n{inputs}".encode()).hexdigest()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write beside the path, sync, then rename over it: at any moment the path holds the old file or the new one.
-
-    Raises:
-        ArtifactError: it can't be written.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _tidy(path)
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise ArtifactError(
-            f"'{path}' can't be written ({error.strerror or error}); free some space, or choose another output="
-        ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-def _tidy(path: Path) -> None:
-    """Removes what runs that were killed while they wrote have left beside the path."""
-    for other in path.parent.iterdir():
-        match = re.fullmatch(rf"\.{re.escape(path.name)}\.(\d+)\.partial", other.name)
-        if match is None:
-            continue
-        try:
-            os.kill(int(match[1]), 0)
-        except ProcessLookupError:
-            other.unlink(missing_ok=True)
-        except (PermissionError, OverflowError):  # alive and another user's, or no process number
-            continue
 
 
 def _digest(content: Any) -> str:

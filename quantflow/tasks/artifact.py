@@ -12,7 +12,7 @@ from rich.text import Text
 from quantflow import report
 from quantflow.analysis.baseline import beside
 from quantflow.config.compose import overlay
-from quantflow.errors import EXIT_GATE, EXIT_PASSED, ArtifactError, UsageError, VerificationError
+from quantflow.errors import EXIT_GATE, EXIT_PASSED, ArtifactError, UsageError, VerificationError, first_line
 from quantflow.executor.measure import measure
 from quantflow.executor.results import judged, timed
 from quantflow.executor.run import Run
@@ -104,7 +104,7 @@ def _computing(compiled: Compiled) -> Callable[..., Any]:
         try:
             return compiled(*args, **kwargs)
         except (RuntimeError, MemoryError) as error:
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            reason = first_line(error)
             raise ArtifactError(f"program.json: it can't be computed on this input ({reason})") from error
 
     return call

@@ -17,6 +17,7 @@ from quantflow.schema import Recipe
 from quantflow.search.bench import analyse
 from quantflow.search.sensitivity import plot_ready
 from quantflow.store.run_folder import Work
+from quantflow.store.whole_file import replace_file
 from quantflow.tasks.run import LOAD_S, nothing_left_on_error
 from quantflow.tasks.shown import shown
 
@@ -36,11 +37,8 @@ def task(recipe: Recipe, _overrides: Sequence[str]) -> int:
             source = load_source(recipe, stage.update)
         report.print_notices(console, source.notices)
         found = analyse(Run.of(recipe, source, progress, work=work))
-    partial = destination.with_name(f".{destination.name}.partial")
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(report.to_json(plot_ready(found)))
-        partial.replace(destination)
+        replace_file(destination, report.to_json(plot_ready(found)))
     except OSError as error:
         raise UsageError(f"output: '{destination}' can't be written ({error.strerror}); choose another") from error
     work.remove()

@@ -13,7 +13,7 @@ from quantflow.report import Progress, stage_times
 from quantflow.schema import Recipe
 from quantflow.store.artifact import RESULTS
 from quantflow.store.json_values import from_json, to_json
-from quantflow.store.run_folder import write_whole
+from quantflow.store.whole_file import write_whole
 
 
 def earlier_times(recipe: Recipe, directory: Path) -> dict[str, float]:

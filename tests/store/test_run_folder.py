@@ -11,7 +11,7 @@ import pytest
 
 from quantflow.errors import ArtifactError
 from quantflow.store import run_folder as work
-from quantflow.store.run_folder import Work, write_whole
+from quantflow.store.run_folder import Work
 
 CONTENT = {"sqnr_db": math.inf, "rows": [{"name": "fc", "max_error": 0.1}], "none": None, "nan": "text"}
 
@@ -105,10 +105,3 @@ def test_each_worker_has_its_checkpoint(tmp_path: Path) -> None:
     mine = Work(tmp_path / "art", "key")
     names = [mine.checkpoint(rank, count).name for rank, count in ((0, 1), (0, 2), (1, 2))]
     assert names == ["calibration.safetensors", "calibration-0-of-2.safetensors", "calibration-1-of-2.safetensors"]
-
-
-def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> None:
-    (tmp_path / ".a.json.99999999.partial").touch()
-    (tmp_path / ".b.json.99999999.partial").touch()
-    write_whole(tmp_path / "a.json", b"{}")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".b.json.99999999.partial", "a.json"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from quantflow.errors import ModelError, found_at
+from quantflow.errors import ModelError, first_line, found_at
 from quantflow.sources.models.loaded import LoadedModel, eval_mode
 
 #: What torch.export.save names the constants that only an unrestricted unpickler can read.
@@ -57,7 +57,7 @@ def load_exported(path: Path) -> LoadedModel:
             program = torch.export.load(path)
     except pickle.UnpicklingError as problem:
         raise ModelError(
-            f"model.path: {path} holds pickled Python objects ({str(problem).splitlines()[0]}), which are never loaded"
+            f"model.path: {path} holds pickled Python objects ({first_line(problem)}), which are never loaded"
         ) from problem
     except Exception as problem:
         raise _unreadable(path, "torch.export.save", problem) from problem
@@ -84,6 +84,5 @@ def _check_exists(path: Path, writer: str) -> None:
 
 
 def _unreadable(path: Path, writer: str, problem: Exception) -> ModelError:
-    lines = str(problem).strip().splitlines()
-    reason = lines[0] if lines else type(problem).__name__
+    reason = first_line(problem)
     return ModelError(f"model.path: {path} can't be loaded ({reason}); expected a complete file written by {writer}")

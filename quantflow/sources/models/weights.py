@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from quantflow.errors import ModelError, UnavailableError, found_at
+from quantflow.errors import ModelError, UnavailableError, first_line, found_at
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +60,11 @@ def load_state(path: Path) -> dict[str, torch.Tensor]:
         loaded = load_file(path) if path.suffix == ".safetensors" else _load_pickled(path)
     except pickle.UnpicklingError as problem:
         raise ModelError(
-            f"model.weights: {path} is no plain state dict ({_first_line(problem)}); nothing but tensors is ever "
+            f"model.weights: {path} is no plain state dict ({first_line(problem)}); nothing but tensors is ever "
             "unpickled: save model.state_dict() instead, best with safetensors.torch.save_file"
         ) from problem
     except Exception as problem:  # a damaged file can fail anywhere in the unpickler
-        raise ModelError(f"model.weights: {path} can't be read ({_first_line(problem)}); is it complete?") from problem
+        raise ModelError(f"model.weights: {path} can't be read ({first_line(problem)}); is it complete?") from problem
     state = _unwrap(loaded)
     if not state:
         raise ModelError(f"model.weights: {path} holds no tensors")
@@ -116,7 +116,7 @@ def download_state(url: str) -> dict[str, torch.Tensor]:
             )
     except Exception as problem:  # the network, the disk, or a damaged file in the unpickler
         cure = f"; delete {cached} to fetch it again" if cached.exists() else ""
-        raise UnavailableError(f"{url} can't be loaded ({_first_line(problem)}){cure}") from problem
+        raise UnavailableError(f"{url} can't be loaded ({first_line(problem)}){cure}") from problem
     return state
 
 
@@ -188,7 +188,3 @@ def _stall_timeout(seconds: float) -> Iterator[None]:
         yield
     finally:
         socket.setdefaulttimeout(before)
-
-
-def _first_line(problem: BaseException) -> str:
-    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
