@@ -70,7 +70,6 @@ class Variants:
         """
         self.graph = graph
         self.imperative = imperative
-        self.notices: tuple[str, ...] = ()
         self._batches = batches
         self._plan_of = plan_of
         self._refine = refine
@@ -130,7 +129,6 @@ class Variants:
             return
         table = calibrate(_Pass(self.graph, missing), self._batches, progress=progress, **self._options)
         self._options = {}
-        self.notices += table.notices
         self._data = self._data or replace(table, observers={})
         self._measured |= {found: table.observers[str(index)] for index, found in enumerate(missing)}
 
