@@ -1,6 +1,6 @@
 """A sweep: every point of a multirun as a job in a process of its own, and one report of all of them.
 
-    FOLDER/0.json, 1.json, …    how each job ended (Outcome), written the moment it ends
+    FOLDER/0.json, 1.json, …    how each job ended (JobOutcome), written the moment it ends
     FOLDER/0.log, …             what it printed, where several jobs run at once
     FOLDER/0/, …                its artifact
     FOLDER/sweep.json, .md, .html    the report, made from the outcomes: it does not need the launcher to survive
@@ -62,7 +62,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 @dataclass(frozen=True)
-class Outcome:
+class JobOutcome:
     """How one job ended.
 
     Attributes:
@@ -132,12 +132,12 @@ def run_sweep(arguments: Sequence[str]) -> int:
     return int(results["exit_code"])
 
 
-def read_outcomes(folder: Path) -> list[Outcome]:
+def read_outcomes(folder: Path) -> list[JobOutcome]:
     """Every outcome in the folder, by number; what can't be read as one is none."""
     return sorted(filter(None, map(_read_outcome, folder.glob("[0-9]*.json"))), key=lambda outcome: outcome.number)
 
 
-def summarize(arguments: Sequence[str], outcomes: Sequence[Outcome], trouble: str = "") -> dict[str, Any]:
+def summarize(arguments: Sequence[str], outcomes: Sequence[JobOutcome], trouble: str = "") -> dict[str, Any]:
     """The sweep's results: every view is made from these.
 
     Args:
@@ -155,7 +155,7 @@ def summarize(arguments: Sequence[str], outcomes: Sequence[Outcome], trouble: st
     }
 
 
-def pareto(outcomes: Sequence[Outcome]) -> list[int]:
+def pareto(outcomes: Sequence[JobOutcome]) -> list[int]:
     """Numbers of the jobs that no other beats in both accuracy and latency, the fastest first.
 
     Accuracy is the metric where every job has the same one, else SQNR against float.
@@ -241,7 +241,7 @@ def run_one(job: Job, sweep: Sweep) -> float | list[float] | None:
     return values[0] if len(values) == 1 else values
 
 
-def _run(job: Job, sweep: Sweep, recipe: Recipe) -> Outcome:
+def _run(job: Job, sweep: Sweep, recipe: Recipe) -> JobOutcome:
     """Starts the job's process and waits for it."""
     request = sweep.work / f"{job.number}.request"
     ending = request.with_suffix(".ending")
@@ -289,7 +289,7 @@ def start_process(request: Path, sweep: Sweep, log: Path | None) -> int:
         raise
 
 
-def _known(job: Job, sweep: Sweep, key: str) -> Outcome | None:
+def _known(job: Job, sweep: Sweep, key: str) -> JobOutcome | None:
     """The outcome of this job, or of one that asked for the same."""
     version = _version()
     for outcome in sorted(read_outcomes(sweep.path), key=lambda outcome: outcome.number != job.number):
@@ -308,7 +308,7 @@ def _known(job: Job, sweep: Sweep, key: str) -> Outcome | None:
     return None
 
 
-def _is_done(outcome: Outcome, sweep: Sweep) -> bool:
+def _is_done(outcome: JobOutcome, sweep: Sweep) -> bool:
     """Whether an earlier run's outcome still stands: it passed, or a gate failed, and its artifact is there."""
     if outcome.exit_code not in (EXIT_PASSED, EXIT_GATE):
         return False
@@ -323,9 +323,9 @@ def _outcome(
     reason: str = "",
     seconds: float = 0.0,
     measured: Mapping[str, Any] | None = None,
-) -> Outcome:
+) -> JobOutcome:
     output = job.settings.get("artifact") or job.settings.get("output")
-    return Outcome(
+    return JobOutcome(
         job.number, job.name, job.overrides, output, key, _version(), exit_code, reason, seconds,
         socket.gethostname(), measured or {}, None, sweep.run,
     )  # fmt: skip
@@ -496,14 +496,14 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return None
 
 
-def _write_outcome(sweep: Sweep, outcome: Outcome) -> None:
+def _write_outcome(sweep: Sweep, outcome: JobOutcome) -> None:
     replace_file(sweep.path / f"{outcome.number}.json", report.to_json(asdict(outcome)))
 
 
-def _read_outcome(path: Path) -> Outcome | None:
+def _read_outcome(path: Path) -> JobOutcome | None:
     try:
         record = report.from_json(path.read_bytes())
-        return Outcome(**{**record, "overrides": tuple(record["overrides"])})
+        return JobOutcome(**{**record, "overrides": tuple(record["overrides"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
 

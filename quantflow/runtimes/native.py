@@ -46,7 +46,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Variant:
+class RunVariant:
     """A way to run a batch: on how many threads, and in pieces of how many samples (0: all at once)."""
 
     threads: int
@@ -54,7 +54,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SectionPlan:
     """A section made ready for one set of input shapes."""
 
     handle: lib.Handle
@@ -92,9 +92,9 @@ class NativeRunner(AbstractRunner):
         self._engines: dict[int, lib.Handle] = {}
         self._lock = threading.Lock()
         self._engine(self._threads())
-        self._plans: dict[Section, OrderedDict[Any, Plan]] = {}
+        self._plans: dict[Section, OrderedDict[Any, SectionPlan]] = {}
         #: (batch size, threads asked for) → the variant that `tune` found fastest.
-        self.variants: dict[tuple[int, int], Variant] = {}
+        self.variants: dict[tuple[int, int], RunVariant] = {}
         for index, node in enumerate(program.nodes):
             if not lib.library().qf_program_supports(self._parsed.pointer, ctypes.c_int32(index)):
                 self.in_torch[index] = f"{node.target or node.op} has no native kernel"
@@ -117,13 +117,13 @@ class NativeRunner(AbstractRunner):
             One row per variant: {"batch", "asked_threads", "threads", "chunk", "ms" (least of `runs`), "chosen"}.
         """
         batch, threads = self._batch(inputs), self._threads()
-        whole = self._run_variant(inputs, Variant(threads))
+        whole = self._run_variant(inputs, RunVariant(threads))
         names = set(self.program.output_names())
         counts = [threads, 1] if threads > 1 else [1]
         chunks = [0, *(c for c in (1, 2, 4, 8) if self.program.batch_is_dynamic and c < batch)]
         variants = []
-        for variant in (Variant(t, c) for t in counts for c in chunks):
-            values = self._run_variant(inputs, variant) if variant != Variant(threads) else whole
+        for variant in (RunVariant(t, c) for t in counts for c in chunks):
+            values = self._run_variant(inputs, variant) if variant != RunVariant(threads) else whole
             if all(_same(values[name], whole[name]) for name in names):
                 variants.append(variant)
         taken = _interleaved_ms([partial(self._run_variant, inputs, variant) for variant in variants], runs)
@@ -135,14 +135,14 @@ class NativeRunner(AbstractRunner):
         if best["ms"] > 0.97 * rows[0]["ms"]:
             best = rows[0]  # within the noise: the plain way
         best["chosen"] = True
-        self.variants[batch, threads] = Variant(best["threads"], best["chunk"])
+        self.variants[batch, threads] = RunVariant(best["threads"], best["chunk"])
         return rows
 
     def adopt(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Take over what `tune` found on the same machine in an earlier process."""
         for row in rows:
             if row["chosen"]:
-                self.variants[row["batch"], row["asked_threads"]] = Variant(row["threads"], row["chunk"])
+                self.variants[row["batch"], row["asked_threads"]] = RunVariant(row["threads"], row["chunk"])
 
     def left_to_torch(self) -> dict[int, str]:
         """Node index → why PyTorch computes it."""
@@ -153,9 +153,9 @@ class NativeRunner(AbstractRunner):
 
     def _values(self, inputs: Sequence[torch.Tensor]) -> dict[str, Any]:
         variant = self.variants.get((self._batch(inputs), self._threads())) if self.variants else None
-        return self._run_variant(inputs, variant or Variant(self._threads()))
+        return self._run_variant(inputs, variant or RunVariant(self._threads()))
 
-    def _run_variant(self, inputs: Sequence[torch.Tensor], variant: Variant) -> dict[str, Any]:
+    def _run_variant(self, inputs: Sequence[torch.Tensor], variant: RunVariant) -> dict[str, Any]:
         """Inputs and everything the sections hand over; the outputs alone where the batch runs in pieces."""
         if not variant.chunk:
             return self._run_all(inputs, variant.threads)
@@ -300,7 +300,9 @@ class NativeRunner(AbstractRunner):
         given = [_dense(values[name]) for name in section.inputs]
         return self._plan(section, given, threads, keep=keep).run(given)
 
-    def _plan(self, section: Section, given: Sequence[torch.Tensor | int], threads: int, *, keep: bool = True) -> Plan:
+    def _plan(
+        self, section: Section, given: Sequence[torch.Tensor | int], threads: int, *, keep: bool = True
+    ) -> SectionPlan:
         key = (threads, *(v if isinstance(v, int) else (v.shape, v.dtype, v.is_contiguous()) for v in given))
         with self._lock:
             plans = self._plans.setdefault(section, OrderedDict()) if keep else OrderedDict()
@@ -313,7 +315,7 @@ class NativeRunner(AbstractRunner):
                 plans.move_to_end(key)
             return plan
 
-    def _make_plan(self, section: Section, given: Sequence[torch.Tensor | int], threads: int) -> Plan:
+    def _make_plan(self, section: Section, given: Sequence[torch.Tensor | int], threads: int) -> SectionPlan:
         forms = (lib.Form * len(given))(*(lib.Form.of(value) for value in given))
         handle = lib.make(
             "qf_plan_create", "qf_plan_free", self._engine(threads).pointer, ctypes.c_int32(section.first),
@@ -323,7 +325,7 @@ class NativeRunner(AbstractRunner):
         found = (lib.Form * len(section.outputs))()
         lib.library().qf_plan_outputs(handle.pointer, found)
         shapes = tuple(f.number if f.is_number else (tuple(f.dims[: f.rank]), lib.TORCH_DTYPES[f.dtype]) for f in found)
-        return Plan(handle, shapes)
+        return SectionPlan(handle, shapes)
 
 
 def kernel_of(planned: PlannedUnit) -> str:

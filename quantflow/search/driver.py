@@ -19,7 +19,7 @@ from quantflow.report import Progress, make_console
 from quantflow.schema import ConstraintSettings, Recipe
 from quantflow.search.bench import measurement_key, sensitivity_cache, workbench
 from quantflow.search.sensitivity import SEARCHED, measure_sensitivity
-from quantflow.search.steps import Outcome, Search, Trial, judged
+from quantflow.search.steps import Search, SearchOutcome, Trial, judged
 from quantflow.search.workbench import Setting, Workbench
 from quantflow.stages import benchmark as timing
 from quantflow.stages.record import Record
@@ -141,7 +141,7 @@ def _measuring_s(run: Run) -> float:
     return (2 * float_s if run.recipe.evaluate.enabled else 0.0) + (rounds if settings.enabled else 0.0)
 
 
-def _section(recipe: Recipe, outcome: Outcome, journal: Journal) -> dict[str, Any]:
+def _section(recipe: Recipe, outcome: SearchOutcome, journal: Journal) -> dict[str, Any]:
     best = outcome.best
     return {
         "objective": recipe.tune.objective,

@@ -121,7 +121,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SearchOutcome:
     """What the search came to. `best` keeps the limits where `verdict` is met, else it comes closest."""
 
     verdict: str
@@ -159,7 +159,7 @@ class Search:
     _best: Trial | None = None
     _longest_s: dict[str, float] = field(default_factory=dict)
 
-    def run(self, start: Setting) -> Outcome:
+    def run(self, start: Setting) -> SearchOutcome:
         """The search; deterministic given the journal."""
         stopped = False
         self._trial(start, asked=True)
@@ -169,7 +169,9 @@ class Search:
         except BudgetSpent:
             stopped = True
         best = self._final(stopped)
-        return Outcome(MET if best.holds else NOT_MET, self._text(best, stopped), best, len(self._trials), stopped)
+        return SearchOutcome(
+            MET if best.holds else NOT_MET, self._text(best, stopped), best, len(self._trials), stopped
+        )
 
     # -- the steps
 

@@ -38,7 +38,7 @@ OnValue = Callable[[str, torch.Tensor], None]
 Progress = Callable[[int, int | None], None]
 
 
-class Prepared(Protocol):
+class ObservedModel(Protocol):
     """What calibration needs of a prepared model."""
 
     @property
@@ -123,7 +123,7 @@ class CalibrationTable:
 
 
 def calibrate(
-    prepared: Prepared,
+    prepared: ObservedModel,
     batches: Iterable[Batch],
     *,
     key: str = "",
@@ -174,7 +174,7 @@ def calibrate(
     return table
 
 
-def _start(prepared: Prepared) -> CalibrationTable:
+def _start(prepared: ObservedModel) -> CalibrationTable:
     return CalibrationTable({name: make_observer(spec) for name, spec in prepared.observed.items()}, 0, 0, "0" * 64)
 
 
@@ -228,7 +228,7 @@ def _specs(table: CalibrationTable) -> dict[str, ActivationSpec]:
 # --- one batch ---
 
 
-def _observe(prepared: Prepared, batch: Batch, index: int, table: CalibrationTable, first_shapes: str) -> None:
+def _observe(prepared: ObservedModel, batch: Batch, index: int, table: CalibrationTable, first_shapes: str) -> None:
     def on_value(name: str, x: torch.Tensor) -> None:
         try:
             table.observers[name].observe(x)

@@ -16,7 +16,7 @@ import pytest
 
 from quantflow.cli import command as cli
 from quantflow.cli import sweep
-from quantflow.cli.sweep import Outcome, Sweep, figures, pareto, read_outcomes, run_one
+from quantflow.cli.sweep import JobOutcome, Sweep, figures, pareto, read_outcomes, run_one
 from quantflow.config import app
 from quantflow.config.app import Job
 from quantflow.config.recipe_file import recipe_files
@@ -269,14 +269,14 @@ def test_figures_of_a_result() -> None:
     assert set(figures(RESULTS)) >= OBJECTIVES.keys()
 
 
-def outcome(number: int, ms: float | None, metric: float | None, sqnr: float, name: str = "top1") -> Outcome:
+def outcome(number: int, ms: float | None, metric: float | None, sqnr: float, name: str = "top1") -> JobOutcome:
     measured = {
         "latency_ms": ms,
         "metric": metric,
         "sqnr_db": sqnr,
         "metric_name": name if metric is not None else None,
     }
-    return Outcome(number, "r", (), None, "", "", 0, figures={k: v for k, v in measured.items() if v is not None})
+    return JobOutcome(number, "r", (), None, "", "", 0, figures={k: v for k, v in measured.items() if v is not None})
 
 
 def test_the_pareto_front() -> None:

@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 
-from quantflow.cli.sweep import Outcome, summarize
+from quantflow.cli.sweep import JobOutcome, summarize
 from quantflow.report import from_json, make_console, print_sweep, sweep_files
 from quantflow.report.sweep import _range, _ticks, plot, sweep_headline, sweep_table
 
 HOSTILE = "<img src=x onerror=alert(1)>|`x`"
 
 
-def job(number: int, ms: float | None = None, sqnr: float | None = None, code: int = 0, **more: Any) -> Outcome:
+def job(number: int, ms: float | None = None, sqnr: float | None = None, code: int = 0, **more: Any) -> JobOutcome:
     measured = {"latency_ms": ms, "sqnr_db": sqnr, "batch_size": 4, "threads": 2}
     figures = {name: value for name, value in measured.items() if value is not None} if ms else {}
     overrides = ("recipe=r", f"seed={number}")
-    return Outcome(number, "r", overrides, f"out/{number}", "k", "1", code, figures=figures, seconds=1.25, **more)
+    return JobOutcome(number, "r", overrides, f"out/{number}", "k", "1", code, figures=figures, seconds=1.25, **more)
 
 
 JOBS = [
@@ -31,7 +31,7 @@ JOBS = [
 ]
 
 
-def sweep(jobs: list[Outcome] | None = None, trouble: str = "") -> dict[str, Any]:
+def sweep(jobs: list[JobOutcome] | None = None, trouble: str = "") -> dict[str, Any]:
     return summarize(["-m", "recipe=r", "seed=0,1"], JOBS if jobs is None else jobs, trouble)
 
 
@@ -74,7 +74,9 @@ def test_what_all_jobs_share_is_said_once_and_columns_without_figures_are_left_o
 
 
 def test_unlike_threads_are_said_to_be_incomparable() -> None:
-    other = Outcome(5, "r", ("recipe=r",), None, "k", "1", 0, figures={"latency_ms": 1.0, "sqnr_db": 1.0, "threads": 1})
+    other = JobOutcome(
+        5, "r", ("recipe=r",), None, "k", "1", 0, figures={"latency_ms": 1.0, "sqnr_db": 1.0, "threads": 1}
+    )
     assert "measured with 1 or 2 threads: not comparable in speed" in sweep_table(sweep([*JOBS, other])).caption
 
 

@@ -26,8 +26,8 @@ from quantflow.schema import ConstraintSettings, LayerOverride, QConfig, TuneSet
 from quantflow.search.steps import (
     MET,
     NOT_MET,
-    Outcome,
     Search,
+    SearchOutcome,
     Step,
     Trial,
     by_noise,
@@ -100,7 +100,7 @@ START = Setting((), QConfig())
 
 def search(
     bench: Additive, journal: Journal | None = None, budget_s: float = 1e6, **options: Any
-) -> tuple[Outcome, Search]:
+) -> tuple[SearchOutcome, Search]:
     limits = options.pop("limits", None) or ConstraintSettings(min_sqnr_db=options.pop("db", 14.0))
     chosen = {"algorithms": (), "qconfigs": (), "observers": (), **options.pop("tried", {})}
     settings = TuneSettings(subject_to=limits, time_budget_s=budget_s, **chosen)
