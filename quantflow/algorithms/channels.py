@@ -14,8 +14,8 @@ from torch import fx
 
 from quantflow.ir.activations import HOMOGENEOUS
 from quantflow.ir.graph import Graph, arguments, is_aten, op_name
+from quantflow.ir.ops import AVERAGES, LINEARS, POOLS
 from quantflow.ir.plan import Plan
-from quantflow.ir.units import AVERAGES, LINEAR_OPS, POOLS
 
 _HOMOGENEOUS = (
     *HOMOGENEOUS, "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
@@ -116,7 +116,7 @@ class _Finder:
 
     def _absorbs(self, node: fx.Node, x: fx.Node) -> tuple[int, int] | None:
         """(axis it reads, axis it writes) of an op whose constants can take up factors on both sides."""
-        if is_aten(node, *LINEAR_OPS):
+        if is_aten(node, *LINEARS):
             used = [node.args[1], *(b for b in node.args[2:3] if b is not None)]
             if not self._own(used) or self.constants[str(node.args[1].target)].dtype is not torch.float32:  # type: ignore[union-attr]
                 return None

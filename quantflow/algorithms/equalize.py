@@ -39,8 +39,9 @@ from quantflow.algorithms.outcome import Change, Material, Outcome, Rewriting
 from quantflow.ir.activations import as_epilogue
 from quantflow.ir.binding import bind
 from quantflow.ir.graph import Graph, arguments, float_leaves, interpret, is_aten
+from quantflow.ir.ops import LINEARS
 from quantflow.ir.plan import Plan, PlannedUnit
-from quantflow.ir.units import CORE, LINEAR_OPS
+from quantflow.ir.units import CORE
 from quantflow.numerics.measures import sqnr_db
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ class _Factors:
         self.reads = {op: s for s in sets for op in s.readers}
         units = {p.unit.anchor: p for p in plan.units if p.is_int8 and p.unit.kind == CORE}
         ops = {*self.writes, *self.reads}
-        self.matrices = {op: self._matrix(op, units.get(op)) for op in ops if is_aten(op, *LINEAR_OPS)}
+        self.matrices = {op: self._matrix(op, units.get(op)) for op in ops if is_aten(op, *LINEARS)}
 
     def _matrix(self, op: fx.Node, planned: PlannedUnit | None) -> _Matrix:
         weight = self.graph.constants[str(op.args[1].target)]  # type: ignore[union-attr]

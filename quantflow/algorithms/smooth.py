@@ -36,9 +36,10 @@ from quantflow.ir.activations import HOMOGENEOUS
 from quantflow.ir.batch import Batch
 from quantflow.ir.binding import bind
 from quantflow.ir.graph import Graph, arguments, copied, interpret, is_aten
+from quantflow.ir.ops import SHAPES
 from quantflow.ir.passes.normalize import add_constant
 from quantflow.ir.plan import Plan
-from quantflow.ir.units import CORE, SHAPES
+from quantflow.ir.units import CORE
 from quantflow.numerics.affine import activation_qparams, dequantize_weight, quantize_weight, weight_scale
 from quantflow.numerics.observers import make_observer, weight_max_abs
 from quantflow.schema import ActivationSpec, SmoothAlgorithm, WeightSpec

@@ -17,7 +17,8 @@ import torch
 
 from quantflow.errors import UsageError
 from quantflow.host.environment import environment
-from quantflow.ir.program import LINEAR_OPS, Node, Program
+from quantflow.ir.ops import LINEAR_OPS
+from quantflow.ir.program import Node, Program
 from quantflow.numerics.measures import sqnr_db
 from quantflow.schema import CompareSettings, Recipe
 from quantflow.stages.gates import GateResult, hold, verdict

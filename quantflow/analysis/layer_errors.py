@@ -14,7 +14,8 @@ import torch
 from quantflow.ir.batch import Batch
 from quantflow.ir.binding import bind
 from quantflow.ir.graph import Graph, interpret, is_aten
-from quantflow.ir.program import LINEAR_OPS, Node
+from quantflow.ir.ops import COMPUTING_OPS, LINEAR_OPS
+from quantflow.ir.program import Node
 from quantflow.numerics.affine import WEIGHT_RANGE, QParams, quantize
 from quantflow.stages.compile import Compiled
 from quantflow.stages.evaluate import ErrorSum
@@ -22,8 +23,6 @@ from quantflow.stages.evaluate import ErrorSum
 #: Histograms are kept of the inputs, weights and outputs of this many layers.
 WORST_LAYERS = 6
 BINS = 64
-#: Ops with an error of their own: the others move codes, or compute in float.
-_COMPUTING = (*LINEAR_OPS, "matmul", "add", "mul", "avg_pool")
 
 
 def own_errors(
@@ -43,7 +42,7 @@ def own_errors(
     errors: dict[str, ErrorSum] = {}
     with torch.inference_mode():
         for index, node in enumerate(program.nodes):
-            if node.op in _COMPUTING and all(_source(name) in floats for name in (*node.refs(), node.output)):
+            if node.op in COMPUTING_OPS and all(_source(name) in floats for name in (*node.refs(), node.output)):
                 values = {name: _held(floats[_source(name)], _qparams(compiled, name)) for name in node.refs()}
                 found = compiled.value(node, compiled.runner.run_node(index, values))
                 expected = floats[node.output]
@@ -52,7 +51,7 @@ def own_errors(
             if progress is not None:
                 progress(index + 1, len(program.nodes))
     worst = sorted(errors, key=lambda name: errors[name].sqnr_db)[:WORST_LAYERS]
-    nodes = {node.name: node for node in program.nodes if node.op in _COMPUTING}
+    nodes = {node.name: node for node in program.nodes if node.op in COMPUTING_OPS}
     return errors, [_histograms(graph, compiled, nodes[name], floats) for name in worst]
 
 

@@ -1,7 +1,7 @@
 """The integer program: pure data that any runtime can execute.
 
 A program is a list of nodes over named values, plus the tensors they read. It is saved as JSON and safetensors and
-holds neither code nor import paths: an op is a word from `OPS`, or the name of a functional ATen op.
+holds neither code nor import paths: an op is a name from `ops.OPS`, or the name of a functional ATen op.
 `program_rules` says what a legal program is, `aten_policy` which ATen ops it may call, `program_json` how it is saved.
 
 What the int8 ops compute (see design: "The numbers, decided once"):
@@ -32,12 +32,8 @@ import torch
 
 from quantflow.ir.activations import Epilogue
 from quantflow.ir.graph import Input
+from quantflow.ir.ops import LINEAR_OPS
 from quantflow.numerics.affine import QParams
-
-LINEAR_OPS = ("conv", "linear")
-#: Ops that carry the name of an ATen op (or a size function) and its arguments.
-NAMED_OPS = ("max_pool", "avg_pool", "shape", "cat", "aten", "size")
-OPS = ("quantize", "dequantize", *LINEAR_OPS, "matmul", "add", "mul", "clamp", *NAMED_OPS)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import torch
 from quantflow.errors import ArtifactError
 from quantflow.ir.activations import ACTIVATIONS, Epilogue
 from quantflow.ir.graph import Input
-from quantflow.ir.program import OPS, Node, Program, Ref, TensorRef, Value
+from quantflow.ir.ops import OPS
+from quantflow.ir.program import Node, Program, Ref, TensorRef, Value
 from quantflow.ir.program_rules import check
 from quantflow.numerics.affine import ACTIVATION_RANGE, QParams
 
@@ -115,7 +116,7 @@ def _node_to_json(node: Node) -> dict[str, Any]:
 
 
 def _node_from_json(data: Any) -> Node:
-    if data["op"] not in OPS:
+    if data["op"] not in tuple(OPS):  # which also takes what can't be looked up in a dict
         raise ValueError(f"node {data['name']!r}: op {data['op']!r} is not one of {', '.join(OPS)}")
     epilogue = None
     if (given := data.get("epilogue")) is not None:

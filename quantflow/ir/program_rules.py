@@ -7,16 +7,9 @@ import torch
 from quantflow.errors import ArtifactError
 from quantflow.ir.aten_policy import aten_op
 from quantflow.ir.graph import SIZE_FUNCTIONS
-from quantflow.ir.program import LINEAR_OPS, NAMED_OPS, Node, Program, Ref, referenced_tensors, referenced_values
-from quantflow.ir.units import AVERAGES, POOLS, SHAPES
+from quantflow.ir.ops import LINEAR_OPS, MOVING_OPS, NAMED_OPS, OPS
+from quantflow.ir.program import Node, Program, Ref, referenced_tensors, referenced_values
 from quantflow.numerics.affine import MAX_REDUCTION, WEIGHT_RANGE
-
-#: How many arguments an op without a name of its own takes.
-_ARITY = {"quantize": 1, "dequantize": 1, "conv": 2, "linear": 2, "matmul": 2, "add": 2, "mul": 2, "clamp": 1}
-#: The ATen ops that may stand behind an op on codes.
-_TARGETS = {"max_pool": POOLS, "avg_pool": AVERAGES, "cat": ("cat",), "shape": SHAPES}
-#: Ops whose output shares its codes' meaning with its inputs.
-_SHARING = ("max_pool", "cat", "clamp", "shape")
 
 
 def check(program: Program) -> None:
@@ -41,8 +34,8 @@ def check(program: Program) -> None:
                 raise ArtifactError(f"{where}: reads tensor {ref!r}, which weights.safetensors does not hold")
         if node.op in NAMED_OPS:
             _check_target(node, where)
-        elif len(node.args) != _ARITY[node.op]:
-            raise ArtifactError(f"{where}: {node.op} takes {_ARITY[node.op]} arguments, has {len(node.args)}")
+        elif len(node.args) != OPS[node.op].arity:
+            raise ArtifactError(f"{where}: {node.op} takes {OPS[node.op].arity} arguments, has {len(node.args)}")
         if node.op in LINEAR_OPS:
             _check_linear(program, node, where)
         _check_codes(program, node, where)
@@ -60,8 +53,9 @@ def _check_target(node: Node, where: str) -> None:
         return
     if node.op == "shape" and node.target == "getitem":
         return
-    if node.op in _TARGETS and node.target.partition(".")[0] not in _TARGETS[node.op]:
-        raise ArtifactError(f"{where}: {node.op} can't be {node.target!r}; legal are {', '.join(_TARGETS[node.op])}")
+    legal = OPS[node.op].aten
+    if legal and node.target.partition(".")[0] not in legal:
+        raise ArtifactError(f"{where}: {node.op} can't be {node.target!r}; legal are {', '.join(legal)}")
     aten_op(node.target)
 
 
@@ -78,7 +72,7 @@ def _check_codes(program: Program, node: Node, where: str) -> None:
             if ref in held:
                 raise ArtifactError(f"{where}: {node.op} reads {ref!r}, which holds int8 codes")
     else:
-        operands = list(node.args[: 1 if node.op in LINEAR_OPS else _ARITY.get(node.op, 1)])
+        operands = list(node.args[: 1 if node.op in LINEAR_OPS else OPS[node.op].arity or 1])
         if not operands:
             raise ArtifactError(f"{where}: has no operand")
     for operand in operands:
@@ -86,11 +80,11 @@ def _check_codes(program: Program, node: Node, where: str) -> None:
             raise ArtifactError(f"{where}: operand {operand!r} holds no int8 codes")
     if node.op in LINEAR_OPS and not isinstance(node.args[1], Ref | None):
         raise ArtifactError(f"{where}: residual {node.args[1]!r} is no value")
-    if node.op in ("quantize", *_SHARING) and node.output not in held:
+    if node.op in ("quantize", *MOVING_OPS) and node.output not in held:
         raise ArtifactError(f"{where}: its output has no scale and zero_point")
     if node.op in ("dequantize", "aten", "size") and node.output in held:
         raise ArtifactError(f"{where}: its output can't hold int8 codes")
-    if node.op in _SHARING and any(held[o.name].qparams != held[node.output].qparams for o in operands):
+    if node.op in MOVING_OPS and any(held[o.name].qparams != held[node.output].qparams for o in operands):
         raise ArtifactError(f"{where}: its output and its inputs must share one scale and zero_point")
     if node.op == "clamp":
         qparams, bounds = held[node.output].qparams, (node.attrs["low"], node.attrs["high"])

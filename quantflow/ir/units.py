@@ -16,25 +16,12 @@ from torch import fx
 
 from quantflow.ir.activations import Epilogue, as_epilogue
 from quantflow.ir.graph import Graph, arguments, is_aten, only_user, op_name
-
-#: op type as users write it → ATen names.
-LINEAR_OPS = ("conv1d", "conv2d", "conv3d", "linear")
-POOLS = ("max_pool1d", "max_pool2d", "max_pool3d")
-AVERAGES = (
-    "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
-    "mean",
-)  # fmt: skip
-SHAPES = (
-    "reshape", "flatten", "unflatten", "permute", "transpose", "t", "slice", "select", "squeeze", "unsqueeze", "split",
-    "split_with_sizes", "chunk", "unbind", "expand", "repeat", "roll", "flip", "pixel_shuffle", "pixel_unshuffle",
-    "channel_shuffle", "narrow", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "constant_pad_nd",
-    "pad",
-)  # fmt: skip
+from quantflow.ir.ops import AVERAGES, LINEARS, OPS, POOLS, SHAPES
 
 #: They read a tensor's shape, which does not depend on how its values are held.
 _SIZES = ("sym_size", "sym_numel", "sym_stride", "sym_storage_offset")
 
-#: Kinds with an int8 form.
+#: Kinds. Those with an int8 form are named as their op in a program is; CORE is a convolution or a linear.
 CORE, MATMUL, ADD, MUL, CAT, MAX_POOL, AVG_POOL, CLAMP, SHAPE, FLOAT, SIZE = (
     "core", "matmul", "add", "mul", "cat", "max_pool", "avg_pool", "clamp", "shape", "float", "size",
 )  # fmt: skip
@@ -133,11 +120,11 @@ def _classify(node: fx.Node, constants: Mapping[str, torch.Tensor]) -> Unit:
         return unit(SHAPE, node.args[0])
     if not isinstance(node.target, torch._ops.OpOverload) or is_aten(node, *_SIZES):
         return Unit(SIZE, (node,), node, ())
-    if is_aten(node, *LINEAR_OPS):
+    if is_aten(node, *LINEARS):
         return _classify_linear(node, constants)
     if node.meta.get("dtype", torch.float32) is not torch.float32:
         return floating(f"computes in {str(node.meta['dtype']).removeprefix('torch.')}, not float32")
-    if is_aten(node, "matmul", "bmm"):
+    if is_aten(node, *OPS["matmul"].aten):
         return unit(MATMUL, node.args[0], node.args[1])
     if is_aten(node, "add", "mul"):
         operands = [a for a in node.args[:2] if isinstance(a, fx.Node) and "shape" in a.meta]

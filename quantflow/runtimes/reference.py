@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from quantflow.ir.activations import Epilogue, apply_epilogue
 from quantflow.ir.aten_policy import aten_op
 from quantflow.ir.graph import SIZE_FUNCTIONS
-from quantflow.ir.program import LINEAR_OPS, Node, Program, Ref, TensorRef, substitute
+from quantflow.ir.ops import COMPUTING_OPS, LINEAR_OPS
+from quantflow.ir.program import Node, Program, Ref, TensorRef, substitute
 from quantflow.numerics.affine import QParams, dequantize, quantize
 from quantflow.runtimes.runner import AbstractRunner
 
 #: Ops that compute a real number per element; every other op moves codes, or is float by itself.
-_COMPUTED = ("quantize", *LINEAR_OPS, "matmul", "add", "mul", "avg_pool")
+_COMPUTED = ("quantize", *COMPUTING_OPS)
 _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 

@@ -25,8 +25,9 @@ import torch
 from quantflow.ir.activations import Epilogue
 from quantflow.ir.aten_policy import aten_op
 from quantflow.ir.graph import SIZE_FUNCTIONS, arguments
+from quantflow.ir.ops import LINEAR_OPS, MOVING_OPS
 from quantflow.ir.plan import PlannedUnit
-from quantflow.ir.program import LINEAR_OPS, Node, Program, Ref, TensorRef, substitute
+from quantflow.ir.program import Node, Program, Ref, TensorRef, substitute
 from quantflow.ir.units import CORE, MATMUL, Unit
 from quantflow.numerics.affine import QParams
 from quantflow.runtimes import kernels
@@ -102,7 +103,7 @@ def _share_storage(program: Program, stored: dict[str, Stored]) -> dict[str, Sto
     while changed:
         changed = False
         for node in program.nodes:
-            if node.op not in ("cat", "max_pool", "clamp", "shape") or node.output not in stored:
+            if node.op not in MOVING_OPS or node.output not in stored:
                 continue
             names = [r for r in node.refs() if r in stored] + [node.output]
             if len({stored[n].shift for n in names}) > 1:

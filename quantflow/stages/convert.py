@@ -12,17 +12,12 @@ from torch import fx
 
 from quantflow.ir.activations import as_epilogue
 from quantflow.ir.graph import arguments, op_name
+from quantflow.ir.ops import PAIR_OPS
 from quantflow.ir.plan import PlannedUnit, nonnegative_values
 from quantflow.ir.program import Node, Program, Ref, TensorRef, Value
 from quantflow.ir.units import (
-    ADD,
-    AVG_POOL,
-    CAT,
     CLAMP,
     CORE,
-    MATMUL,
-    MAX_POOL,
-    MUL,
     SHAPE,
     SIZE,
 )
@@ -76,7 +71,7 @@ class _Converter:
         self._moving = {p.unit.output: p for p in prepared.plan.units if p.is_int8 and p.unit.kind == SHAPE}
 
     def run(self) -> Program:
-        emit = {CORE: self._linear, MATMUL: self._pair, ADD: self._pair, MUL: self._pair, CLAMP: self._clamp}
+        emit = {CORE: self._linear, CLAMP: self._clamp} | dict.fromkeys(PAIR_OPS, self._pair)
         for planned in self._plan.units:
             if not planned.is_int8:
                 for node in planned.unit.nodes:
@@ -237,9 +232,8 @@ class _Converter:
             assert qparams is not None
             args = (args[0], args[1], int(quantize(torch.tensor(fill), qparams)))
             kwargs, target = {}, "constant_pad_nd.default"
-        op = {CAT: "cat", MAX_POOL: "max_pool", AVG_POOL: "avg_pool", SHAPE: "shape"}[unit.kind]
         name = unit.name if output == unit.output.name else f"{unit.name}.rest"
-        self._nodes.append(Node(name, op, output, tuple(args), dict(kwargs), target=target))
+        self._nodes.append(Node(name, unit.kind, output, tuple(args), dict(kwargs), target=target))
 
     # -- everything else
 

@@ -12,15 +12,14 @@ from torch import fx
 
 from quantflow.errors import NothingQuantizedError
 from quantflow.ir.graph import Graph
+from quantflow.ir.ops import MOVING_OPS
 from quantflow.ir.plan import FLOAT32, IMPERATIVE, INT8, Plan, PlannedUnit, PlanRow
 from quantflow.ir.units import (
     ADD,
     CAT,
-    CLAMP,
     CORE,
     FLOAT,
     MATMUL,
-    MAX_POOL,
     MUL,
     SHAPE,
     SIZE,
@@ -34,8 +33,6 @@ from quantflow.schema import LayerOverride, PolicySettings, QConfig
 from quantflow.stages.overrides import Overrides
 
 NO_POLICY = PolicySettings()
-#: Their output holds the same codes as their input, so both share one scale and zero point.
-_SHARING = (CAT, MAX_POOL, CLAMP, SHAPE)
 #: Int8 units that can write float32 as well as codes.
 _WRITING_FLOAT = (CORE, MATMUL)
 
@@ -266,7 +263,7 @@ def _share_qparams(planned: Sequence[PlannedUnit]) -> tuple[dict[str, str], dict
         if p.writes_codes:
             parent.setdefault(p.unit.output.name, p.unit.output.name)
             first.setdefault(p.unit.output.name, p)
-        if p.unit.kind in _SHARING:
+        if p.unit.kind in MOVING_OPS:
             root = find(p.unit.inputs[0].name)
             for other in (*p.unit.inputs[1:], p.unit.output):
                 parent[find(other.name)] = root

@@ -12,8 +12,8 @@ from torch import fx, nn
 from quantflow.ir.batch import Batch
 from quantflow.ir.binding import bind
 from quantflow.ir.graph import Graph, interpret
+from quantflow.ir.ops import MOVING_OPS
 from quantflow.ir.plan import Plan
-from quantflow.ir.units import CAT, CLAMP, MAX_POOL, SHAPE
 from quantflow.schema import ActivationSpec
 
 
@@ -49,7 +49,7 @@ class Prepared:
 
 def prepare(graph: Graph, plan: Plan, module: nn.Module | None = None) -> Prepared:
     """Decide which values to observe; in imperative mode, put observers into a copy of `module`."""
-    derived = {p.unit.output.name for p in plan.units if p.is_int8 and p.unit.kind in (CAT, CLAMP, MAX_POOL, SHAPE)}
+    derived = {p.unit.output.name for p in plan.units if p.is_int8 and p.unit.kind in MOVING_OPS}
     observed = {name: plan.specs[root] for name, root in plan.codes.items() if name not in derived}
     layers = {node.name: str(node.meta.get("layer", node.name)) for node in graph.fx.nodes}
     observed_module = None

@@ -15,7 +15,8 @@ from quantflow.errors import ArtifactError
 from quantflow.ir.activations import Epilogue
 from quantflow.ir.aten_policy import aten_op
 from quantflow.ir.graph import Input
-from quantflow.ir.program import OPS, Node, Program, Ref, TensorRef, Value
+from quantflow.ir.ops import OPS
+from quantflow.ir.program import Node, Program, Ref, TensorRef, Value
 from quantflow.numerics.affine import MAX_REDUCTION, QParams
 
 SIGNED = Value(QParams("int8", 0.5, 0))
