@@ -114,6 +114,7 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # What torch says of all TorchScript is no news to somebody who asks for it.
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # no page hangs by itself; beside busy processes a long one takes what it takes
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)])
 def test_a_page_runs_from_top_to_bottom(
     page: str, scripts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

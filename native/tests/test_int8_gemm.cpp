@@ -249,7 +249,7 @@ void test_linear() {
 }
 
 void test_activations() {
-    for (int kind = 0; kind <= 10; ++kind)
+    for (int kind = 0; kind < kActivations; ++kind)
         for (bool is_float : {false, true})
             for (int residuals = 0; residuals < 3; ++residuals) {
                 Case c;

@@ -27,7 +27,7 @@ from omegaconf.resolvers import oc
 from pydantic import BaseModel
 
 from quantflow.config.overrides import OWN, UNIONS, chosen_groups, key_of, misused_group, requested_recipe
-from quantflow.config.recipe_file import config_dirs, group_choices, read_recipe, recipe_files, shipped
+from quantflow.config.recipe_file import config_dirs, group_choices, read_recipe, recipe_files, shipped, unwritten_kinds
 from quantflow.config.wording import explained
 from quantflow.errors import Problem, RecipeError
 from quantflow.schema import Recipe
@@ -249,6 +249,9 @@ def _store_schema() -> None:
     for section, union in UNIONS.items():
         for settings in get_args(get_args(union)[0]):
             store.store(name=settings.model_fields["kind"].default, node=_template(settings), group=f"schema/{section}")
+    for group, names in unwritten_kinds().items():
+        for name in names:
+            store.store(name=name, node={"kind": name}, group=group)
 
 
 def _template(settings: type[BaseModel]) -> DictConfig:

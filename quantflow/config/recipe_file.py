@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from quantflow.errors import Problem, RecipeError
+from quantflow.schema.settings import DeviceSettings, RuntimeSettings
 
 #: Bounds of a recipe file: far above what a person writes, far below what could hurt.
 _MAX_BYTES = 1 << 20
@@ -36,9 +37,24 @@ def recipe_description(file: Path) -> str:
 
 @cache
 def group_choices() -> dict[str, list[str]]:
-    """Group → the names it accepts, as files in conf/."""
+    """Group → the names it accepts: files in conf/, and kinds of the schema that need none."""
+    unwritten = unwritten_kinds()
+    return {group: sorted([*names, *unwritten.get(group, ())]) for group, names in _written().items()}
+
+
+def unwritten_kinds() -> dict[str, list[str]]:
+    """Group → the schema's names that have no file in conf/, for the groups that choose a name and nothing else."""
+    groups = {"runtime": RuntimeSettings, "device": DeviceSettings}
+    return {
+        group: [kind for kind in get_args(settings.model_fields["kind"].annotation) if kind not in _written()[group]]
+        for group, settings in groups.items()
+    }
+
+
+@cache
+def _written() -> dict[str, list[str]]:
     folders = sorted(path for path in shipped("conf").iterdir() if path.is_dir())
-    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+    return {folder.name: [file.stem for file in folder.glob("*.yaml")] for folder in folders}
 
 
 def config_dirs(arguments: Sequence[str]) -> list[Path]:

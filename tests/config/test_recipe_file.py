@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from quantflow.config import recipe_file
 from quantflow.config.recipe_file import (
     config_dirs,
     group_choices,
@@ -55,3 +56,13 @@ def test_a_file_is_described_by_its_first_comment(tmp_path: Path) -> None:
 def test_what_grows_out_of_a_small_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(RecipeError, match=re.escape(f"is no recipe: {message}")):
         read_recipe(write(tmp_path, "mine.yaml", text))
+
+
+def test_a_runtime_of_the_schema_needs_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not any(recipe_file.unwritten_kinds().values()), "what ships has a comment that says what it is"
+    written = {group: [name for name in names if name != "torch"] for group, names in recipe_file._written().items()}
+    monkeypatch.setattr(recipe_file, "_written", lambda: written)
+    assert recipe_file.unwritten_kinds() == {"runtime": ["torch"], "device": []}
+    monkeypatch.setattr(recipe_file, "group_choices", recipe_file.group_choices.__wrapped__)
+    assert recipe_file.group_choices()["runtime"] == ["auto", "native", "reference", "torch"]
+    assert recipe_file.group_choices()["mode"] == ["export", "imperative", "torchscript"]

@@ -36,7 +36,7 @@ from quantflow.search.steps import (
     possible_steps,
     taken,
 )
-from quantflow.search.workbench import FLOAT, INPUT_TERMS, WEIGHT_TERMS, Setting
+from quantflow.search.workbench import FLOAT, INPUT_TERMS, WEIGHT_TERMS, Setting, Workbench
 from quantflow.stages.record import Record
 from quantflow.store.journal import Journal
 
@@ -319,10 +319,31 @@ def artifact_files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_killed_and_resumed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+#: What a change costs is the same in every process: two searches that measure alike must decide alike.
+FIXED_CLOCK = """
+from quantflow.search.workbench import FLOAT, Workbench
+
+def cost_ms(setting):
+    return sum((2.0 if change == FLOAT else 0.5) + 0.01 * len(name) for name, change in setting.changes)
+
+def latency(self, setting, rounds=1):
+    return {"ms": 10 + cost_ms(setting), "start_ms": 10.0, "relative": 1 + cost_ms(setting) / 10}
+
+def added_ms(self, setting, changed):
+    return cost_ms(changed) - cost_ms(setting)
+"""
+
+
+def test_killed_and_resumed(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGKILL in the middle leaves the best so far, and the next run ends where an uninterrupted one does."""
+    clock: dict[str, Any] = {}
+    exec(FIXED_CLOCK, clock)
+    for name in ("latency", "added_ms"):
+        monkeypatch.setattr(Workbench, name, clock[name])
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "quantflow", *ARGUMENTS, LIMIT]
+    patched = "Workbench.latency, Workbench.added_ms = latency, added_ms"
+    run = f"{FIXED_CLOCK}\n{patched}\nfrom quantflow.cli.command import main\nmain()\n"
+    command = [sys.executable, "-c", run, *ARGUMENTS, LIMIT]
     with subprocess.Popen(command, cwd=place, env=environment, stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 300
         while process.poll() is None and time.monotonic() < deadline:

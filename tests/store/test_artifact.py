@@ -278,8 +278,10 @@ def test_kill_9_at_random_moments_leaves_a_whole_artifact(tmp_path: Path) -> Non
         for _ in range(12):
             writer.stdin.write("go\n")
             writer.stdin.flush()
-            child = int(writer.stdout.readline())
-            time.sleep(moments.uniform(0.005, 0.12))
+            before, child = directory.stat().st_ino, int(writer.stdout.readline())
+            while directory.stat().st_ino == before:  # until it has written something
+                time.sleep(0.001)
+            time.sleep(moments.uniform(0.0, 0.1))
             os.kill(child, signal.SIGKILL)
             assert writer.stdout.readline() == "dead\n"
             contents = read_artifact(directory)
