@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import pytest
@@ -40,6 +41,14 @@ class Stages:
 
 
 Quantize = Callable[..., Stages]
+
+
+@pytest.fixture(autouse=True)
+def _own_code_is_imported_afresh() -> Iterator[None]:
+    """Tests put modules of the name `mine` into folders of their own, and one process runs many tests."""
+    sys.modules.pop("mine", None)
+    yield
+    sys.modules.pop("mine", None)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ COMPARE = ["task=compare", "baseline=base", "compare=untimed"]
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with mine.py and two honest runs of one recipe, base and same."""
     folder = tmp_path_factory.mktemp("compare")
     shutil.copy(Path(__file__).parents[1] / "own_models.py", folder / "mine.py")
@@ -45,11 +45,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     try:
         assert cli.run([*RUN, "output=base"]) == 0
         assert cli.run([*RUN, "output=same"]) == 0
-        yield folder
     finally:
         os.chdir(before)
         sys.path[:] = path
         sys.modules.pop("mine", None)
+    return folder
 
 
 @pytest.fixture
