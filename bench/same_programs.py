@@ -93,6 +93,8 @@ QUICK_VARIATIONS = ("every algorithm", "mode=torchscript", "mode=imperative", "q
 MODULES = ("residual", "encoder", "depthwise")
 FILES = ("program.json", "weights.safetensors", "plan.json", "calibration.safetensors", "recipe.json")
 TEXTS = ("report.html", "report.md", "summary.md", "junit.xml", "graph.txt")
+#: A line about a stage that is over.
+STAGE_S = re.compile(r"((?:done|failed) +)[\d.]+ s")
 #: Fields of results.json that a clock decides.
 TIMED = re.compile(r"(.*_)?(seconds|ms|s)|stages|variants|benchmark|latency")
 LIMIT_S = 600.0
@@ -307,7 +309,7 @@ def tasks_case(runner: Runner) -> dict[str, Any]:
     return found | {"compare.json": _sha256(json.dumps(compared, sort_keys=True).encode())}
 
 
-#: Their exit code, stdout and stderr are compared to the letter.
+#: Their exit code, stdout and stderr are compared to the letter, but for what a stage took.
 COMMANDS: dict[str, tuple[str, ...]] = {
     "--help": ("--help",),
     "--version": ("--version",),
@@ -338,7 +340,11 @@ QUICK_COMMANDS = ("--help", "schema", "plan, mnist_cnn", "no such recipe", "no s
 def command_case(arguments: Sequence[str]) -> Callable[[Runner], dict[str, Any]]:
     def fingerprint(runner: Runner) -> dict[str, Any]:
         exit_code, out, error = runner.quantflow(*arguments)
-        return {"exit code": exit_code, "stdout": runner.neutral(out), "stderr": runner.neutral(error)}
+        return {
+            "exit code": exit_code,
+            "stdout": STAGE_S.sub(r"\1", runner.neutral(out)),
+            "stderr": runner.neutral(error),
+        }
 
     return fingerprint
 
@@ -383,7 +389,8 @@ def names_part() -> dict[str, Any]:
             found[name] = [n for n in dir(public) if not n.startswith("_")]
         if inspect.isfunction(public):
             found[name] = [f"{p.name}: {p.annotation} {p.kind}" for p in inspect.signature(public).parameters.values()]
-            found[f"{name}.__doc__"] = public.__doc__
+            # Where a module lies is not what a docstring promises.
+            found[f"{name}.__doc__"] = re.sub(r"\s*quantflow\.[\w.]+", "", " ".join((public.__doc__ or "").split()))
     return found
 
 

@@ -6,7 +6,7 @@
 
 // X(name, Name, aten, numbers, exact, real, onednn)
 //   name, Name: in program.json and C++, and after the k of kernels' constants
-//   aten: the op's name in PyTorch; lower.cpp reads the arguments of those that take any
+//   aten: the op's name in PyTorch; lowering/ops/activations.cpp reads the arguments of those that take any
 //   numbers: how many of `a` and `b` it has
 //   exact: f(x) in double, for tables of the host and as what tests compare with
 //   real: f(r) in float32, for the SYCL backend: on the host and, as text, in the kernels

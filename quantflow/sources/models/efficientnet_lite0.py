@@ -8,10 +8,11 @@ from pathlib import Path
 from torch import nn
 
 from quantflow.errors import UnavailableError
+from quantflow.numerics.seed import seeded
 from quantflow.sources.data.packages import file_in_package, missing_package
 from quantflow.sources.data.preprocess import ImagePreprocess
 from quantflow.sources.models.loaded import LoadedModel
-from quantflow.sources.models.weights import AUTO, RANDOM, apply_state, is_path, load_state, random_notice, seeded
+from quantflow.sources.models.weights import AUTO, RANDOM, apply_state, is_path, load_state, random_notice
 
 #: The TensorFlow Lite models' own normalisation of raw pixels.
 _PREPROCESS = ImagePreprocess(

@@ -19,9 +19,10 @@ from torch.nn import functional as F
 
 from quantflow.errors import ModelError, UnavailableError
 from quantflow.host.environment import cache_folder
+from quantflow.numerics.seed import seeded
 from quantflow.sources.data.digits import DIGITS_PREPROCESS, load_digits
 from quantflow.sources.models.loaded import LoadedModel, Progress
-from quantflow.sources.models.weights import AUTO, RANDOM, apply_state, is_path, load_state, random_notice, seeded
+from quantflow.sources.models.weights import AUTO, RANDOM, apply_state, is_path, load_state, random_notice
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from quantflow.errors import ModelError, UnavailableError, nearest
+from quantflow.numerics.seed import seeded
 from quantflow.sources.data.packages import missing_package
 from quantflow.sources.data.preprocess import ImagePreprocess
 from quantflow.sources.models.loaded import LoadedModel
@@ -26,7 +27,6 @@ from quantflow.sources.models.weights import (
     is_path,
     load_state,
     random_notice,
-    seeded,
 )
 
 logger = logging.getLogger(__name__)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from quantflow.errors import ModelError, UnavailableError
+from quantflow.numerics.seed import seeded
 from quantflow.sources.data.packages import missing_package, package_directory
 from quantflow.sources.data.preprocess import ImagePreprocess, TextPreprocess
 from quantflow.sources.models.loaded import LoadedModel
@@ -26,7 +27,6 @@ from quantflow.sources.models.weights import (
     is_path,
     load_state,
     random_notice,
-    seeded,
 )
 
 _DEFAULT_MAX_LENGTH = 128

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from quantflow.errors import ModelError
+from quantflow.numerics.seed import seeded
 from quantflow.sources.data.entry import call_entry, import_entry
 from quantflow.sources.models.loaded import LoadedModel, eval_mode
-from quantflow.sources.models.weights import seeded
 
 
 def load_entry(entry: str, kwargs: dict[str, Any], seed: int) -> LoadedModel:

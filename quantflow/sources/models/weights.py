@@ -120,14 +120,6 @@ def download_state(url: str) -> dict[str, torch.Tensor]:
     return state
 
 
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """torch's global generator at `seed` inside, as it was afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
 def draw_zero_weights(module: nn.Module) -> None:
     """Draws weights that an architecture initialises to zero, N(0, 1 / fan_in).
 

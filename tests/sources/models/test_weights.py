@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from quantflow.errors import ModelError, UnavailableError
+from quantflow.numerics.seed import seeded
 from quantflow.sources.models import weights
-from quantflow.sources.models.weights import apply_state, download_state, draw_zero_weights, load_state, seeded
+from quantflow.sources.models.weights import apply_state, download_state, draw_zero_weights, load_state
 
 
 def network() -> nn.Sequential:
