@@ -43,6 +43,11 @@ class Stages:
 Quantize = Callable[..., Stages]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow ones first: at the end no worker waits long for the other."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def _own_code_is_imported_afresh() -> Iterator[None]:
     """Tests put modules of the name `mine` into folders of their own, and one process runs many tests."""
