@@ -16,7 +16,7 @@ alone, so that modules may be moved and renamed. Without --other-python the runn
 - commands: --help, the schema, plans, sensitivities, exit codes and messages; names: what Python code can reach.
 
 Searches (`*_tuned` recipes) decide by measured time: those recipes are run without their search (tune=none), and of a
-search only the key of its journal is compared. Left out besides, because clocks or the moment decide: manifest.json,
+search only the keys are compared. Left out besides, because clocks or the moment decide: manifest.json,
 seconds and milliseconds, the warm-up's `variants`, and every number of a printed text.
 """
 
@@ -127,6 +127,8 @@ class Runner:
             **{name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")},
             "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "XDG_CACHE_HOME": str(folder / "cache"), "COLUMNS": "120",
             "NO_COLOR": "1", "TERM": "dumb", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
+            # Where processes wait for each other's measurements: other cases and other users don't count.
+            "TMPDIR": str(folder / "tmp"),
         }  # fmt: skip
 
     def start(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
@@ -593,6 +595,7 @@ def fingerprints(
             shutil.rmtree(folder, ignore_errors=True)
             cache = folder / "cache" / "quantflow"
             cache.mkdir(parents=True)
+            (folder / "tmp").mkdir()
             (folder / EVERY).write_text(EVERY_TEXT)
             for file in trained:
                 shutil.copy(file, cache)

@@ -10,6 +10,8 @@ measures is the ratio of the two in that round. quantflow's public names are all
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import statistics
@@ -115,7 +117,8 @@ def answer(models: dict[str, int]) -> None:
         small = [f"data.size={size}", "data.calibration=4", "data.evaluation=4", "evaluate=disabled", "gates=none"]
         asked = ["model=torchvision", f"model.name={name}", "model.weights=random", "data=photos", *small]
         quiet = ["benchmark=disabled", "report=quiet", "runtime=native", f"output={name}"]
-        model = quantflow.run(quantflow.load_recipe("template", [*asked, *quiet]))
+        with contextlib.redirect_stdout(io.StringIO()):  # standard output is for answers
+            model = quantflow.run(quantflow.load_recipe("template", [*asked, *quiet]))
         batches = [torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))]
         ready[name], saved[name] = (model, batches[0][:1].clone()), Path(f"{name}.int8")
         model.save(saved[name])
