@@ -279,7 +279,8 @@ def test_kill_9_at_random_moments_leaves_a_whole_artifact(tmp_path: Path) -> Non
             writer.stdin.write("go\n")
             writer.stdin.flush()
             before, child = directory.stat().st_ino, int(writer.stdout.readline())
-            while directory.stat().st_ino == before:  # until it has written something
+            while not directory.exists() or directory.stat().st_ino == before:  # until it has written something
+                assert os.waitid(os.P_PID, writer.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None, "the writer ended"
                 time.sleep(0.001)
             time.sleep(moments.uniform(0.0, 0.1))
             os.kill(child, signal.SIGKILL)
