@@ -146,7 +146,7 @@ def _one_flip_db(reference: Compiled, batch: Batch) -> float:
     """The reference against itself, with one code per sample of the first layer's output moved by one step."""
     program, runner = reference.program, reference.runner
     assert isinstance(runner, ReferenceRunner)
-    inputs = bind(program.inputs, batch.args, batch.kwargs)
+    inputs = bind(program, batch.args, batch.kwargs)
     _, first, *_ = (
         node for node in program.nodes if node.output in program.values
     )  # the input's own codes, then these

@@ -18,7 +18,7 @@ from quantflow.schema import PRESETS, Recipe
 from quantflow.search.bench import analyse
 from quantflow.sources.data import Batch, Data, as_batches
 from quantflow.sources.data.samples import hash_of, identity_of
-from quantflow.sources.models import LoadedModel
+from quantflow.sources.models import LoadedModel, usable
 from quantflow.tasks.run import quantized
 
 Module = nn.Module | torch.jit.ScriptModule | torch.export.ExportedProgram
@@ -33,6 +33,7 @@ def quantize(
     algorithms: str | Sequence[Any] = "none",
     policy: Mapping[str, str] | None = None,
     mode: str | Mapping[str, Any] = "export",
+    dynamic: str | Mapping[str, Mapping[int, str]] = "auto",
     runtime: str = "auto",
     device: str = "auto",
     evaluation: Iterable[Any] | None = None,
@@ -46,8 +47,9 @@ def quantize(
 
     Args:
         module: any nn.Module (used as it is, not modified), a ScriptModule, or an ExportedProgram.
-        batches: calibration input: tensors, tuples of tensors (positional), dicts (keywords), or Batch objects;
-            dimension 0 is the batch. 64 to 512 samples that look like real input are enough.
+        batches: calibration input: tensors, tuples (positional), dicts (keywords), or Batch objects; dimension 0 is
+            the batch. An input is a tensor, None, a flag, a number, a string, or a list, tuple or dict of them; what is
+            no tensor becomes a constant of the model. 64 to 512 samples that look like real input are enough.
         qconfig: a preset ("sym_int8", "affine_uint8", "sym_uint8", "affine_int8") or a dict as in a recipe, such as
             {"activation": {"qscheme": "affine", "dtype": "uint8"}, "weight": {"granularity": "per_channel"}}.
         layers: overrides by exact name, glob or op type: {"layer4.*": {"activation": {...}}, "fc": "float"}.
@@ -55,6 +57,8 @@ def quantize(
             ["equalize", {"name": "bias_correction", "method": "full"}].
         policy: which ops beside convolutions and linears may be int8, such as {"matmul": "int8", "embedding": "int8"}.
         mode: "export", "torchscript" or "imperative"; {"kind": "torchscript", "method": "script"} to script.
+        dynamic: which sizes vary beside the number of samples: "auto" (those in which the batches differ), "none", or
+            {input: {dimension: name}}, such as {"input_ids": {1: "length"}, "attention_mask": {1: "length"}}.
         runtime: "auto", "native", "torch" or "reference".
         device: "auto", "cpu" or "xpu".
         evaluation: input to compare int8 with float on; None compares on the calibration batches.
@@ -84,6 +88,7 @@ def quantize(
             "algorithms": algorithms,
             "policy": dict(policy or {}),
             "mode": {"kind": mode} if isinstance(mode, str) else dict(mode),
+            "dynamic": dynamic if isinstance(dynamic, str) else {k: dict(v) for k, v in dynamic.items()},
             "runtime": {"kind": runtime},
             "device": {"kind": device},
             "benchmark": {"enabled": benchmark},
@@ -157,9 +162,8 @@ def _source(module: Module, calibration: list[Batch], compared: list[Batch]) -> 
             f"module: is a {type(module).__name__}; pass an nn.Module, a ScriptModule or an ExportedProgram"
         )
     identity = identity_of("given", {"calibration": _identity(calibration), "evaluation": _identity(compared)})
-    return Source(
-        LoadedModel(module, type(module).__name__, weights_used="as given"), Data(calibration, compared, identity)
-    )
+    model = usable(LoadedModel(module, type(module).__name__, weights_used="as given"))
+    return Source(model, Data(calibration, compared, identity))
 
 
 @contextlib.contextmanager
@@ -197,4 +201,4 @@ def _identity(batches: list[Batch]) -> tuple[list[str], str]:
         for index, b in enumerate(batches)
         for name in (b.ids or tuple(f"batch {index}.{row}" for row in range(b.size)))
     ]
-    return ids, hash_of(tensor for b in batches for tensor in (*b.args, *b.kwargs.values()))
+    return ids, hash_of(tensor for b in batches for tensor in b.tensors)

@@ -112,7 +112,8 @@ class QuantizedScript(torch.jit.RecursiveScriptModule):  # type: ignore[misc]
     def __call__(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
         # A call on a deserialized or plain ScriptModule skips this check; the result is the same.
         with torch.inference_mode():
-            return super().__call__(*bind(self.compiled.program.inputs, args, kwargs))
+            output = super().__call__(*bind(self.compiled.program, args, kwargs))
+            return self.compiled.returned(output)
 
     def save(self, path: str | Path, **options: Any) -> Any:
         if str(path).endswith(_SCRIPT_FILES):

@@ -362,7 +362,7 @@ MODELS = [
     ),
     case("weights that overflow", [*RUN, "model.entry=mine:overflows"], 2, "Inf", "check the model's weights"),
     case(
-        "a half-precision model", [*RUN, "model.entry=mine:half"], 2, "'stem.0.weight' is float16", "call model.float()"
+        "a half-precision model on float32", [*RUN, "model.entry=mine:half"], 2, "model fails on the first batch"
     ),
     case(
         "a model that was never initialised",
@@ -569,8 +569,7 @@ DATA = [
         [*MODEL, *OWN_DATA, "data.entry=mine:odd_one_out", *SHORT],
         2,
         "batch 2",
-        "found",
-        "the first batch had input 0 [3, 8, 8]",
+        "dimension 1 of x is 4 and was 3 in the first batch",
         "give every sample the shape",
     ),
     case("a late NaN", [*MODEL, *OWN_DATA, "data.entry=mine:late_nan", *SHORT], 2, "batch 2", "NaN"),
@@ -797,8 +796,8 @@ ARTIFACTS = [
         "a newer program",
         ["task=inspect", ART],
         2,
-        "program.json: format 2 is newer",
-        prepare=forged("program.json", lambda p: p.update(format=2)),
+        "program.json: format 3 is newer",
+        prepare=forged("program.json", lambda p: p.update(format=3)),
     ),
     case("a negative scale", AGAIN, 2, "program.json", "scale", "-0.5", prepare=forged("program.json", negative_scale)),
     case(

@@ -136,7 +136,7 @@ def _seen(
 
     with torch.inference_mode():
         for done, batch in enumerate(batches, start=1):
-            interpret(graph, bind(graph.inputs, batch.args, batch.kwargs), on_value)
+            interpret(graph, bind(graph, batch.args, batch.kwargs), on_value)
             material.update(done, len(batches))
     judges = max(1, len(batches) // HELD_OUT)
     return {name: (torch.cat(w[:-judges] or w, 1), torch.cat(w[-judges:], 1)) for name, w in parts.items()}

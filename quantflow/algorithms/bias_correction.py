@@ -96,7 +96,7 @@ def _fast(
     batches = material.first(settings.samples)
     with torch.inference_mode():
         for done, batch in enumerate(batches, start=1):
-            interpret(graph, bind(graph.inputs, batch.args, batch.kwargs), on_value)
+            interpret(graph, bind(graph, batch.args, batch.kwargs), on_value)
             material.update(done, len(batches))
     changes = []
     for planned in allowed:

@@ -147,7 +147,7 @@ class _Measured:
 
         with torch.inference_mode():
             for done, batch in enumerate(batches, start=1):
-                interpret(graph, bind(graph.inputs, batch.args, batch.kwargs), on_value)
+                interpret(graph, bind(graph, batch.args, batch.kwargs), on_value)
                 material.update(done, len(batches))
 
 
@@ -400,4 +400,4 @@ def _spread(ranges: torch.Tensor) -> float:
 
 def _outputs(graph: Graph, batch: Batch) -> list[torch.Tensor]:
     with torch.inference_mode():
-        return float_leaves(interpret(graph, bind(graph.inputs, batch.args, batch.kwargs)))
+        return float_leaves(interpret(graph, bind(graph, batch.args, batch.kwargs)))

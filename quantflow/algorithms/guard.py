@@ -154,7 +154,7 @@ class Guard:
         if not self._float:
             graph = self._graph
             with torch.inference_mode():
-                runs = [interpret(graph, bind(graph.inputs, b.args, b.kwargs)) for b in self._batches]
+                runs = [interpret(graph, bind(graph, b.args, b.kwargs)) for b in self._batches]
             self._float = [float_leaves(output) for output in runs]
         signal, noise = ([0.0] * len(self._float[0]) for _ in range(2))
         for batch, wanted in zip(self._batches, self._float, strict=True):

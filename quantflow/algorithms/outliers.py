@@ -142,7 +142,7 @@ def find_outliers(settings: OutlierSettings, graph: Graph, plan: Plan, material:
 
     with torch.inference_mode():
         for done, batch in enumerate(batches, start=1):
-            interpret(graph, bind(graph.inputs, batch.args, batch.kwargs), on_value)
+            interpret(graph, bind(graph, batch.args, batch.kwargs), on_value)
             material.update(done, len(batches))
         found = [each for seen in inputs.values() if seen.rows for each in _judged(settings, graph, plan, seen)]
     return Outliers(tuple(found))

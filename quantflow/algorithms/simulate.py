@@ -70,7 +70,7 @@ def walk(
     graph, plan = prepared.graph, prepared.plan
     unit_of = {node: planned for planned in plan.units for node in planned.unit.nodes}
     total = plan.int8_layers
-    streams = [_Stream(graph.constants, bind(graph.inputs, b.args, b.kwargs)) for b in batches]
+    streams = [_Stream(graph.constants, bind(graph, b.args, b.kwargs)) for b in batches]
     frees, done = last_uses(graph.fx), 0
     with torch.inference_mode():
         for node in graph.fx.nodes:
@@ -114,7 +114,7 @@ def simulate(prepared: Prepared, refined: Refined, batch: Batch) -> Any:
     """What the int8 model returns for a batch: the second stream of `walk` alone."""
     graph, plan = prepared.graph, prepared.plan
     unit_of = {node: planned for planned in plan.units if planned.is_int8 for node in planned.unit.nodes}
-    inputs = iter(bind(graph.inputs, batch.args, batch.kwargs))
+    inputs = iter(bind(graph, batch.args, batch.kwargs))
     frees = last_uses(graph.fx)
     values: Values = {}
     coded: Values = {}

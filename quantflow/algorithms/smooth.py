@@ -218,7 +218,7 @@ def _sources(
             sizes[node] = value
 
     with torch.inference_mode():
-        interpret(graph, bind(graph.inputs, sample.args, sample.kwargs), on_value)
+        interpret(graph, bind(graph, sample.args, sample.kwargs), on_value)
     return {group.x: _find_source(graph, group, sizes, shapes, material.fixed) for group in groups}
 
 
@@ -234,7 +234,7 @@ def _observe(groups: Sequence[_Group], graph: Graph, batches: Sequence[Batch], m
 
     with torch.inference_mode():
         for batch in batches:
-            interpret(graph, bind(graph.inputs, batch.args, batch.kwargs), on_value)
+            interpret(graph, bind(graph, batch.args, batch.kwargs), on_value)
 
 
 # --- alpha

@@ -63,7 +63,7 @@ def join_costs(prepared: Prepared, refined: Refined, batches: Sequence[Batch]) -
                 errors[node].add(value, _rounded(node, places[node], kept, prepared, refined))
 
         with torch.inference_mode():
-            interpret(prepared.graph, bind(prepared.graph.inputs, batch.args, batch.kwargs), on_value)
+            interpret(prepared.graph, bind(prepared.graph, batch.args, batch.kwargs), on_value)
     joins = []
     for node, planned in places.items():
         saved = sum(operand.name in written for operand in _operands(planned)) + planned.writes_codes

@@ -96,7 +96,7 @@ def _float_values(graph: Graph, batch: Batch) -> dict[str, Any]:
             )  # a later op may write to it
 
     with torch.inference_mode():
-        interpret(graph, bind(graph.inputs, batch.args, batch.kwargs), keep)
+        interpret(graph, bind(graph, batch.args, batch.kwargs), keep)
     return values
 
 

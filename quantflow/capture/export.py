@@ -1,22 +1,28 @@
-"""torch.export → Graph: the default capture, with a dynamic batch dimension."""
+"""torch.export → Graph: the default capture, with a dynamic batch dimension and other sizes that vary."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import ConstantArgument, InputKind
 
+from quantflow.capture.export_sizes import described_input, limits_of, require_dynamic
+from quantflow.capture.place import class_name, last_line, line_of
+from quantflow.capture.sizes import FIXED, Sizes
 from quantflow.errors import CaptureError, first_line
 from quantflow.ir import activations
 from quantflow.ir.batch import Batch
-from quantflow.ir.graph import Graph, Input, arguments, name_layers, op_name
+from quantflow.ir.calls import Input
+from quantflow.ir.graph import Graph, arguments, name_layers, op_name
 from quantflow.ir.passes.normalize import simplify
+from quantflow.ir.structure import plain
 
 #: Ops that every pass knows by these names, and whose result is no part of an operand's memory.
 _FRESH = frozenset(
@@ -30,43 +36,57 @@ _FRESH = frozenset(
 _VIEWS = frozenset(["flatten", "view", "reshape", "permute", "transpose", "contiguous", "dropout"])
 
 
-def capture_export(model: nn.Module | torch.export.ExportedProgram, example: Batch) -> Graph:
+def capture_export(
+    model: nn.Module | torch.export.ExportedProgram,
+    example: Batch,
+    sizes: Sizes = FIXED,
+    names: Sequence[str] | None = None,
+) -> Graph:
     """Capture a module, or take over a saved ExportedProgram.
 
     Args:
         example: one calibration batch. A batch of one is doubled, because torch.export treats the size 1 as a constant.
+        sizes: what varies beside the number of samples.
+        names: of the inputs, where the module takes tensors by position and has no better names for them.
 
     Raises:
-        CaptureError: torch.export refuses the model; the message carries its first line and the other modes to try.
+        CaptureError: torch.export refuses the model, or the model fixes a size that varies; the message carries the
+            line of its code, and the other modes to try.
     """
     if isinstance(model, torch.export.ExportedProgram):
         program = model
     else:
         model = model.eval()
         try:
-            program = _export(model, at_least_two(example))
+            program = _export(model, at_least_two(example), sizes)
         except CaptureError:
             if example.size != 1:
                 raise
-            program = _export(model, example)  # code for one sample at a time
+            program = _export(model, example, sizes)  # code for one sample at a time
+    limits = limits_of(program)
     if _is_plain(program):
-        graph = _to_graph(program)
+        graph = _to_graph(program, sizes, names)
         _take_out_of_place(graph.fx)
-        return simplify(graph)
-    with _without_noise(), torch.no_grad():
-        program = program.run_decompositions({})
-    return simplify(_to_graph(program))
+    else:
+        with _without_noise(), torch.no_grad():
+            program = program.run_decompositions({})
+        graph = _to_graph(program, sizes, names)
+    if sizes:
+        require_dynamic(program, graph, sizes, model)
+    return simplify(replace(graph, limits=limits(graph)))
 
 
-def _export(model: nn.Module, batch: Batch) -> torch.export.ExportedProgram:
+def _export(model: nn.Module, batch: Batch, sizes: Sizes = FIXED) -> torch.export.ExportedProgram:
     try:
-        shapes = _dynamic_batch(model, batch)
+        shapes = _dynamic(model, batch, sizes)
         with plain_attention(), _without_noise(), torch.no_grad():
             return torch.export.export(model, batch.args, dict(batch.kwargs), dynamic_shapes=shapes, strict=False)
     except Exception as error:
+        where = line_of(error)
         raise CaptureError(
-            f"mode: torch.export can't capture {type(model).__name__}: {first_line(error)}; "
-            "try mode=torchscript (traces one path through the code) or mode=imperative"
+            f"mode: torch.export can't capture {class_name(model)}: {first_line(error)}"
+            + (f" (at {where})" if where else "")
+            + "; try mode=torchscript (traces one path through the code) or mode=imperative"
         ) from error
 
 
@@ -149,36 +169,41 @@ def at_least_two(batch: Batch) -> Batch:
     if batch.size != 1:
         return batch
 
-    def double(x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x
-
-    return Batch(args=tuple(double(x) for x in batch.args), kwargs={k: double(v) for k, v in batch.kwargs.items()})
+    return batch.mapped(lambda x: torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x)
 
 
-def _dynamic_batch(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """Dimension 0 is dynamic in every input that shares the batch size; torch.export decides the rest."""
+def _dynamic(model: nn.Module, batch: Batch, sizes: Sizes) -> dict[str, Any]:
+    """Dynamic are dimension 0 of every input that shares the batch size, and what varies; torch.export decides."""
+    place = {id(x): at for at, x in enumerate(batch.tensors)}
 
-    def of(x: torch.Tensor) -> dict[int, Any]:
-        return {0: torch.export.Dim.AUTO} if x.dim() and x.shape[0] == batch.size else {}
+    def of(x: Any) -> dict[int, Any] | None:
+        if not isinstance(x, torch.Tensor):
+            return None
+        dims = [dim for at, dim in sizes.names if at == place[id(x)]]
+        if x.dim() and x.shape[0] == batch.size:
+            dims.append(0)
+        return dict.fromkeys(sorted(set(dims)), torch.export.Dim.AUTO)
 
     bound = inspect.signature(model.forward).bind(*batch.args, **batch.kwargs)
     return {name: torch.utils._pytree.tree_map(of, value) for name, value in bound.arguments.items()}
 
 
-def _to_graph(program: torch.export.ExportedProgram) -> Graph:
+def _to_graph(program: torch.export.ExportedProgram, sizes: Sizes, names: Sequence[str] | None) -> Graph:
     constants: dict[str, torch.Tensor] = {}
     lifted: dict[str, str] = {}
+    own = "" if names is None else "module."
     for spec in program.graph_signature.input_specs:
         if spec.kind is InputKind.USER_INPUT:
             continue
+        name = str(spec.target).removeprefix(own)
         if spec.kind is InputKind.CONSTANT_TENSOR:
-            constants[spec.target] = program.constants[spec.target].detach()
+            constants[name] = program.constants[spec.target].detach()
         elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
             source = program.state_dict if spec.target in program.state_dict else program.constants
-            constants[spec.target] = source[spec.target].detach()
+            constants[name] = source[spec.target].detach()
         else:
             raise CaptureError(f"mode: the exported program takes a {spec.kind.name.lower()}, which has no int8 form")
-        lifted[spec.arg.name] = spec.target
+        lifted[spec.arg.name] = name
 
     if written := list(program.graph_signature.user_inputs_to_mutate.values()):
         raise CaptureError(
@@ -186,7 +211,8 @@ def _to_graph(program: torch.export.ExportedProgram) -> Graph:
             "let it work on a copy (x = x.clone())"
         )
     in_spec = program.call_spec.in_spec
-    keywords = list(in_spec.child(1).context) if in_spec is not None and in_spec.num_children > 1 else []
+    takes_keywords = in_spec is not None and in_spec.num_children > 1 and names is None
+    keywords = list(in_spec.child(1).context) if takes_keywords else []
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     inputs: list[Input] = []
@@ -201,19 +227,22 @@ def _to_graph(program: torch.export.ExportedProgram) -> Graph:
             user = [o.arg for o in program.graph_signature.output_specs if o.kind.name == "USER_OUTPUT"]
             named = {n.name: n for n in program.graph.nodes}
             flat = [a.value if isinstance(a, ConstantArgument) else values[named[a.name]] for a in user]
-            graph.output(_structure(program, flat))
+            graph.output(tuple(flat) if names is not None else _structure(program, flat))
             continue
+        _require_an_op(node)
         values[node] = copied = graph.node_copy(node, values.__getitem__)
         copied.meta = {}
         _describe(copied, node.meta.get("val"))
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         if stack and not stack[-1][0].startswith("_"):
-            copied.meta["module"] = stack[-1][0].replace("L['self'].", "").replace("L['self']", "")
+            copied.meta["module"] = _path(stack[-1][0], is_flat=names is not None)
             copied.meta["module_is_leaf"] = "torch.nn.modules" in str(stack[-1][1])
         if node.op == "placeholder":
             index = len(inputs)
             keyword = keywords[index - positional] if index >= positional else None
-            inputs.append(Input(copied.name, keyword, _dtype_name(copied), copied.meta["shape"]))
+            if names is not None:
+                copied._rename(names[index])
+            inputs.append(described_input(copied, node.meta["val"], index, keyword, inputs, sizes, placeholders))
     notes = []
     dynamic = any(item.shape and item.shape[0] is None for item in inputs)
     if not dynamic:
@@ -226,6 +255,12 @@ def _to_graph(program: torch.export.ExportedProgram) -> Graph:
     return Graph(graph, constants, tuple(inputs), dynamic, tuple(notes))
 
 
+def _path(module: str, *, is_flat: bool) -> str:
+    """A module's name in the user's model; `Flat` holds that as "module"."""
+    path = module.replace("L['self'].", "").replace("L['self']", "")
+    return path.removeprefix("module").removeprefix(".") if is_flat else path
+
+
 def _structure(program: torch.export.ExportedProgram, flat: list[Any]) -> Any:
     """The model's output in its own nesting, with model-output classes turned into plain dicts."""
     spec = program.call_spec.out_spec
@@ -234,13 +269,21 @@ def _structure(program: torch.export.ExportedProgram, flat: list[Any]) -> Any:
     return plain(torch.utils._pytree.tree_unflatten(flat, spec))
 
 
-def plain(output: Any) -> Any:
-    """Tensors (or nodes) nested in plain tuples, lists and dicts; empty entries of model-output classes dropped."""
-    if isinstance(output, Mapping) or hasattr(output, "keys"):
-        return {str(k): plain(output[k]) for k in output.keys() if output[k] is not None}  # noqa: SIM118
-    if isinstance(output, (tuple, list)):
-        return type(output)(plain(x) for x in output) if type(output) in (tuple, list) else tuple(map(plain, output))
-    return output
+def _require_an_op(node: fx.Node) -> None:
+    """
+    Raises:
+        CaptureError: the node runs one of several graphs (torch.cond), or a graph of its own.
+    """
+    if node.op == "get_attr" or isinstance(node.target, torch._ops.HigherOrderOperator):
+        what = node.target if node.op == "get_attr" else f"torch.{getattr(node.target, '__name__', node.target)}"
+        where = last_line(node.meta.get("stack_trace"))
+        raise CaptureError(
+            f"mode: the model runs {what}"
+            + (f" (at {where})" if where else "")
+            + ", a choice or a loop that depends on "
+            "the data, which an int8 graph can't hold; leave it out of the part that is quantized, or write it with "
+            "torch.where"
+        )
 
 
 def _describe(node: fx.Node, value: Any) -> None:
@@ -252,7 +295,3 @@ def _describe(node: fx.Node, value: Any) -> None:
 def _static(size: torch.SymInt) -> int | None:
     expression = size.node.expr
     return int(expression) if expression.is_number else None
-
-
-def _dtype_name(node: fx.Node) -> str:
-    return str(node.meta["dtype"]).removeprefix("torch.")

@@ -11,7 +11,7 @@ import torch
 
 from quantflow.analysis.layer_errors import own_errors
 from quantflow.executor.run import Run
-from quantflow.executor.source import Source, Update, cut
+from quantflow.executor.source import Source, Update, cut, takes
 from quantflow.host.environment import environment
 from quantflow.ir.batch import Batch
 from quantflow.ir.binding import bind
@@ -103,7 +103,7 @@ def _inputs(program: Program, source: Source) -> str:
 
 def _layer_errors(graph: Graph, compiled: Compiled, source: Source, update: Update) -> dict[str, Any]:
     """`per_layer`: each layer's error with those before it, and its own; `histograms` of the worst layers."""
-    batch = cut(next(iter(source.data.evaluation)), LAYER_SAMPLES, is_dynamic=graph.batch_is_dynamic)
+    batch = cut(next(iter(source.data.evaluation)), LAYER_SAMPLES, graph)
     program = compiled.program
     names = {node.name: str(node.meta.get("layer", node.name)) for node in graph.fx.nodes}
     computed = {
@@ -113,14 +113,14 @@ def _layer_errors(graph: Graph, compiled: Compiled, source: Source, update: Upda
     def float_run(batch: Batch, on_value: Callable[[str, torch.Tensor], None]) -> None:
         interpret(
             graph,
-            bind(graph.inputs, batch.args, batch.kwargs),
+            bind(graph, batch.args, batch.kwargs),
             lambda node, value: (
                 on_value(computed[node.name], value) if _is_real(value) and node.name in computed else None
             ),
         )
 
     def int8_run(batch: Batch, on_value: Callable[[str, torch.Tensor], None]) -> None:
-        for done, (name, value) in enumerate(compiled.trace(bind(program.inputs, batch.args, batch.kwargs)), start=1):
+        for done, (name, value) in enumerate(compiled.trace(bind(program, batch.args, batch.kwargs)), start=1):
             update(done, 2 * len(program.nodes))
             if name in computed and name in names and _is_real(value):
                 on_value(computed[name], value)
@@ -129,7 +129,7 @@ def _layer_errors(graph: Graph, compiled: Compiled, source: Source, update: Upda
     own, histograms = own_errors(
         graph,
         compiled,
-        cut(batch, OWN_SAMPLES, is_dynamic=graph.batch_is_dynamic),
+        cut(batch, OWN_SAMPLES, graph),
         lambda done, total: update(total + done, 2 * total),
     )
     for row in rows:
@@ -145,7 +145,8 @@ def _is_real(value: Any) -> bool:
 def _benchmark(run: Run, compiled: Compiled, call: Call, update: Update) -> dict[str, Any]:
     settings, program, float_model = run.recipe.benchmark, compiled.program, run.source.float_model()
     first = next(iter(run.source.data.evaluation))
-    sizes = settings.batch_sizes if program.batch_is_dynamic else (first.size,)
+    sizes = [size for size in settings.batch_sizes if program.batch_is_dynamic and takes(program, first, size)]
+    sizes = sizes or [first.size]
     total, configs = len(sizes) * settings.rounds, []
     with timing.threads(settings.threads) as threads, torch.inference_mode():
         for done, size in enumerate(sizes):
@@ -164,7 +165,7 @@ def _benchmark(run: Run, compiled: Compiled, call: Call, update: Update) -> dict
         if settings.per_layer:
             batch = timing.resized(first, sizes[0])
             repeats = int(PER_LAYER_MS / max(configs[0]["int8"]["median_ms"], 1e-3))
-            inputs = bind(program.inputs, batch.args, batch.kwargs)
+            inputs = bind(program, batch.args, batch.kwargs)
             per_layer = compiled.runner.profile(inputs, max(1, min(MOST_REPEATS, repeats)))
     int8_bytes, float_bytes = len(weights_bytes(program)), run.source.float_bytes()
     section = {

@@ -133,7 +133,7 @@ def _int8_proof(built: Built, source: Source) -> dict[str, Any]:
         runs = int8_calls(built.module, source.first_batch)
     if runs == 0:
         raise NothingQuantizedError("int8 proof: no int8 layer runs in the converted model; nothing was quantized")
-    batch = cut(source.first_batch, 1, is_dynamic=built.graph.batch_is_dynamic)
+    batch = cut(source.first_batch, 1, built.graph)
     difference = evaluate(source.float_model(), built.call, [batch])
     constant = difference["float_max_abs"] == 0
     if difference["identical"] and not constant:
@@ -170,6 +170,6 @@ def _graph_text(run: Run, built: Built) -> str:
             "\n".join(f"{node.output} = {node.fused_name}({', '.join(node.refs())})" for node in built.program.nodes)
             + "\n"
         )
-    batch = cut(run.source.first_batch, 1, is_dynamic=built.graph.batch_is_dynamic)
+    batch = cut(run.source.first_batch, 1, built.graph)
     with torch.inference_mode():
-        return str(script.graph_for(*bind(built.program.inputs, batch.args, batch.kwargs)))
+        return str(script.graph_for(*bind(built.program, batch.args, batch.kwargs)))

@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantflow.capture import plain
 from quantflow.errors import DataError, UsageError
 from quantflow.ir.batch import Batch
+from quantflow.ir.binding import sizes_of
+from quantflow.ir.calls import BATCH, fitting
+from quantflow.ir.graph import Graph
+from quantflow.ir.program import Program
+from quantflow.ir.structure import plain
 from quantflow.schema import Recipe
 from quantflow.sources.data import Data, load_data
-from quantflow.sources.models import LoadedModel, estimate_batchnorm, load_model
+from quantflow.sources.models import LoadedModel, estimate_batchnorm, load_model, usable
 from quantflow.stages.benchmark import resized
 
 Update = Callable[[int, int | None], None]
@@ -45,7 +49,7 @@ class Source:
 
     def float_model(self) -> Callable[..., Any]:
         """The float model as a callable whose output has plain structure."""
-        module = self.model.module
+        module = self.model.original or self.model.module
         run = module.module() if isinstance(module, torch.export.ExportedProgram) else module
         return lambda *args, **kwargs: plain(run(*args, **kwargs))
 
@@ -60,13 +64,26 @@ def load_source(recipe: Recipe, update: Update | None = None) -> Source:
     """Model and data of a recipe; random weights get BatchNorm statistics from the calibration data."""
     if recipe.model is None:
         raise UsageError("model: is required; choose one (model=torchvision model.name=resnet50) or a recipe that does")
-    model = load_model(recipe.model, recipe.seed, update)
+    model = usable(load_model(recipe.model, recipe.seed, update))
     data = load_data(recipe.data, model.preprocess, recipe.seed)
     if model.batchnorm_to_estimate and isinstance(model.module, nn.Module):
         estimate_batchnorm(model.module, data.calibration, update)
     return Source(model, data)
 
 
-def cut(batch: Batch, samples: int, *, is_dynamic: bool) -> Batch:
-    """The first samples of a batch, at most so many; the whole batch where the model takes one size only."""
-    return resized(batch, min(samples, batch.size)) if is_dynamic else batch
+def cut(batch: Batch, samples: int, model: Graph | Program) -> Batch:
+    """The first samples of a batch, as few as the model takes from `samples` on; all where it takes one size only."""
+    if not model.batch_is_dynamic:
+        return batch
+    samples = min(samples, batch.size)
+    if model.limits:
+        samples = fitting(model.limits, sizes_of(model, batch), samples, batch.size)
+    return resized(batch, samples)
+
+
+def takes(model: Graph | Program, batch: Batch, samples: int) -> bool:
+    """Whether the model takes so many samples of what the batch holds."""
+    if not model.limits:
+        return True
+    sizes = {**sizes_of(model, batch), BATCH: samples}
+    return all(limit.holds(sizes) for limit in model.limits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import replace
 
@@ -9,11 +10,13 @@ from torch import nn
 
 from quantflow.algorithms import NO_OUTLIERS, Applied, Outliers, rewrite
 from quantflow.algorithms.kept import KeptAlgorithms
-from quantflow.capture import capture, likely_seconds
+from quantflow.capture import capture, find_sizes, likely_seconds, shorter
+from quantflow.errors import DataError
 from quantflow.executor.built import Built, Converted
 from quantflow.executor.run import Run
-from quantflow.executor.source import Update, cut
+from quantflow.executor.source import Update, cut, takes
 from quantflow.ir.batch import Batch
+from quantflow.ir.binding import bind
 from quantflow.ir.graph import Graph
 from quantflow.ir.passes.int8_embeddings import int8_embeddings
 from quantflow.ir.plan import Plan
@@ -40,7 +43,15 @@ def captured(run: Run, example: Batch) -> Graph:
 
 def graph_of(run: Run, example: Batch) -> Graph:
     """The captured graph, with what the policy asks for before anything is planned."""
-    graph = capture(run.source.model.module, example, run.recipe.mode)
+    source = run.source
+    graph = capture(
+        source.model.module,
+        example,
+        run.recipe.mode,
+        dynamic=run.recipe.dynamic,
+        batches=source.data.of_own_shapes,
+        original=source.model.original,
+    )
     return int8_embeddings(graph) if run.recipe.policy.embedding == "int8" else graph
 
 
@@ -116,10 +127,11 @@ def ready(run: Run, graph: Graph, converted: Converted, module: nn.Module | None
         with run.progress.stage("warm up") as stage:
             warm = warmup(
                 compiled,
-                cut(example, VERIFIED_SAMPLES, is_dynamic=graph.batch_is_dynamic),
+                cut(example, VERIFIED_SAMPLES, graph),
                 iterations=run.recipe.warmup.iterations,
                 min_sqnr_db=run.recipe.warmup.min_sqnr_db,
                 call=swapped,
+                others=[cut(other, VERIFIED_SAMPLES, graph) for other in other_sizes(run, graph, example)],
                 tuned_for=_tuned_for(run, graph, example),
                 alone=run.progress.alone,
                 progress=stage.update,
@@ -127,8 +139,27 @@ def ready(run: Run, graph: Graph, converted: Converted, module: nn.Module | None
     return Built(graph, plan, converted.table, program, compiled, warm, swapped, converted.algorithms)
 
 
+def other_sizes(run: Run, graph: Graph, example: Batch) -> list[Batch]:
+    """A batch of other sizes than the example's, where sizes vary: from the data, or the example cut."""
+    varying = {
+        (at, dim): size
+        for at, item in enumerate(graph.inputs)
+        for dim, size in enumerate(item.shape)
+        if isinstance(size, str)
+    }
+    if not varying:
+        return []
+    seen = find_sizes("auto", [example, *run.source.data.of_own_shapes[1:]], [item.name for item in graph.inputs])
+    for other in seen.others or (shorter(example, varying),):
+        with contextlib.suppress(DataError):
+            bind(graph, other.args, other.kwargs)
+            return [other]
+    return []
+
+
 def _tuned_for(run: Run, graph: Graph, example: Batch) -> list[Batch]:
     """The batches that the runtime is tuned for: the sizes that will be timed."""
     if not graph.batch_is_dynamic:
         return [example]
-    return [resized(example, size) for size in run.recipe.benchmark.batch_sizes if size <= MOST_TUNED_SAMPLES]
+    sizes = (size for size in run.recipe.benchmark.batch_sizes if size <= MOST_TUNED_SAMPLES)
+    return [resized(example, size) for size in sizes if takes(graph, example, size)]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from quantflow.errors import DataError
+from quantflow.ir.structure import Leaf, Unknown, build, flatten, leaves_of, type_name
 
 
 @dataclass(frozen=True)
@@ -16,27 +17,51 @@ class Batch:
     """What one call of the model takes: `model(*args, **kwargs)`.
 
     Attributes:
-        args: positional inputs, each (B, ...).
-        kwargs: keyword inputs, each (B, ...).
+        args: positional inputs: tensors, each (B, ...), constants, and lists, tuples and dicts of them.
+        kwargs: keyword inputs of the same kinds.
         labels: (B,) class indices, (B, N) human ratings of text pairs, or None.
         ids: B names of the samples, for records and error messages.
     """
 
-    args: tuple[torch.Tensor, ...]
-    kwargs: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
     labels: torch.Tensor | None = None
     ids: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
-        """B: the first dimension of the first input (1 for an input without dimensions)."""
-        first = self.tensors[0]
-        return first.shape[0] if first.dim() else 1
+        """B: the first dimension of the first tensor that has one."""
+        return next((x.shape[0] for x in self.tensors if x.dim()), 1)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """All inputs, positional ones first."""
-        return (*self.args, *self.kwargs.values())
+        """All tensors in it, positional ones first."""
+        return tuple(self.flat()[1])
+
+    def flat(self) -> tuple[Any, list[torch.Tensor]]:
+        """((args, kwargs) as a tree, its tensors).
+
+        Raises:
+            Unknown: an input is neither a tensor, a constant nor a container of them.
+        """
+        return flatten((self.args, dict(self.kwargs)))
+
+    def named(self) -> list[tuple[str, torch.Tensor]]:
+        """Every tensor with the name that messages give it: "input 0", "input_ids", "images[2]"."""
+        return [
+            (f"{name}{path}", x)
+            for name, value in (*((f"input {i}", x) for i, x in enumerate(self.args)), *self.kwargs.items())
+            for path, x in _places(flatten(value))
+        ]
+
+    def replaced(self, tensors: Iterable[torch.Tensor]) -> Batch:
+        """The same call with other tensors."""
+        args, kwargs = build(self.flat()[0], list(tensors))
+        return replace(self, args=args, kwargs=kwargs)
+
+    def mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """The same call with every tensor changed."""
+        return self.replaced(map(function, self.tensors))
 
     def head(self, size: int) -> Batch:
         """The first `size` samples; the batch itself where its inputs do not share a first dimension."""
@@ -50,19 +75,26 @@ class Batch:
         is_whole = len(range(self.size)[part]) == self.size
         if is_whole or any(t.dim() == 0 or t.shape[0] != self.size for t in self.tensors):
             return self
-        return Batch(
-            args=tuple(t[part] for t in self.args),
-            kwargs={name: t[part] for name, t in self.kwargs.items()},
-            labels=None if self.labels is None else self.labels[part],
-            ids=self.ids[part],
-        )
+        labels = None if self.labels is None else self.labels[part]
+        return replace(self.mapped(lambda t: t[part]), labels=labels, ids=self.ids[part])
+
+
+def _places(flat: tuple[Any, list[torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    tree, leaves = flat
+    if isinstance(tree, Leaf):
+        yield "", leaves[0]
+        return
+    numbered = [leaf for leaf in leaves_of(tree) if isinstance(leaf, Leaf)]
+    for leaf in numbered:
+        yield f"[{leaf.index}]", leaves[leaf.index]
 
 
 def as_batches(iterable: Iterable[Any]) -> Iterator[Batch]:
     """Turns whatever an iterable yields into batches, lazily.
 
-    A tensor is one positional input, a tuple or list of tensors several, a dict of tensors keyword inputs, and a
-    `Batch` stays what it is. Samples without ids are numbered "0", "1", ... across the whole iterable.
+    A tensor is one positional input, a tuple or list several, a dict keyword inputs, and a `Batch` stays what it is.
+    An input is a tensor, a constant (None, a flag, a number, a string), or a list, tuple or dict of them. Samples
+    without ids are numbered "0", "1", ... across the whole iterable.
 
     Raises:
         DataError: the iterable is a single tensor or no iterable at all, or an item is of another kind or empty
@@ -102,27 +134,32 @@ def _as_batch(item: Any, index: int) -> Batch:
         batch = Batch((), dict(item))
     else:
         raise DataError(
-            f"batch {index}: found {_describe(item)}, expected a tensor, a tuple or list of tensors, a dict of "
+            f"batch {index}: found {type_name(item)}, expected a tensor, a tuple or list of tensors, a dict of "
             "tensors or a quantflow Batch" + _cure(item)
         )
-    if not batch.tensors:
-        raise DataError(f"batch {index}: holds no tensor; a batch needs at least one input")
     names = (*(f"item {i}" for i in range(len(batch.args))), *(f"key '{name}'" for name in batch.kwargs))
-    for name, value in zip(names, batch.tensors, strict=True):
-        if not isinstance(value, torch.Tensor):
-            raise DataError(f"batch {index}, {name}: found {_describe(value)}, expected a tensor" + _cure(value))
-    if batch.size == 0:
+    for name, value in zip(names, (*batch.args, *batch.kwargs.values()), strict=True):
+        try:
+            flatten(value, name)
+        except Unknown as unknown:
+            raise DataError(
+                f"batch {index}, {unknown.path}: found {type_name(unknown.value)}, expected a tensor, a constant, or "
+                "a list, tuple or dict of them" + _cure(unknown.value)
+            ) from None
+    if not batch.tensors:
+        given = [type_name(value) for value in (*batch.args, *batch.kwargs.values())]
+        cure = _cure(next(iter(batch.args), None))
+        raise DataError(
+            f"batch {index}: holds no tensor; a batch needs at least one input"
+            + (f" (found {', '.join(given)})" if given else "")
+            + cure
+        )
+    if any(x.dim() and x.shape[0] == 0 for x in batch.tensors[:1]):
         raise DataError(f"batch {index}: holds no sample (shape {tuple(batch.tensors[0].shape)})")
     return batch
-
-
-def _describe(value: object) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
 def _cure(value: object) -> str:
     if type(value).__module__ == "numpy":
         return "; convert arrays with torch.from_numpy"
-    if isinstance(value, int | float):
-        return "; labels belong in Batch(args=(x,), labels=y), not among the inputs"
     return ""

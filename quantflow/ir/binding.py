@@ -1,26 +1,93 @@
-"""A call's arguments, bound to the inputs of a graph or program by position, keyword, shape and dtype."""
+"""A call's arguments, bound to the inputs of a graph or program by name, position, structure, shape and dtype."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from quantflow.errors import DataError
-from quantflow.ir.graph import Input
+from quantflow.ir.batch import Batch
+from quantflow.ir.calls import BATCH, Arguments, Input, Limit
+from quantflow.ir.structure import Leaf, Typed, type_name
 
 
-def bind(inputs: tuple[Input, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-    """The call's tensors in the order of the program's inputs.
+class Callee(Protocol):
+    """A graph or a program, as far as its calls are concerned."""
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """Its tensors."""
+
+    @property
+    def arguments(self) -> Arguments | None:
+        """Where they lie among its arguments; None: they are these, by position or keyword."""
+
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        """What its sizes must fulfil."""
+
+
+def bind(model: Callee, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The call's tensors in the order of the model's inputs.
 
     Raises:
-        DataError: too few or too many arguments, an unknown keyword, or something that is not a tensor.
+        DataError: too few or too many arguments, an unknown keyword, a constant that is not the captured one, a
+            tensor of another shape or dtype, or sizes that the model can't take; names it and what is legal.
     """
+    inputs = model.inputs
+    bound = _flat(inputs, args, kwargs) if model.arguments is None else _nested(model.arguments, inputs, args, kwargs)
+    sizes: dict[str, int] = {}
+    for item, value in zip(inputs, bound, strict=True):
+        if not isinstance(value, torch.Tensor):
+            raise DataError(f"input '{_called(item)}' is a {type(value).__name__}, not a tensor")
+        if value.dim() != len(item.shape):
+            raise DataError(
+                f"input '{_called(item)}' has shape {tuple(value.shape)}; the model takes {_shape(item.shape)}"
+            )
+        for dim, (found, wanted) in enumerate(zip(value.shape, item.shape, strict=True)):
+            if wanted is None:
+                sizes.setdefault(BATCH, found)
+            elif isinstance(wanted, str):
+                if sizes.setdefault(wanted, found) != found:
+                    raise DataError(
+                        f"input '{_called(item)}' has {found} in dimension {dim}, where '{wanted}' is "
+                        f"{sizes[wanted]} in the inputs before it"
+                    )
+            elif found != wanted:
+                raise DataError(
+                    f"input '{_called(item)}' has shape {tuple(value.shape)}; the model was captured for "
+                    f"{_shape(item.shape)}, so dimension {dim} must be {wanted}: calibrate on batches whose sizes "
+                    "differ there (dynamic: auto finds it), or name it in `dynamic`"
+                )
+        if _name(value.dtype) != item.dtype:
+            raise DataError(f"input '{_called(item)}' is {_name(value.dtype)}; the model takes {item.dtype}")
+    for limit in model.limits:
+        if not limit.holds(sizes):
+            found = ", ".join(f"{name} = {sizes[name]}" for name in limit.names)
+            place = f" ({limit.place})" if limit.place else ""
+            raise DataError(f"the model can't take {found}: it holds only where {limit.expression}{place}")
+    return bound
+
+
+def sizes_of(model: Callee, batch: Batch) -> dict[str, int]:
+    """What a batch has for each size that varies."""
+    tensors = bind(model, batch.args, batch.kwargs)
+    named = [
+        (BATCH if name is None else name, size)
+        for item, x in zip(model.inputs, tensors, strict=True)
+        for name, size in zip(item.shape, x.shape, strict=True)
+    ]
+    return {name: size for name, size in named if isinstance(name, str)}
+
+
+def _flat(inputs: tuple[Input, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
     remaining, named, bound = list(args), dict(kwargs), []
     for item in inputs:
-        name = item.keyword or item.name
+        name = _called(item)
         if name in named:
             bound.append(named.pop(name))
         elif remaining:
@@ -30,25 +97,126 @@ def bind(inputs: tuple[Input, ...], args: tuple[Any, ...], kwargs: Mapping[str, 
     if remaining or named:
         extra = f"{len(remaining)} more positional" if remaining else f"unknown keyword {', '.join(named)}"
         raise DataError(f"the call has {extra} arguments; the model takes ({_expected(inputs)})")
-    for item, value in zip(inputs, bound, strict=True):
-        if not isinstance(value, torch.Tensor):
-            raise DataError(f"input '{item.keyword or item.name}' is a {type(value).__name__}, not a tensor")
-        if value.dim() != len(item.shape):
-            raise DataError(
-                f"input '{item.keyword or item.name}' has shape {tuple(value.shape)}; "
-                f"the model takes {_shape(item.shape)}"
-            )
-        for found, wanted in zip(value.shape, item.shape, strict=True):
-            if wanted is not None and found != wanted:
-                raise DataError(
-                    f"input '{item.keyword or item.name}' has shape {tuple(value.shape)}; "
-                    f"the model was captured for {_shape(item.shape)}"
-                )
-        if _name(value.dtype) != item.dtype:
-            raise DataError(
-                f"input '{item.keyword or item.name}' is {_name(value.dtype)}; the model takes {item.dtype}"
-            )
     return bound
+
+
+def by_parameter(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by parameter name; "*2" for the third one where positions have no name.
+
+    Raises:
+        DataError: one is given by position and by keyword.
+    """
+    given = {names[i] if i < len(names) else f"*{i}": value for i, value in enumerate(args)}
+    if twice := sorted(given.keys() & kwargs.keys()):
+        raise DataError(f"the call gives '{twice[0]}' by position and by keyword; give it once")
+    return given | dict(kwargs)
+
+
+def _nested(
+    arguments: Arguments, inputs: tuple[Input, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[Any]:
+    given = by_parameter(arguments.names, args, kwargs)
+    bound: list[Any] = [None] * len(inputs)
+    left_out: list[tuple[str, int]] = []
+    for name, tree in arguments.parameters.items():
+        if name in given:
+            _match(tree, given.pop(name), name, bound)
+        elif isinstance(tree, Leaf) and name in arguments.neutral:
+            left_out.append((name, tree.index))
+        elif isinstance(tree, Leaf) or _has_leaf(tree):
+            raise DataError(f"input '{name}' is missing; the model takes ({', '.join(arguments.parameters)})")
+    for name, value in given.items():
+        _leave_out(arguments, name, value)
+    for name, index in left_out:
+        like = next(x for x in bound if isinstance(x, torch.Tensor))
+        dtype = getattr(torch, inputs[index].dtype)
+        bound[index] = torch.full(like.shape[: len(inputs[index].shape)], arguments.neutral[name], dtype=dtype)
+    return bound
+
+
+def _leave_out(arguments: Arguments, name: str, value: Any) -> None:
+    """An argument that the model was not captured with: legal where float would compute the same without it."""
+    if name in arguments.defaults and _equal(value, arguments.defaults[name]):
+        return
+    if isinstance(value, torch.Tensor) and name in arguments.neutral:
+        if bool((value == arguments.neutral[name]).all()):
+            return
+        raise DataError(
+            f"input '{name}' holds other values than {arguments.neutral[name]:g}, and the model was calibrated without "
+            "it; calibrate on batches that have it"
+        )
+    if name in arguments.defaults or name in arguments.names or name.startswith("*"):
+        raise DataError(
+            f"input '{name}' was not among the calibration inputs, where it was {arguments.defaults.get(name)!r}; "
+            f"found {_shown(value)}: leave it out, or calibrate on batches that have it"
+        )
+    if not arguments.catches:
+        raise DataError(f"the call has an unknown keyword {name}; the model takes ({', '.join(arguments.parameters)})")
+    if value is not None:
+        warnings.warn(
+            f"quantflow: the keyword '{name}' is ignored: the model was calibrated without it; calibrate on batches "
+            "that have it if the model reads it",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def _match(tree: Any, value: Any, place: str, bound: list[Any]) -> None:
+    """Put the value's tensors where the tree says, and hold its constants against the captured ones."""
+    if isinstance(tree, Leaf):
+        if not isinstance(value, torch.Tensor):
+            raise DataError(f"input '{place}' is {_shown(value)}; the model was captured with a tensor there")
+        bound[tree.index] = value
+        return
+    entries, found = _entries(tree), _entries(value)
+    if entries is None:
+        if isinstance(value, torch.Tensor) or not _equal(tree, value):
+            raise DataError(
+                f"input '{place}' is {_shown(value)}; the model was captured with {tree!r}, which is a constant of it: "
+                f"give that, or quantize another model with {_shown(value)}"
+            )
+        return
+    if found is None or entries.keys() != found.keys():
+        kind = type_name(value) if found is None else f"{len(found)} entries ({', '.join(map(str, found))})"
+        raise DataError(
+            f"input '{place}' is {kind}; the model was captured with {len(entries)} entries "
+            f"({', '.join(map(str, entries))})"
+        )
+    for key, item in entries.items():
+        _match(item, found[key], f"{place}.{key}" if isinstance(key, str) else f"{place}[{key}]", bound)
+
+
+def _entries(value: Any) -> dict[Any, Any] | None:
+    """A container's entries by key or position; None: it is no container."""
+    if isinstance(value, Typed):
+        named = all(value.fields) and value.kind != "tuple"
+        return dict(zip(value.fields if named else range(len(value.values)), value.values, strict=True))
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, (list, tuple)):
+        return dict(enumerate(value))
+    return None
+
+
+def _has_leaf(tree: Any) -> bool:
+    entries = _entries(tree)
+    return isinstance(tree, Leaf) if entries is None else any(map(_has_leaf, entries.values()))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, bool) != isinstance(b, bool) or isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return False
+    return bool(a == b)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return repr(value) if isinstance(value, (bool, int, float, str, type(None))) else f"a {type_name(value)}"
+
+
+def _called(item: Input) -> str:
+    return item.keyword or item.name
 
 
 @cache
@@ -57,8 +225,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _expected(inputs: tuple[Input, ...]) -> str:
-    return ", ".join(f"{i.keyword or i.name}: {i.dtype}{_shape(i.shape)}" for i in inputs)
+    return ", ".join(f"{_called(i)}: {i.dtype}{_shape(i.shape)}" for i in inputs)
 
 
-def _shape(shape: tuple[int | None, ...]) -> str:
-    return "(" + ", ".join("batch" if s is None else str(s) for s in shape) + ("," if len(shape) == 1 else "") + ")"
+def _shape(shape: tuple[int | str | None, ...]) -> str:
+    return "(" + ", ".join(BATCH if s is None else str(s) for s in shape) + ("," if len(shape) == 1 else "") + ")"

@@ -7,8 +7,8 @@ Conventions, kept by `quantflow.capture` and relied on everywhere:
       none of them mutates its arguments;
     * `get_attr` nodes name an entry of `Graph.constants` (dots and all);
     * every node carries `meta["layer"]` (a unique, human-readable name); ops with a weight carry `meta["owner"]`, the
-      module that weight belongs to; tensor-valued nodes carry `meta["shape"]` (ints, None where the size follows the
-      batch) and `meta["dtype"]`.
+      module that weight belongs to; tensor-valued nodes carry `meta["shape"]` (ints, None where the size
+      varies) and `meta["dtype"]`.
 """
 
 from __future__ import annotations
@@ -22,21 +22,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from quantflow.ir.calls import Arguments, Input, Limit
+
 #: Functions on sizes that may appear in a graph; the loader of a program accepts no others.
 SIZE_FUNCTIONS: dict[str, Callable[..., Any]] = {
     name: getattr(operator, name)
     for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "eq", "ne", "lt", "le", "gt", "ge", "pow")
 } | {"max": max, "min": min, "int": int, "getitem": operator.getitem}
-
-
-@dataclass(frozen=True)
-class Input:
-    """One tensor the model takes: its node name, the keyword it is passed by (None: position), and what it held."""
-
-    name: str
-    keyword: str | None
-    dtype: str
-    shape: tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -49,6 +41,9 @@ class Graph:
         inputs: one entry per placeholder.
         batch_is_dynamic: False when the model could only be captured for the example's batch size.
         notes: what capture had to do that a user should know.
+        arguments: where the inputs lie among the model's arguments; None: they are these.
+        limits: what the sizes of a call must fulfil.
+        structure: what the model returns, as a tree over the graph's outputs (`ir.structure`); None: these, as nested.
     """
 
     fx: fx.Graph
@@ -56,6 +51,9 @@ class Graph:
     inputs: tuple[Input, ...]
     batch_is_dynamic: bool = True
     notes: tuple[str, ...] = field(default=())
+    arguments: Arguments | None = None
+    limits: tuple[Limit, ...] = ()
+    structure: Any = None
 
     def with_notes(self, *notes: str) -> Graph:
         return replace(self, notes=(*self.notes, *notes))

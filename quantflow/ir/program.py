@@ -31,8 +31,9 @@ from typing import Any
 import torch
 
 from quantflow.ir.activations import Epilogue
-from quantflow.ir.graph import Input
+from quantflow.ir.calls import Arguments, Input, Limit
 from quantflow.ir.ops import LINEAR_OPS
+from quantflow.ir.structure import leaves_of, replaced
 from quantflow.numerics.affine import QParams
 
 
@@ -97,7 +98,14 @@ class Node:
 
 @dataclass(frozen=True)
 class Program:
-    """Inputs, nodes in execution order, values, tensors and the structure of the output."""
+    """Inputs, nodes in execution order, values, tensors and the structure of the output.
+
+    Attributes:
+        output: a tree over values, stored tensors and constants (`ir.structure`).
+        batch_is_dynamic: whether the number of samples varies.
+        arguments: where the inputs lie among the model's arguments; None: they are these.
+        limits: what the sizes of a call must fulfil.
+    """
 
     inputs: tuple[Input, ...]
     nodes: tuple[Node, ...]
@@ -105,6 +113,8 @@ class Program:
     tensors: Mapping[str, torch.Tensor]
     output: Any
     batch_is_dynamic: bool = True
+    arguments: Arguments | None = None
+    limits: tuple[Limit, ...] = ()
 
     def int8_nodes(self) -> list[Node]:
         """The convolutions and linears: those that exist in a program are int8."""
@@ -144,33 +154,14 @@ class Program:
 
 def referenced_values(value: Any) -> Iterator[str]:
     """The values that a nesting of arguments names."""
-    yield from (ref.name for ref in _leaves(value) if isinstance(ref, Ref))
+    yield from (ref.name for ref in leaves_of(value) if isinstance(ref, Ref))
 
 
 def referenced_tensors(value: Any) -> Iterator[str]:
     """The stored tensors that it names."""
-    yield from (ref.name for ref in _leaves(value) if isinstance(ref, TensorRef))
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _leaves(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _leaves(item)
-    else:
-        yield value
+    yield from (ref.name for ref in leaves_of(value) if isinstance(ref, TensorRef))
 
 
 def substitute(value: Any, of: Callable[[Ref | TensorRef], Any]) -> Any:
     """The same nesting with every reference replaced."""
-    if isinstance(value, (Ref, TensorRef)):
-        return of(value)
-    if isinstance(value, list):
-        return [substitute(v, of) for v in value]
-    if isinstance(value, tuple):
-        return tuple(substitute(v, of) for v in value)
-    if isinstance(value, dict):
-        return {k: substitute(v, of) for k, v in value.items()}
-    return value
+    return replaced(value, lambda leaf: of(leaf) if isinstance(leaf, (Ref, TensorRef)) else leaf)

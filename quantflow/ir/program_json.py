@@ -10,13 +10,15 @@ import torch
 
 from quantflow.errors import ArtifactError
 from quantflow.ir.activations import ACTIVATIONS, Epilogue
-from quantflow.ir.graph import Input
+from quantflow.ir.calls import Arguments, Input, Limit
 from quantflow.ir.ops import OPS
 from quantflow.ir.program import Node, Program, Ref, TensorRef, Value
 from quantflow.ir.program_rules import check
+from quantflow.ir.structure import KINDS, Leaf, Typed, holds_types
 from quantflow.numerics.affine import ACTIVATION_RANGE, QParams
 
-FORMAT = 1
+#: 1: flat tensors in, fixed sizes but for the batch. 2: names of sizes, structures, limits.
+FORMAT = 2
 _DTYPES = {
     str(d).removeprefix("torch."): d
     for d in (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int16,
@@ -31,8 +33,8 @@ _MEMORY_FORMATS = {
 
 def to_json(program: Program) -> dict[str, Any]:
     """Everything but the tensors."""
-    return {
-        "format": FORMAT,
+    data = {
+        "format": _format(program),
         "batch_is_dynamic": program.batch_is_dynamic,
         "inputs": [
             {"name": i.name, "keyword": i.keyword, "dtype": i.dtype, "shape": list(i.shape)} for i in program.inputs
@@ -41,6 +43,17 @@ def to_json(program: Program) -> dict[str, Any]:
         "nodes": [_node_to_json(node) for node in program.nodes],
         "output": _encode(program.output),
     }
+    if program.arguments is not None:
+        data["arguments"] = _arguments_to_json(program.arguments)
+    if program.limits:
+        data["limits"] = [vars(limit) for limit in program.limits]
+    return data
+
+
+def _format(program: Program) -> int:
+    """The oldest format that can hold it, so that older readers take what they can."""
+    has_names = any(isinstance(size, str) for item in program.inputs for size in item.shape)
+    return 2 if has_names or program.arguments is not None or program.limits or holds_types(program.output) else 1
 
 
 def from_json(data: Any, tensors: Mapping[str, torch.Tensor]) -> Program:
@@ -62,11 +75,33 @@ def from_json(data: Any, tensors: Mapping[str, torch.Tensor]) -> Program:
             tensors=dict(tensors),
             output=_decode(data["output"]),
             batch_is_dynamic=bool(data["batch_is_dynamic"]),
+            arguments=_arguments_from_json(data["arguments"]) if "arguments" in data else None,
+            limits=tuple(Limit(str(e["expression"]), str(e["place"])) for e in data.get("limits", ())),
         )
         check(program)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ArtifactError(f"program.json: {type(error).__name__} while reading it: {error}") from error
     return program
+
+
+def _arguments_to_json(arguments: Arguments) -> dict[str, Any]:
+    return {
+        "parameters": {name: _encode(tree) for name, tree in arguments.parameters.items()},
+        "names": list(arguments.names),
+        "defaults": {name: _encode(value) for name, value in arguments.defaults.items()},
+        "neutral": dict(arguments.neutral),
+        "catches": arguments.catches,
+    }
+
+
+def _arguments_from_json(data: Any) -> Arguments:
+    return Arguments(
+        {str(name): _decode(tree) for name, tree in data["parameters"].items()},
+        tuple(map(str, data["names"])),
+        {str(name): _decode(value) for name, value in data["defaults"].items()},
+        {str(name): float(value) for name, value in data["neutral"].items()},
+        bool(data["catches"]),
+    )
 
 
 def _value_to_json(value: Value) -> dict[str, Any]:
@@ -81,7 +116,8 @@ def _input_from_json(data: Any) -> Input:
         raise ValueError(f"input {name!r}: keyword {keyword!r} is not a name")
     if dtype not in _DTYPES:
         raise ValueError(f"input {name!r}: dtype {dtype!r} is not known")
-    if any(size is not None and (not isinstance(size, int) or size < 0) for size in shape):
+    legal = (size is None or isinstance(size, str) or (isinstance(size, int) and size >= 0) for size in shape)
+    if not all(legal):
         raise ValueError(f"input {name!r}: shape {shape} is not made of sizes")
     return Input(name, keyword, dtype, shape)
 
@@ -144,6 +180,11 @@ def _encode(value: Any) -> Any:
         return {"value": value.name}
     if isinstance(value, TensorRef):
         return {"tensor": value.name}
+    if isinstance(value, Leaf):
+        return {"input": value.index}
+    if isinstance(value, Typed):
+        held = [_encode(v) for v in value.values]
+        return {"typed": {"type": value.type, "kind": value.kind, "fields": list(value.fields), "values": held}}
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, torch.memory_format):
@@ -175,6 +216,10 @@ def _decode(value: Any) -> Any:
         return Ref(str(content))
     if kind == "tensor":
         return TensorRef(str(content))
+    if kind == "input":
+        return Leaf(int(content))
+    if kind == "typed":
+        return _typed(content)
     if kind == "dtype":
         return _DTYPES[content]
     if kind == "memory_format":
@@ -190,3 +235,10 @@ def _decode(value: Any) -> Any:
     if kind == "tuple":
         return tuple(_decode(v) for v in content)
     raise ValueError(f"{kind!r} is not a kind of argument")
+
+
+def _typed(content: Any) -> Typed:
+    fields, values = tuple(map(str, content["fields"])), tuple(_decode(v) for v in content["values"])
+    if content["kind"] not in KINDS or len(fields) != len(values):
+        raise ValueError(f"{content['type']!r} with {len(values)} values as {content['kind']!r} is no container")
+    return Typed(str(content["type"]), content["kind"], fields, values)

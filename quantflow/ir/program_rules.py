@@ -6,9 +6,11 @@ import torch
 
 from quantflow.errors import ArtifactError
 from quantflow.ir.aten_policy import aten_op
+from quantflow.ir.calls import BATCH
 from quantflow.ir.graph import SIZE_FUNCTIONS
 from quantflow.ir.ops import LINEAR_OPS, MOVING_OPS, NAMED_OPS, OPS
 from quantflow.ir.program import Node, Program, Ref, referenced_tensors, referenced_values
+from quantflow.ir.structure import Leaf, leaves_of
 from quantflow.numerics.affine import MAX_REDUCTION, WEIGHT_RANGE
 
 
@@ -39,12 +41,30 @@ def check(program: Program) -> None:
         if node.op in LINEAR_OPS:
             _check_linear(program, node, where)
         _check_codes(program, node, where)
+    _check_call(program)
     for ref in referenced_values(program.output):
         if ref not in known:
             raise ArtifactError(f"program.json: the output {ref!r} is not defined")
     for ref in referenced_tensors(program.output):
         if ref not in program.tensors:
             raise ArtifactError(f"program.json: the output tensor {ref!r} is not in weights.safetensors")
+
+
+def _check_call(program: Program) -> None:
+    """Every input has its place among the arguments, and limits speak of sizes that inputs have."""
+    if program.arguments is not None:
+        leaves = leaves_of(list(program.arguments.parameters.values()))
+        placed = sorted(leaf.index for leaf in leaves if isinstance(leaf, Leaf))
+        if placed != list(range(len(program.inputs))):
+            raise ArtifactError(f"program.json: arguments place inputs {placed}, there are {len(program.inputs)}")
+    known = {size for item in program.inputs for size in item.shape if isinstance(size, str)} | {BATCH}
+    for limit in program.limits:
+        try:
+            limit.holds(dict.fromkeys(limit.names, 1))
+        except (ValueError, SyntaxError, LookupError, TypeError) as error:
+            raise ArtifactError(f"program.json: limit {limit.expression!r} can't be read: {error}") from error
+        if unknown := sorted(set(limit.names) - known):
+            raise ArtifactError(f"program.json: limit {limit.expression!r} speaks of {unknown[0]!r}, which is no size")
 
 
 def _check_target(node: Node, where: str) -> None:

@@ -15,14 +15,15 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
+from quantflow.ir.calls import BATCH
 from quantflow.ir.plan import PlannedUnit
-from quantflow.ir.program import Node, Program
+from quantflow.ir.program import Node, Program, Ref
 from quantflow.ir.units import CORE
 from quantflow.runtimes import native_library as lib
 from quantflow.runtimes.reference import resolve
@@ -105,10 +106,11 @@ class NativeRunner(AbstractRunner):
         values = self._values(inputs)
         return resolve(self.program, self.program.output, values)
 
-    def outputs(self, inputs: Sequence[torch.Tensor]) -> list[Any]:
-        """The values the program returns, each once, in the order of its output structure."""
+    def outputs(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The values the program returns, each once, in the order of its output structure; sizes as tensors."""
         values = self._values(inputs)
-        return [values[name] for name in dict.fromkeys(self.program.output_names())]
+        found = (values[name] for name in dict.fromkeys(self.program.output_names()))
+        return [value if isinstance(value, torch.Tensor) else torch.tensor(value) for value in found]
 
     def tune(self, inputs: Sequence[torch.Tensor], runs: int = 5) -> list[dict[str, Any]]:
         """Time the variants worth trying on an input, and keep the fastest for its batch size.
@@ -120,7 +122,8 @@ class NativeRunner(AbstractRunner):
         whole = self._run_variant(inputs, RunVariant(threads))
         names = set(self.program.output_names())
         counts = [threads, 1] if threads > 1 else [1]
-        chunks = [0, *(c for c in (1, 2, 4, 8) if self.program.batch_is_dynamic and c < batch)]
+        may_cut = self.program.batch_is_dynamic and not any(BATCH in limit.names for limit in self.program.limits)
+        chunks = [0, *(c for c in (1, 2, 4, 8) if may_cut and c < batch)]
         variants = []
         for variant in (RunVariant(t, c) for t in counts for c in chunks):
             values = self._run_variant(inputs, variant) if variant != RunVariant(threads) else whole
@@ -349,17 +352,25 @@ def _parse(program: Program, tensors: Mapping[str, torch.Tensor]) -> lib.Handle:
         dims = (ctypes.c_int64 * max(1, tensor.dim()))(*tensor.shape)
         code = lib.DTYPES.get(tensor.dtype, -1)
         rows.append(lib.Tensor(name.encode(), code, tensor.dim(), dims, tensor.data_ptr()))
-    text = json.dumps(program.to_json()).encode()
+    text = json.dumps(_plain(program).to_json()).encode()
     return lib.make(
         "qf_program_parse", "qf_program_free", text, ctypes.c_size_t(len(text)), (lib.Tensor * len(rows))(*rows),
         ctypes.c_size_t(len(rows)),
     )  # fmt: skip
 
 
+def _plain(program: Program) -> Program:
+    """The program as the library reads it: it plans each set of shapes by itself, and returns values."""
+    sizes = (tuple(None if isinstance(size, str) else size for size in item.shape) for item in program.inputs)
+    inputs = tuple(replace(item, shape=shape) for item, shape in zip(program.inputs, sizes, strict=True))
+    output = [Ref(name) for name in program.output_names()]
+    return replace(program, inputs=inputs, output=output, arguments=None, limits=())
+
+
 def _same(a: Any, b: Any) -> bool:
     """Whether two outputs agree as far as the order of float sums allows."""
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
-        return False
+        return bool(a == b)
     if a.shape != b.shape or not a.is_floating_point():
         return torch.equal(a, b)
     return bool(torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True))

@@ -28,6 +28,7 @@ from quantflow.ir.graph import SIZE_FUNCTIONS, arguments
 from quantflow.ir.ops import LINEAR_OPS, MOVING_OPS
 from quantflow.ir.plan import PlannedUnit
 from quantflow.ir.program import Node, Program, Ref, TensorRef, substitute
+from quantflow.ir.returned import rebuilt, returned
 from quantflow.ir.units import CORE, MATMUL, Unit
 from quantflow.numerics.affine import QParams
 from quantflow.runtimes import kernels
@@ -232,7 +233,7 @@ class TorchRunner(AbstractRunner):
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Any:
         with torch.inference_mode():
-            return self.script(*inputs)
+            return rebuilt(self.program, self.script(*inputs))
 
     def run_node(self, index: int, values: Mapping[str, Any]) -> Any:
         """One node on given codes (as the program defines them), through the kernels the ScriptModule calls."""
@@ -336,8 +337,7 @@ def build_script(
 ) -> torch.jit.ScriptModule:
     """The program as a ScriptModule that holds tensors and numbers only.
 
-    forward(*inputs) returns the program's output structure. Dicts keep their keys only where all values are tensors,
-    which is what TorchScript can express.
+    forward(*inputs) returns what `returned` says.
 
     Args:
         calls_native: begin with a call of `quantflow::native`, taken where the native runtime can run.
@@ -350,11 +350,16 @@ def build_script(
         lines += writer.native_call()
     for index in range(len(program.nodes)):
         lines += [f"    {writer.statement(call)}" for call in lowering.calls(index)]
-    lines.append(f"    return {writer.expression(program.output)}")
+    lines.append(f"    return {writer.expression(returned(program))}")
     # torch.jit.script would share one type between all programs, and a type has one `forward`.
     module = torch.jit._recursive.create_script_module(holder.eval(), lambda _: [], share_types=False)
     module.define("\n".join(lines) + "\n")
     return module
+
+
+def _is_number(program: Program, name: str) -> bool:
+    """Whether the value is a size rather than a tensor."""
+    return any(n.output == name and n.op == "size" and n.target != "getitem" for n in program.nodes)
 
 
 class _Writer:
@@ -388,10 +393,14 @@ class _Writer:
         module.native_names = torch.jit.Attribute(names, list[str])
         inputs = [self.expression(Ref(i.name)) for i in program.inputs]
         tensors = [f"self.{self._buffer(name)}" for name in names]
-        before, self._names = self._names, {
-            name: f"native[{position}]" for position, name in enumerate(dict.fromkeys(program.output_names()))
-        }  # fmt: skip
-        result = self.expression(program.output)
+        before, self._names = (
+            self._names,
+            {
+                name: f"int(native[{position}])" if _is_number(program, name) else f"native[{position}]"
+                for position, name in enumerate(dict.fromkeys(program.output_names()))
+            },
+        )
+        result = self.expression(returned(program))
         self._names = before
         return [
             f"    if torch.ops.quantflow.native_runs({inputs[0]}):",

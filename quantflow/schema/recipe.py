@@ -50,8 +50,19 @@ LayerChoice = Annotated[
 ]
 Pattern = Annotated[str, Field(min_length=1)]
 
+#: Which sizes of the input vary beside the number of samples: those that differ between calibration batches, none, or
+#: {input: {dimension: name}}.
+DynamicSizes = Annotated[
+    Annotated[Literal["auto", "none"], Tag("word")]
+    | Annotated[
+        dict[Pattern, dict[int, Annotated[str, shaped(r"[A-Za-z]\w*", "a name of letters, digits and '_'")]]],
+        Tag("sizes"),
+    ],
+    Discriminator(lambda value: "word" if isinstance(value, str) else "sizes"),
+]
+
 #: What the calibration's result depends on, and nothing else.
-_CALIBRATION_FIELDS = ("model", "data", "seed", "qconfig", "layers", "mode", "policy", "outliers")
+_CALIBRATION_FIELDS = ("model", "data", "seed", "qconfig", "layers", "mode", "dynamic", "policy", "outliers")
 
 #: What a run's result does not depend on.
 _WORK_LEAVES_OUT = ("output", "resume", "sweep")
@@ -80,6 +91,7 @@ class Recipe(Settings):
     layers: dict[Pattern, LayerChoice] = Field(default_factory=dict)
     algorithms: Algorithms = ()
     mode: ModeSettings = ModeSettings()
+    dynamic: DynamicSizes = "auto"
     runtime: RuntimeSettings = RuntimeSettings()
     device: DeviceSettings = DeviceSettings()
     policy: PolicySettings = PolicySettings()

@@ -196,7 +196,7 @@ class Workbench:
             self._profiled = setting, self._build(setting)[1]
         before, after = self._profiled[1], self._build(changed)[1]
         touched = differing(before.program, after.program)
-        inputs = bind(before.program.inputs, self._batch.args, self._batch.kwargs)
+        inputs = bind(before.program, self._batch.args, self._batch.kwargs)
 
         def ms(compiled: Compiled) -> float:
             rows = compiled.runner.profile(inputs, PROFILE_RUNS)
@@ -240,7 +240,7 @@ class Workbench:
         if judged.size == self._batch.size:
             return  # nor what is timed
         if self._pieces is None:
-            self._pieces = compiled.runner.tune(bind(compiled.program.inputs, judged.args, judged.kwargs))
+            self._pieces = compiled.runner.tune(bind(compiled.program, judged.args, judged.kwargs))
         compiled.runner.adopt(self._pieces)
 
 

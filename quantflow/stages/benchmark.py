@@ -118,9 +118,7 @@ def resized(batch: Batch, size: int) -> Batch:
         return x.index_select(0, rows.to(x.device)) if x.dim() and x.shape[0] == batch.size else x
 
     return dataclasses.replace(
-        batch,
-        args=tuple(resize(x) for x in batch.args),
-        kwargs={name: resize(x) for name, x in batch.kwargs.items()},
+        batch.mapped(resize),
         labels=None if batch.labels is None else resize(batch.labels),
         ids=tuple(batch.ids[row] for row in rows.tolist()) if batch.ids else (),
     )

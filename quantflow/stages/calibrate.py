@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -253,12 +253,12 @@ def _observe(prepared: ObservedModel, batch: Batch, index: int, table: Calibrati
         expected = f"the first batch had {first_shapes}" if first_shapes else "it is the first batch"
         raise DataError(
             f"calibration data: the model refuses {place}: {cause_line(error)}; found {found} per sample, {expected}; "
-            "give every sample the shape that the model takes"
+            "give every sample a shape that the model takes"
         ) from error
 
 
 def _require_finite(batch: Batch, index: int) -> None:
-    for name, x in _inputs(batch):
+    for name, x in batch.named():
         if not x.is_floating_point() or not x.numel():
             continue
         try:
@@ -282,13 +282,9 @@ def require_complete(table: CalibrationTable, layers: Mapping[str, str]) -> None
         )
 
 
-def _inputs(batch: Batch) -> list[tuple[str, torch.Tensor]]:
-    return [*((f"input {position}", x) for position, x in enumerate(batch.args)), *batch.kwargs.items()]
-
-
 def _shapes(batch: Batch) -> str:
     """Every input's shape without the batch dimension."""
-    return ", ".join(f"{name} {list(x.shape[1:])}" for name, x in _inputs(batch))
+    return ", ".join(f"{name} {list(x.shape[1:])}" for name, x in batch.named())
 
 
 def _place(batch: Batch, index: int, x: torch.Tensor | None = None) -> str:
@@ -296,8 +292,14 @@ def _place(batch: Batch, index: int, x: torch.Tensor | None = None) -> str:
     rows = list(range(batch.size))
     if x is not None and x.dim() and x.shape[0] == batch.size:
         rows = (~torch.isfinite(x)).reshape(batch.size, -1).any(1).nonzero().flatten().tolist() or rows
+    return f"batch {index} ({named_samples(batch, rows)})"
+
+
+def named_samples(batch: Batch, rows: Sequence[int] | None = None) -> str:
+    """'samples a, b': those of the batch, or of these rows of it."""
+    rows = range(batch.size) if rows is None else rows
     names = [batch.ids[row] if row < len(batch.ids) else f"#{row}" for row in rows]
-    return f"batch {index} ({'sample' if len(names) == 1 else 'samples'} {_listed(names)})"
+    return f"{'sample' if len(names) == 1 else 'samples'} {_listed(names)}"
 
 
 def _listed(names: list[str]) -> str:
@@ -310,7 +312,7 @@ def _listed(names: list[str]) -> str:
 
 def _digest(batch: Batch) -> str:
     """sha256 of the inputs' names, dtypes, shapes and bytes."""
-    return _sha256(_inputs(batch))
+    return _sha256(batch.named())
 
 
 def _sha256(tensors: Iterable[tuple[str, torch.Tensor]], prefix: str = "") -> str:

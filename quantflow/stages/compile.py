@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from quantflow.ir.binding import bind
 from quantflow.ir.program import Node, Program
+from quantflow.ir.returned import rebuilt
+from quantflow.ir.structure import holds_types, made
 from quantflow.numerics.affine import dequantize
 from quantflow.runtimes import AbstractRunner, Choice
 
@@ -30,7 +33,17 @@ class Compiled:
         Raises:
             DataError: the arguments do not fit the model's inputs.
         """
-        return self.runner(bind(self.program.inputs, args, kwargs))
+        output = self.runner(bind(self.program, args, kwargs))
+        return made(output) if self.has_types else output
+
+    def returned(self, output: Any) -> Any:
+        """The model's output, from what the ScriptModule of its program returns."""
+        return made(rebuilt(self.program, output))
+
+    @cached_property
+    def has_types(self) -> bool:
+        """Whether the output holds containers of types of their own."""
+        return holds_types(self.program.output)
 
     def trace(self, inputs: Sequence[torch.Tensor]) -> Iterator[tuple[str, Any]]:
         """Run the program node by node and yield every value's name and value, codes as the reals they stand for."""

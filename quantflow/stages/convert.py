@@ -15,6 +15,7 @@ from quantflow.ir.graph import arguments, op_name
 from quantflow.ir.ops import PAIR_OPS
 from quantflow.ir.plan import PlannedUnit, nonnegative_values
 from quantflow.ir.program import Node, Program, Ref, TensorRef, Value
+from quantflow.ir.structure import Leaf, replaced
 from quantflow.ir.units import (
     CLAMP,
     CORE,
@@ -80,7 +81,7 @@ class _Converter:
             else:
                 emit.get(planned.unit.kind, self._named)(planned)
         (out,) = (node for node in self._graph.fx.nodes if node.op == "output")
-        output = fx.map_arg(out.args[0], self._as_float)
+        output = self._output(out.args[0])
         return Program(
             self._graph.inputs,
             tuple(self._nodes),
@@ -88,7 +89,16 @@ class _Converter:
             self._tensors,
             output,
             self._graph.batch_is_dynamic,
+            self._graph.arguments,
+            self._graph.limits,
         )
+
+    def _output(self, outputs: Any) -> Any:
+        """The model's output over values and stored tensors; a stored size as the number it is."""
+        if self._graph.structure is None:
+            return fx.map_arg(outputs, self._as_float)
+        held = [self._as_float(value) if isinstance(value, fx.Node) else value for value in outputs]
+        return replaced(self._graph.structure, lambda leaf: held[leaf.index] if isinstance(leaf, Leaf) else leaf)
 
     # -- operands
 

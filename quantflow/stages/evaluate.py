@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import torch
 
 from quantflow.errors import DataError, ModelError, VerificationError, first_line
 from quantflow.ir.batch import Batch
+from quantflow.ir.structure import Typed, plain
 from quantflow.numerics import measures
 
 TOP1 = "top1"
@@ -187,6 +189,8 @@ def tensors(output: Any, path: str = "output") -> Iterator[tuple[str, torch.Tens
     """Every tensor of a nested output, depth first, with a readable path."""
     if isinstance(output, torch.Tensor):
         yield path, output
+    elif isinstance(output, Typed) or dataclasses.is_dataclass(output):
+        yield from tensors(plain(output), path)
     elif isinstance(output, Mapping):
         for key, value in output.items():
             yield from tensors(value, f"{path}.{key}")

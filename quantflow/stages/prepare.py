@@ -44,7 +44,7 @@ class Prepared:
             if node.name in self.observed:
                 on_value(node.name, value)
 
-        return interpret(self.graph, bind(self.graph.inputs, batch.args, batch.kwargs), forward)
+        return interpret(self.graph, bind(self.graph, batch.args, batch.kwargs), forward)
 
 
 def prepare(graph: Graph, plan: Plan, module: nn.Module | None = None) -> Prepared:

@@ -63,6 +63,7 @@ def warmup(
     iterations: int = 5,
     min_sqnr_db: float = 40.0,
     call: Callable[..., Any] | None = None,
+    others: Sequence[Batch] = (),
     tuned_for: Sequence[Batch] = (),
     alone: Callable[[], AbstractContextManager[None]] = nullcontext,
     progress: Callable[[int, int | None], None] | None = None,
@@ -74,6 +75,7 @@ def warmup(
     itself amplifies single codes, which is reported and does not stop the run.
 
     Args:
+        others: batches of other sizes, which the program is verified on, too.
         call: what to time instead of `compiled` (imperative mode: the swapped module).
         tuned_for: batches for which the runtime looks for its fastest variant, once it is verified.
         alone: entered where times are measured.
@@ -95,6 +97,10 @@ def warmup(
                 progress(done + 1, None)
     _require_whole_equals_parts(compiled, batch)
     reference, differences, checked = _verify(compiled, batch, progress)
+    for other in others:
+        _require_whole_equals_parts(compiled, other)
+        _, more, again = _verify(compiled, other, progress)
+        differences, checked = differences + more, checked + again
     quality = min(
         (sqnr_db(a, b) for (_, a), (_, b) in zip(tensors(reference), tensors(output), strict=True)),
         default=float("inf"),
@@ -112,9 +118,7 @@ def warmup(
         )
     with alone():
         variants = [
-            row
-            for tuned in tuned_for
-            for row in compiled.runner.tune(bind(compiled.program.inputs, tuned.args, tuned.kwargs))
+            row for tuned in tuned_for for row in compiled.runner.tune(bind(compiled.program, tuned.args, tuned.kwargs))
         ]
     return Warmup(
         first, statistics.median(taken), iterations, batch.size, quality, differences, checked, notices, tuple(variants)
@@ -124,7 +128,7 @@ def warmup(
 def _require_whole_equals_parts(compiled: Compiled, batch: Batch) -> None:
     """The program in one go must give what its nodes give one by one: a value overwritten too early shows here."""
     program = compiled.program
-    inputs = bind(program.inputs, batch.args, batch.kwargs)
+    inputs = bind(program, batch.args, batch.kwargs)
     wanted = set(program.output_names())
     values = dict(zip((i.name for i in program.inputs), inputs, strict=True))
     values |= {name: value for name, value in compiled.trace(inputs) if name in wanted}
@@ -168,7 +172,7 @@ def _verify(
                 f"runtime {compiled.choice.runtime.name} must not be used: try {ASKED_FOR}, and report this"
             )
 
-    reference = Specification(program)(bind(program.inputs, batch.args, batch.kwargs), compare)
+    reference = Specification(program)(bind(program, batch.args, batch.kwargs), compare)
     return reference, differing, checked
 
 

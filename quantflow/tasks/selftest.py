@@ -18,7 +18,7 @@ from quantflow import report
 from quantflow.capture import capture
 from quantflow.errors import EXIT_GATE, EXIT_PASSED
 from quantflow.ir.activations import ACTIVATIONS, Epilogue, tie_tolerance
-from quantflow.ir.graph import Input
+from quantflow.ir.calls import Input
 from quantflow.ir.program import Node, Program, Ref, TensorRef, Value
 from quantflow.numerics.affine import QParams
 from quantflow.numerics.agreement import disagreement

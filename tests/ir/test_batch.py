@@ -36,8 +36,9 @@ def test_an_iterator_is_read_lazily() -> None:
     ("item", "message"),
     [
         (np.zeros(3), r"batch 1: found numpy.ndarray, .* torch.from_numpy"),
-        ((torch.zeros(1), 3), r"batch 1, item 1: found int, .* labels belong in Batch"),
-        ({"x": [1]}, r"batch 1, key 'x': found list"),
+        ((torch.zeros(1), object()), r"batch 1, item 1: found object, expected a tensor, a constant, or a list"),
+        ({"x": [object()]}, r"batch 1, key 'x'\[0\]: found object"),
+        ({"x": [1]}, r"batch 1: holds no tensor; .*found list"),
         ([], "batch 1: holds no tensor"),
         (torch.zeros(0, 3), r"batch 1: holds no sample \(shape \(0, 3\)\)"),
         ("text", "batch 1: found str"),

@@ -14,7 +14,7 @@ import torch
 from quantflow.errors import ArtifactError
 from quantflow.ir.activations import Epilogue
 from quantflow.ir.aten_policy import aten_op
-from quantflow.ir.graph import Input
+from quantflow.ir.calls import Input
 from quantflow.ir.ops import OPS
 from quantflow.ir.program import Node, Program, Ref, TensorRef, Value
 from quantflow.numerics.affine import MAX_REDUCTION, QParams
@@ -88,7 +88,7 @@ def _set(path: str, value: Any) -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("format", 2, "newer than this quantflow"),
+        ("format", 3, "newer than this quantflow"),
         ("format", "1", "format .1. is not known"),
         ("nodes", ..., "'nodes'"),
         ("nodes", 3, "TypeError"),

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantflow.ir.activations import ACTIVATIONS, Epilogue, tie_tolerance
-from quantflow.ir.graph import Input
+from quantflow.ir.calls import Input
 from quantflow.ir.program import Node, Program, Ref, Value
 from quantflow.numerics.affine import QParams
 from quantflow.numerics.agreement import disagreement

@@ -350,7 +350,7 @@ def test_both_runtimes_agree(name: str, preset: str, stages: Stages) -> None:
     sizes = (3, 1) if preset in ("sym_int8", "affine_uint8") else (3,)
     for size in sizes:
         part = batch.head(size)
-        require_agreement(again, bind(again.inputs, part.args, part.kwargs))
+        require_agreement(again, bind(again, part.args, part.kwargs))
 
 
 def distances(name: str, qconfig: QConfig, stages: Stages) -> list[float]:
@@ -359,7 +359,7 @@ def distances(name: str, qconfig: QConfig, stages: Stages) -> list[float]:
     program = stages(graph, batch, qconfig).program
     with torch.inference_mode():
         float_output = pytree.tree_leaves(model(*batch.args, **batch.kwargs))
-    int8_output = pytree.tree_leaves(ReferenceRunner(program)(bind(program.inputs, batch.args, batch.kwargs)))
+    int8_output = pytree.tree_leaves(ReferenceRunner(program)(bind(program, batch.args, batch.kwargs)))
     assert program.int8_nodes()
     return [sqnr_db(a, b) for a, b in zip(float_output, int8_output, strict=True)]
 

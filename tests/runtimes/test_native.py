@@ -23,7 +23,7 @@ import quantflow
 from quantflow.errors import ArtifactError, UnavailableError
 from quantflow.host.environment import isa
 from quantflow.ir.activations import ACTIVATIONS, Epilogue, tie_tolerance
-from quantflow.ir.graph import Input
+from quantflow.ir.calls import Input
 from quantflow.ir.program import Node, Program, Ref, Value
 from quantflow.numerics.affine import QParams
 from quantflow.numerics.agreement import disagreement

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 #: What a user can do where an import fails.
 CURE = "quantize the nn.Module itself with mode=export"
 
 
 class DependsOnBatch(Exception):
     """The two runs part: the graph can't hold for both batch sizes."""
-
-
-def class_name(model: Any) -> str:
-    return getattr(model, "original_name", None) or type(model).__name__
 
 
 def first_line(error: BaseException) -> str:

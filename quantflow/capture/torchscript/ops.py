@@ -11,10 +11,20 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from quantflow.capture.torchscript.failure import DependsOnBatch, first_line
-from quantflow.capture.torchscript.values import COMPARISONS, TracedSize, TracedTensor, compare, concrete, flat, wrapped
+from quantflow.capture.torchscript.values import (
+    COMPARISONS,
+    TracedSize,
+    TracedTensor,
+    compare,
+    concrete,
+    flat,
+    size_text,
+    wrapped,
+)
 from quantflow.capture.torchscript.writer import Writer
 from quantflow.errors import CaptureError
 from quantflow.ir.batch import Batch
+from quantflow.ir.calls import BATCH
 from quantflow.ir.graph import SIZE_FUNCTIONS
 
 aten = torch.ops.aten
@@ -24,6 +34,11 @@ _ARITHMETIC: dict[str, str] = {
     "add": "add", "sub": "sub", "mul": "mul", "div": "truediv", "truediv": "truediv", "floordiv": "floordiv",
     "floor_divide": "floordiv", "remainder": "mod", "fmod": "mod", "neg": "neg", "pow": "pow", "max": "max",
     "min": "min",
+}  # fmt: skip
+#: How they are written in a limit of sizes.
+_WRITTEN = {
+    "add": "{} + {}", "sub": "{} - {}", "mul": "{} * {}", "floordiv": "{} // {}", "mod": "{} % {}", "neg": "-{}",
+    "max": "max({}, {})", "min": "min({}, {})", "int": "int({})", "truediv": "{} / {}",
 }  # fmt: skip
 _SAME_NUMBER = frozenset((
     "to", "detach", "clone", "cpu", "type_as", "item", "ScalarImplicit", "IntImplicit", "FloatImplicit",
@@ -56,10 +71,12 @@ class Ops:
 
     Attributes:
         batch_input: the first input whose first dimension follows the batch size.
+        size_names: (input, dimension) → the name of its size.
     """
 
     def __init__(self, writer: Writer, batches: Sequence[Batch]) -> None:
         self.batch_input: fx.Node | None = None
+        self.size_names: dict[tuple[fx.Node, int], str] = {}
         self._writer = writer
         self._batches = batches
         self._owned: set[int] = set()
@@ -113,9 +130,10 @@ class Ops:
             return values[0]
         if any(isinstance(a, TracedSize) and a.node is None for a in args):
             return TracedSize(values, None)
-        return TracedSize(
-            values, self._writer.call(compute, tuple(a.node if isinstance(a, TracedSize) else a for a in args))
-        )
+        node = self._writer.call(compute, tuple(a.node if isinstance(a, TracedSize) else a for a in args))
+        texts = [size_text(a) for a in args]
+        known = _WRITTEN.get(function) if all(texts) else None
+        return TracedSize(values, node, known.format(*texts) if known else "")
 
     def _spread(self, value: Any) -> tuple[Any, ...]:
         return value.values if isinstance(value, TracedSize) else (value,) * len(self._batches)
@@ -184,8 +202,10 @@ class Ops:
             if sizes == tuple(batch.size for batch in self._batches) and self.batch_input is not None:
                 if self._batch_node is None:
                     self._batch_node = self._writer.call(aten.sym_size.int, (self.batch_input, 0))
-                return TracedSize(sizes, self._batch_node)
-            return TracedSize(sizes, self._writer.call(aten.sym_size.int, (x.node, index % x.values[0].dim())))
+                return TracedSize(sizes, self._batch_node, BATCH)
+            index %= x.values[0].dim()
+            name = self.size_names.get((x.node, index), "")
+            return TracedSize(sizes, self._writer.call(aten.sym_size.int, (x.node, index)), name)
 
         if name == "len":
             return dim(0)

@@ -7,24 +7,33 @@ import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from quantflow.capture.export import at_least_two, plain, plain_attention
-from quantflow.capture.torchscript.failure import CURE, DependsOnBatch, class_name, first_line
-from quantflow.capture.torchscript.walk import Walk
+from quantflow.capture.export import at_least_two, plain_attention
+from quantflow.capture.flat import Flat
+from quantflow.capture.place import class_name
+from quantflow.capture.sizes import FIXED, Sizes
+from quantflow.capture.torchscript.failure import CURE, DependsOnBatch, first_line
+from quantflow.capture.torchscript.walk import Names, Walk
 from quantflow.errors import CaptureError
 from quantflow.ir.batch import Batch
 from quantflow.ir.graph import Graph, interpret
 from quantflow.ir.passes.normalize import simplify
+from quantflow.ir.structure import plain
 from quantflow.sources.models.loaded import eval_mode
 
 
 def capture_torchscript(
-    model: nn.Module | torch.jit.ScriptModule, example: Batch, method: Literal["trace", "script"] = "trace"
+    model: nn.Module | torch.jit.ScriptModule,
+    example: Batch,
+    method: Literal["trace", "script"] = "trace",
+    sizes: Sizes = FIXED,
+    names: Sequence[str] | None = None,
 ) -> Graph:
     """Capture a module by tracing or scripting it, or take over a ScriptModule as it is.
 
@@ -34,47 +43,68 @@ def capture_torchscript(
     Args:
         example: one calibration batch.
         method: how an nn.Module becomes TorchScript; a ScriptModule already is.
+        sizes: what varies beside the number of samples.
+        names: of the inputs, where the module takes tensors by position and has no better names for them.
 
     Raises:
         CaptureError: the model can't be traced or scripted, holds an op with no functional form, or the imported
             graph does not compute what the model does; the message carries the cure.
     """
     model = eval_mode(model)
-    attempts = [(at_least_two(example.head(2)), 2)]
+    small, others = at_least_two(example.head(2)), [batch.head(2) for batch in sizes.others]
+    attempts = [[small, _repeated(small), *others]]
     if example.size > 2:
-        attempts.append((example, 2))
-    attempts.append((example, 1))
+        attempts.append([example, _repeated(example), *sizes.others])
+    attempts.append([example, *sizes.others])
     reason: BaseException | None = None
-    with torch.no_grad(), plain_attention(), _quiet():
+    with torch.no_grad(), plain_attention(), _quiet() as fixed:
         try:
             script = _as_script(model, at_least_two(example), method)
         except CaptureError:
             if example.size != 1:
                 raise
             script = _as_script(model, example, method)  # code for one sample at a time
-        for batch, runs in attempts:
-            if runs == 1 and example.size == 1:
+        for batches in attempts:
+            is_last = batches is attempts[-1]
+            if is_last and example.size == 1:
                 script = _as_script(model, example, method)
             try:
-                graph = _import(script, model, [batch] if runs == 1 else [batch, _repeated(batch)])
+                graph = _import(script, model, batches, Names(sizes, names, follows_batch=not is_last))
             except DependsOnBatch as error:
                 reason = error
                 continue
-            if runs == 1:
+            if is_last:
                 return replace(graph, batch_is_dynamic=False).with_notes(
                     f"the graph holds for batches of {example.size} only: {reason}; for other batch sizes {CURE} or "
                     "mode.method=script, and read sizes from x.shape in its code"
                 )
-            return graph
-    raise CaptureError(f"mode: the TorchScript of {class_name(model)} can't be imported: {reason}; {CURE}") from reason
+            return graph.with_notes(*_fixed_by_tracing(fixed)) if sizes else graph
+    varies = " for all sizes in the data (dynamic=none fixes them)" if sizes else ""
+    raise CaptureError(
+        f"mode: the TorchScript of {class_name(model)} can't be imported{varies}: {reason}; {CURE}"
+    ) from reason
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings about tracing and scripting: every graph is checked against its model instead."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def _quiet() -> Iterator[list[warnings.WarningMessage]]:
+    """Warnings about tracing and scripting are kept, not shown: every graph is checked against its model instead."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield caught
+
+
+def _fixed_by_tracing(caught: Sequence[warnings.WarningMessage]) -> list[str]:
+    """Notes on lines of the user's code where a trace took a size or a condition for a constant."""
+    lines = [
+        f"{Path(w.filename).name}:{w.lineno}"
+        for w in caught
+        if issubclass(w.category, torch.jit.TracerWarning) and "Converting a tensor to a Python" in str(w.message)
+    ]
+    return [
+        f"tracing took a number or a condition for a constant at {line}; the graph was held against the model on all "
+        "sizes in the data, and may be wrong on others"
+        for line in dict.fromkeys(lines)
+    ]
 
 
 def _as_script(model: nn.Module | torch.jit.ScriptModule, example: Batch, method: str) -> torch.jit.ScriptModule:
@@ -84,7 +114,7 @@ def _as_script(model: nn.Module | torch.jit.ScriptModule, example: Batch, method
         if method == "script":
             return torch.jit.script(model)
         options: dict[str, Any] = {"example_inputs": example.args}
-        if example.kwargs:
+        if example.kwargs and not isinstance(model, Flat):
             bound = inspect.signature(model.forward).bind(*example.args, **example.kwargs)
             options = {"example_kwarg_inputs": dict(bound.arguments)}
         return torch.jit.trace(model, check_trace=False, strict=False, **options)
@@ -99,14 +129,14 @@ def _as_script(model: nn.Module | torch.jit.ScriptModule, example: Batch, method
 def _repeated(batch: Batch) -> Batch:
     """Every sample twice."""
 
-    def twice(x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([x, x]) if x.dim() and x.shape[0] == batch.size else x
-
-    return Batch(args=tuple(twice(x) for x in batch.args), kwargs={k: twice(v) for k, v in batch.kwargs.items()})
+    return batch.mapped(lambda x: torch.cat([x, x]) if x.dim() and x.shape[0] == batch.size else x)
 
 
 def _import(
-    script: torch.jit.ScriptModule, model: nn.Module | torch.jit.ScriptModule, batches: Sequence[Batch]
+    script: torch.jit.ScriptModule,
+    model: nn.Module | torch.jit.ScriptModule,
+    batches: Sequence[Batch],
+    names: Names,
 ) -> Graph:
     expected = []
     for batch in batches:
@@ -120,7 +150,8 @@ def _import(
                 "check the data's input names and shapes"
             ) from error
     try:
-        imported = Walk(script, batches).run(None if isinstance(model, torch.jit.ScriptModule) else expected[0])
+        keeps = isinstance(model, (torch.jit.ScriptModule, Flat))
+        imported = Walk(script, batches, names).run(None if keeps else expected[0])
     except (CaptureError, DependsOnBatch):
         raise
     except Exception as error:  # a builtin of TorchScript that Python does not run in the same way

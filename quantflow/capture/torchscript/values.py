@@ -32,10 +32,15 @@ class TracedTensor:
 
 @dataclass(eq=False)
 class TracedSize:
-    """A number that follows the batch size; without a node it can decide branches but not be computed with."""
+    """A number that follows sizes of the input; without a node it can decide branches but not be computed with.
+
+    Attributes:
+        text: the number over the names of the inputs' sizes, "" where it is not known.
+    """
 
     values: tuple[Any, ...]
     node: fx.Node | None
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,30 @@ def compare(function: Callable[..., Any], args: Sequence[Any], runs: int) -> Any
     if len(args) == 2 and function in (operator.eq, operator.ne) and _identical(*args):
         return function is operator.eq
     values = tuple(function(*(in_run(a, run) for a in args)) for run in range(runs))
-    return TracedSize(values, None)
+    return TracedSize(values, None, _compared(function, args))
+
+
+_SIGNS = {
+    operator.eq: "==", operator.ne: "!=", operator.lt: "<", operator.le: "<=", operator.gt: ">", operator.ge: ">=",
+}  # fmt: skip
+
+
+def _compared(function: Callable[..., Any], args: Sequence[Any]) -> str:
+    texts = [size_text(a) for a in args]
+    if not all(texts):
+        return ""
+    if function is bool:
+        return texts[0]
+    if function is operator.not_:
+        return f"not ({texts[0]})"
+    return f"{texts[0]} {_SIGNS[function]} {texts[1]}" if function in _SIGNS else ""
+
+
+def size_text(value: Any) -> str:
+    """A number over the names of sizes; "" where it can't be written down."""
+    if isinstance(value, TracedSize):
+        return f"({value.text})" if value.text else ""
+    return repr(value) if type(value) in (int, float) else ""
 
 
 def _identical(a: Any, b: Any) -> bool:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from quantflow.capture.export import plain
-from quantflow.capture.torchscript.failure import DependsOnBatch, class_name
+from quantflow.capture.place import class_name
+from quantflow.capture.sizes import Sizes, default_name
+from quantflow.capture.torchscript.failure import DependsOnBatch
 from quantflow.capture.torchscript.ops import Ops
 from quantflow.capture.torchscript.values import ON_STRUCTURES, Module, TracedSize, TracedTensor, flat, wrapped
 from quantflow.capture.torchscript.writer import Writer
 from quantflow.errors import CaptureError
 from quantflow.ir.batch import Batch
-from quantflow.ir.graph import Graph, Input, name_layers
+from quantflow.ir.calls import BATCH, Input
+from quantflow.ir.graph import Graph, name_layers
+from quantflow.ir.structure import Leaf, build, flatten, leaves_of, plain
 
 #: Stands for prim::CallMethod while functions, and only they, are inlined: so every op knows the module it is in.
 _CALL = "quantflow::call"
@@ -25,12 +29,27 @@ _CALL = "quantflow::call"
 _INLINE_PASSES = 16
 
 
+@dataclass(frozen=True)
+class Names:
+    """What inputs and their sizes are called.
+
+    Attributes:
+        tensors: the inputs' names where the script is of a `Flat` module, whose own name then is no part of a layer's.
+        follows_batch: whether the runs hold different numbers of samples.
+    """
+
+    sizes: Sizes
+    tensors: Sequence[str] | None = None
+    follows_batch: bool = True
+
+
 class Walk:
     """One walk through a ScriptModule's forward."""
 
-    def __init__(self, script: torch.jit.ScriptModule, batches: Sequence[Batch]) -> None:
+    def __init__(self, script: torch.jit.ScriptModule, batches: Sequence[Batch], names: Names) -> None:
         self._script: Any = script
         self._batches = batches
+        self._names = names
         self._writer = Writer()
         self._ops = Ops(self._writer, batches)
         self._methods: dict[tuple[str, str], Any] = {}
@@ -67,13 +86,17 @@ class Walk:
         arguments, inputs = self._inputs()
         root = Module(self._script._c, "")
         output = self._writer.nodes(self._method(root, "forward", [root, *arguments]))
+        if self._names.tensors is not None and not isinstance(output, tuple):
+            output = (output,)
         if not any(isinstance(leaf, fx.Node) for leaf in pytree.tree_leaves(output)):
             raise CaptureError(
                 f"mode: {class_name(self._script)} returns no tensor, so there is nothing to run in int8"
             )
         self._writer.graph.output(_nested_like(like, plain(output)))
         name_layers(self._writer.graph)
-        return Graph(self._writer.graph, self._writer.constants, inputs, notes=self._writer.notes)
+        return Graph(
+            self._writer.graph, self._writer.constants, inputs, notes=self._writer.notes, limits=self._writer.limits
+        )
 
     def _inputs(self) -> tuple[list[Any], tuple[Input, ...]]:
         first = self._batches[0]
@@ -83,16 +106,41 @@ class Walk:
         wanted = [*names[: len(first.args)], *first.kwargs]
         bound: dict[str, Any] = {}
         inputs: list[Input] = []
-        for index, (name, keyword) in enumerate(zip(wanted, keywords, strict=True)):
-            runs = tuple(batch.tensors[index] for batch in self._batches)
-            value = TracedTensor(runs, self._writer.graph.placeholder(name))
-            bound[name] = value
-            node = self._writer.described(value)
-            shape = node.meta["shape"]
-            if self._ops.batch_input is None and shape and shape[0] is None:
-                self._ops.batch_input = node
-            inputs.append(Input(node.name, keyword, str(node.meta["dtype"]).removeprefix("torch."), shape))
+        runs = [batch.tensors for batch in self._batches]
+        trees = [flatten(value)[0] for value in (*first.args, *first.kwargs.values())]
+        at = 0
+        for name, keyword, tree in zip(wanted, keywords, trees, strict=True):
+            leaves = sum(isinstance(leaf, Leaf) for leaf in leaves_of(tree))
+            held = []
+            for part in range(leaves):
+                called = name if isinstance(tree, Leaf) else f"{name}_{part}"
+                if self._names.tensors is not None:
+                    called = self._names.tensors[at]
+                value = TracedTensor(tuple(tensors[at] for tensors in runs), self._writer.graph.placeholder(called))
+                inputs.append(self._input(value, at, keyword if isinstance(tree, Leaf) else None, inputs))
+                held.append(value)
+                at += 1
+            bound[name] = build(tree, held)
         return [bound.get(a.name, a.default_value) for a in schema], tuple(inputs)
+
+    def _input(self, value: TracedTensor, at: int, keyword: str | None, before: Sequence[Input]) -> Input:
+        """What the runs show of an input: a size that differs between them varies."""
+        node = self._writer.described(value)
+        shape: list[int | str | None] = list(node.meta["shape"])
+        batches = [batch.size for batch in self._batches]
+        for dim, size in enumerate(shape):
+            if size is not None:
+                continue
+            if dim == 0 and self._names.follows_batch and [x.shape[0] for x in value.values] == batches:
+                if self._ops.batch_input is None:
+                    self._ops.batch_input = node
+                self._ops.size_names[node, dim] = BATCH
+                continue
+            taken = {name for item in before for name in item.shape if isinstance(name, str)}
+            taken |= {name for name in shape if isinstance(name, str)}
+            named = self._names.sizes.names.get((at, dim), "")
+            shape[dim] = self._ops.size_names[node, dim] = named or default_name(value.values[0], dim, taken)
+        return Input(node.name, keyword, str(node.meta["dtype"]).removeprefix("torch."), tuple(shape))
 
     def _method(self, module: Module, name: str, arguments: list[Any]) -> Any:
         key = (module.script._type().qualified_name(), name)
@@ -151,6 +199,8 @@ class Walk:
             raise self._writer.unsupported("an attribute of a TorchScript class")
         value = owner.script.getattr(name)
         path = f"{owner.path}.{name}" if owner.path else name
+        if self._names.tensors is not None and owner.script is self._script._c:
+            path = ""  # the user's model itself, in its Flat
         if isinstance(value, torch._C.ScriptModule):
             return Module(value, path)
         return wrapped(self._ops.own(value), len(self._batches), path, is_attribute=True)
@@ -161,12 +211,11 @@ class Walk:
         if isinstance(condition, TracedSize):
             taken = self._same(condition, "a branch")
             other = otherwise if taken else then
-            if not any(n.kind() == "prim::RaiseException" for n in other.nodes()):
-                sizes = " and ".join(str(batch.size) for batch in self._batches)
+            if self._writer.limit(condition.text, bool(taken)):
+                pass
+            elif not any(n.kind() == "prim::RaiseException" for n in other.nodes()):
                 where = self._writer.where()
-                self._writer.note(
-                    f"a branch{where} depends on the batch size; the one for {sizes} samples was captured"
-                )
+                self._writer.note(f"a branch{where} depends on sizes; the one that the example takes was captured")
             condition = taken
         outputs = self._block(then if condition else otherwise, (), env)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
@@ -186,7 +235,8 @@ class Walk:
         if not isinstance(value, TracedSize):
             return value
         if len(set(value.values)) > 1:
-            raise DependsOnBatch(f"{what}{self._writer.where()} depends on the batch size")
+            size = "a size that varies" if self._names.sizes else "the batch size"
+            raise DependsOnBatch(f"{what}{self._writer.where()} depends on {size}")
         return value.values[0]
 
     def _raise(self, _node: Any, args: list[Any], _env: dict[int, Any]) -> Any:

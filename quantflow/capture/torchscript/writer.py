@@ -10,12 +10,17 @@ from torch import fx
 from quantflow.capture.torchscript.failure import CURE, DependsOnBatch
 from quantflow.capture.torchscript.values import Module, TracedSize, TracedTensor
 from quantflow.errors import CaptureError
+from quantflow.ir.calls import Limit
 
 #: Ops that name their constants.
 _LINEAR = frozenset((
     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "_convolution",
     "linear", "batch_norm",
 ))  # fmt: skip
+
+
+#: A condition that holds for all sizes below is no limit.
+_SEEN = 400
 
 
 class Writer:
@@ -31,12 +36,31 @@ class Writer:
         self.modules: list[Module] = []
         self._constant_nodes: dict[int, tuple[TracedTensor, int, fx.Node]] = {}
         self._notes: dict[str, None] = {}
+        self._limits: dict[str, Limit] = {}
         self._nearest = ""
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know, each once."""
         return tuple(self._notes)
+
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        """What branches that were taken ask of sizes."""
+        return tuple(self._limits.values())
+
+    def limit(self, condition: str, holds: bool) -> bool:
+        """Keep that a branch was taken for this condition; False where the condition can't be kept."""
+        if not condition:
+            return False
+        limit = Limit(condition if holds else f"not ({condition})", self.where().removeprefix(" in ").strip("'"))
+        try:
+            if all(limit.holds(dict.fromkeys(limit.names, size)) for size in range(1, _SEEN)):
+                return True
+        except (ValueError, LookupError):
+            return False
+        self._limits[limit.expression] = limit
+        return True
 
     def note(self, text: str) -> None:
         self._notes[text] = None

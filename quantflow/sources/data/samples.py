@@ -73,6 +73,11 @@ class Data:
     metric: str | None = None
     notices: tuple[str, ...] = ()
 
+    @property
+    def of_own_shapes(self) -> Sequence[Batch]:
+        """Calibration batches whose sizes may differ: those that are cut from one array, or prepared alike, do not."""
+        return () if isinstance(self.calibration, Batches) else self.calibration
+
 
 def identity_of(kind: str, parts: dict[str, tuple[Sequence[str], str]]) -> dict[str, Any]:
     """The record of what was used. `parts`: "calibration" and "evaluation" → (ids, sha256 of the content)."""

@@ -67,8 +67,7 @@ def _draw(
         if batch is None:
             break
         batch = batch.head(missing)
-        names = (*(f"input {i}" for i in range(len(batch.args))), *(f"input '{k}'" for k in batch.kwargs))
-        for name, values in zip(names, batch.tensors, strict=True):
+        for name, values in batch.named():
             if values.dim():
                 ids = batch.ids if len(batch.ids) == len(values) else [str(i) for i in range(len(values))]
                 check_finite(f"{where}: {part} batch {len(drawn)}, {name}", values, ids)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from quantflow.sources.data.preprocess import ImagePreprocess, TextPreprocess
 from quantflow.sources.models.batchnorm import estimate_batchnorm
 from quantflow.sources.models.loaded import LoadedModel, Progress
+from quantflow.sources.models.usable import usable
 
 if TYPE_CHECKING:
     from quantflow.schema import ModelSpec
 
-__all__ = ["ImagePreprocess", "LoadedModel", "TextPreprocess", "estimate_batchnorm", "load_model"]
+__all__ = ["ImagePreprocess", "LoadedModel", "TextPreprocess", "estimate_batchnorm", "load_model", "usable"]
 
 
 def load_model(spec: ModelSpec, seed: int, progress: Progress | None = None) -> LoadedModel:

@@ -33,6 +33,7 @@ class LoadedModel:
         notices: what the user must be told, such as random weights.
         batchnorm_to_estimate: BatchNorm statistics are meaningless until `estimate_batchnorm` has run.
         outputs: what the first output is.
+        original: the model in the dtype that it was given in, which results are compared with; None: `module` is it.
     """
 
     module: nn.Module | torch.jit.ScriptModule | torch.export.ExportedProgram
@@ -43,3 +44,4 @@ class LoadedModel:
     notices: tuple[str, ...] = ()
     batchnorm_to_estimate: bool = False
     outputs: Literal["logits", "embedding", "other"] = "other"
+    original: nn.Module | None = None

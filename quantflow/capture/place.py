@@ -1,0 +1,49 @@
+"""Where in the user's code something happened."""
+
+from __future__ import annotations
+
+import linecache
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_TORCH = str(Path(torch.__file__).parent)
+_OWN = str(Path(__file__).parents[1])
+
+
+def line_of(error: BaseException) -> str:
+    """The last line of the user's code that an error came through: "model.py:12: if x.sum() > 0:"; "" for none."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        for frame in reversed(traceback.extract_tb(current.__traceback__)):
+            if _is_users(frame.filename):
+                line = frame.line or linecache.getline(frame.filename, frame.lineno or 0).strip()
+                return f"{Path(frame.filename).name}:{frame.lineno}: {line}"
+        current = current.__cause__ or current.__context__
+    return ""
+
+
+def _is_users(filename: str) -> bool:
+    return not filename.startswith((_TORCH, _OWN, "<")) and "contextlib" not in filename
+
+
+def class_name(model: Any) -> str:
+    """Of the user's own class, behind a ScriptModule or a `Flat`."""
+    return getattr(model, "original_name", None) or type(model).__name__
+
+
+def last_line(stack: str | None) -> str:
+    """The innermost line of a stack that torch wrote down with a node."""
+    lines = [line.strip() for line in (stack or "").splitlines() if line.strip()]
+    files = [index for index, line in enumerate(lines) if line.startswith("File ")]
+    for index in reversed(files):
+        name = lines[index].split('"')[1] if '"' in lines[index] else ""
+        if _is_users(name):
+            number = lines[index].partition("line ")[2].partition(",")[0]
+            code = lines[index + 1] if index + 1 < len(lines) else ""
+            return f"{Path(name).name}:{number}: {code}"
+    return ""
