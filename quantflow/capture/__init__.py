@@ -22,6 +22,7 @@ from quantflow.ir.binding import bind
 from quantflow.ir.calls import BATCH, Limit
 from quantflow.ir.graph import Graph, interpret
 from quantflow.ir.passes.fold_batchnorm import fold_batch_norms
+from quantflow.ir.passes.transposed_convolutions import transposed_to_convolutions
 from quantflow.ir.structure import plain
 from quantflow.schema import ModeSettings
 from quantflow.stages.calibrate import named_samples
@@ -47,6 +48,8 @@ def capture(
 ) -> Graph:
     """The model's graph, normalized, with BatchNorm folded where it directly follows a linear op.
 
+    Transposed convolutions are written as ordinary ones.
+
     Args:
         example: one batch of real input.
         dynamic: which sizes vary: "auto" (those in which `batches` differ), "none", or {input: {dimension: name}}.
@@ -66,7 +69,7 @@ def capture(
         sizes = find_sizes(dynamic, alike, names)
         _require_takes(original or model, sizes, alike, names)
         with without_autocast() as lowered:
-            graph = _captured(model, example, mode, sizes, original)
+            graph = transposed_to_convolutions(_captured(model, example, mode, sizes, original))
     except Exception:
         _require_runs(original or model, example)  # the model's own complaint says more than that of what captures it
         raise

@@ -21,14 +21,15 @@ from quantflow.ir import activations
 from quantflow.ir.batch import Batch
 from quantflow.ir.calls import Input
 from quantflow.ir.graph import Graph, arguments, name_layers, op_name
+from quantflow.ir.ops import TRANSPOSED
 from quantflow.ir.passes.normalize import simplify
 from quantflow.ir.structure import plain
 
 #: Ops that every pass knows by these names, and whose result is no part of an operand's memory.
 _FRESH = frozenset(
     [
-        *activations.ATEN, "relu6", "conv1d", "conv2d", "conv3d", "linear", "batch_norm", "add", "sub", "mul", "div",
-        "cat", "mean", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+        *activations.ATEN, *TRANSPOSED, "relu6", "conv1d", "conv2d", "conv3d", "linear", "batch_norm", "add", "sub",
+        "mul", "div", "cat", "mean", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
         "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "pad", "constant_pad_nd", "sym_size",
     ]
 )  # fmt: skip

@@ -24,6 +24,10 @@ from torch import fx
 
 from quantflow.ir.calls import Arguments, Input, Limit
 
+#: Ops whose weight, their second argument, names them.
+_WEIGHTED = (
+    "conv1d", "conv2d", "conv3d", "linear", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "batch_norm",
+)  # fmt: skip
 #: Functions on sizes that may appear in a graph; the loader of a program accepts no others.
 SIZE_FUNCTIONS: dict[str, Callable[..., Any]] = {
     name: getattr(operator, name)
@@ -208,7 +212,7 @@ def name_layers(graph: fx.Graph) -> None:
 
 
 def _weight_of(node: fx.Node) -> str | None:
-    if not is_aten(node, "conv1d", "conv2d", "conv3d", "linear", "conv_transpose1d", "conv_transpose2d", "batch_norm"):
+    if not is_aten(node, *_WEIGHTED):
         return None
     # A BatchNorm without weights is known by its running mean.
     owned = node.args[1:4:2] if is_aten(node, "batch_norm") else node.args[1:2]

@@ -67,3 +67,5 @@ COMPUTING_OPS = tuple(name for name, op in OPS.items() if op.computes)
 MOVING_OPS = tuple(name for name, op in OPS.items() if op.moves_codes)
 #: The convolutions and linears of a captured graph.
 LINEARS = tuple(aten for name in LINEAR_OPS for aten in OPS[name].aten)
+#: Transposed convolutions by their dimensions, which `passes.transposed_convolutions` writes as ordinary ones.
+TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")

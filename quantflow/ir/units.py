@@ -16,7 +16,8 @@ from torch import fx
 
 from quantflow.ir.activations import Epilogue, as_epilogue
 from quantflow.ir.graph import Graph, arguments, is_aten, only_user, op_name
-from quantflow.ir.ops import AVERAGES, LINEARS, OPS, POOLS, SHAPES
+from quantflow.ir.ops import AVERAGES, LINEARS, OPS, POOLS, SHAPES, TRANSPOSED
+from quantflow.ir.passes.transposed_convolutions import why_not
 
 #: They read a tensor's shape, which does not depend on how its values are held.
 _SIZES = ("sym_size", "sym_numel", "sym_stride", "sym_storage_offset")
@@ -60,6 +61,12 @@ class Unit:
     @property
     def op(self) -> str:
         return op_name(self.anchor)
+
+    @property
+    def layer_type(self) -> str:
+        """The op as the model has it: a transposed convolution computes as an ordinary one."""
+        phases = self.anchor.meta.get("transposed")
+        return self.op if phases is None else str(phases.op)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -122,6 +129,8 @@ def _classify(node: fx.Node, constants: Mapping[str, torch.Tensor]) -> Unit:
         return Unit(SIZE, (node,), node, ())
     if is_aten(node, *LINEARS):
         return _classify_linear(node, constants)
+    if is_aten(node, *TRANSPOSED):
+        return replace(unit(CORE, node.args[0]), float_reason=why_not(node))
     if node.meta.get("dtype", torch.float32) is not torch.float32:
         return floating(f"computes in {str(node.meta['dtype']).removeprefix('torch.')}, not float32")
     if is_aten(node, *OPS["matmul"].aten):

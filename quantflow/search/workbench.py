@@ -172,7 +172,7 @@ class Workbench:
             terms = {WEIGHT_TERMS: p.qconfig.weight.terms, INPUT_TERMS: p.qconfig.input_terms}
             return (FLOAT, *(change for change, given in terms.items() if given == 1))
 
-        return [Candidate(p.unit.name, p.unit.op, changes(p)) for p in planned]
+        return [Candidate(p.unit.name, p.unit.layer_type, changes(p)) for p in planned]
 
     def ranking_errors(self, setting: Setting) -> dict[str, Any]:
         """Against float, on the ranking samples."""

@@ -9,7 +9,7 @@ Everything else stays the user's own code and computes in float, a residual `+` 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import nn
 from quantflow.errors import CaptureError
 from quantflow.ir.batch import Batch
 from quantflow.ir.graph import Graph
+from quantflow.ir.passes.transposed_convolutions import Phases
 from quantflow.ir.plan import Plan, PlannedUnit
 from quantflow.ir.program import Node, Program, Ref
 from quantflow.ir.units import CORE
@@ -102,11 +103,11 @@ class Observed(nn.Module):
         self.values = values
         self.on_value: OnValue | None = None
 
-    def forward(self, x: torch.Tensor) -> Any:
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.on_value is not None:
             for value in self.values:
                 self.on_value(value, x)
-        return self.layer(x)
+        return self.layer(x, *args, **kwargs)
 
 
 def insert_observers(module: nn.Module, plan: Plan) -> nn.Module:
@@ -136,10 +137,11 @@ def run_observed(module: nn.Module, batch: Batch, on_value: OnValue) -> Any:
 class Int8Layer(nn.Module):
     """A convolution or linear that computes in int8 and exchanges float32 tensors with its neighbours.
 
-    The input is quantized, the kernel's float32 result has the folded BatchNorm and the fused activation applied.
+    The input is quantized, the kernel's float32 result has the folded BatchNorm and the fused activation applied. Of a
+    transposed convolution the kernel computes the phases, which are put together here.
     """
 
-    def __init__(self, node: Node, program: Program, runtime: Runtime) -> None:
+    def __init__(self, node: Node, program: Program, runtime: Runtime, phases: Phases | None = None) -> None:
         super().__init__()
         assert runtime.layer is not None, "a runtime that serves imperative mode computes layers"
         x = node.args[0]
@@ -147,6 +149,7 @@ class Int8Layer(nn.Module):
         qparams = program.values[x.name].qparams
         assert qparams is not None
         self.node = node
+        self.phases = phases
         self.qparams: QParams = qparams
         self.runtime = runtime.name
         self._compute = runtime.layer
@@ -156,9 +159,25 @@ class Int8Layer(nn.Module):
         self.register_buffer("bias", None if a["bias"] is None else program.tensors[a["bias"]])
         self._program = Program((), (node,), {x.name: program.values[x.name]}, program.tensors, None)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, output_size: Sequence[int] | None = None) -> torch.Tensor:
+        """
+        Args:
+            output_size: what a transposed convolution may be asked for.
+
+        Raises:
+            ValueError: it is another size than the captured one's, of which the layer holds nothing.
+        """
         with torch.no_grad():
-            return self._compute(self._program, x)
+            y = self._compute(self._program, x)
+            if self.phases is not None:
+                y = self.phases.put_together(y)
+        sizes = list(y.shape[2:])
+        if output_size is not None and list(output_size)[-len(sizes) :] != sizes:
+            raise ValueError(
+                f"int8 {self.node.name}: output_size {list(output_size)} is not possible, this input gives {sizes}; "
+                "the output padding is the one of the calibration data"
+            )
+        return y
 
     def extra_repr(self) -> str:
         q, shape = self.qparams, "x".join(map(str, self.weight.shape))
@@ -174,10 +193,11 @@ def swap_modules(module: nn.Module, plan: Plan, program: Program, runtime: Runti
     swapped = _copied(module).eval()
     nodes = {node.name: node for node in program.int8_nodes()}
     for name, units in _int8_modules(plan).items():
-        layer = Int8Layer(nodes[units[0].unit.name], program, runtime)
+        anchor = units[0].unit.anchor
+        layer = Int8Layer(nodes[units[0].unit.name], program, runtime, anchor.meta.get("transposed"))
         _move_hooks(swapped.get_submodule(name), layer, "_forward_pre_hooks", "_forward_hooks")
         _replace(swapped, name, layer)
-        folded = units[0].unit.anchor.meta.get("batch_norm")
+        folded = anchor.meta.get("batch_norm")
         if folded:
             _replace(swapped, folded, nn.Identity())
     for parameter in swapped.parameters():

@@ -33,14 +33,14 @@ class Overrides:
         self._recipe_name = recipe_name
         self._chosen: dict[str, list[tuple[str, str | LayerOverride]]] = {}
         owner = {layer: unit for unit in units for layer in unit.layers if unit.kind != SIZE}
-        types = {kind for unit in units for kind in (unit.op, unit.kind) if unit.kind not in (SIZE, FLOAT)}
+        types = {kind for unit in units for kind in (unit.layer_type, unit.kind) if unit.kind not in (SIZE, FLOAT)}
         problems: list[Problem] = []
         by_rank: list[list[tuple[str, str | LayerOverride, list[Unit]]]] = [[], [], []]
         for pattern, value in layers.items():
             if pattern in owner:
                 rank, matched = 2, [owner[pattern]]
             elif pattern in types:
-                rank, matched = 0, [u for u in units if pattern in (u.op, u.kind)]
+                rank, matched = 0, [u for u in units if pattern in (u.layer_type, u.kind)]
             else:
                 rank, matched = 1, [owner[name] for name in owner if fnmatch.fnmatchcase(name, pattern)]
             if not matched:

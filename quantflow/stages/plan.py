@@ -275,7 +275,9 @@ def _reason(unit: Unit, is_int8: bool, core: Mapping[Unit, str], overrides: Over
     if is_int8:
         folded = unit.anchor.meta.get("batch_norm")
         qconfig, is_core = overrides.qconfig(unit), unit.kind == CORE
+        phases = unit.anchor.meta.get("transposed")
         named = (
+            (f"transposed: {_counted(phases.count, 'phase')}" if phases else "", phases),
             ("BatchNorm folded", folded),
             ("residual added", unit.residual),
             ("weight in two terms", is_core and qconfig.weight.terms == 2),
@@ -295,6 +297,10 @@ def _reason(unit: Unit, is_int8: bool, core: Mapping[Unit, str], overrides: Over
     return "no int8 op reads its result, or none of its inputs is int8"
 
 
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def _row(
     p: PlannedUnit, codes: Mapping[str, str], layer_of: Mapping[str, str], kernel_of: Callable[[PlannedUnit], str]
 ) -> PlanRow:
@@ -307,7 +313,7 @@ def _row(
         qparams = "own" if codes[value] == value else f"shared with {layer_of[codes[value]]}"
     return PlanRow(
         name=p.unit.name,
-        op=p.unit.op,
+        op=p.unit.layer_type,
         precision=INT8 if p.is_int8 else FLOAT32,
         group=p.unit.layers,
         kernel=kernel_of(p) if p.is_int8 else f"aten.{p.unit.op}",

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from quantflow.ir.graph import Graph, arguments, is_aten, only_user, op_name
+from quantflow.ir.ops import LINEARS, TRANSPOSED
 
 
 def fold_batch_norms(graph: Graph, may_fold: Callable[[str, str], bool] | None = None) -> Graph:
@@ -39,8 +40,9 @@ def fold_batch_norms(graph: Graph, may_fold: Callable[[str, str], bool] | None =
         weight, mean, var = constant(ops["weight"]), constant(stats["running_mean"]), constant(stats["running_var"])
         if weight is None or mean is None or var is None:
             continue
-        folded = fold_batch_norm(
-            weight,
+        is_transposed = is_aten(linear, *TRANSPOSED)
+        folded, bias = fold_batch_norm(
+            channels_swapped(weight, ops["groups"]) if is_transposed else weight,
             constant(ops["bias"]),
             gamma=constant(stats["weight"]),
             beta=constant(stats["bias"]),
@@ -48,8 +50,10 @@ def fold_batch_norms(graph: Graph, may_fold: Callable[[str, str], bool] | None =
             var=var,
             eps=stats["eps"],
         )
+        if is_transposed:
+            folded = channels_swapped(folded, ops["groups"])
         layer = linear.meta["layer"]
-        for index, (role, value) in enumerate(zip(("weight", "bias"), folded, strict=True), start=1):
+        for index, (role, value) in enumerate((("weight", folded), ("bias", bias)), start=1):
             name = f"{layer}.folded_{role}"
             constants[name] = value
             with copied.inserting_before(linear):
@@ -67,7 +71,7 @@ def fold_batch_norms(graph: Graph, may_fold: Callable[[str, str], bool] | None =
 
 
 def _folds(linear: fx.Node, norm: fx.Node) -> bool:
-    if not is_aten(linear, "conv1d", "conv2d", "conv3d", "linear") or not is_aten(norm, "batch_norm"):
+    if not is_aten(linear, *LINEARS, *TRANSPOSED) or not is_aten(norm, "batch_norm"):
         return False
     a, weight = arguments(norm), linear.args[1]
     constants = (weight, a["running_mean"], a["running_var"])
@@ -79,6 +83,13 @@ def _folds(linear: fx.Node, norm: fx.Node) -> bool:
         return False
     # BatchNorm normalises dimension 1; a linear op's features lie there only for (batch, features).
     return op_name(linear) != "linear" or len(linear.meta.get("shape", ())) == 2
+
+
+def channels_swapped(weight: torch.Tensor, groups: int) -> torch.Tensor:
+    """(in_channels, out_channels / groups, …), as transposed convolutions hold it ↔ (out_channels, in / groups, …)."""
+    first, second, *kernel = weight.shape
+    split = weight.reshape(groups, first // groups, second, *kernel)
+    return split.transpose(1, 2).reshape(groups * second, first // groups, *kernel)
 
 
 def fold_batch_norm(
