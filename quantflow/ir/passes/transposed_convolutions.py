@@ -207,7 +207,7 @@ def _rewrite(graph: fx.Graph, constants: dict[str, torch.Tensor], node: fx.Node)
 
 
 def _phase_weights(weight: torch.Tensor, each: Sequence[_Dimension], groups: int) -> torch.Tensor:
-    """(out_channels, in_channels / groups, …) → (groups x phases x out_channels per group, …), by the formulas above."""
+    """(out_channels, in_channels / groups, …) → (groups x phases x out_channels per group, …), by the formulas."""
     inner = weight.shape[1]
     phases = []
     for place in itertools.product(*(range(d.s) for d in each)):
