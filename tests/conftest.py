@@ -15,6 +15,7 @@ from quantflow.capture import capture_export
 from quantflow.ir.batch import Batch
 from quantflow.ir.graph import Graph
 from quantflow.ir.passes.fold_batchnorm import fold_batch_norms
+from quantflow.ir.passes.transposed_convolutions import transposed_to_convolutions
 from quantflow.ir.plan import Plan
 from quantflow.ir.program import Program
 from quantflow.schema import PRESETS, LayerOverride, QConfig
@@ -69,7 +70,7 @@ def stages() -> Quantize:
     ) -> Stages:
         batch = Batch((batch,)) if isinstance(batch, torch.Tensor) else batch
         batch = Batch(batch.args, batch.kwargs, ids=tuple(map(str, range(batch.size))))
-        graph = model if isinstance(model, Graph) else fold_batch_norms(capture_export(model.eval(), batch))
+        graph = model if isinstance(model, Graph) else _captured(model, batch)
         chosen = PRESETS[qconfig] if isinstance(qconfig, str) else qconfig
         plan = make_plan(graph, chosen, layers, reduce_range=reduce_range)
         prepared = prepare(graph, plan)
@@ -77,3 +78,7 @@ def stages() -> Quantize:
         return Stages(graph, plan, prepared, table, convert(prepared, table))
 
     return run
+
+
+def _captured(model: nn.Module, batch: Batch) -> Graph:
+    return transposed_to_convolutions(fold_batch_norms(capture_export(model.eval(), batch)))

@@ -19,6 +19,7 @@ from quantflow.ir.batch import Batch
 from quantflow.ir.binding import bind
 from quantflow.ir.graph import Graph
 from quantflow.ir.passes.fold_batchnorm import fold_batch_norms
+from quantflow.ir.passes.transposed_convolutions import transposed_to_convolutions
 from quantflow.ir.program import Node, Program
 from quantflow.numerics.agreement import disagreement
 from quantflow.numerics.measures import sqnr_db
@@ -133,6 +134,23 @@ class Convolution3d(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.relu6(self.b(F.max_pool3d(F.relu(self.bn(self.a(x))), 2))).mean((2, 3, 4))
+
+
+class Transposed(nn.Module):
+    """Transposed convolutions of every kind: grouped, dilated, uneven, cropped, as the output, added to a residual."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+        up = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
+        norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1]
+        self.stem, self.up, self.norm = conv(3, 8, 3, padding=1), up(8, 8, 4, 2, 1, groups=2, bias=False), norm(8)
+        self.same = up(8, 8, 3, 1, 2, dilation=2)
+        self.more, self.last = up(8, 4, 3, 2, 1, output_padding=1), up(4, 3, (2, 1, 3)[:dims], (2, 2, 1)[:dims])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.norm(self.up(F.relu(self.stem(x)))))
+        return self.last(F.silu(self.more(self.same(x) + x)))
 
 
 class Shuffle(nn.Module):
@@ -272,6 +290,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
     "perceptron of rows": (Perceptron, lambda: Batch((torch.randn(3, 5, 20),))),
     "conv1d": (Convolution1d, lambda: Batch((torch.randn(3, 4, 33),))),
     "conv3d": (Convolution3d, lambda: Batch((torch.randn(3, 2, 6, 8, 10),))),
+    "transposed 1d": (lambda: Transposed(1), lambda: Batch((torch.randn(3, 3, 17),))),
+    "transposed 2d": (lambda: Transposed(2), lambda: Batch((torch.randn(3, 3, 5, 8),))),
+    "transposed 3d": (lambda: Transposed(3), lambda: Batch((torch.randn(3, 3, 3, 2, 5),))),
     "shuffle": (Shuffle, lambda: _image(8)),
     "norm after relu": (NormAfterRelu, _image),
     "bare": (Bare, _image),
@@ -300,7 +321,7 @@ def made(name: str) -> tuple[nn.Module, Batch, Graph]:
             nn.init.uniform_(module.weight, -1.5, 1.5)
             nn.init.normal_(module.bias)
     example = batch()
-    return model, example, fold_batch_norms(capture_export(model, example))
+    return model, example, transposed_to_convolutions(fold_batch_norms(capture_export(model, example)))
 
 
 def require_agreement(program: Program, inputs: list[torch.Tensor]) -> None:

@@ -204,6 +204,23 @@ def test_overrides_by_name_glob_and_type(stages: Stages, layers: dict[str, str],
         assert reasons(plan)[name].startswith("the recipe says so: layers.")
 
 
+@pytest.mark.parametrize(
+    ("layers", "left_float"),
+    [({"conv_transpose2d": "float"}, ["up"]), ({"conv2d": "float"}, ["down"]), ({"up": "float"}, ["up"])],
+    ids=["its type", "not that of what computes it", "name"],
+)
+def test_a_transposed_convolution_goes_by_its_own_type(
+    stages: Stages, layers: dict[str, str], left_float: list[str]
+) -> None:
+    model = Net(lambda net, x: net.down(net.up(x)), up=nn.ConvTranspose2d(8, 4, 3, 2), down=conv(4))
+    plan = stages(model, image(), layers=layers).plan
+    rows = {row.name: row for row in plan.rows}
+    assert [name for name, row in rows.items() if row.precision == "float"] == left_float
+    assert (rows["up"].op, rows["down"].op) == ("conv_transpose2d", "conv2d")
+    assert plan.core_layers == 2
+    assert rows["up"].reason in ("transposed: 4 phases", f"the recipe says so: layers.{next(iter(layers))}")
+
+
 def test_an_override_that_matches_nothing_names_the_nearest(stages: Stages) -> None:
     with pytest.raises(
         RecipeError, match=r"(?s)2 problems.*'blok.0' matches nothing.*block\.0.*'fc\*' matches nothing"

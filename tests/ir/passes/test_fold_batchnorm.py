@@ -52,8 +52,21 @@ def norms(graph: Graph) -> int:
         (nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, affine=False), (2, 4, 9, 9)),
         (nn.Conv3d(4, 6, 3), nn.BatchNorm3d(6), (2, 4, 5, 5, 5)),
         (nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6), (2, 4)),
+        (nn.ConvTranspose1d(4, 6, 4, 2), nn.BatchNorm1d(6), (2, 4, 9)),
+        (nn.ConvTranspose2d(4, 6, 3, groups=2, bias=False), nn.BatchNorm2d(6), (2, 4, 9, 9)),
+        (nn.ConvTranspose3d(4, 6, 3), nn.BatchNorm3d(6), (2, 4, 5, 5, 5)),
     ],
-    ids=["conv1d", "conv2d", "grouped", "no weights", "conv3d", "linear"],
+    ids=[
+        "conv1d",
+        "conv2d",
+        "grouped",
+        "no weights",
+        "conv3d",
+        "linear",
+        "transposed 1d",
+        "transposed, grouped",
+        "transposed 3d",
+    ],
 )
 def test_folding_changes_no_output(linear: nn.Module, norm: nn.Module, shape: tuple[int, ...]) -> None:
     model, x = Pair(linear, norm, direct), torch.randn(shape)
