@@ -7,7 +7,7 @@ QuantizedModule    mode=imperative: an nn.Module around the user's own code with
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,19 +133,23 @@ class QuantizedScript(torch.jit.RecursiveScriptModule):  # type: ignore[misc]
 Quantized = QuantizedModel | QuantizedScript
 
 
-def load(directory: str | Path, *, runtime: str = "auto", device: str = "auto") -> Quantized:
+def load(
+    directory: str | Path, *, runtime: str = "auto", device: str = "auto", operators: Sequence[str] = ()
+) -> Quantized:
     """The int8 model of an artifact, with outputs identical to those of the model that was saved.
 
     Neither the float model nor any code the recipe names is needed or touched.
 
     Args:
         runtime: "auto" takes the runtime the artifact was made with, where this machine has it.
+        operators: full names or patterns ("my::*") of registered operators that the model may call besides ATen's and
+            torchvision's pure ones. A program made in this process may call any; one from a file only what you name.
 
     Raises:
-        ArtifactError: missing, truncated, changed, or from a newer format.
+        ArtifactError: missing, truncated, changed, from a newer format, or one that calls an operator not named.
         UnavailableError: the runtime or device is not on this machine.
     """
-    record = Record.load(directory)
+    record = Record.load(directory, operators)
     recipe = Recipe.from_dict(record.recipe)
     wanted = recipe.runtime.kind if runtime == "auto" else runtime
     mode = recipe.mode.kind

@@ -3,8 +3,8 @@
 Every capture (export, torchscript, imperative) ends here, and everything after capture is shared.
 
 Conventions, kept by `quantflow.capture` and relied on everywhere:
-    * ops are `torch.ops.aten.*` overloads, `operator` functions on sizes, or `operator.getitem`;
-      none of them mutates its arguments;
+    * ops are `torch.ops.aten.*` overloads, operators of other libraries (known by full name, "my::gelu", and float),
+      `operator` functions on sizes, or `operator.getitem`; none of them mutates its arguments;
     * `get_attr` nodes name an entry of `Graph.constants` (dots and all);
     * every node carries `meta["layer"]` (a unique, human-readable name); ops with a weight carry `meta["owner"]`, the
       module that weight belongs to; tensor-valued nodes carry `meta["shape"]` (ints, None where the size
@@ -83,9 +83,10 @@ def is_aten(node: fx.Node, *names: str) -> bool:
 
 
 def op_name(node: fx.Node) -> str:
-    """`aten.conv2d.default` → "conv2d"; other callables by their own name; placeholders and constants by kind."""
+    """`aten.conv2d.default` → "conv2d", `my.gelu.default` → "my::gelu"; other callables by their own name; placeholders
+    and constants by kind."""
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.split("::")[-1]
+        return node.target._schema.name.removeprefix("aten::")
     if node.op == "call_function":
         return getattr(node.target, "__name__", str(node.target))
     return node.op

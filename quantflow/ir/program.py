@@ -24,7 +24,7 @@ What the int8 ops compute (see design: "The numbers, decided once"):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,7 +67,8 @@ class Node:
     """One step. `name` is the layer's name, `output` the value it defines.
 
     Attributes:
-        target: for NAMED_OPS, the ATen overload ("softmax.int") or size function.
+        target: for NAMED_OPS, the ATen overload ("softmax.int"), another library's ("my::gelu.default") or a size
+            function.
         attrs: conv and linear: stride, padding, dilation, groups, weight, weight_scale, bias (tensor names);
             clamp: low, high (codes).
     """
@@ -141,15 +142,18 @@ class Program:
         return program_json.to_json(self)
 
     @staticmethod
-    def from_json(data: Any, tensors: Mapping[str, torch.Tensor]) -> Program:
-        """Rebuild and check a program. Nothing is executed or imported.
+    def from_json(data: Any, tensors: Mapping[str, torch.Tensor], operators: Sequence[str] = ()) -> Program:
+        """Rebuild and check a program. Nothing is executed, and nothing that the program names is imported.
+
+        Args:
+            operators: patterns of the operators that it may call besides ATen's ("my::*").
 
         Raises:
             ArtifactError: names the node and the field that is not legal.
         """
         from quantflow.ir import program_json
 
-        return program_json.from_json(data, tensors)
+        return program_json.from_json(data, tensors, operators)
 
 
 def referenced_values(value: Any) -> Iterator[str]:

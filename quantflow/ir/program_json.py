@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,8 +56,11 @@ def _format(program: Program) -> int:
     return 2 if has_names or program.arguments is not None or program.limits or holds_types(program.output) else 1
 
 
-def from_json(data: Any, tensors: Mapping[str, torch.Tensor]) -> Program:
-    """Rebuild and check a program. Nothing is executed or imported.
+def from_json(data: Any, tensors: Mapping[str, torch.Tensor], operators: Sequence[str] = ()) -> Program:
+    """Rebuild and check a program. Nothing is executed, and nothing that the program names is imported.
+
+    Args:
+        operators: patterns of the operators that it may call besides ATen's ("my::*").
 
     Raises:
         ArtifactError: names the node and the field that is not legal.
@@ -78,7 +81,7 @@ def from_json(data: Any, tensors: Mapping[str, torch.Tensor]) -> Program:
             arguments=_arguments_from_json(data["arguments"]) if "arguments" in data else None,
             limits=tuple(Limit(str(e["expression"]), str(e["place"])) for e in data.get("limits", ())),
         )
-        check(program)
+        check(program, operators)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ArtifactError(f"program.json: {type(error).__name__} while reading it: {error}") from error
     return program

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from quantflow.errors import ArtifactError
-from quantflow.ir.aten_policy import aten_op
+from quantflow.ir.aten_policy import aten_op, require_allowed
 from quantflow.ir.calls import BATCH
 from quantflow.ir.graph import SIZE_FUNCTIONS
 from quantflow.ir.ops import LINEAR_OPS, MOVING_OPS, NAMED_OPS, OPS
@@ -14,8 +16,11 @@ from quantflow.ir.structure import Leaf, leaves_of
 from quantflow.numerics.affine import MAX_REDUCTION, WEIGHT_RANGE
 
 
-def check(program: Program) -> None:
+def check(program: Program, operators: Sequence[str] = ()) -> None:
     """Every node, value and tensor of the program.
+
+    Args:
+        operators: patterns of the operators that it may call besides ATen's ("my::*").
 
     Raises:
         ArtifactError: names the node and what is not legal about it.
@@ -35,7 +40,7 @@ def check(program: Program) -> None:
             if ref not in program.tensors:
                 raise ArtifactError(f"{where}: reads tensor {ref!r}, which weights.safetensors does not hold")
         if node.op in NAMED_OPS:
-            _check_target(node, where)
+            _check_target(node, where, operators)
         elif len(node.args) != OPS[node.op].arity:
             raise ArtifactError(f"{where}: {node.op} takes {OPS[node.op].arity} arguments, has {len(node.args)}")
         if node.op in LINEAR_OPS:
@@ -67,7 +72,7 @@ def _check_call(program: Program) -> None:
             raise ArtifactError(f"program.json: limit {limit.expression!r} speaks of {unknown[0]!r}, which is no size")
 
 
-def _check_target(node: Node, where: str) -> None:
+def _check_target(node: Node, where: str, operators: Sequence[str]) -> None:
     """The ATen op or size function that a node names exists and is legal for it."""
     if node.op == "size" and node.target in SIZE_FUNCTIONS:
         return
@@ -76,6 +81,7 @@ def _check_target(node: Node, where: str) -> None:
     legal = OPS[node.op].aten
     if legal and node.target.partition(".")[0] not in legal:
         raise ArtifactError(f"{where}: {node.op} can't be {node.target!r}; legal are {', '.join(legal)}")
+    require_allowed(node.target, operators)
     aten_op(node.target)
 
 

@@ -14,6 +14,7 @@ from functools import cache
 
 import torch
 
+from quantflow.ir.aten_policy import ANY_OPERATOR
 from quantflow.ir.program import Program
 from quantflow.runtimes import native_devices
 from quantflow.runtimes.native import NativeRunner
@@ -66,7 +67,10 @@ def _native(
         with _lock:
             runner = tensors[0].__dict__.get(_ATTRIBUTE)
             if runner is None:
-                parsed = Program.from_json(json.loads(program), dict(zip(names, tensors, strict=True)))
+                # The ScriptModule that calls this may itself call any operator.
+                parsed = Program.from_json(
+                    json.loads(program), dict(zip(names, tensors, strict=True)), operators=ANY_OPERATOR
+                )
                 adopt(tensors, runner := NativeRunner(parsed))
     return runner.outputs(inputs)
 

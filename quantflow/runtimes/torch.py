@@ -41,7 +41,7 @@ _BIAS = 128
 class Call:
     """One call of the lowered program: `output = op(*args, **kwargs)`.
 
-    `op` is "quantflow.NAME", "aten.NAME.OVERLOAD" or "size.NAME".
+    `op` is "quantflow.NAME", "aten.NAME.OVERLOAD" (NAME is full for an operator that is not ATen's) or "size.NAME".
     """
 
     output: str
@@ -383,6 +383,8 @@ class _Writer:
             return f"{self.define(call.output)} = {args[0]}.size({args[1]})"
         args += [f"{k}={self.expression(v)}" for k, v in call.kwargs.items()]
         function = name.partition(".")[0]
+        if "::" in function:  # another library's operator, which keeps its full name
+            namespace, _, function = function.partition("::")
         return f"{self.define(call.output)} = torch.ops.{namespace}.{function}({', '.join(args)})"
 
     def native_call(self) -> list[str]:

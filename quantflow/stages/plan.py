@@ -316,7 +316,7 @@ def _row(
         op=p.unit.layer_type,
         precision=INT8 if p.is_int8 else FLOAT32,
         group=p.unit.layers,
-        kernel=kernel_of(p) if p.is_int8 else f"aten.{p.unit.op}",
+        kernel=kernel_of(p) if p.is_int8 else p.unit.op if "::" in p.unit.op else f"aten.{p.unit.op}",
         qparams=qparams,
         reason=p.reason,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,11 @@ class Record:
         return {**self.attached, **files}
 
     @classmethod
-    def load(cls, directory: str | Path) -> Record:
+    def load(cls, directory: str | Path, operators: Sequence[str] = ()) -> Record:
         """Read and verify an artifact. Nothing in it is executed or imported.
+
+        Args:
+            operators: patterns of the operators that its program may call besides ATen's ("my::*").
 
         Raises:
             ArtifactError: missing, truncated, changed, or from a newer format; names the file.
@@ -87,7 +90,9 @@ class Record:
             recipe=artifact.parse_json(files[artifact.RECIPE], artifact.RECIPE),
             plan=plan,
             table=CalibrationTable.from_bytes(files[artifact.CALIBRATION], artifact.CALIBRATION),
-            program=Program.from_json(artifact.parse_json(files[artifact.PROGRAM], artifact.PROGRAM), tensors),
+            program=Program.from_json(
+                artifact.parse_json(files[artifact.PROGRAM], artifact.PROGRAM), tensors, operators
+            ),
             results=from_json(files[artifact.RESULTS]),
             graph=_graph(files),
             attached={name: content for name, content in files.items() if name not in artifact.OWN},

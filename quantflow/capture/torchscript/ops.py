@@ -53,6 +53,8 @@ _READS_DATA = frozenset((
 _FACTORIES = frozenset(
     ("new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like")
 )
+#: Their operators stand for no float op: TorchScript's own, and those of models that are quantized already.
+_WITHOUT_GRAPH = ("prim", "quantized", "quantflow")
 #: Ops whose second tensor operand may as well be a number.
 _SCALAR_OPERAND = frozenset(("add", "sub", "mul", "div"))
 #: Views that can be written into, and the op that puts the result back.
@@ -140,7 +142,8 @@ class Ops:
 
     def on_constants(self, namespace: str, name: str, schema: Any, args: list[Any]) -> Any:
         """Run the op once, in place where it is: what does not depend on the input is computed now."""
-        if name in ("Int", "Float", "Bool", "ScalarImplicit", "IntImplicit", "FloatImplicit") and isinstance(
+        builtin = _builtin(namespace, name)
+        if builtin in ("Int", "Float", "Bool", "ScalarImplicit", "IntImplicit", "FloatImplicit") and isinstance(
             args[0], TracedTensor
         ):
             number = args[0].values[0].item()
@@ -154,7 +157,7 @@ class Ops:
             )
         positional, keywords = _typed(schema, concrete(args, 0))
         result = op(*positional, **keywords)
-        if name == "lift_fresh":
+        if builtin == "lift_fresh":
             result = result.clone()
         if target is not None:
             return target
@@ -163,33 +166,34 @@ class Ops:
         for made in flat(held):
             if isinstance(made, TracedTensor):
                 made.name = source
-        self._remember_view(name, held, args)
+        self._remember_view(builtin, held, args)
         return held
 
     def on_tensors(self, namespace: str, name: str, schema: Any, args: list[Any]) -> Any:
         """Run the op in every run and write it down, in a functional form where it writes into its first argument."""
-        if name in ("size", "len", "numel") and isinstance(args[0], TracedTensor):
-            return self._size(name, args)
+        builtin = _builtin(namespace, name)
+        if builtin in ("size", "len", "numel") and isinstance(args[0], TracedTensor):
+            return self._size(builtin, args)
         op = self._overload(namespace, name, schema)
         target = args[0] if schema.is_mutable else None
         if target is not None:
             op = self._functional(namespace, name, schema)
             schema = op._schema
-        args = self._plain_operands(name, args)
+        args = self._plain_operands(builtin, args)
         try:
             results = [op(*a, **k) for a, k in (_typed(schema, concrete(args, i)) for i in range(len(self._batches)))]
         except RuntimeError as error:
             raise DependsOnBatch(f"{name}{self._writer.where()} fails: {first_line(error)}") from error
         if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(results[0])):
-            return self._read(name, results)
-        if name in _FACTORIES and not any(isinstance(a, TracedSize) for a in flat(args)) and _same_shapes(results):
+            return self._read(builtin, results)
+        if builtin in _FACTORIES and not any(isinstance(a, TracedSize) for a in flat(args)) and _same_shapes(results):
             return wrapped(results[0], len(self._batches))
-        if namespace != "aten":
+        if namespace in _WITHOUT_GRAPH:
             raise self._writer.unsupported(f"{namespace}::{name}")
         if target is not None:
-            return self._rebind(target, op, schema, args, results, copied=name == "copy_")
+            return self._rebind(target, op, schema, args, results, copied=builtin == "copy_")
         emitted = self._emit(op, schema, args, results)
-        self._remember_view(name, emitted, args)
+        self._remember_view(builtin, emitted, args)
         return emitted
 
     def _size(self, name: str, args: list[Any]) -> Any:
@@ -310,11 +314,18 @@ class Ops:
             raise self._writer.unsupported(f"{namespace}::{name}") from error
 
     def _functional(self, namespace: str, name: str, schema: Any) -> Any:
+        if namespace != "aten":  # that `f_` is `f` in place is a custom of ATen's
+            raise self._writer.unsupported(f"{namespace}::{name}")
         packet = getattr(getattr(torch.ops, namespace), name.rstrip("_"), None)
         op = getattr(packet, schema.overload_name or "default", None)
         if op is None or op._schema.is_mutable:
             raise self._writer.unsupported(f"{namespace}::{name}")
         return op
+
+
+def _builtin(namespace: str, name: str) -> str:
+    """The name that the tables here know; another library's operator keeps its full name, and is in none of them."""
+    return name if namespace in ("aten", "prim") else f"{namespace}::{name}"
 
 
 def _is_generic(kind: Any) -> bool:

@@ -208,6 +208,8 @@ def _fold_constants(graph: fx.Graph, constants: dict[str, torch.Tensor]) -> None
             continue
         if not isinstance(node.target, torch._ops.OpOverload) and node.target is not operator.getitem:
             continue
+        if "::" in op_name(node) and torch.Tag.nondeterministic_seeded in node.target.tags:
+            continue
         if op_name(node) in _NEW and all(isinstance(s, int) for s in node.args[1]):
             a, dtype = arguments(node), node.meta.get("dtype", torch.float32)
             fill = {"new_zeros": 0, "new_empty": 0, "new_ones": 1}.get(op_name(node), a.get("fill_value"))
