@@ -14,6 +14,7 @@ Conventions, kept by `quantflow.capture` and relied on everywhere:
 from __future__ import annotations
 
 import hashlib
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -31,8 +32,14 @@ _WEIGHTED = (
 #: Functions on sizes that may appear in a graph; the loader of a program accepts no others.
 SIZE_FUNCTIONS: dict[str, Callable[..., Any]] = {
     name: getattr(operator, name)
-    for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "eq", "ne", "lt", "le", "gt", "ge", "pow")
-} | {"max": max, "min": min, "int": int, "getitem": operator.getitem}
+    for name in (
+        "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "eq", "ne", "lt", "le", "gt", "ge", "pow", "abs",
+        "and_", "or_", "getitem",
+    )
+} | {
+    "max": max, "min": min, "int": int, "sym_max": max, "sym_min": min, "sym_float": float, "round": round,
+    "ceil": math.ceil, "floor": math.floor, "trunc": math.trunc,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

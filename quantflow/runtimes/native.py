@@ -34,6 +34,8 @@ from quantflow.runtimes.runner import AbstractRunner
 PLANS_PER_SECTION = 16
 #: Ops that make a list of tensors; whoever takes it apart must run on the same side.
 _LISTS = ("split", "split_with_sizes", "chunk", "unbind")
+#: Functions on sizes whose results are flags; the library knows whole numbers only.
+_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,12 @@ class NativeRunner(AbstractRunner):
         self._plans: dict[Section, OrderedDict[Any, SectionPlan]] = {}
         #: (batch size, threads asked for) → the variant that `tune` found fastest.
         self.variants: dict[tuple[int, int], RunVariant] = {}
+        self._flags = {n.output for n in program.nodes if n.op == "size" and n.target in _COMPARISONS}
         for index, node in enumerate(program.nodes):
             if not lib.library().qf_program_supports(self._parsed.pointer, ctypes.c_int32(index)):
                 self.in_torch[index] = f"{node.target or node.op} has no native kernel"
+            elif foreign := _foreign_dtype(node):
+                self.in_torch[index] = f"{node.target} to {_short(foreign)} has no native kernel"
         self._cut()
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Any:
@@ -122,8 +127,9 @@ class NativeRunner(AbstractRunner):
         whole = self._run_variant(inputs, RunVariant(threads))
         names = set(self.program.output_names())
         counts = [threads, 1] if threads > 1 else [1]
-        may_cut = self.program.batch_is_dynamic and not any(BATCH in limit.names for limit in self.program.limits)
-        chunks = [0, *(c for c in (1, 2, 4, 8) if may_cut and c < batch)]
+        regroups = any(BATCH in limit.names for limit in self.program.limits)
+        can_cut = self.program.batch_is_dynamic and not regroups and all(_has_rows(whole[name], batch) for name in names)
+        chunks = [0, *(c for c in (1, 2, 4, 8) if can_cut and c < batch)]
         variants = []
         for variant in (RunVariant(t, c) for t in counts for c in chunks):
             values = self._run_variant(inputs, variant) if variant != RunVariant(threads) else whole
@@ -172,26 +178,30 @@ class NativeRunner(AbstractRunner):
             )
             for at in range(0, batch, step)
         ]
-        return {
-            name: torch.cat([piece[name] for piece in pieces]) if isinstance(pieces[0][name], torch.Tensor) else None
-            for name in self.program.output_names()
-        }
+        return {name: torch.cat([piece[name] for piece in pieces]) for name in self.program.output_names()}
 
     def _run_all(self, inputs: Sequence[torch.Tensor], threads: int) -> dict[str, Any]:
         program = self.program
         values: dict[str, Any] = {i.name: x for i, x in zip(program.inputs, inputs, strict=True)}
+        done: list[Section | int] = []
         with nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode():
             while True:
+                parts = self._parts
+                # What was refused changes the parts from there on; rarely those before, whose values then lack some.
+                done = done if parts[: len(done)] == done else []
                 try:
-                    for part in self._parts:
+                    for part in parts[len(done) :]:
                         if isinstance(part, int):
                             node = program.nodes[part]
                             values[node.output] = run_in_torch(program, node, values)
                         else:
                             values.update(zip(part.outputs, self._run(part, values, threads), strict=True))
+                        done.append(part)
                     return values
                 except lib.Unsupported as refused:
-                    self._leave_to_torch(refused)
+                    self._leave_to_torch({refused.node: refused.reason})
+                except _Foreign as refused:
+                    self._leave_to_torch(refused.reasons)
 
     def run_node(self, index: int, values: Mapping[str, Any]) -> Any:
         """One node's value from given values, codes as the program defines them."""
@@ -202,7 +212,9 @@ class NativeRunner(AbstractRunner):
                 try:
                     return self._run(section, values, self._threads(), keep=False)[0]
                 except lib.Unsupported as refused:
-                    self._leave_to_torch(refused)
+                    self._leave_to_torch({refused.node: refused.reason})
+                except _Foreign as refused:
+                    self._leave_to_torch(refused.reasons)
             return run_in_torch(self.program, node, values)
 
     def int8_layers(self) -> int:
@@ -229,7 +241,7 @@ class NativeRunner(AbstractRunner):
                     op = node.target or node.op
                     rows.append({"name": node.name, "op": op, "kernel": f"torch {op}", "ms": min(taken)})
                     continue
-                given = [_dense(values[name]) for name in part.inputs]
+                given = self._given(part, values)
                 plan = self._plan(part, given, self._threads())
                 outputs = plan.run(given)
                 for step in lib.profile(plan.handle, lib.pointers(given), lib.pointers(outputs), runs):
@@ -293,15 +305,30 @@ class NativeRunner(AbstractRunner):
             first = last
         self._parts = parts
 
-    def _leave_to_torch(self, refused: lib.Unsupported) -> None:
+    def _leave_to_torch(self, reasons: Mapping[int, str]) -> None:
         with self._lock:
-            self.in_torch.setdefault(refused.node, refused.reason)
+            self.in_torch = {**reasons, **self.in_torch}
             self._plans.clear()
             self._cut()
 
     def _run(self, section: Section, values: Mapping[str, Any], threads: int, *, keep: bool = True) -> list[Any]:
-        given = [_dense(values[name]) for name in section.inputs]
+        given = self._given(section, values)
         return self._plan(section, given, threads, keep=keep).run(given)
+
+    def _given(self, section: Section, values: Mapping[str, Any]) -> list[torch.Tensor | int]:
+        """The section's inputs as the library takes them.
+
+        Raises:
+            _Foreign: one that it can't take; names the nodes that read it.
+        """
+        reasons: dict[int, str] = {}
+        for name in section.inputs:
+            if reason := _why_foreign(values[name]):
+                readers = (i for i in range(section.first, section.last) if name in self.program.nodes[i].refs())
+                reasons |= dict.fromkeys(readers, reason)
+        if reasons:
+            raise _Foreign(reasons)
+        return [_dense(values[name]) for name in section.inputs]
 
     def _plan(
         self, section: Section, given: Sequence[torch.Tensor | int], threads: int, *, keep: bool = True
@@ -327,8 +354,21 @@ class NativeRunner(AbstractRunner):
         )  # fmt: skip
         found = (lib.Form * len(section.outputs))()
         lib.library().qf_plan_outputs(handle.pointer, found)
-        shapes = tuple(f.number if f.is_number else (tuple(f.dims[: f.rank]), lib.TORCH_DTYPES[f.dtype]) for f in found)
+        shapes = tuple(
+            (bool(f.number) if name in self._flags else f.number)
+            if f.is_number
+            else (tuple(f.dims[: f.rank]), lib.TORCH_DTYPES[f.dtype])
+            for name, f in zip(section.outputs, found, strict=True)
+        )
         return SectionPlan(handle, shapes)
+
+
+class _Foreign(Exception):
+    """A section was given what the library has no form for. `reasons`: node index → why it runs in torch."""
+
+    def __init__(self, reasons: Mapping[int, str]) -> None:
+        super().__init__(str(reasons))
+        self.reasons = reasons
 
 
 def kernel_of(planned: PlannedUnit) -> str:
@@ -370,14 +410,19 @@ def _plain(program: Program) -> Program:
 def _same(a: Any, b: Any) -> bool:
     """Whether two outputs agree as far as the order of float sums allows."""
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
-        return bool(a == b)
+        return type(a) is type(b) and bool(a == b)
     if a.shape != b.shape or not a.is_floating_point():
         return torch.equal(a, b)
     return bool(torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True))
 
 
 def _keep_lists_together(program: Program, in_torch: dict[int, str]) -> None:
-    """Where a list of tensors would have to cross from one side to the other, all that handles it runs in torch."""
+    """Where a list or tuple of tensors would have to cross from one side to the other, all that handles it runs in
+    torch."""
+    made_by = {node.output: index for index, node in enumerate(program.nodes)}
+    for index, node in enumerate(program.nodes):
+        if node.target == "getitem" and made_by.get(next(node.refs(), "")) in in_torch:
+            in_torch.setdefault(index, "a part of what torch computed")
     users: dict[str, list[int]] = {}
     for index, node in enumerate(program.nodes):
         for name in node.refs():
@@ -422,10 +467,37 @@ def _is_list(node: Node) -> bool:
     return node.op in ("shape", "aten") and node.target.partition(".")[0] in _LISTS
 
 
-def _dense(value: Any) -> torch.Tensor | int:
+def _has_rows(value: Any, batch: int) -> bool:
+    """Whether it is a tensor of a row per sample."""
+    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == batch
+
+
+def _why_foreign(value: Any) -> str:
+    """Why the library can't take a value; empty if it can."""
+    if isinstance(value, torch.Tensor):
+        if value.dtype not in lib.DTYPES:
+            return f"reads a tensor of {_short(value.dtype)}, for which there is no native kernel"
+        if value.dim() > lib.MAX_RANK:
+            return f"reads a tensor of {value.dim()} dimensions; native kernels take up to {lib.MAX_RANK}"
+        return ""
+    # A flag is no size: it would come back as a number.
+    return "" if type(value) is int else f"reads a {type(value).__name__}, which can't cross from torch"
+
+
+def _foreign_dtype(node: Node) -> torch.dtype | None:
+    """A dtype without kernels that the node is told to compute in."""
+    named = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.dtype)]
+    return next((dtype for dtype in named if dtype not in lib.DTYPES), None)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dense(value: torch.Tensor | int) -> torch.Tensor | int:
     """A value as the library takes it: contiguous or channels-last, or a whole number."""
-    if not isinstance(value, torch.Tensor):
-        return int(value)
+    if isinstance(value, int):
+        return value
     if value.is_contiguous() or (value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)):
         return value
     return value.contiguous()

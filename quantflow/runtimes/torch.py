@@ -441,13 +441,18 @@ class _Writer:
 
 def _size_expression(name: str, args: list[str]) -> str:
     infix = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "truediv": "/", "mod": "%", "eq": "==", "ne": "!=",
-             "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "pow": "**"}  # fmt: skip
+             "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "pow": "**", "and_": "and", "or_": "or"}  # fmt: skip
     if name in infix:
         return f"({args[0]} {infix[name]} {args[1]})"
     if name == "neg":
         return f"(-{args[0]})"
     if name == "getitem":
         return f"{args[0]}[{args[1]}]"
+    if name in ("ceil", "floor"):
+        return f"torch.ops.aten.{name}({args[0]})"
+    if name == "round":
+        return f"int(round({args[0]}))"
+    name = {"sym_max": "max", "sym_min": "min", "sym_float": "float", "trunc": "int"}.get(name, name)
     return f"{name}({', '.join(args)})"
 
 
