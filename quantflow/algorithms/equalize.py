@@ -27,6 +27,7 @@ become one, so its channels stay as they are; `clip_margin` rescales those that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -87,7 +88,8 @@ def equalize(settings: EqualizeAlgorithm, graph: Graph, plan: Plan, material: Ma
             break
     rescaled = replace(graph, constants=work.constants())
     few = batches[0].head(COMPARED) if material.batch_is_dynamic else batches[0]
-    found = min(sqnr_db(*pair) for pair in zip(_outputs(graph, few), _outputs(rescaled, few), strict=True))
+    outputs = zip(_outputs(graph, few), _outputs(rescaled, few), strict=True)
+    found = min((sqnr_db(*pair) for pair in outputs), default=math.inf)
     if not found >= MIN_SQNR_DB:
         notice = f"equalize: undone, because the rescaled float model differs from the original ({found:.1f} dB)"
         return Rewriting((), lambda _: (graph, Outcome(MEASURE, (), skipped, (notice,))))

@@ -282,6 +282,9 @@ def _accuracy(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     metric = _section(accuracy, "metric")
     if metric:
         yield _metric(metric)
+    if "sqnr_db" in accuracy and accuracy["sqnr_db"] is None:
+        yield "same classes or flags", "", percent(accuracy.get("agreement")), ""
+        return
     yield "SQNR of the output", "", db(accuracy.get("sqnr_db")), ""
     reach = f"float reaches {number(accuracy.get('float_max_abs'))}" if accuracy.get("float_max_abs") else ""
     yield "max error", "", number(accuracy.get("max_error")), reach

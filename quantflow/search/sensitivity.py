@@ -97,9 +97,21 @@ def plot_ready(sensitivity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def noise(figures: Mapping[str, Any]) -> float:
-    """Noise power over signal power, 10^(-SQNR/10); infinite for an output that is not finite."""
+    """Noise power over signal power, 10^(-SQNR/10); infinite for an output that is not finite.
+
+    Of classes and flags, which have no signal: the share that differs.
+    """
     sqnr_db = figures["sqnr_db"]
+    if sqnr_db is None:
+        return 1.0 - float(figures["agreement"])
     return math.inf if math.isnan(sqnr_db) else float(10 ** (-sqnr_db / 10))
+
+
+def noise_db(figures: Mapping[str, Any]) -> float:
+    """SQNR, or what the noise of classes and flags comes to on its scale, in dB."""
+    if figures["sqnr_db"] is not None:
+        return float(figures["sqnr_db"])
+    return -10 * math.log10(noise(figures)) if noise(figures) > 0 else math.inf
 
 
 def _measured(
@@ -130,7 +142,7 @@ def _figures(errors: Mapping[str, Any]) -> dict[str, Any]:
 
 def _compared(found: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
     share = noise(found) / noise(whole) if noise(whole) else 1.0
-    gain_db = found["sqnr_db"] - whole["sqnr_db"] if share != 1.0 else 0.0
+    gain_db = noise_db(found) - noise_db(whole) if share != 1.0 else 0.0
     return {**_without_seconds(found), "gain_db": gain_db, "noise": share, "noise_back": 1 - share}
 
 

@@ -46,7 +46,7 @@ from quantflow.schema import (
     WeightOverride,
 )
 from quantflow.schema.algorithms import Algorithms
-from quantflow.search.sensitivity import FLOAT_ALONE, INT8_ALONE, TERMS
+from quantflow.search.sensitivity import FLOAT_ALONE, INT8_ALONE, TERMS, noise_db
 from quantflow.search.workbench import FLOAT, INPUT_TERMS, ROUNDS, WEIGHT_TERMS, Setting
 from quantflow.stages.gates import GateResult, evaluate_gates
 from quantflow.store.journal import Journal
@@ -545,4 +545,4 @@ def with_observer(layer: str | LayerOverride | None, part: str, observer: str) -
 
 
 def _only_db(errors: Mapping[str, Any]) -> dict[str, Any]:
-    return {"sqnr_db": errors["sqnr_db"]}
+    return {"sqnr_db": noise_db(errors)}

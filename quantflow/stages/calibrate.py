@@ -147,7 +147,7 @@ def calibrate(
 
     Raises:
         CalibrationError: no data; NaN or Inf inside the model; a value that was never observed.
-        DataError: NaN or Inf in the data; a batch whose shape the model refuses.
+        DataError: NaN in the data, or Inf that reaches an observed value; a batch whose shape the model refuses.
     """
     total = len(batches) if isinstance(batches, Sized) else None
     table, remaining, first_shapes = _start(prepared), iter(batches), ""
@@ -158,7 +158,7 @@ def calibrate(
     last_save = time.monotonic()
     for batch in remaining:
         index = (first or 0) + table.batches
-        _require_finite(batch, index)
+        _require_finite(batch, index, is_inf_legal=True)
         _observe(prepared, batch, index, table, first_shapes)
         first_shapes = first_shapes or _shapes(batch)
         table = _counted(table, batch)
@@ -243,6 +243,7 @@ def _observe(prepared: ObservedModel, batch: Batch, index: int, table: Calibrati
         with torch.inference_mode():
             prepared.run(batch, on_value)
     except CalibrationError:
+        _require_finite(batch, index, is_inf_legal=False)
         raise
     except Exception as error:
         place, found = _place(batch, index), _shapes(batch)
@@ -257,13 +258,16 @@ def _observe(prepared: ObservedModel, batch: Batch, index: int, table: Calibrati
         ) from error
 
 
-def _require_finite(batch: Batch, index: int) -> None:
+def _require_finite(batch: Batch, index: int, *, is_inf_legal: bool) -> None:
+    """Refuses NaN, and Inf where it is not legal: a mask may hold -Inf as long as no observed value does."""
     for name, x in batch.named():
         if not x.is_floating_point() or not x.numel():
             continue
         try:
             extremes(flat(x))
         except ValueError as error:
+            if is_inf_legal and not bool(x.isnan().any()):
+                continue
             raise DataError(
                 f"calibration data: {name} holds {error} in {_place(batch, index, x)}; remove or repair those samples"
             ) from error

@@ -47,9 +47,10 @@ def evaluate(
     Returns:
         samples, batches;
         sqnr_db, max_error, float_max_abs: over all finite elements. A value that is finite in one model only,
-            and any NaN, makes sqnr_db NaN and max_error infinite;
-        agreement: share of samples with the same largest class, None without classes;
-        cosine_mean, cosine_min: per sample, None for outputs of one number per sample;
+            and any NaN, makes sqnr_db NaN and max_error infinite. Of classes or flags the first two are None;
+        agreement: share of samples with the same largest class, or of equal elements where classes or flags are what
+            comes out; None without classes;
+        cosine_mean, cosine_min: per sample, None for outputs of one number per sample, of classes and flags;
         nonfinite: elements that are NaN or infinite, {"float", "int8"};
         identical: whether all outputs are equal to the last bit;
         metric: {"name", "float", "int8", "drop", "standard_error", "samples"}, or None for want of labels.
@@ -220,6 +221,7 @@ class Tally:
         self.errors: dict[str, ErrorSum] = {}
         self.batches = self.samples = 0
         self.agreeing = self.classified = 0
+        self.is_discrete = False
         self.cosines: list[torch.Tensor] = []
         self.ids: list[str | None] = []
 
@@ -230,6 +232,7 @@ class Tally:
         self.headline = self.headline or other.headline
         self.batches += other.batches
         self.samples += other.samples
+        self.is_discrete |= other.is_discrete
         self.agreeing += other.agreeing
         self.classified += other.classified
         self.cosines += other.cosines
@@ -259,7 +262,11 @@ class Tally:
     def _add_headline(self, batch: Batch, reference: torch.Tensor, actual: torch.Tensor) -> None:
         if reference.numel() == 0:
             return
-        if reference.dim() > 1 and reference[0].numel() > 1:
+        if not reference.is_floating_point():
+            self.is_discrete = True
+            self.agreeing += int((reference == actual).sum())
+            self.classified += reference.numel()
+        elif reference.dim() > 1 and reference[0].numel() > 1:
             self.cosines.append(_cosine(reference, actual))
         if not self.is_embedding and (axis := _class_axis(reference)) is not None:
             same = _same_class(reference.argmax(axis), actual, axis)
@@ -275,8 +282,8 @@ class Tally:
         result: dict[str, Any] = {
             "samples": self.samples,
             "batches": self.batches,
-            "sqnr_db": error.sqnr_db,
-            "max_error": error.max_error,
+            "sqnr_db": None if self.is_discrete else error.sqnr_db,
+            "max_error": None if self.is_discrete else error.max_error,
             "float_max_abs": error.largest,
             "agreement": self.agreeing / self.classified if self.classified else None,
             "cosine_mean": sum(cosines) / len(cosines) if cosines else None,
@@ -310,6 +317,10 @@ class _Top1:
     def add(self, batch: Batch, reference: torch.Tensor, actual: torch.Tensor) -> None:
         if batch.labels is None:
             return
+        if not reference.is_floating_point() and reference.shape == batch.labels.shape:  # the classes themselves
+            labels = batch.labels.to(reference.device)
+            self._count(reference == labels, actual == labels)
+            return
         if reference.dim() != 2 or batch.labels.shape != reference.shape[:1]:
             raise DataError(
                 f"top-1 needs outputs (batch, classes) and labels (batch,); found {tuple(reference.shape)} and "
@@ -321,11 +332,14 @@ class _Top1:
                 f"labels run from {int(labels.min())} to {int(labels.max())}, but the model has "
                 f"{reference.shape[1]} classes, 0 to {reference.shape[1] - 1}"
             )
-        in_float, in_int8 = _same_class(labels, reference, 1), _same_class(labels, actual, 1)
+        self._count(_same_class(labels, reference, 1), _same_class(labels, actual, 1))
+
+    def _count(self, in_float: torch.Tensor, in_int8: torch.Tensor) -> None:
+        """Whether each sample is classified correctly, shape (batch,)."""
         self.float_correct += int(in_float.sum())
         self.int8_correct += int(in_int8.sum())
         self.differing += int((in_float != in_int8).sum())
-        self.samples += labels.numel()
+        self.samples += in_float.numel()
 
     def merge(self, other: _Top1) -> None:
         self.float_correct += other.float_correct

@@ -128,7 +128,7 @@ def _size_ratio(results: Mapping[str, Any]) -> Any:
 
 
 _NO_METRIC = "there are no labels to measure accuracy with; use data that has them, or gate min_agreement instead"
-_NO_SQNR = "evaluation found no output to compare; check the model's outputs"
+_NO_SQNR = "the model's output is classes or flags, which have no signal and noise; gate min_agreement instead"
 _NO_CLASSES = "the model's output has no classes to agree on; gate min_sqnr_db instead"
 _NO_ROWS = "the model's output is one number per sample, which has no direction; gate min_sqnr_db instead"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +18,9 @@ from quantflow.ir.batch import Batch
 from quantflow.ir.binding import bind
 from quantflow.ir.program import Node
 from quantflow.numerics.agreement import disagreement
-from quantflow.numerics.measures import sqnr_db
 from quantflow.runtimes.specification import ASKED_FOR, Specification, resolve, unrounded
 from quantflow.stages.compile import Compiled
-from quantflow.stages.evaluate import tensors
+from quantflow.stages.evaluate import ErrorSum, tensors
 
 #: Below this the compiled program and its layers one by one are not the same computation. They are equal to the bit
 #: unless a float op's result depends on memory layout, which a deep network can amplify.
@@ -101,10 +101,8 @@ def warmup(
         _require_whole_equals_parts(compiled, other)
         _, more, again = _verify(compiled, other, progress)
         differences, checked = differences + more, checked + again
-    quality = min(
-        (sqnr_db(a, b) for (_, a), (_, b) in zip(tensors(reference), tensors(output), strict=True)),
-        default=float("inf"),
-    )
+    pairs = zip(tensors(reference), tensors(output), strict=True)
+    quality = min((_sqnr_db(a, b) for (_, a), (_, b) in pairs if a.is_floating_point()), default=math.inf)
     notices: tuple[str, ...] = ()
     if not quality >= min_sqnr_db:
         notices = (
@@ -134,11 +132,20 @@ def _require_whole_equals_parts(compiled: Compiled, batch: Batch) -> None:
     values |= {name: value for name, value in compiled.trace(inputs) if name in wanted}
     parts, whole = resolve(program, program.output, values), compiled.runner(inputs)
     for (path, expected), (_, actual) in zip(tensors(parts), tensors(whole), strict=True):
-        if not torch.equal(expected, actual) and not sqnr_db(expected, actual) >= LEAST_WHOLE_DB:
+        if not _sqnr_db(expected, actual) >= LEAST_WHOLE_DB:
             raise VerificationError(
                 f"{path}: the compiled program gives another result than its layers one by one; runtime "
                 f"{compiled.choice.runtime.name} must not be used: try {ASKED_FOR}, and report this"
             )
+
+
+def _sqnr_db(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    """As `measures.sqnr_db`, but infinities that both hold (masked scores) don't count."""
+    if torch.equal(expected, actual):
+        return math.inf
+    error = ErrorSum()
+    error.add(expected, actual)
+    return error.sqnr_db
 
 
 def _verify(
