@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from quantflow.ir.activations import as_epilogue
-from quantflow.ir.graph import arguments, op_name
-from quantflow.ir.units import CLAMP, CORE, SHAPE, Unit
+from quantflow.ir.graph import op_name
+from quantflow.ir.units import CLAMP, CORE, SHAPE, Unit, pad_fill
 from quantflow.schema import ActivationSpec, QConfig
 
 INT8, FLOAT32 = "int8", "float"
@@ -104,7 +104,7 @@ def nonnegative_values(plan: Plan) -> frozenset[str]:
         epilogue = as_epilogue(node) if unit.kind == CLAMP else unit.epilogue
         operands = unit.kind != CORE and bool(unit.inputs) and all(value.name in found for value in unit.inputs)
         if unit.kind == SHAPE and op_name(node) in ("constant_pad_nd", "pad"):
-            operands = operands and float(arguments(node).get("value") or 0.0) >= 0
+            operands = operands and pad_fill(node) >= 0
         if epilogue is not None:
             operands = epilogue.is_nonnegative or (operands and epilogue.keeps_nonnegative)
         if operands and planned.is_int8:

@@ -6,6 +6,7 @@ Finding units is pure analysis; `quantflow.stages.plan` decides which of them ru
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from quantflow.ir.passes.transposed_convolutions import why_not
 
 #: They read a tensor's shape, which does not depend on how its values are held.
 _SIZES = ("sym_size", "sym_numel", "sym_stride", "sym_storage_offset")
+
+_PADS = ("constant_pad_nd", "pad")
 
 #: Kinds. Those with an int8 form are named as their op in a program is; CORE is a convolution or a linear.
 CORE, MATMUL, ADD, MUL, CAT, MAX_POOL, AVG_POOL, CLAMP, SHAPE, FLOAT, SIZE = (
@@ -100,6 +103,19 @@ def fuse_residual(add: Unit, core: Unit, residual: fx.Node) -> Unit:
     return replace(core, nodes=(*core.nodes, *add.nodes), epilogue=add.epilogue, residual=residual)
 
 
+def makes_values(unit: Unit) -> bool:
+    """Whether an op that moves codes may also give numbers that its input's range, which holds 0, does not contain."""
+    if unit.kind == SHAPE and is_aten(unit.anchor, *_PADS):
+        return pad_fill(unit.anchor) != 0
+    bounds = getattr(as_epilogue(unit.anchor), "bounds", None) if unit.kind == CLAMP else None
+    return bounds is not None and not min(bounds) <= 0 <= max(bounds)
+
+
+def pad_fill(node: fx.Node) -> float:
+    """What a constant pad puts around its operand."""
+    return float(arguments(node).get("value") or 0.0)
+
+
 def without_epilogue(unit: Unit) -> tuple[Unit, Unit]:
     """A unit split in front of its activation: the rest, and the activation as a float unit of its own."""
     activation = unit.nodes[-1]
@@ -159,8 +175,12 @@ def _classify(node: fx.Node, constants: Mapping[str, torch.Tensor]) -> Unit:
         return unit(AVG_POOL, node.args[0])
     if (alone := as_epilogue(node)) is not None and alone.bounds:
         return unit(CLAMP, node.args[0])
-    if is_aten(node, "constant_pad_nd", "pad") and arguments(node).get("mode", "constant") != "constant":
+    if is_aten(node, *_PADS) and arguments(node).get("mode", "constant") != "constant":
         return floating("pad with a mode other than constant has no int8 form")
+    if is_aten(node, *_PADS) and isinstance(arguments(node).get("value"), fx.Node):
+        return floating("pad with a value computed at run time has no int8 form")
+    if is_aten(node, *_PADS) and not math.isfinite(pad_fill(node)):
+        return floating(f"pad with {pad_fill(node)}, which no code stands for, has no int8 form")
     if is_aten(node, *SHAPES):
         return unit(SHAPE, node.args[0])
     if is_aten(node, "batch_norm"):

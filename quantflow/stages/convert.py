@@ -21,6 +21,7 @@ from quantflow.ir.units import (
     CORE,
     SHAPE,
     SIZE,
+    pad_fill,
 )
 from quantflow.numerics.affine import dequantize, quantize
 from quantflow.stages.calibrate import CalibrationTable
@@ -237,7 +238,7 @@ class _Converter:
         kwargs = fx.map_arg(node.kwargs, lambda n: operand(n) if n in operands else Ref(n.name))
         target = _target(node)
         if op_name(node) in ("constant_pad_nd", "pad"):
-            fill = filled(float(arguments(node).get("value") or 0.0))
+            fill = filled(pad_fill(node))
             qparams = self._values[output].qparams
             assert qparams is not None
             args = (args[0], args[1], int(quantize(torch.tensor(fill), qparams)))

@@ -14,6 +14,7 @@ from quantflow.ir.binding import bind
 from quantflow.ir.graph import Graph, interpret
 from quantflow.ir.ops import MOVING_OPS
 from quantflow.ir.plan import Plan
+from quantflow.ir.units import makes_values
 from quantflow.schema import ActivationSpec
 
 
@@ -22,7 +23,8 @@ class Prepared:
     """What calibration runs.
 
     Attributes:
-        observed: value name → how its range is measured. Values that only pass codes on are not observed.
+        observed: value name → how its range is measured. Values that only pass codes on are not observed, unless they
+            bring numbers of their own: what stands around a padded tensor, or a clamp's bound.
         layers: value name → layer name, for messages.
         observed_module: imperative mode: the user's module with observers in place; None runs the graph.
     """
@@ -49,7 +51,9 @@ class Prepared:
 
 def prepare(graph: Graph, plan: Plan, module: nn.Module | None = None) -> Prepared:
     """Decide which values to observe; in imperative mode, put observers into a copy of `module`."""
-    derived = {p.unit.output.name for p in plan.units if p.is_int8 and p.unit.kind in MOVING_OPS}
+    derived = {
+        p.unit.output.name for p in plan.units if p.is_int8 and p.unit.kind in MOVING_OPS and not makes_values(p.unit)
+    }
     observed = {name: plan.specs[root] for name, root in plan.codes.items() if name not in derived}
     layers = {node.name: str(node.meta.get("layer", node.name)) for node in graph.fx.nodes}
     observed_module = None
