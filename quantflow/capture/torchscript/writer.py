@@ -15,7 +15,7 @@ from quantflow.ir.calls import Limit
 #: Ops that name their constants.
 _LINEAR = frozenset((
     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "_convolution",
-    "linear", "batch_norm",
+    "_convolution_mode", "linear", "batch_norm",
 ))  # fmt: skip
 
 

@@ -39,6 +39,9 @@ _RANDOM = frozenset(
 )  # fmt: skip
 #: Factories that read only dtype and device from their tensor argument.
 _NEW = {"new_zeros": aten.zeros, "new_ones": aten.ones, "new_full": aten.full, "new_empty": aten.zeros}
+#: Convolutions with padding="same", by their spatial dimensions, and their arguments in order.
+_CONV_PADDING = {1: aten.conv1d.padding, 2: aten.conv2d.padding, 3: aten.conv3d.padding}
+_CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 #: Where a slice ends that has no end.
 _END = 2**63 - 1
 #: A folded constant may not be larger than this many elements unless its inputs already were.
@@ -159,7 +162,12 @@ def _normalize_convolutions(graph: fx.Graph, constants: dict[str, torch.Tensor])
                 target = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}[dims]
                 tail = (a["stride"], a["padding"], a["dilation"], a["groups"])
             rewrite(node, target, (a["input"], a["weight"], a["bias"], *tail))
-        elif is_aten(node, "conv1d", "conv2d", "conv3d") and isinstance(arguments(node)["padding"], str):
+            continue
+        if is_aten(node, "_convolution_mode"):  # what TorchScript makes of padding="same"
+            a = arguments(node)
+            target = _CONV_PADDING[len(a["weight"].meta["shape"]) - 2]
+            rewrite(node, target, tuple(a[name] for name in _CONV_ARGUMENTS))
+        if is_aten(node, "conv1d", "conv2d", "conv3d") and isinstance(arguments(node)["padding"], str):
             _explicit_padding(graph, constants, node)
 
 
