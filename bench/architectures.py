@@ -166,7 +166,7 @@ def _quantize(name: str, options: argparse.Namespace, row: dict[str, Any]) -> di
         "notices": results["notices"],
     }
     if figures["int8_layers"] < figures["core_layers"]:
-        figures["status"] = f"{figures['core_layers'] - figures['int8_layers']} convolutions or linears stay float"
+        figures["status"] = f"{figures['core_layers'] - figures['int8_layers']} layers with weights stay float"
     elif figures["core_layers"] < modules:
         figures["status"] = (
             f"the graph lacks some of the {modules} convolutions and linears that are called on the input"

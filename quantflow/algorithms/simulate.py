@@ -69,7 +69,7 @@ def walk(
     """
     graph, plan = prepared.graph, prepared.plan
     unit_of = {node: planned for planned in plan.units for node in planned.unit.nodes}
-    total = plan.int8_layers
+    total = plan.int8_products
     streams = [_Stream(graph.constants, bind(graph, b.args, b.kwargs)) for b in batches]
     frees, done = last_uses(graph.fx), 0
     with torch.inference_mode():

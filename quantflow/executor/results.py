@@ -146,9 +146,10 @@ def _int8_proof(built: Built, source: Source) -> dict[str, Any]:
         )
     return {
         "int8_layers": built.plan.int8_layers,
-        "int8_layers_run": runs - built.plan.second_terms,
+        "int8_layers_run": runs - built.plan.second_terms + built.plan.int8_tables,
         "core_layers": built.plan.core_layers,
         "coverage": built.plan.int8_coverage,
+        "float_layers": [{"name": row.name, "op": row.op, "reason": row.reason} for row in built.plan.float_layers],
         "output_differs": not difference["identical"],
     }
 

@@ -69,3 +69,16 @@ MOVING_OPS = tuple(name for name, op in OPS.items() if op.moves_codes)
 LINEARS = tuple(aten for name in LINEAR_OPS for aten in OPS[name].aten)
 #: Transposed convolutions by their dimensions, which `passes.transposed_convolutions` writes as ordinary ones.
 TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+#: What reads a table of weights, which is its first argument.
+LOOKUPS = ("embedding", "_embedding_bag", "embedding_bag", "index_select")
+#: Other ops that multiply by weights → the positions of the arguments that may be weights.
+PRODUCTS = {
+    "matmul": (0, 1), "mm": (0, 1), "bmm": (0, 1), "mv": (0, 1), "dot": (0, 1), "addmm": (1, 2), "addmv": (1, 2),
+    "addbmm": (1, 2), "baddbmm": (1, 2), "einsum": (1,), "tensordot": (0, 1), "bilinear": (2,), "_trilinear": (1,),
+    "chain_matmul": (0,),
+}  # fmt: skip
+#: Convolutions and recurrent layers that have no int8 form; their weights may also be computed at run time.
+FLOAT_LAYERS = (
+    "conv_tbc", "lstm", "gru", "rnn_tanh", "rnn_relu",
+    "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell",
+)  # fmt: skip

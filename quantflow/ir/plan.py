@@ -68,13 +68,29 @@ class Plan:
 
     @property
     def core_layers(self) -> int:
-        """Convolutions and linears in the model."""
-        return sum(p.unit.kind == CORE for p in self.units)
+        """Layers with weights: convolutions, linears, recurrent layers, products with a parameter, embeddings."""
+        return sum(p.unit.has_weights for p in self.units)
 
     @property
     def int8_layers(self) -> int:
+        """Those of them that run in int8."""
+        return self.int8_products + self.int8_tables
+
+    @property
+    def int8_products(self) -> int:
         """Convolutions and linears that run in int8."""
         return sum(p.unit.kind == CORE and p.is_int8 for p in self.units)
+
+    @property
+    def int8_tables(self) -> int:
+        """Embeddings whose table is held in int8."""
+        return sum(p.unit.is_int8_table for p in self.units)
+
+    @property
+    def float_layers(self) -> tuple[PlanRow, ...]:
+        """The layers with weights that stay float, each with its reason."""
+        units = {p.unit.name for p in self.units if p.unit.has_weights and not (p.is_int8 or p.unit.is_int8_table)}
+        return tuple(row for row in self.rows if row.name in units)
 
     @property
     def second_terms(self) -> int:

@@ -17,7 +17,7 @@ from torch import fx
 
 from quantflow.ir.activations import Epilogue, as_epilogue
 from quantflow.ir.graph import Graph, arguments, is_aten, only_user, op_name
-from quantflow.ir.ops import AVERAGES, LINEARS, OPS, POOLS, SHAPES, TRANSPOSED
+from quantflow.ir.ops import AVERAGES, FLOAT_LAYERS, LINEARS, LOOKUPS, OPS, POOLS, PRODUCTS, SHAPES, TRANSPOSED
 from quantflow.ir.passes.transposed_convolutions import why_not
 
 #: They read a tensor's shape, which does not depend on how its values are held.
@@ -43,6 +43,9 @@ class Unit:
         epilogue: the fused activation, if any.
         residual: for CORE, the other operand of a fused addition.
         float_reason: why it has no int8 form; empty when it has one.
+        has_weights: whether it multiplies by weights or looks them up: what int8 coverage counts. Weights per element,
+            as a LayerNorm's, are not among them.
+        is_int8_table: a float op that looks up weights held in int8.
     """
 
     kind: str
@@ -52,6 +55,8 @@ class Unit:
     epilogue: Epilogue | None = None
     residual: fx.Node | None = None
     float_reason: str = ""
+    has_weights: bool = False
+    is_int8_table: bool = False
 
     @property
     def output(self) -> fx.Node:
@@ -89,7 +94,7 @@ def find_units(graph: Graph) -> list[Unit]:
     for node in graph.fx.nodes:
         if node.op != "call_function" or node in taken:
             continue
-        unit = _classify(node, graph.constants)
+        unit = _weighed(_classify(node, graph.constants), graph.constants)
         if unit.kind in (CORE, ADD, MUL):
             unit = _grow(unit)
         taken.update(unit.nodes)
@@ -132,6 +137,34 @@ def _grow(unit: Unit) -> Unit:
     return replace(unit, nodes=(*unit.nodes, user), epilogue=epilogue) if user is not None and epilogue else unit
 
 
+def _weighed(unit: Unit, constants: Mapping[str, torch.Tensor]) -> Unit:
+    """The unit with what is known of its weights."""
+    node = unit.anchor
+    if unit.kind == CORE or is_aten(node, *FLOAT_LAYERS):
+        return replace(unit, has_weights=True)
+    if is_aten(node, *LOOKUPS):
+        table = _constant_behind(node.args[0], constants)
+        is_table = table is not None and table.dim() == 2 and not node.meta.get("is_scale")
+        is_int8 = is_table and table is not None and table.dtype is torch.int8
+        is_weight = is_table and table is not None and (is_int8 or table.is_floating_point())
+        reason = "its table is int8, one scale per row" if is_int8 else unit.float_reason
+        return replace(unit, has_weights=is_weight, is_int8_table=is_int8, float_reason=reason)
+    places = PRODUCTS.get(unit.op, ()) if is_aten(node, *PRODUCTS) else ()
+    given = [node.args[place] for place in places if place < len(node.args)]
+    operands = [each for value in given for each in (value if isinstance(value, (list, tuple)) else (value,))]
+    weights = [_constant_behind(operand, constants) for operand in operands]
+    return replace(unit, has_weights=any(w is not None and w.dim() > 1 and w.is_floating_point() for w in weights))
+
+
+def _constant_behind(value: Any, constants: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """The constant that a value is a view or copy of, if it is one."""
+    while isinstance(value, fx.Node) and value.op == "call_function":
+        if not is_aten(value, *SHAPES, "to", "_to_copy", "type_as"):
+            return None
+        value = value.args[0]
+    return constants[str(value.target)] if isinstance(value, fx.Node) and value.op == "get_attr" else None
+
+
 def _classify(node: fx.Node, constants: Mapping[str, torch.Tensor]) -> Unit:
     def unit(kind: str, *inputs: Any) -> Unit:
         return Unit(kind, (node,), node, tuple(i for i in inputs if isinstance(i, fx.Node)))
@@ -150,7 +183,10 @@ def _classify(node: fx.Node, constants: Mapping[str, torch.Tensor]) -> Unit:
     if node.meta.get("dtype", torch.float32) is not torch.float32:
         return floating(f"computes in {str(node.meta['dtype']).removeprefix('torch.')}, not float32")
     if is_aten(node, *OPS["matmul"].aten):
-        return unit(MATMUL, node.args[0], node.args[1])
+        product = unit(MATMUL, node.args[0], node.args[1])
+        if any(operand.op == "get_attr" for operand in product.inputs):
+            return replace(product, float_reason=f"{op_name(node)} with a constant tensor has no int8 form")
+        return product
     if is_aten(node, "add", "mul"):
         operands = [a for a in node.args[:2] if isinstance(a, fx.Node) and "shape" in a.meta]
         if len(operands) < 2:

@@ -169,7 +169,7 @@ def _tiles(results: Mapping[str, Any]) -> Iterator[Tile]:
         against = (
             f"baseline {tables.percent(proof_before['coverage'])}" if is_number(proof_before.get("coverage")) else ""
         )
-        counted = f"{text(proof.get('int8_layers'))} of {text(proof.get('core_layers'))} conv and linear layers"
+        counted = f"{text(proof.get('int8_layers'))} of {text(proof.get('core_layers'))} layers with weights"
         yield Tile("In int8", tables.percent(proof["coverage"]), counted, against)
 
 
@@ -222,7 +222,7 @@ def _proof(results: Mapping[str, Any]) -> list[tuple[bool, str]]:
     said = []
     if proof:
         run, planned = proof.get("int8_layers_run"), proof.get("int8_layers")
-        counted = f"{text(run)} convolutions and linears were counted running in int8 in the compiled model"
+        counted = f"{text(run)} layers were counted running in int8 in the compiled model"
         said.append((bool(run) and run == planned, f"{counted}; {text(planned)} planned."))
         if proof.get("output_differs") is not None:
             differs = bool(proof["output_differs"])

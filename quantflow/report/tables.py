@@ -15,6 +15,8 @@ from quantflow.report.fields import text as _text
 
 #: Name of the metric in the results → what people call it.
 METRIC_NAMES = {"top1": "top-1 accuracy", "spearman": "Spearman with ratings"}
+#: How many layers one line names.
+MOST_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -410,7 +412,11 @@ def _proof(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         return
     yield "layers run in int8", "", _text(proof.get("int8_layers_run")), f"{_text(proof.get('int8_layers'))} planned"
     core = _text(proof.get("core_layers"))
-    yield "int8 coverage", "", percent(proof.get("coverage")), f"of {core} conv and linear layers"
+    yield "int8 coverage", "", percent(proof.get("coverage")), f"of {core} layers with weights"
+    left = [f"{_text(each.get('name'))} ({_text(each.get('op'))})" for each in _list(proof, "float_layers")]
+    if left:
+        more = f" and {len(left) - MOST_NAMED} more" if len(left) > MOST_NAMED else ""
+        yield "with weights, in float", "", str(len(left)), ", ".join(left[:MOST_NAMED]) + more
     differs = proof.get("output_differs")
     if differs is not None:
         yield "int8 output", "", "differs" if differs else "IDENTICAL", "from float's" if differs else "to float's"

@@ -314,7 +314,7 @@ def _row(
     return PlanRow(
         name=p.unit.name,
         op=p.unit.layer_type,
-        precision=INT8 if p.is_int8 else FLOAT32,
+        precision=INT8 if p.is_int8 or p.unit.is_int8_table else FLOAT32,
         group=p.unit.layers,
         kernel=kernel_of(p) if p.is_int8 else p.unit.op if "::" in p.unit.op else f"aten.{p.unit.op}",
         qparams=qparams,

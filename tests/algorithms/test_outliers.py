@@ -107,15 +107,15 @@ def test_without_algorithms_the_layers_stay_float_with_the_reason(mode: str) -> 
 def test_smoothing_brings_massive_channels_into_int8() -> None:
     plain = qf.quantize(TinyLM(channel=3000), texts()).results
     smooth = qf.quantize(TinyLM(channel=3000), texts(), algorithms=["smooth"]).results
-    assert plain["int8_proof"]["coverage"] < 1
-    assert smooth["int8_proof"]["coverage"] == 1
+    assert {layer["op"] for layer in plain["int8_proof"]["float_layers"]} == {"embedding", "linear"}
+    assert [layer["op"] for layer in smooth["int8_proof"]["float_layers"]] == ["embedding"]
     assert not smooth["outliers"]
     assert smooth["accuracy"]["sqnr_db"] > 25
 
 
 def test_an_input_in_two_terms_holds_massive_tokens() -> None:
     model = qf.quantize(TinyLM(token=3000), texts(), qconfig={"input_terms": 2}).results
-    assert model["int8_proof"]["coverage"] == 1
+    assert [layer["op"] for layer in model["int8_proof"]["float_layers"]] == ["embedding"]
     forced = qf.quantize(TinyLM(token=3000), texts(), layers={"down": "int8"}).results
     assert model["accuracy"]["sqnr_db"] > forced["accuracy"]["sqnr_db"] + 6
 

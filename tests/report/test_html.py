@@ -33,7 +33,7 @@ def test_the_page_answers_with_the_figures(results: dict[str, Any]) -> None:
         "5.01x 6.4 ms, float 32.1 ms, batch 1 baseline 8 ms",
         "baseline, int8 8 +- 0.1 ms",
         "Not alike threads: 4 there, 2 here.",
-        "21 convolutions and linears were counted running in int8",
+        "21 layers were counted running in int8",
         "1 no int8 form 1 softmax",
         "codes span -5.1 to 5, values 0 to 6; 1 % clipped",
         "the narrowest channel's codes span -0.1 to 0.1",

@@ -64,7 +64,8 @@ def build(make: Callable[[Any], nn.Module], attention: str) -> tuple[nn.Module, 
 
 def check(results: dict[str, Any], attention: str | None = None) -> None:
     proof = results["int8_proof"]
-    assert proof["int8_layers_run"] == proof["core_layers"] > 0
+    assert proof["int8_layers_run"] == proof["int8_layers"] > 0
+    assert {layer["op"] for layer in proof["float_layers"]} <= {"embedding"}
     assert results["accuracy"]["sqnr_db"] > 25
     floats = {row["op"] for row in results["plan"] if row["precision"] == "float"}
     if attention is not None:

@@ -276,7 +276,7 @@ def test_reduce_range_halves_the_codes(stages: Stages) -> None:
 # -- the whole plan
 
 
-def test_coverage_counts_convolutions_and_linears(stages: Stages) -> None:
+def test_coverage_is_the_share_of_layers_with_weights(stages: Stages) -> None:
     plan = two(stages, {"first": "float"}).plan
     assert (plan.core_layers, plan.int8_layers, plan.int8_coverage) == (3, 2, pytest.approx(2 / 3))
 

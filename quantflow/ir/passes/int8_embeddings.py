@@ -59,7 +59,7 @@ def _look_up_codes(graph: fx.Graph, lookup: fx.Node, tables: list[fx.Node]) -> N
         values = graph.call_function(aten._to_copy.default, (rows,), {"dtype": torch.float32})
         product = graph.call_function(aten.mul.Tensor, (values, steps))
     rows.meta = {**lookup.meta, "dtype": torch.int8}
-    steps.meta = {**lookup.meta, "shape": (*shape[:-1], 1), "layer": f"{layer}.scale"}
+    steps.meta = {**lookup.meta, "shape": (*shape[:-1], 1), "layer": f"{layer}.scale", "is_scale": True}
     values.meta = {**lookup.meta, "layer": f"{layer}.float"}
     product.meta = {**lookup.meta, "layer": f"{layer}.dequantize"}
     lookup.replace_all_uses_with(product)
