@@ -7,17 +7,21 @@ QuantizedModule    mode=imperative: an nn.Module around the user's own code with
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 
+from quantflow.errors import UsageError
 from quantflow.host.environment import environment
 from quantflow.ir.binding import bind
 from quantflow.report import views
 from quantflow.runtimes import choose_runtime
+from quantflow.runtimes.ordinary import Fixed, addresses, ordinary, outside_compilers, refuse_export, unrecorded
 from quantflow.schema import Recipe
 from quantflow.stages.compile import Compiled, compile_program
 from quantflow.stages.record import Record
@@ -37,7 +41,33 @@ def save_record(record: Record, directory: str | Path) -> Path:
     return artifact.write_artifact(Path(directory), files, notices=record.results.get("notices", ()))
 
 
-class QuantizedModel(nn.Module):
+class _Quantized(Fixed):
+    """What the classes have in common."""
+
+    compiled: Compiled
+    record: Record
+    _immutable = ("compiled", "record")
+
+    def train(self, mode: bool = True) -> Self:
+        """Nothing but a notice: an int8 model stays as it was calibrated, and has no weights to train."""
+        if mode:
+            warnings.warn(
+                "quantflow: train() changes nothing on an int8 model, which stays in eval mode; train the float model "
+                "and quantize it again",
+                stacklevel=2,
+            )
+        return super().train(False)  # type: ignore[misc,no-any-return]
+
+    @property
+    def results(self) -> Mapping[str, Any]:
+        """What was measured, as in results.json."""
+        return self.record.results
+
+    def _devices(self, host: str) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((host, self.compiled.choice.device)))
+
+
+class QuantizedModel(_Quantized, nn.Module):
     """An int8 model: call it like the float one."""
 
     def __init__(self, compiled: Compiled, record: Record) -> None:
@@ -46,17 +76,21 @@ class QuantizedModel(nn.Module):
         self.record = record
         self.eval()
 
+    @outside_compilers
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
-        return self.compiled(*args, **kwargs)
+        refuse_export()
+        return self.compiled.traced(*args, **kwargs) if torch.jit.is_tracing() else self.compiled(*args, **kwargs)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        # torch.jit.script asks a module for what it shall compile in its place, inside another module too.
+        raise UsageError(
+            f"torch.jit.script can't compile a {type(self).__name__}, which is compiled already; quantize with "
+            "mode=torchscript for a ScriptModule, which may be part of another, or use torch.jit.trace"
+        )
 
     def save(self, directory: str | Path) -> Path:
         """Write the artifact: `quantflow.load(directory)` gives the same model in another process."""
         return save_record(self.record, directory)
-
-    @property
-    def results(self) -> Mapping[str, Any]:
-        """What was measured, as in results.json."""
-        return self.record.results
 
     def int8_layers(self) -> int:
         """Convolutions and linears that run in int8."""
@@ -73,9 +107,18 @@ class QuantizedModule(QuantizedModel):
     def __init__(self, module: nn.Module, compiled: Compiled, record: Record) -> None:
         super().__init__(compiled, record)
         self.module = module
+        self._kept = addresses((*module.parameters(), *module.buffers()))
 
+    @outside_compilers
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
-        return self.module(*args, **kwargs)
+        refuse_export()
+        # What the user's own code gives is differentiable as far as it does not come from an int8 layer.
+        return ordinary(self.module(*args, **kwargs), (), self._kept)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copied = super().__deepcopy__(memo)
+        copied._kept = addresses((*copied.module.parameters(), *copied.module.buffers()))
+        return copied
 
     def int8_layers(self) -> int:
         from quantflow.stages.imperative import int8_layers
@@ -84,46 +127,75 @@ class QuantizedModule(QuantizedModel):
 
 
 def as_script(compiled: Compiled) -> torch.jit.ScriptModule:
-    """The compiled program as a ScriptModule, which runs on any machine."""
+    """The compiled program as a ScriptModule, which runs on any machine.
+
+    Raises:
+        UsageError: the runtime makes no scripts.
+    """
     script_of = compiled.choice.runtime.script
-    assert script_of is not None, "a runtime that serves torchscript makes scripts"
+    if script_of is None:
+        raise UsageError(f"runtime '{compiled.choice.runtime.name}' makes no scripts; use runtime='auto'")
     return script_of(compiled.runner)
 
 
-class QuantizedScript(torch.jit.RecursiveScriptModule):  # type: ignore[misc]
+class QuantizedScript(_Quantized, torch.jit.RecursiveScriptModule):  # type: ignore[misc]
     """TorchScript mode: a ScriptModule that also carries its record.
 
     `torch.jit.save(model, file)` and `model.save("file.pt")` write plain TorchScript, which loads after
     `import quantflow`; `model.save(directory)` writes an artifact.
     """
 
-    record: Record
-    compiled: Compiled
+    @classmethod
+    def adopt(cls, compiled: Compiled, record: Record) -> Self:
+        """The compiled program as a ScriptModule of this class."""
+        script = cls._around(as_script(compiled))
+        script.__dict__.update(compiled=compiled, record=record)
+        return script
 
     @classmethod
-    def adopt(cls, compiled: Compiled, record: Record) -> QuantizedScript:
-        """The compiled program as a ScriptModule of this class."""
-        script = as_script(compiled)
-        script.__class__ = cls
-        script.__dict__["compiled"] = compiled
-        script.__dict__["record"] = record
-        return script  # type: ignore[no-any-return]
+    def _around(cls, script: torch.jit.ScriptModule) -> Self:
+        """A module of this class over the same TorchScript, which nothing changes."""
+        made = torch.jit._recursive.wrap_cpp_module(script._c)
+        made.__class__ = cls
+        return made  # type: ignore[no-any-return]
 
+    def _in_python(self, copied: Self) -> dict[str, Any]:
+        """The attributes that a copy over the same TorchScript lacks: ours, the user's, and hooks."""
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if (name not in copied.__dict__ or name.endswith("_hooks"))
+            and not isinstance(value, torch._C.ScriptMethod)  # found in C++ once and kept here
+        }
+
+    def __copy__(self) -> Self:
+        copied = self._around(self)
+        copied.__dict__.update(self._in_python(copied))
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo.update((id(part), part) for part in (self.compiled, self.record))
+        copied = memo[id(self)] = self._around(self)
+        copied.__dict__.update(copy.deepcopy(self._in_python(copied), memo))
+        return copied
+
+    @outside_compilers
     def __call__(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
-        # A call on a deserialized or plain ScriptModule skips this check; the result is the same.
-        with torch.inference_mode():
-            output = super().__call__(*bind(self.compiled.program, args, kwargs))
-            return self.compiled.returned(output)
+        # A call on a deserialized or plain ScriptModule skips what is done here; the result is the same.
+        refuse_export()
+        if torch.jit.is_tracing():
+            with unrecorded():
+                inputs = bind(self.compiled.program, args, kwargs)
+            return super().__call__(*inputs)
+        inputs = bind(self.compiled.program, args, kwargs)
+        with torch.no_grad():
+            output = super().__call__(*inputs)
+        return self.compiled.returned(output, inputs)
 
     def save(self, path: str | Path, **options: Any) -> Any:
         if str(path).endswith(_SCRIPT_FILES):
             return super().save(str(path), **options)
         return save_record(self.record, path)
-
-    @property
-    def results(self) -> Mapping[str, Any]:
-        """What was measured, as in results.json."""
-        return self.record.results
 
     def int8_layers(self) -> int:
         """Convolutions and linears that run in int8, counted in the TorchScript graph."""

@@ -13,7 +13,6 @@ codes in [0, 127], whose bytes are read as uint8. `out_dtype` is "int8", "uint8"
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, TypeGuard
@@ -22,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from quantflow.host.environment import has_exact_int8_products
+from quantflow.host.forks import lock
 from quantflow.ir.activations import ACTIVATIONS, Epilogue, apply_epilogue
 from quantflow.numerics.affine import ACTIVATION_RANGE, TORCH_DTYPE
 
@@ -57,7 +57,7 @@ _LINEAR_SUM = _onednn.qlinear_pointwise.binary
 _ATTRIBUTE = "_quantflow_packed"
 
 
-_lock = threading.Lock()
+_lock = lock()
 
 
 def _packed(weight: Tensor, key: Any, pack: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:

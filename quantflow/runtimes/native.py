@@ -10,8 +10,8 @@ from __future__ import annotations
 import ctypes
 import json
 import math
-import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from quantflow.ir.calls import BATCH
+from quantflow.host.forks import in_forked_child, lock
 from quantflow.ir.plan import PlannedUnit
 from quantflow.ir.program import Node, Program, Ref
 from quantflow.ir.units import CORE
@@ -36,6 +37,8 @@ PLANS_PER_SECTION = 16
 _LISTS = ("split", "split_with_sizes", "chunk", "unbind")
 #: Functions on sizes whose results are flags; the library knows whole numbers only.
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+_AS_IT_IS = nullcontext()
+_runners: weakref.WeakSet[NativeRunner] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,8 @@ class NativeRunner(AbstractRunner):
         self._tensors = {name: tensor.contiguous() for name, tensor in program.tensors.items()}
         self._parsed = _parse(program, self._tensors)
         self._engines: dict[int, lib.Handle] = {}
-        self._lock = threading.Lock()
+        self._lock = lock()
+        _runners.add(self)
         self._engine(self._threads())
         self._plans: dict[Section, OrderedDict[Any, SectionPlan]] = {}
         #: (batch size, threads asked for) → the variant that `tune` found fastest.
@@ -184,7 +188,7 @@ class NativeRunner(AbstractRunner):
         program = self.program
         values: dict[str, Any] = {i.name: x for i, x in zip(program.inputs, inputs, strict=True)}
         done: list[Section | int] = []
-        with nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode():
+        with torch.no_grad() if self.in_torch and torch.is_grad_enabled() else _AS_IT_IS:
             while True:
                 parts = self._parts
                 # What was refused changes the parts from there on; rarely those before, whose values then lack some.
@@ -305,6 +309,11 @@ class NativeRunner(AbstractRunner):
             first = last
         self._parts = parts
 
+    def start_again(self) -> None:
+        """Forget, in a forked child, what threads of the parent may have left half done or still hold."""
+        _of_the_parent.append((self._engines, self._plans))
+        self._engines, self._plans = {}, {}
+
     def _leave_to_torch(self, reasons: Mapping[int, str]) -> None:
         with self._lock:
             self.in_torch = {**reasons, **self.in_torch}
@@ -369,6 +378,18 @@ class _Foreign(Exception):
     def __init__(self, reasons: Mapping[int, str]) -> None:
         super().__init__(str(reasons))
         self.reasons = reasons
+
+
+#: Never freed: that could wait for threads which the child does not have.
+_of_the_parent: list[Any] = []
+
+
+def _start_again() -> None:
+    for runner in list(_runners):
+        runner.start_again()
+
+
+in_forked_child(_start_again)
 
 
 def kernel_of(planned: PlannedUnit) -> str:

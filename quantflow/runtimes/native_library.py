@@ -20,6 +20,7 @@ import torch
 
 from quantflow.errors import ArtifactError, UnavailableError
 from quantflow.host.environment import cache_folder
+from quantflow.host.forks import in_forked_child, lock
 
 ABI_VERSION = 1
 UNSUPPORTED = 2
@@ -187,7 +188,17 @@ def host_isa() -> str:
 
 
 _backends: dict[tuple[str, int], Handle] = {}
-_backends_lock = threading.Lock()
+_backends_lock = lock()
+_of_the_parent: list[Any] = []
+
+
+def _start_again() -> None:
+    """A forked child makes threads of its own; the parent's are never freed, since that could wait for them."""
+    for key in [key for key in _backends if key[0] == "host"]:
+        _of_the_parent.append(_backends.pop(key))
+
+
+in_forked_child(_start_again)
 
 
 def backend(kind: str, threads: int) -> Handle:

@@ -7,13 +7,13 @@ taken where the native runtime can run. So the file runs everywhere, and `graph_
 from __future__ import annotations
 
 import json
-import threading
 import warnings
 from collections.abc import Sequence
 from functools import cache
 
 import torch
 
+from quantflow.host.forks import lock
 from quantflow.ir.aten_policy import ANY_OPERATOR
 from quantflow.ir.program import Program
 from quantflow.runtimes import native_devices
@@ -22,7 +22,7 @@ from quantflow.runtimes.runner import AbstractRunner
 from quantflow.runtimes.torch import build_script
 
 _ATTRIBUTE = "_quantflow_native"
-_lock = threading.Lock()
+_lock = lock()
 _library = torch.library.Library("quantflow", "FRAGMENT")
 
 

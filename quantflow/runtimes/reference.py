@@ -44,7 +44,7 @@ class ReferenceRunner(AbstractRunner):
         """
         program = self.program
         values: dict[str, Any] = {i.name: x for i, x in zip(program.inputs, inputs, strict=True)}
-        with torch.inference_mode():
+        with torch.no_grad():
             for index, node in enumerate(program.nodes):
                 values[node.output] = run_node(program, node, values)
                 if on_value is not None:

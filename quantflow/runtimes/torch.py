@@ -232,7 +232,7 @@ class TorchRunner(AbstractRunner):
         self.script = build_script(program, self._lowering)
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Any:
-        with torch.inference_mode():
+        with torch.no_grad():
             return rebuilt(self.program, self.script(*inputs))
 
     def run_node(self, index: int, values: Mapping[str, Any]) -> Any:
@@ -273,14 +273,16 @@ def run_layer(program: Program, x: torch.Tensor) -> torch.Tensor:
     assert qparams is not None
     # The kernels take uint8; int8 codes are the same integers with zero_point + 128.
     zero_point = qparams.zero_point + (128 if qparams.dtype == "int8" else 0)
-    codes = kernels.quantize(x, qparams.scale, zero_point, "uint8")
+    # A trace records one of our operators where it could not record what the kernel does.
+    on: Any = torch.ops.quantflow if torch.jit.is_tracing() else kernels
+    codes = on.quantize(x, qparams.scale, zero_point, "uint8")
     kind, values = _epilogue(node.epilogue)
     bias = None if a["bias"] is None else tensors[a["bias"]]
     operands = (codes, qparams.scale, zero_point, False, tensors[a["weight"]], tensors[a["weight_scale"]], bias)
     if node.op == "linear":
-        return kernels.linear(*operands, 1.0, 0, "float32", kind, values)
+        return on.linear(*operands, 1.0, 0, "float32", kind, values)
     geometry = (a["stride"], a["padding"], a["dilation"], a["groups"])
-    return kernels.conv(*operands, *geometry, 1.0, 0, "float32", kind, values)
+    return on.conv(*operands, *geometry, 1.0, 0, "float32", kind, values)
 
 
 def count_int8_layers(script: torch.jit.ScriptModule) -> int:

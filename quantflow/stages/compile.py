@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from quantflow.errors import UsageError
 from quantflow.ir.binding import bind
 from quantflow.ir.program import Node, Program
 from quantflow.ir.returned import rebuilt
 from quantflow.ir.structure import holds_types, made
 from quantflow.numerics.affine import dequantize
 from quantflow.runtimes import AbstractRunner, Choice
+from quantflow.runtimes.ordinary import as_function, ordinary, reachable, unrecorded
 
 
 @dataclass(frozen=True)
@@ -33,17 +35,46 @@ class Compiled:
         Raises:
             DataError: the arguments do not fit the model's inputs.
         """
-        output = self.runner(bind(self.program, args, kwargs))
+        inputs = bind(self.program, args, kwargs)
+        output = self.ordinary(self.runner(inputs), inputs)
         return made(output) if self.has_types else output
 
-    def returned(self, output: Any) -> Any:
-        """The model's output, from what the ScriptModule of its program returns."""
-        return made(rebuilt(self.program, output))
+    def returned(self, output: Any, inputs: Sequence[torch.Tensor]) -> Any:
+        """The model's output for these inputs, from what the ScriptModule of its program returns."""
+        return made(rebuilt(self.program, self.ordinary(output, inputs)))
 
     @cached_property
     def has_types(self) -> bool:
         """Whether the output holds containers of types of their own."""
         return holds_types(self.program.output)
+
+    def ordinary(self, output: Any, inputs: Sequence[torch.Tensor]) -> Any:
+        """The runner's output for these inputs as a float model would give it."""
+        return ordinary(output, inputs, self._kept)
+
+    def traced(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
+        """The model's output, recorded by the torch.jit.trace that is running as one call for any inputs.
+
+        Raises:
+            UsageError: the runtime makes no scripts.
+        """
+        with unrecorded():
+            inputs, function = bind(self.program, args, kwargs), self._function
+        return function(*inputs)
+
+    @cached_property
+    def _function(self) -> Callable[..., Any]:
+        name, script_of = self.choice.runtime.name, self.choice.runtime.script
+        if script_of is None:
+            raise UsageError(
+                f"torch.jit.trace can't record an int8 model on runtime '{name}', which makes no scripts; "
+                "load it with another one, as in quantflow.load(folder, runtime='auto')"
+            )
+        return as_function(script_of(self.runner))
+
+    @cached_property
+    def _kept(self) -> frozenset[int]:
+        return reachable(self.program)
 
     def trace(self, inputs: Sequence[torch.Tensor]) -> Iterator[tuple[str, Any]]:
         """Run the program node by node and yield every value's name and value, codes as the reals they stand for."""

@@ -24,6 +24,7 @@ from quantflow.ir.program import Node, Program, Ref
 from quantflow.ir.units import CORE
 from quantflow.numerics.affine import QParams
 from quantflow.runtimes import Runtime
+from quantflow.runtimes.ordinary import Fixed, ordinary, outside_compilers, refuse_export
 
 OnValue = Callable[[str, torch.Tensor], None]
 
@@ -134,12 +135,14 @@ def run_observed(module: nn.Module, batch: Batch, on_value: OnValue) -> Any:
             layer.on_value = None
 
 
-class Int8Layer(nn.Module):
+class Int8Layer(Fixed, nn.Module):
     """A convolution or linear that computes in int8 and exchanges float32 tensors with its neighbours.
 
     The input is quantized, the kernel's float32 result has the folded BatchNorm and the fused activation applied. Of a
     transposed convolution the kernel computes the phases, which are put together here.
     """
+
+    _immutable = ("node", "qparams", "_program", "weight", "weight_scale", "bias")
 
     def __init__(self, node: Node, program: Program, runtime: Runtime, phases: Phases | None = None) -> None:
         super().__init__()
@@ -159,6 +162,7 @@ class Int8Layer(nn.Module):
         self.register_buffer("bias", None if a["bias"] is None else program.tensors[a["bias"]])
         self._program = Program((), (node,), {x.name: program.values[x.name]}, program.tensors, None)
 
+    @outside_compilers
     def forward(self, x: torch.Tensor, output_size: Sequence[int] | None = None) -> torch.Tensor:
         """
         Args:
@@ -167,6 +171,7 @@ class Int8Layer(nn.Module):
         Raises:
             ValueError: it is another size than the captured one's, of which the layer holds nothing.
         """
+        refuse_export()
         with torch.no_grad():
             y = self._compute(self._program, x)
             if self.phases is not None:
@@ -177,7 +182,8 @@ class Int8Layer(nn.Module):
                 f"int8 {self.node.name}: output_size {list(output_size)} is not possible, this input gives {sizes}; "
                 "the output padding is the one of the calibration data"
             )
-        return y
+        result: torch.Tensor = ordinary(y, (x,))
+        return result
 
     def extra_repr(self) -> str:
         q, shape = self.qparams, "x".join(map(str, self.weight.shape))
