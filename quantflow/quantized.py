@@ -21,7 +21,16 @@ from quantflow.host.environment import environment
 from quantflow.ir.binding import bind
 from quantflow.report import views
 from quantflow.runtimes import choose_runtime
-from quantflow.runtimes.ordinary import Fixed, addresses, ordinary, outside_compilers, refuse_export, unrecorded
+from quantflow.runtimes.ordinary import (
+    Fixed,
+    addresses,
+    below_autograd,
+    ordinary,
+    outside_compilers,
+    refuse_export,
+    unrecorded,
+    untracked,
+)
 from quantflow.schema import Recipe
 from quantflow.stages.compile import Compiled, compile_program
 from quantflow.stages.record import Record
@@ -160,12 +169,11 @@ class QuantizedScript(_Quantized, torch.jit.RecursiveScriptModule):  # type: ign
         return made  # type: ignore[no-any-return]
 
     def _in_python(self, copied: Self) -> dict[str, Any]:
-        """The attributes that a copy over the same TorchScript lacks: ours, the user's, and hooks."""
+        """The attributes that a copy over the same TorchScript lacks: ours and the user's."""
         return {
             name: value
             for name, value in self.__dict__.items()
-            if (name not in copied.__dict__ or name.endswith("_hooks"))
-            and not isinstance(value, torch._C.ScriptMethod)  # found in C++ once and kept here
+            if name not in copied.__dict__ and not isinstance(value, torch._C.ScriptMethod)  # found in C++, kept here
         }
 
     def __copy__(self) -> Self:
@@ -188,8 +196,8 @@ class QuantizedScript(_Quantized, torch.jit.RecursiveScriptModule):  # type: ign
                 inputs = bind(self.compiled.program, args, kwargs)
             return super().__call__(*inputs)
         inputs = bind(self.compiled.program, args, kwargs)
-        with torch.no_grad():
-            output = super().__call__(*inputs)
+        with below_autograd():
+            output = super().__call__(*untracked(inputs))
         return self.compiled.returned(output, inputs)
 
     def save(self, path: str | Path, **options: Any) -> Any:

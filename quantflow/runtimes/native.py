@@ -27,6 +27,7 @@ from quantflow.ir.plan import PlannedUnit
 from quantflow.ir.program import Node, Program, Ref
 from quantflow.ir.units import CORE
 from quantflow.runtimes import native_library as lib
+from quantflow.runtimes.ordinary import below_autograd
 from quantflow.runtimes.reference import resolve
 from quantflow.runtimes.reference import run_node as run_in_torch
 from quantflow.runtimes.runner import AbstractRunner
@@ -188,7 +189,7 @@ class NativeRunner(AbstractRunner):
         program = self.program
         values: dict[str, Any] = {i.name: x for i, x in zip(program.inputs, inputs, strict=True)}
         done: list[Section | int] = []
-        with torch.no_grad() if self.in_torch and torch.is_grad_enabled() else _AS_IT_IS:
+        with below_autograd() if self.in_torch else _AS_IT_IS:
             while True:
                 parts = self._parts
                 # What was refused changes the parts from there on; rarely those before, whose values then lack some.

@@ -18,6 +18,7 @@ from quantflow.ir.aten_policy import ANY_OPERATOR
 from quantflow.ir.program import Program
 from quantflow.runtimes import native_devices
 from quantflow.runtimes.native import NativeRunner
+from quantflow.runtimes.ordinary import below_autograd, ordinary
 from quantflow.runtimes.runner import AbstractRunner
 from quantflow.runtimes.torch import build_script
 
@@ -75,9 +76,19 @@ def _native(
     return runner.outputs(inputs)
 
 
+def _native_with_grad(
+    inputs: list[torch.Tensor], program: str, names: list[str], tensors: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    """In a ScriptModule that is called outside of no_grad: the same, and backward through it is refused."""
+    with below_autograd():
+        outputs: list[torch.Tensor] = torch.ops.quantflow.native(inputs, program, names, tensors)
+    return [ordinary(y, inputs) for y in outputs]
+
+
 for _name, _schema, _function in (
     ("native_runs", "Tensor x) -> bool", _native_runs),
     ("native", "Tensor[] inputs, str program, str[] names, Tensor[] tensors) -> Tensor[]", _native),
 ):
     _library.define(f"{_name}({_schema}")
     _library.impl(_name, _function, "CPU")
+_library.impl("native", _native_with_grad, "Autograd")

@@ -9,14 +9,12 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager
 from types import FunctionType
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch._C._dynamo import eval_frame
-from torch.utils import _pytree
 
 from quantflow.errors import UsageError
 from quantflow.ir.ops import COMPUTING_OPS
@@ -29,6 +27,17 @@ _FRESH = ("quantize", "dequantize", "clamp", "cat", *COMPUTING_OPS)
 
 
 # -- results
+
+
+def below_autograd() -> AbstractContextManager[Any]:
+    """As fast as torch.inference_mode, whose tensors nobody may change afterwards, and faster than torch.no_grad."""
+    made: AbstractContextManager[Any] = torch._C._AutoDispatchBelowAutograd()
+    return made
+
+
+def untracked(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The inputs without their history, for TorchScript, which would differentiate what it runs."""
+    return [x.detach() if x.requires_grad else x for x in inputs]
 
 
 class _NoGradient(torch.autograd.Function):
@@ -87,8 +96,11 @@ def ordinary(output: Any, inputs: Sequence[Any], kept: frozenset[int] = frozense
     if not recording and not kept:
         return output
     tracked = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad] if recording else []
-    own = partial(_own, kept=kept, recording=recording, tracked=tracked)
-    return replaced(output, lambda leaf: own(leaf) if isinstance(leaf, torch.Tensor) else leaf)
+    if isinstance(output, torch.Tensor):
+        return _own(output, kept, recording, tracked)
+    return replaced(
+        output, lambda y: _own(y, kept, recording, tracked) if isinstance(y, torch.Tensor) else y
+    )
 
 
 def _own(y: torch.Tensor, kept: frozenset[int], recording: bool, tracked: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -125,7 +137,7 @@ def as_function(script: torch.jit.ScriptModule) -> Callable[..., Any]:
     """A ScriptModule's forward as a function that holds the module's tensors, so that any trace can record its call."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch warns of TorchScript, and whoever traces knows
-        graph = torch.jit.freeze(script).graph.copy()
+        graph = torch.jit.freeze(script, optimize_numerics=False).graph.copy()
     graph.eraseInput(0)
     function: Callable[..., Any] = torch._C._create_function_from_graph("__torch__.quantflow.int8_model", graph)
     return function

@@ -17,6 +17,7 @@ from quantflow.ir.graph import SIZE_FUNCTIONS
 from quantflow.ir.ops import COMPUTING_OPS, LINEAR_OPS
 from quantflow.ir.program import Node, Program, Ref, TensorRef, substitute
 from quantflow.numerics.affine import QParams, dequantize, quantize
+from quantflow.runtimes.ordinary import below_autograd
 from quantflow.runtimes.runner import AbstractRunner
 
 #: Ops that compute a real number per element; every other op moves codes, or is float by itself.
@@ -44,7 +45,7 @@ class ReferenceRunner(AbstractRunner):
         """
         program = self.program
         values: dict[str, Any] = {i.name: x for i, x in zip(program.inputs, inputs, strict=True)}
-        with torch.no_grad():
+        with below_autograd():
             for index, node in enumerate(program.nodes):
                 values[node.output] = run_node(program, node, values)
                 if on_value is not None:

@@ -32,6 +32,7 @@ from quantflow.ir.returned import rebuilt, returned
 from quantflow.ir.units import CORE, MATMUL, Unit
 from quantflow.numerics.affine import QParams
 from quantflow.runtimes import kernels
+from quantflow.runtimes.ordinary import below_autograd, untracked
 from quantflow.runtimes.runner import AbstractRunner
 
 _BIAS = 128
@@ -232,8 +233,8 @@ class TorchRunner(AbstractRunner):
         self.script = build_script(program, self._lowering)
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Any:
-        with torch.no_grad():
-            return rebuilt(self.program, self.script(*inputs))
+        with below_autograd():
+            return rebuilt(self.program, self.script(*untracked(inputs)))
 
     def run_node(self, index: int, values: Mapping[str, Any]) -> Any:
         """One node on given codes (as the program defines them), through the kernels the ScriptModule calls."""

@@ -24,7 +24,7 @@ from quantflow.ir.program import Node, Program, Ref
 from quantflow.ir.units import CORE
 from quantflow.numerics.affine import QParams
 from quantflow.runtimes import Runtime
-from quantflow.runtimes.ordinary import Fixed, ordinary, outside_compilers, refuse_export
+from quantflow.runtimes.ordinary import Fixed, below_autograd, ordinary, outside_compilers, refuse_export
 
 OnValue = Callable[[str, torch.Tensor], None]
 
@@ -172,7 +172,7 @@ class Int8Layer(Fixed, nn.Module):
             ValueError: it is another size than the captured one's, of which the layer holds nothing.
         """
         refuse_export()
-        with torch.no_grad():
+        with below_autograd():
             y = self._compute(self._program, x)
             if self.phases is not None:
                 y = self.phases.put_together(y)
