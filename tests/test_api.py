@@ -17,7 +17,6 @@ from quantflow.errors import (
     ArtifactError,
     CalibrationError,
     DataError,
-    ModelError,
     NothingQuantizedError,
     RecipeError,
     UnavailableError,

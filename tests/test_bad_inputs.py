@@ -361,9 +361,7 @@ MODELS = [
         "model: 'block.weight' holds NaN",
     ),
     case("weights that overflow", [*RUN, "model.entry=mine:overflows"], 2, "Inf", "check the model's weights"),
-    case(
-        "a half-precision model on float32", [*RUN, "model.entry=mine:half"], 2, "model fails on the first batch"
-    ),
+    case("a half-precision model on float32", [*RUN, "model.entry=mine:half"], 2, "model fails on the first batch"),
     case(
         "a model that was never initialised",
         [*RUN, "model.entry=mine:lazy"],

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.data import DataLoader, Dataset
 
 import quantflow as qf
@@ -363,6 +364,14 @@ def test_backward_says_that_there_is_no_gradient(model: Any) -> None:
         y.mul_(2).sum().backward()
     with torch.no_grad():
         assert not model(x).requires_grad
+
+
+def test_a_gradient_taken_forwards_is_refused(model: Any) -> None:
+    with forward_ad.dual_level(), pytest.raises(UsageError, match="no gradient"):
+        model(forward_ad.make_dual(X, torch.ones_like(X)))
+    for transform in (torch.func.grad(lambda x: model(x).sum()), lambda x: torch.func.jvp(model, (x,), (x,))):
+        with pytest.raises((UsageError, RuntimeError), match=r"no gradient|data pointer"):
+            transform(X)
 
 
 def test_a_way_around_it_does_not_hide_the_missing_gradient(around: Around) -> None:

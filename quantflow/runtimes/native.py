@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from quantflow.ir.calls import BATCH
 from quantflow.host.forks import in_forked_child, lock
+from quantflow.ir.calls import BATCH
 from quantflow.ir.plan import PlannedUnit
 from quantflow.ir.program import Node, Program, Ref
 from quantflow.ir.units import CORE
@@ -133,7 +133,9 @@ class NativeRunner(AbstractRunner):
         names = set(self.program.output_names())
         counts = [threads, 1] if threads > 1 else [1]
         regroups = any(BATCH in limit.names for limit in self.program.limits)
-        can_cut = self.program.batch_is_dynamic and not regroups and all(_has_rows(whole[name], batch) for name in names)
+        can_cut = (
+            self.program.batch_is_dynamic and not regroups and all(_has_rows(whole[name], batch) for name in names)
+        )
         chunks = [0, *(c for c in (1, 2, 4, 8) if can_cut and c < batch)]
         variants = []
         for variant in (RunVariant(t, c) for t in counts for c in chunks):

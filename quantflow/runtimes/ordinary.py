@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch._C._dynamo import eval_frame
+from torch.autograd import forward_ad
 
 from quantflow.errors import UsageError
 from quantflow.ir.ops import COMPUTING_OPS
@@ -27,6 +28,11 @@ _FRESH = ("quantize", "dequantize", "clamp", "cat", *COMPUTING_OPS)
 
 
 # -- results
+
+_NO_GRADIENT = (
+    "an int8 model has no gradient: its weights are integers. Cut the graph there with y.detach() or by calling the "
+    "model under torch.no_grad(), or train the float model and quantize it again"
+)
 
 
 def below_autograd() -> AbstractContextManager[Any]:
@@ -51,10 +57,7 @@ class _NoGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(_ctx: Any, *_gradients: torch.Tensor) -> Any:
-        raise UsageError(
-            "an int8 model has no gradient: its weights are integers. Cut the graph there with y.detach() or by "
-            "calling the model under torch.no_grad(), or train the float model and quantize it again"
-        )
+        raise UsageError(_NO_GRADIENT)
 
 
 def addresses(tensors: Iterable[torch.Tensor]) -> frozenset[int]:
@@ -91,11 +94,18 @@ def ordinary(output: Any, inputs: Sequence[Any], kept: frozenset[int] = frozense
     Args:
         inputs: the call's; what is no tensor counts for nothing.
         kept: where the model's own tensors lie, see `addresses`.
+
+    Raises:
+        UsageError: the gradient is taken on the way (forward-mode, torch.func), where no backward could refuse it.
     """
+    if forward_ad._current_level >= 0 and any(isinstance(x, torch.Tensor) and _has_tangent(x) for x in inputs):
+        raise UsageError(_NO_GRADIENT)
     recording = torch.is_grad_enabled() and not torch.jit.is_tracing()
     if not recording and not kept:
         return output
     tracked = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad] if recording else []
+    if tracked and torch._C._are_functorch_transforms_active():
+        raise UsageError(_NO_GRADIENT)
     if isinstance(output, torch.Tensor):
         return _own(output, kept, recording, tracked)
     return replaced(
@@ -113,6 +123,10 @@ def _own(y: torch.Tensor, kept: frozenset[int], recording: bool, tracked: Sequen
         return result
     # A view that was made without grad may not be changed in place with something that has a gradient.
     return y.detach() if y._is_view() else y
+
+
+def _has_tangent(x: torch.Tensor) -> bool:
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def _address(tensor: torch.Tensor) -> int:

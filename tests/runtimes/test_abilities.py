@@ -62,7 +62,12 @@ def test_no_stage_asks_which_runner_it_holds() -> None:
 
 
 def test_no_stage_imports_one_runtime() -> None:
-    of_all = {"quantflow.runtimes", "quantflow.runtimes.runner", "quantflow.runtimes.specification"}
+    of_all = {
+        "quantflow.runtimes",
+        "quantflow.runtimes.ordinary",
+        "quantflow.runtimes.runner",
+        "quantflow.runtimes.specification",
+    }
     imported = [
         f"{name}: {node.module}"
         for name, tree in modules()
