@@ -6,6 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from quantflow.ir.binding import by_parameter
 from quantflow.ir.calls import Arguments
 from quantflow.ir.structure import CONSTANTS, Leaf, Typed, Unknown, build, flatten, leaves_of, replaced, type_name
 
+#: Where torch keeps autocast: its own frames are no place in the user's code.
+_AMP = str(Path(torch.amp.__file__).parent)
 #: Parameters of language models that change nothing when every entry is this number, which is tried before it is used.
 _NEUTRAL = {"attention_mask": 1.0, "token_type_ids": 0.0}
 
@@ -211,7 +214,7 @@ def without_autocast() -> Iterator[list[str]]:
         if self._enabled:
             frame = inspect.currentframe()
             caller = frame.f_back if frame is not None else None
-            while caller is not None and f"torch{'/'}amp" in caller.f_code.co_filename:
+            while caller is not None and caller.f_code.co_filename.startswith(_AMP):
                 caller = caller.f_back
             if caller is not None:
                 places.append(f"{caller.f_code.co_filename.rpartition('/')[2]}:{caller.f_lineno}")

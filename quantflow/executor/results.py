@@ -165,10 +165,10 @@ def _some_layer_differs(built: Built, batch: Batch) -> bool:
             floats[node.name] = value.clone()
 
     with torch.inference_mode():
-        interpret(built.graph, bind(program.inputs, batch.args, batch.kwargs), keep)
+        interpret(built.graph, bind(program, batch.args, batch.kwargs), keep)
         return not floats or any(
             name in floats and not torch.equal(value, floats[name])
-            for name, value in built.compiled.trace(bind(program.inputs, batch.args, batch.kwargs))
+            for name, value in built.compiled.trace(bind(program, batch.args, batch.kwargs))
         )
 
 

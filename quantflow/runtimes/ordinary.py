@@ -108,9 +108,7 @@ def ordinary(output: Any, inputs: Sequence[Any], kept: frozenset[int] = frozense
         raise UsageError(_NO_GRADIENT)
     if isinstance(output, torch.Tensor):
         return _own(output, kept, recording, tracked)
-    return replaced(
-        output, lambda y: _own(y, kept, recording, tracked) if isinstance(y, torch.Tensor) else y
-    )
+    return replaced(output, lambda y: _own(y, kept, recording, tracked) if isinstance(y, torch.Tensor) else y)
 
 
 def _own(y: torch.Tensor, kept: frozenset[int], recording: bool, tracked: Sequence[torch.Tensor]) -> torch.Tensor:
