@@ -22,6 +22,7 @@ from quantflow.ir.binding import bind
 from quantflow.ir.calls import BATCH, Limit
 from quantflow.ir.graph import Graph, interpret
 from quantflow.ir.passes.fold_batchnorm import fold_batch_norms
+from quantflow.ir.passes.recurrent import IN_MODULES, split_recurrent
 from quantflow.ir.passes.transposed_convolutions import transposed_to_convolutions
 from quantflow.ir.structure import plain
 from quantflow.schema import ModeSettings
@@ -46,7 +47,7 @@ def capture(
     batches: Sequence[Batch] = (),
     original: nn.Module | None = None,
 ) -> Graph:
-    """The model's graph, normalized, with BatchNorm folded where it directly follows a linear op.
+    """The model's graph, normalized: BatchNorm folded where it directly follows a linear op, recurrent layers split.
 
     Transposed convolutions are written as ordinary ones.
 
@@ -70,6 +71,7 @@ def capture(
         _require_takes(original or model, sizes, alike, names)
         with without_autocast() as lowered:
             graph = transposed_to_convolutions(_captured(model, example, mode, sizes, original))
+            graph = split_recurrent(graph, IN_MODULES if mode.kind == "imperative" else "")
     except Exception:
         _require_runs(original or model, example)  # the model's own complaint says more than that of what captures it
         raise

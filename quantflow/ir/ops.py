@@ -55,6 +55,7 @@ OPS: dict[str, Op] = {
     "avg_pool": Op(aten=AVERAGES, computes=True),
     "shape": Op(aten=SHAPES, moves_codes=True),
     "cat": Op(aten=("cat",), moves_codes=True),
+    "recurrence": Op(arity=3),
     "aten": Op(),
     "size": Op(),
 }

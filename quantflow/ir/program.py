@@ -19,6 +19,9 @@ What the int8 ops compute (see design: "The numbers, decided once"):
     avg_pool      r = exact mean of the dequantized operand;  quantized
     cat, max_pool, clamp, shape
                   move or compare codes; output and inputs share one scale and zero point
+    recurrence    the steps of an LSTM, GRU or RNN (see `recurrence`) on float32 gates and states, whose product is
+                  r = max(1, max|h0|) per sample;  q = quantize(h / r) with scale 1 / 127;
+                  p = sum q * q_w * (scale_w[c] / 127) * r;  float32 products without a weight_scale
     aten, size    a float op by its ATen name; arithmetic on sizes
 """
 
@@ -70,7 +73,8 @@ class Node:
         target: for NAMED_OPS, the ATen overload ("softmax.int"), another library's ("my::gelu.default") or a size
             function.
         attrs: conv and linear: stride, padding, dilation, groups, weight, weight_scale, bias (tensor names);
-            clamp: low, high (codes).
+            clamp: low, high (codes);
+            recurrence: cell, reverse, weight, weight_scale, bias (tensor names or None).
     """
 
     name: str

@@ -11,7 +11,8 @@ from quantflow.ir.aten_policy import aten_op, require_allowed
 from quantflow.ir.calls import BATCH
 from quantflow.ir.graph import SIZE_FUNCTIONS
 from quantflow.ir.ops import LINEAR_OPS, MOVING_OPS, NAMED_OPS, OPS
-from quantflow.ir.program import Node, Program, Ref, referenced_tensors, referenced_values
+from quantflow.ir.program import Node, Program, Ref, TensorRef, referenced_tensors, referenced_values
+from quantflow.ir.recurrence import BOUNDED, CELLS
 from quantflow.ir.structure import Leaf, leaves_of
 from quantflow.numerics.affine import MAX_REDUCTION, WEIGHT_RANGE
 
@@ -45,6 +46,8 @@ def check(program: Program, operators: Sequence[str] = ()) -> None:
             raise ArtifactError(f"{where}: {node.op} takes {OPS[node.op].arity} arguments, has {len(node.args)}")
         if node.op in LINEAR_OPS:
             _check_linear(program, node, where)
+        if node.op == "recurrence":
+            _check_recurrence(program, node, where)
         _check_codes(program, node, where)
     _check_call(program)
     for ref in referenced_values(program.output):
@@ -92,7 +95,7 @@ def _check_codes(program: Program, node: Node, where: str) -> None:
         operands = list(node.args[0])
     elif node.op == "size":
         operands = []
-    elif node.op in ("quantize", "aten"):
+    elif node.op in ("quantize", "aten", "recurrence"):
         operands = []
         for ref in node.refs():
             if ref in held:
@@ -108,7 +111,7 @@ def _check_codes(program: Program, node: Node, where: str) -> None:
         raise ArtifactError(f"{where}: residual {node.args[1]!r} is no value")
     if node.op in ("quantize", *MOVING_OPS) and node.output not in held:
         raise ArtifactError(f"{where}: its output has no scale and zero_point")
-    if node.op in ("dequantize", "aten", "size") and node.output in held:
+    if node.op in ("dequantize", "aten", "size", "recurrence") and node.output in held:
         raise ArtifactError(f"{where}: its output can't hold int8 codes")
     if node.op in MOVING_OPS and any(held[o.name].qparams != held[node.output].qparams for o in operands):
         raise ArtifactError(f"{where}: its output and its inputs must share one scale and zero_point")
@@ -121,25 +124,14 @@ def _check_codes(program: Program, node: Node, where: str) -> None:
 
 def _check_linear(program: Program, node: Node, where: str) -> None:
     a = node.attrs
-    for role in ("weight", "weight_scale", "bias"):
-        if a[role] is None and role == "bias":
-            continue
-        if a[role] not in program.tensors:
-            raise ArtifactError(f"{where}: {role} {a[role]!r} is not in weights.safetensors")
+    _check_stored(program, node, where, optional=("bias",))
     if not isinstance(node.args[0], Ref):
         raise ArtifactError(f"{where}: operand {node.args[0]!r} holds no int8 codes")
     weight, scale = program.tensors[a["weight"]], program.tensors[a["weight_scale"]]
     legal = (2,) if node.op == "linear" else (3, 4, 5)
     if weight.dtype is not torch.int8 or weight.dim() not in legal or not weight.numel():
         raise ArtifactError(f"{where}: weight is {weight.dtype} {tuple(weight.shape)}, {node.op} takes int8 codes")
-    if int(weight.min()) < WEIGHT_RANGE[0]:
-        raise ArtifactError(f"{where}: weight holds codes below {WEIGHT_RANGE[0]}")
-    if scale.dtype is not torch.float32 or scale.numel() not in (1, weight.shape[0]):
-        raise ArtifactError(f"{where}: weight_scale must be 1 or {weight.shape[0]} float32 values, has {scale.numel()}")
-    if not bool((scale > 0).all()) or not bool(scale.isfinite().all()):
-        raise ArtifactError(f"{where}: weight_scale holds a value that is not positive and finite")
-    if weight[0].numel() > MAX_REDUCTION:
-        raise ArtifactError(f"{where}: reduction of {weight[0].numel()} exceeds {MAX_REDUCTION}, int32 could overflow")
+    _check_codes_of_weight(weight, scale, where)
     bias = None if a["bias"] is None else program.tensors[a["bias"]]
     if bias is not None and (bias.shape != (weight.shape[0],) or bias.dtype is not torch.float32):
         raise ArtifactError(f"{where}: bias must hold {weight.shape[0]} float32 values")
@@ -150,3 +142,43 @@ def _check_linear(program: Program, node: Node, where: str) -> None:
                 raise ArtifactError(f"{where}: {key} {a[key]} is not {dims} numbers of at least {least}")
         if not isinstance(a["groups"], int) or a["groups"] < 1 or weight.shape[0] % a["groups"]:
             raise ArtifactError(f"{where}: groups {a['groups']} does not divide {weight.shape[0]} channels")
+
+
+def _check_stored(program: Program, node: Node, where: str, optional: tuple[str, ...]) -> None:
+    for role in ("weight", "weight_scale", "bias"):
+        name = node.attrs[role]
+        if not (name is None and role in optional) and name not in program.tensors:
+            raise ArtifactError(f"{where}: {role} {name!r} is not in weights.safetensors")
+
+
+def _check_codes_of_weight(weight: torch.Tensor, scale: torch.Tensor, where: str) -> None:
+    if int(weight.min()) < WEIGHT_RANGE[0]:
+        raise ArtifactError(f"{where}: weight holds codes below {WEIGHT_RANGE[0]}")
+    if scale.dtype is not torch.float32 or scale.numel() not in (1, weight.shape[0]):
+        raise ArtifactError(f"{where}: weight_scale must be 1 or {weight.shape[0]} float32 values, has {scale.numel()}")
+    if not bool((scale > 0).all()) or not bool(scale.isfinite().all()):
+        raise ArtifactError(f"{where}: weight_scale holds a value that is not positive and finite")
+    if weight[0].numel() > MAX_REDUCTION:
+        raise ArtifactError(f"{where}: reduction of {weight[0].numel()} exceeds {MAX_REDUCTION}, int32 could overflow")
+
+
+def _check_recurrence(program: Program, node: Node, where: str) -> None:
+    a = node.attrs
+    if a["cell"] not in CELLS or not isinstance(a["reverse"], bool):
+        raise ArtifactError(f"{where}: cell {a['cell']!r}, reverse {a['reverse']!r}; cells are {', '.join(CELLS)}")
+    if not isinstance(node.args[0], Ref) or any(not isinstance(x, Ref | TensorRef | None) for x in node.args[1:]):
+        raise ArtifactError(f"{where}: takes gates, and first states or none")
+    _check_stored(program, node, where, optional=("weight_scale", "bias"))
+    weight = program.tensors[a["weight"]]
+    rows = CELLS[a["cell"]]
+    if weight.dim() != 2 or not weight.numel() or weight.shape[0] != rows * weight.shape[1]:
+        raise ArtifactError(f"{where}: weight is {tuple(weight.shape)}, must be ({rows} * hidden, hidden)")
+    if weight.dtype is not (torch.float32 if a["weight_scale"] is None else torch.int8):
+        raise ArtifactError(f"{where}: weight is {weight.dtype}; int8 codes have a weight_scale, float32 has none")
+    if a["weight_scale"] is not None:
+        if a["cell"] not in BOUNDED:
+            raise ArtifactError(f"{where}: {a['cell']} has no int8 form; those that have are {', '.join(BOUNDED)}")
+        _check_codes_of_weight(weight, program.tensors[a["weight_scale"]], where)
+    bias = None if a["bias"] is None else program.tensors[a["bias"]]
+    if bias is not None and (a["cell"] != "gru" or bias.shape != weight.shape[1:] or bias.dtype is not torch.float32):
+        raise ArtifactError(f"{where}: bias must hold {weight.shape[1]} float32 values, of a gru")

@@ -19,6 +19,7 @@ from quantflow.ir.activations import Epilogue, as_epilogue
 from quantflow.ir.graph import Graph, arguments, is_aten, only_user, op_name
 from quantflow.ir.ops import AVERAGES, FLOAT_LAYERS, LINEARS, LOOKUPS, OPS, POOLS, PRODUCTS, SHAPES, TRANSPOSED
 from quantflow.ir.passes.transposed_convolutions import why_not
+from quantflow.ir.recurrence import BOUNDED, cell_of
 
 #: They read a tensor's shape, which does not depend on how its values are held.
 _SIZES = ("sym_size", "sym_numel", "sym_stride", "sym_storage_offset")
@@ -26,8 +27,8 @@ _SIZES = ("sym_size", "sym_numel", "sym_stride", "sym_storage_offset")
 _PADS = ("constant_pad_nd", "pad")
 
 #: Kinds. Those with an int8 form are named as their op in a program is; CORE is a convolution or a linear.
-CORE, MATMUL, ADD, MUL, CAT, MAX_POOL, AVG_POOL, CLAMP, SHAPE, FLOAT, SIZE = (
-    "core", "matmul", "add", "mul", "cat", "max_pool", "avg_pool", "clamp", "shape", "float", "size",
+CORE, MATMUL, RECURRENCE, ADD, MUL, CAT, MAX_POOL, AVG_POOL, CLAMP, SHAPE, FLOAT, SIZE = (
+    "core", "matmul", "recurrence", "add", "mul", "cat", "max_pool", "avg_pool", "clamp", "shape", "float", "size",
 )  # fmt: skip
 
 
@@ -39,7 +40,7 @@ class Unit:
         kind: what it is (CORE, ADD, …).
         nodes: in execution order; the last one's value is the unit's output.
         anchor: the node that names the unit.
-        inputs: activation operands, in order.
+        inputs: activation operands, in order; none for RECURRENCE, whose operands and result are always float32.
         epilogue: the fused activation, if any.
         residual: for CORE, the other operand of a fused addition.
         float_reason: why it has no int8 form; empty when it has one.
@@ -180,6 +181,10 @@ def _classify(node: fx.Node, constants: Mapping[str, torch.Tensor]) -> Unit:
         return _classify_linear(node, constants)
     if is_aten(node, *TRANSPOSED):
         return replace(unit(CORE, node.args[0]), float_reason=why_not(node))
+    if (cell := cell_of(node)) is not None:
+        return replace(unit(RECURRENCE), float_reason="" if cell in BOUNDED else "its state has no bound to code it by")
+    if "float_reason" in node.meta:
+        return floating(node.meta["float_reason"])
     if node.meta.get("dtype", torch.float32) is not torch.float32:
         return floating(f"computes in {str(node.meta['dtype']).removeprefix('torch.')}, not float32")
     if is_aten(node, *OPS["matmul"].aten):

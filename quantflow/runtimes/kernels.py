@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from quantflow.host.environment import has_exact_int8_products
 from quantflow.host.forks import lock
+from quantflow.ir import recurrence as recurrent
 from quantflow.ir.activations import ACTIVATIONS, Epilogue, apply_epilogue
 from quantflow.numerics.affine import ACTIVATION_RANGE, TORCH_DTYPE
 
@@ -380,6 +381,29 @@ def clamp(x: Tensor, low: int, high: int) -> Tensor:
     return x.clamp(low, high)
 
 
+#: Sums of products of two codes up to 127 are whole numbers that float32 holds, in reductions no longer than this.
+_EXACT_IN_FLOAT32 = 2**24 // 127**2
+
+
+def recurrence(
+    gates: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None, h0: Tensor | None,
+    c0: Tensor | None, cell: str, reverse: bool,
+) -> Tensor:  # fmt: skip
+    """The steps of an LSTM, GRU or RNN; products of codes where there is a `weight_scale`, summed exactly in floats."""
+    h = recurrent.initial(gates, cell, h0)
+    c = recurrent.initial(gates, cell, c0) if cell == "lstm" else None
+    transposed = weight.t()
+    if weight_scale is None:
+        return recurrent.steps(cell, lambda state: state @ transposed, gates, bias, h, c, reverse)
+    wide = torch.float32 if weight.shape[1] <= _EXACT_IN_FLOAT32 else torch.float64
+    codes, scale, r = transposed.to(wide), weight_scale * torch.tensor(1 / recurrent.STATE_STEPS), recurrent.reach(h)
+
+    def product(state: Tensor) -> Tensor:
+        return (recurrent.state_codes(state, r).to(wide) @ codes).to(torch.float32).mul_(scale).mul_(r)
+
+    return recurrent.steps(cell, product, gates, bias, h, c, reverse)
+
+
 _X = (
     "Tensor x, float x_scale, int x_zero_point, bool is_nonnegative, Tensor weight, Tensor weight_scale, Tensor? bias, "
 )
@@ -410,5 +434,10 @@ _register("quantize", "Tensor x, float scale, int zero_point, str dtype", quanti
 _register("dequantize", "Tensor x, float scale, int zero_point", dequantize)
 _register("requantize", "Tensor mean, float scale, float out_scale, int out_zero_point, str out_dtype", requantize)
 _register("max_pool", "Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode", max_pool)
+_register(
+    "recurrence",
+    "Tensor gates, Tensor weight, Tensor? weight_scale, Tensor? bias, Tensor? h0, Tensor? c0, str cell, bool reverse",
+    recurrence,
+)
 _register("clamp", "Tensor x, int low, int high", clamp)
 _register("flip", "Tensor x", flip)

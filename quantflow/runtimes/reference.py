@@ -16,6 +16,7 @@ from quantflow.ir.aten_policy import aten_op
 from quantflow.ir.graph import SIZE_FUNCTIONS
 from quantflow.ir.ops import COMPUTING_OPS, LINEAR_OPS
 from quantflow.ir.program import Node, Program, Ref, TensorRef, substitute
+from quantflow.ir.recurrence import STATE_STEPS, initial, reach, state_codes, steps
 from quantflow.numerics.affine import QParams, dequantize, quantize
 from quantflow.runtimes.ordinary import below_autograd
 from quantflow.runtimes.runner import AbstractRunner
@@ -94,10 +95,23 @@ def run_node(program: Program, node: Node, values: Mapping[str, Any]) -> Any:
             return args[0].clamp(node.attrs["low"], node.attrs["high"])
         case "max_pool" | "cat" | "shape":
             return on_codes(node, args, kwargs)
+        case "recurrence":
+            return _recurrence(program, node, args)
         case "size":
             return (SIZE_FUNCTIONS.get(node.target) or aten_op(node.target))(*args, **kwargs)
         case _:
             return aten_op(node.target)(*args, **kwargs)
+
+
+def handed_on(program: Program, node: Node, values: Mapping[str, Any], found: torch.Tensor) -> torch.Tensor:
+    """The node's value where a recurrence starts each step from the state that a kernel found in the one before.
+
+    Its states are rounded to codes in every step: one that lies next to a tie may be rounded either way, and all later
+    states differ. Those that follow from a kernel's own states do not.
+    """
+    if node.op != "recurrence":
+        return run_node(program, node, values)  # type: ignore[no-any-return]
+    return _recurrence(program, node, resolve(program, node.args, values), found)
 
 
 def unrounded(program: Program, node: Node, values: Mapping[str, Any]) -> torch.Tensor | None:
@@ -185,6 +199,27 @@ def _sums(
     shape[channel] = -1
     bias = None if attrs["bias"] is None else program.tensors[attrs["bias"]].reshape(shape)
     return acc, scale.reshape(shape) if scale.numel() > 1 else scale, bias
+
+
+def _recurrence(program: Program, node: Node, args: Any, found: torch.Tensor | None = None) -> torch.Tensor:
+    """All steps of a recurrence; the product of a state is that of its codes, p = acc * (scale_w[c] / 127) * r."""
+    a, gates = node.attrs, args[0]
+    h0 = initial(gates, a["cell"], args[1])
+    c0 = initial(gates, a["cell"], args[2]) if a["cell"] == "lstm" else None
+    weight = program.tensors[a["weight"]].t()
+    bias = None if a["bias"] is None else program.tensors[a["bias"]]
+
+    def real(h: torch.Tensor) -> torch.Tensor:
+        return h @ weight
+
+    if a["weight_scale"] is None:
+        return steps(a["cell"], real, gates, bias, h0, c0, a["reverse"], found)
+    scale, r = program.tensors[a["weight_scale"]] * _float32(1 / STATE_STEPS), reach(h0)
+
+    def exact(h: torch.Tensor) -> torch.Tensor:
+        return _scaled(state_codes(h, r).to(torch.float64) @ weight.to(torch.float64), scale) * r
+
+    return steps(a["cell"], exact, gates, bias, h0, c0, a["reverse"], found)
 
 
 def _steps(program: Program, node: Node, values: Mapping[str, Any], out: QParams) -> torch.Tensor | None:

@@ -29,7 +29,7 @@ from quantflow.ir.ops import LINEAR_OPS, MOVING_OPS
 from quantflow.ir.plan import PlannedUnit
 from quantflow.ir.program import Node, Program, Ref, TensorRef, substitute
 from quantflow.ir.returned import rebuilt, returned
-from quantflow.ir.units import CORE, MATMUL, Unit
+from quantflow.ir.units import CORE, MATMUL, RECURRENCE, Unit
 from quantflow.numerics.affine import QParams
 from quantflow.runtimes import kernels
 from quantflow.runtimes.ordinary import below_autograd, untracked
@@ -156,6 +156,10 @@ class Lowering:
                     Call(mean, f"aten.{node.target}", (Ref(centered), *node.args[1:]), node.kwargs),
                     self._call(node, "requantize", Ref(mean), scale, *self._out(node)),
                 ]
+            case "recurrence":
+                a, (gates, h0, c0) = node.attrs, node.args
+                stored = [None if a[role] is None else TensorRef(a[role]) for role in ("weight", "weight_scale", "bias")]
+                return [self._call(node, "recurrence", gates, *stored, h0, c0, a["cell"], a["reverse"])]
             case "max_pool":
                 return [self._call(node, "max_pool", node.args[0], *_pool_geometry(node))]
             case "shape" if node.target.startswith("constant_pad_nd"):
@@ -309,6 +313,8 @@ def kernel_of(planned: PlannedUnit) -> str:
         return name + (f" + {kind}" if kind and fused else f", then float {kind}" if kind else "")
     if unit.kind == MATMUL:
         return "float GEMM over int8 codes (exact)"
+    if unit.kind == RECURRENCE:
+        return "quantflow.recurrence (float GEMM over int8 codes, exact)" if planned.is_int8 else "quantflow.recurrence"
     return {"max_pool": "quantflow.max_pool", "cat": "aten.cat on codes", "clamp": "aten.clamp on codes"}.get(
         unit.kind, f"quantflow.{unit.kind} (dequantize, float, quantize)"
     )

@@ -15,10 +15,12 @@ from quantflow.ir.graph import arguments, op_name
 from quantflow.ir.ops import PAIR_OPS
 from quantflow.ir.plan import PlannedUnit, nonnegative_values
 from quantflow.ir.program import Node, Program, Ref, TensorRef, Value
+from quantflow.ir.recurrence import cell_of
 from quantflow.ir.structure import Leaf, replaced
 from quantflow.ir.units import (
     CLAMP,
     CORE,
+    RECURRENCE,
     SHAPE,
     SIZE,
     pad_fill,
@@ -75,7 +77,9 @@ class _Converter:
     def run(self) -> Program:
         emit = {CORE: self._linear, CLAMP: self._clamp} | dict.fromkeys(PAIR_OPS, self._pair)
         for planned in self._plan.units:
-            if not planned.is_int8:
+            if planned.unit.kind == RECURRENCE:
+                self._recurrence(planned)
+            elif not planned.is_int8:
                 for node in planned.unit.nodes:
                     is_size = planned.unit.kind == SIZE or node.target is operator.getitem
                     self._float(node, "size" if is_size else "aten")
@@ -202,6 +206,19 @@ class _Converter:
             "weight_scale": self._store(f"{name}.weight_scale", numbers.scale),
             "bias": None if numbers.bias is None else self._store(f"{name}.bias_float", numbers.bias),
         }
+
+    def _recurrence(self, planned: PlannedUnit) -> None:
+        """The steps of a recurrent layer, in float32 where the plan says so."""
+        unit = planned.unit
+        gates, weight, bias, h0, c0, reverse = unit.anchor.args
+        args = tuple(None if x is None else self._as_float(x) for x in (gates, h0, c0))  # type: ignore[arg-type]
+        if planned.is_int8:
+            held = self._weights(unit.name, self._layers[unit.name])
+        else:
+            stored = [None if x is None else self._as_float(x).name for x in (weight, bias)]  # type: ignore[arg-type]
+            held = {"weight": stored[0], "weight_scale": None, "bias": stored[1]}
+        attrs = {"cell": cell_of(unit.anchor), "reverse": reverse, **held}
+        self._nodes.append(Node(unit.name, "recurrence", self._define(planned), args, attrs=attrs))
 
     def _pair(self, planned: PlannedUnit) -> None:
         unit = planned.unit

@@ -21,6 +21,7 @@ from quantflow.ir.units import (
     FLOAT,
     MATMUL,
     MUL,
+    RECURRENCE,
     SHAPE,
     SIZE,
     Unit,
@@ -34,7 +35,9 @@ from quantflow.stages.overrides import Overrides
 
 NO_POLICY = PolicySettings()
 #: Int8 units that can write float32 as well as codes.
-_WRITING_FLOAT = (CORE, MATMUL)
+_WRITING_FLOAT = (CORE, MATMUL, RECURRENCE)
+#: Units that are int8 by themselves, whatever lies around them.
+_BY_THEMSELVES = (CORE, MATMUL, RECURRENCE)
 
 
 def make_plan(
@@ -66,7 +69,7 @@ def make_plan(
     """
     units = find_units(graph)
     overrides = Overrides(layers or {}, units, qconfig, recipe_name, policy)
-    core = {unit: _why_float(unit, graph, overrides, left_float or {}) for unit in units if unit.kind in (CORE, MATMUL)}
+    core = {unit: _why_float(unit, graph, overrides, left_float or {}) for unit in units if unit.kind in _BY_THEMSELVES}
     if mode == IMPERATIVE:
         units, core = _module_by_module(units, core, swappable or {})
         overrides.require_one_term(unit for unit in units if core.get(unit) == "")
@@ -171,7 +174,7 @@ def _spread_int8(
 def _written(units: Sequence[Unit], int8: set[Unit]) -> set[fx.Node]:
     """Values that exist as codes: written by an int8 unit and read by another."""
     read = {value for unit in int8 for value in (*unit.inputs, unit.residual)}
-    return {unit.output for unit in units if unit in int8 and unit.output in read}
+    return {unit.output for unit in units if unit in int8 and unit.kind != RECURRENCE and unit.output in read}
 
 
 def _has_codes(unit: Unit, written: set[fx.Node]) -> bool:
@@ -280,6 +283,7 @@ def _reason(unit: Unit, is_int8: bool, core: Mapping[Unit, str], overrides: Over
             (f"transposed: {_counted(phases.count, 'phase')}" if phases else "", phases),
             ("BatchNorm folded", folded),
             ("residual added", unit.residual),
+            ("state and gates float32", unit.kind == RECURRENCE),
             ("weight in two terms", is_core and qconfig.weight.terms == 2),
             ("input in two terms", is_core and qconfig.input_terms == 2),
         )
@@ -316,7 +320,7 @@ def _row(
         op=p.unit.layer_type,
         precision=INT8 if p.is_int8 or p.unit.is_int8_table else FLOAT32,
         group=p.unit.layers,
-        kernel=kernel_of(p) if p.is_int8 else p.unit.op if "::" in p.unit.op else f"aten.{p.unit.op}",
+        kernel=kernel_of(p) if p.is_int8 or p.unit.kind == RECURRENCE else p.unit.op if "::" in p.unit.op else f"aten.{p.unit.op}",
         qparams=qparams,
         reason=p.reason,
     )

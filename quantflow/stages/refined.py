@@ -15,7 +15,7 @@ from torch import fx
 from quantflow.errors import CalibrationError
 from quantflow.ir.graph import Graph, arguments
 from quantflow.ir.plan import PlannedUnit
-from quantflow.ir.units import CORE
+from quantflow.ir.units import CORE, RECURRENCE
 from quantflow.numerics.affine import QParams, activation_qparams, dequantize_weight, quantize_weight, weight_scale
 from quantflow.numerics.observers import weight_max_abs
 from quantflow.stages.calibrate import CalibrationTable
@@ -72,7 +72,7 @@ def unrefined(prepared: Prepared, table: CalibrationTable) -> Refined:
         CalibrationError: the table lacks a value that the plan needs, or a weight or bias holds NaN or Inf.
     """
     layers = {
-        p.unit.name: nearest_codes(prepared.graph, p) for p in prepared.plan.units if p.is_int8 and p.unit.kind == CORE
+        p.unit.name: nearest_codes(prepared.graph, p) for p in prepared.plan.units if p.is_int8 and p.unit.kind in (CORE, RECURRENCE)
     }
     return Refined(measured_qparams(prepared, table), layers)
 

@@ -18,7 +18,7 @@ from quantflow.ir.batch import Batch
 from quantflow.ir.binding import bind
 from quantflow.ir.program import Node
 from quantflow.numerics.agreement import disagreement
-from quantflow.runtimes.specification import ASKED_FOR, Specification, resolve, unrounded
+from quantflow.runtimes.specification import ASKED_FOR, Specification, handed_on, resolve, unrounded
 from quantflow.stages.compile import Compiled
 from quantflow.stages.evaluate import ErrorSum, tensors
 
@@ -167,7 +167,7 @@ def _verify(
         actual = runner.run_node(position, values)
         checked += 1
         if expected.is_floating_point():
-            _require_close(node, expected, actual)
+            _require_close(node, handed_on(program, node, values, actual), actual)
             return
         tolerance = tie_tolerance(node.epilogue)
         illegal, worst = disagreement(expected, actual, unrounded(program, node, values), tolerance)
