@@ -72,6 +72,9 @@ public:
     std::unique_ptr<Step> pool(const PoolGeometry& g, const Tensor& x, const Tensor& y) override {
         return host::make_pool(pool_, g, x, y);
     }
+    std::unique_ptr<Step> recurrence(const Recurrence& r, const RecurrenceTensors& t) override {
+        return host::make_recurrence(pool_, r, t);
+    }
     std::unique_ptr<Step> reduce(Reduction r, const Tensor& x, const std::vector<int>& axes,
                                  const Tensor& y) override {
         return host::make_reduce(pool_, r, x, axes, y);

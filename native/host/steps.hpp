@@ -26,6 +26,9 @@ StepPtr make_softmax(ThreadPool&, const Tensor& x, int axis, const Tensor& y);
 StepPtr make_layer_norm(ThreadPool&, const Tensor& x, const Tensor* gamma, const Tensor* beta, float eps, bool is_rms,
                         const Tensor& y);
 
+// recurrence_step.cpp
+StepPtr make_recurrence(ThreadPool&, const Recurrence&, const RecurrenceTensors&);
+
 // copies.cpp
 StepPtr make_copy(ThreadPool&, const Tensor& x, const Tensor& y);
 StepPtr make_fill(ThreadPool&, double value, const Tensor& y);

@@ -85,6 +85,25 @@ struct PoolGeometry {
 
 enum class Interpolation : std::uint8_t { nearest, bilinear };
 
+enum class Cell : std::uint8_t { lstm, gru, rnn_tanh, rnn_relu };
+
+// The recurrent weight of a layer: codes, or `float_weight` (gates * hidden, hidden), constant; `weights` has no bias.
+struct Recurrence {
+    Cell cell = Cell::lstm;
+    bool is_reverse = false;
+    Weights weights;
+    const Tensor* float_weight = nullptr;  // null: codes
+    const float* bias = nullptr;           // of a GRU's n, (hidden); null: none
+};
+
+// All row-major, f32 but for the codes.
+struct RecurrenceTensors {
+    Tensor gates;                                // (steps, batch, gates * hidden)
+    const Tensor *h0 = nullptr, *c0 = nullptr;   // (batch, hidden); null: zeros
+    Tensor y;                                    // (steps, batch, hidden); LSTM: (steps + 1, …)
+    Tensor products, state, codes;               // for the step's own use: (batch, gates * hidden), (batch, hidden) twice
+};
+
 class Backend {
 public:
     virtual ~Backend() = default;
@@ -132,6 +151,12 @@ public:
     // causal: position i sees j <= i. y (..., L, F) real result, any strides.
     virtual std::unique_ptr<Step> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor* mask,
                                             bool causal, float scale, const Tensor& y) = 0;
+
+    // All steps of a recurrent layer by the formulas of quantflow/ir/recurrence.py. `codes` has the scale of the state's:
+    // 1 / 127, of h / max(1, max |h0|) of each sample. None of the sizes is 0.
+    virtual std::unique_ptr<Step> recurrence(const Recurrence&, const RecurrenceTensors&) {
+        throw Unsupported("a recurrence on this device");
+    }
 
     // y[i] = x[i], element by element, any strides on both, shapes equal. Between plain dtypes: converts (b8 is 0 or
     // 1; f32 to integer truncates). real operand to real result: quantizes, dequantizes, requantizes; codes with

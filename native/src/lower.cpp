@@ -98,6 +98,7 @@ void lower_node(Context& c, const Node& n) {
             return binary(c, n.op == Op::add ? Binary::add : Binary::mul, a, b, n.output, n.epilogue);
         }
         case Op::clamp: return clamp_codes(c, n);
+        case Op::recurrence: return recurrence(c, n);
         case Op::size: return size(c, n);
         default: break;
     }

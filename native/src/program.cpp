@@ -28,7 +28,19 @@ const std::unordered_map<std::string, Op> kOps = {
     {"quantize", Op::quantize}, {"dequantize", Op::dequantize}, {"conv", Op::conv},         {"linear", Op::linear},
     {"matmul", Op::matmul},     {"add", Op::add},               {"mul", Op::mul},           {"clamp", Op::clamp},
     {"max_pool", Op::max_pool}, {"avg_pool", Op::avg_pool},     {"shape", Op::shape},       {"cat", Op::cat},
-    {"aten", Op::aten},         {"size", Op::size},
+    {"aten", Op::aten},         {"size", Op::size},             {"recurrence", Op::recurrence},
+};
+
+struct CellInfo {
+    Cell cell;
+    std::int64_t gates;
+    bool has_int8, has_bias;
+};
+const std::unordered_map<std::string, CellInfo> kCells = {
+    {"lstm", {Cell::lstm, 4, true, false}},
+    {"gru", {Cell::gru, 3, true, true}},
+    {"rnn_tanh", {Cell::rnn_tanh, 1, true, false}},
+    {"rnn_relu", {Cell::rnn_relu, 1, false, false}},
 };
 
 struct ActivationInfo {
@@ -174,6 +186,7 @@ private:
         if (auto it = data.find("epilogue"); it != data.end()) node.epilogue = read_epilogue(*it, where);
         const json attrs = data.value("attrs", json::object());
         if (node.op == Op::conv || node.op == Op::linear) read_linear(node, attrs, where);
+        if (node.op == Op::recurrence) read_recurrence(node, attrs, where);
         if (node.op == Op::clamp) {
             node.low = integer(field(attrs, "low", where), -128, 255, where + ": low");
             node.high = integer(field(attrs, "high", where), -128, 255, where + ": high");
@@ -247,12 +260,12 @@ private:
         return it->second;
     }
 
-    void read_linear(Node& node, const json& attrs, const std::string& where) {
+    // Codes and scales.
+    Weights read_weights(const json& attrs, bool is_matrix, const std::string& where) {
         const Stored& weight = stored(attrs, "weight", DType::s8, where);
         const Stored& scale = stored(attrs, "weight_scale", DType::f32, where);
         const auto rank = weight.dims.size();
-        const bool is_linear = node.op == Op::linear;
-        if (is_linear ? rank != 2 : rank < 3 || rank > 5 || weight.count() == 0)
+        if (is_matrix ? rank != 2 : rank < 3 || rank > 5 || weight.count() == 0)
             fail(where, "weight has " + std::to_string(rank) + " dimensions, or none of size");
         if (weight.count() == 0) fail(where, "weight is empty");
         const std::int64_t out = weight.dims[0];
@@ -268,7 +281,41 @@ private:
         for (std::int64_t i = 0; i < scale.count(); ++i)
             if (!(scales[i] > 0) || !std::isfinite(scales[i]))
                 fail(where, "weight_scale holds a value that is not positive and finite");
-        node.weights = Weights{codes, weight.dims, scales, scale.count(), nullptr};
+        return Weights{codes, weight.dims, scales, scale.count(), nullptr};
+    }
+
+    void read_recurrence(Node& node, const json& attrs, const std::string& where) {
+        const auto name = text(field(attrs, "cell", where), where + ": cell");
+        const auto known = kCells.find(name);
+        if (known == kCells.end()) fail(where, "cell '" + name + "' is not known");
+        const CellInfo& info = known->second;
+        node.cell = info.cell;
+        const json& reverse = field(attrs, "reverse", where);
+        if (!reverse.is_boolean()) fail(where, "reverse must be true or false");
+        node.is_reverse = reverse.get<bool>();
+        std::vector<std::int64_t> dims;
+        if (field(attrs, "weight_scale", where).is_null()) {
+            dims = stored(attrs, "weight", DType::f32, where).dims;
+            node.float_weight = text(field(attrs, "weight", where), where + ": weight");
+        } else {
+            if (!info.has_int8) fail(where, "a " + name + " has no int8 form");
+            node.weights = read_weights(attrs, true, where);
+            dims = node.weights.dims;
+        }
+        if (dims.size() != 2 || dims[1] == 0 || dims[0] != info.gates * dims[1])
+            fail(where, "weight is not (" + std::to_string(info.gates) + " * hidden, hidden)");
+        if (field(attrs, "bias", where).is_null()) return;
+        const Stored& bias = stored(attrs, "bias", DType::f32, where);
+        if (!info.has_bias || bias.dims != std::vector<std::int64_t>{dims[1]})
+            fail(where, "bias must hold " + std::to_string(dims[1]) + " values, of a gru");
+        node.weights.bias = reinterpret_cast<const float*>(bias.data);
+    }
+
+    void read_linear(Node& node, const json& attrs, const std::string& where) {
+        const bool is_linear = node.op == Op::linear;
+        node.weights = read_weights(attrs, is_linear, where);
+        const auto rank = node.weights.dims.size();
+        const std::int64_t out = node.weights.dims[0];
         if (!field(attrs, "bias", where).is_null()) {
             const Stored& bias = stored(attrs, "bias", DType::f32, where);
             if (bias.dims != std::vector<std::int64_t>{out})
@@ -364,6 +411,13 @@ private:
                 }
                 break;
             }
+            case Op::recurrence:
+                arity(3);
+                if (out.q) fail(where, "its output can't hold int8 codes");
+                for (const Arg& arg : node.args)
+                    if (const Value* in = value_of(arg); in != nullptr && in->q) fail(where, "reads int8 codes");
+                if (node.args[0].as<Ref>() == nullptr) fail(where, "has no gates");
+                break;
             case Op::aten:
                 if (out.q) fail(where, "its output can't hold int8 codes");
                 if (node.target.empty()) fail(where, "names no op");

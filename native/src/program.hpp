@@ -52,7 +52,8 @@ struct Arg : std::variant<None, Ref, TensorRef, std::int64_t, double, bool, Word
 };
 
 enum class Op : std::uint8_t {
-    quantize, dequantize, conv, linear, matmul, add, mul, clamp, max_pool, avg_pool, shape, cat, aten, size,
+    quantize, dequantize, conv, linear, matmul, add, mul, clamp, max_pool, avg_pool, shape, cat, recurrence, aten,
+    size,
 };
 
 struct Node {
@@ -66,6 +67,10 @@ struct Node {
     // conv and linear
     Weights weights;
     ConvGeometry geometry;
+    // recurrence: `weights` (with a GRU's bias of n), or the name of a float32 weight
+    Cell cell = Cell::lstm;
+    bool is_reverse = false;
+    std::string float_weight;
     // clamp
     std::int64_t low = 0, high = 0;
     std::string label() const { return name + (target.empty() ? "" : " (" + target + ")"); }

@@ -11,6 +11,7 @@ void dequantize(Context&, const Node&);
 void clamp_codes(Context&, const Node&);
 void int8_linear(Context&, const Node&);  // and convolutions
 void int8_matmul(Context&, const Node&);
+void recurrence(Context&, const Node&);
 void size(Context&, const Node&);
 
 // The same elements as another value.
