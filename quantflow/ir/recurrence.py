@@ -84,8 +84,8 @@ def reach(h0: Tensor) -> Tensor:
 
 
 def state_codes(h: Tensor, r: Tensor) -> Tensor:
-    """q = clamp(round_half_even(h * (127 / r)), -127, 127), in float32."""
-    return (h * (STATE_STEPS / r)).round().clamp(-STATE_STEPS, STATE_STEPS)
+    """q = clamp(round_half_even(h * (127 / r)), -127, 127), in float32; NaN becomes 127."""
+    return (h * (STATE_STEPS / r)).round().nan_to_num(nan=STATE_STEPS).clamp(-STATE_STEPS, STATE_STEPS)
 
 
 def cell_of(node: fx.Node) -> str | None:

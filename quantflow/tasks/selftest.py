@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from quantflow.errors import EXIT_GATE, EXIT_PASSED
 from quantflow.ir.activations import ACTIVATIONS, Epilogue, tie_tolerance
 from quantflow.ir.calls import Input
 from quantflow.ir.program import Node, Program, Ref, TensorRef, Value
+from quantflow.ir.recurrence import BOUNDED, CELLS
 from quantflow.numerics.affine import QParams
 from quantflow.numerics.agreement import disagreement
 from quantflow.numerics.measures import sqnr_db
@@ -205,6 +207,7 @@ def _cases() -> Iterator[Case]:
     yield from _conv_cases()
     yield from _epilogue_cases()
     yield from _code_cases()
+    yield from _recurrence_cases()
     yield from _float_cases()
 
 
@@ -353,6 +356,29 @@ def _code_cases() -> Iterator[Case]:
     for target, args in shapes:
         node = Node("shape", "shape", "y", (Ref("x"), *args), target=target)
         yield _one("moving codes", target, node, {"x": x, "y": x}, {}, {"x": _codes((2, 4, 9, 5), x)})
+
+
+def _recurrence_cases() -> Iterator[Case]:
+    """Steps of every cell, with weights in codes and in float32, from zeros and from states within and beyond [-1, 1]."""
+    sizes = ((1, 1, 1), (5, 1, 33), (3, 9, 64), (2, 70, 20))
+    for cell, rows in CELLS.items():
+        for (length, batch, hidden), start, is_int8 in product(sizes, (0.0, 0.5, 3.0), (True, False)):
+            if is_int8 and cell not in BOUNDED:
+                continue
+            inputs = {"x": torch.randn(length, batch, rows * hidden)}
+            if start:
+                inputs |= {name: torch.randn(batch, hidden) * start for name in ("h", "c")[: 2 if cell == "lstm" else 1]}
+            tensors = _weights((rows * hidden, hidden))
+            tensors |= {"s": tensors["s"] * 10 / hidden**0.5, "b": torch.randn(hidden)}
+            if not is_int8:
+                tensors["w"] = tensors["w"] * tensors["s"].reshape(-1, 1)
+            attrs = {
+                "cell": cell, "reverse": batch > 1, "weight": "w", "weight_scale": "s" if is_int8 else None,
+                "bias": "b" if cell == "gru" and start else None,
+            }  # fmt: skip
+            args = (Ref("x"), *(Ref(name) if name in inputs else None for name in "hc"))
+            name = f"{cell} {length}x{batch}x{hidden} from {start:g}, {'int8' if is_int8 else 'float'}"
+            yield _one("recurrence", name, Node("op", "recurrence", "y", args, attrs=attrs), {}, tensors, inputs)
 
 
 def _float_cases() -> Iterator[Case]:
