@@ -159,9 +159,11 @@ def plain_attention() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_noise() -> Iterator[None]:
-    """torch.export warns of its own doings: copies of its tree specs, and the list in which nn.LSTM holds its weights."""
+    """torch.export warns of its own doings: copies of its tree specs, and the list that holds an LSTM's weights."""
     with warnings.catch_warnings():
-        own = r"The tensor attributes? (self[\w.\[\]'\"]*\._flat_weights\[\d+\](, )?)+ (was|were) assigned during export"
+        own = (
+            r"The tensor attributes? (self[\w.\[\]'\"]*\._flat_weights\[\d+\](, )?)+ (was|were) assigned during export"
+        )
         warnings.filterwarnings("ignore", message=own, category=UserWarning)
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         yield

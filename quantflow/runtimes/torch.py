@@ -158,7 +158,9 @@ class Lowering:
                 ]
             case "recurrence":
                 a, (gates, h0, c0) = node.attrs, node.args
-                stored = [None if a[role] is None else TensorRef(a[role]) for role in ("weight", "weight_scale", "bias")]
+                stored = [
+                    None if a[role] is None else TensorRef(a[role]) for role in ("weight", "weight_scale", "bias")
+                ]
                 return [self._call(node, "recurrence", gates, *stored, h0, c0, a["cell"], a["reverse"])]
             case "max_pool":
                 return [self._call(node, "max_pool", node.args[0], *_pool_geometry(node))]

@@ -36,9 +36,9 @@ from quantflow.stages.overrides import Overrides
 NO_POLICY = PolicySettings()
 #: Int8 units that can write float32 as well as codes.
 _WRITING_FLOAT = (CORE, MATMUL, RECURRENCE)
-#: Below this many hidden units the steps of a recurrent layer take as long with an int8 weight as in float32: of 16 to 48
+#: With fewer hidden units a recurrent layer takes as long with its steps' weight in int8 as in float32: of 16 to 48
 #: units 0.9 to 1.3 times, of 64 to 256 units 0.6 to 1.0 times (native runtime, 64 steps, batches of 1 and 16, two cores
-#: of a Xeon with AMX).
+#: of a Xeon with AVX512-VNNI).
 LEAST_HIDDEN = 64
 #: Units that are int8 by themselves, whatever lies around them.
 _BY_THEMSELVES = (CORE, MATMUL, RECURRENCE)

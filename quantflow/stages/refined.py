@@ -72,7 +72,9 @@ def unrefined(prepared: Prepared, table: CalibrationTable) -> Refined:
         CalibrationError: the table lacks a value that the plan needs, or a weight or bias holds NaN or Inf.
     """
     layers = {
-        p.unit.name: nearest_codes(prepared.graph, p) for p in prepared.plan.units if p.is_int8 and p.unit.kind in (CORE, RECURRENCE)
+        p.unit.name: nearest_codes(prepared.graph, p)
+        for p in prepared.plan.units
+        if p.is_int8 and p.unit.kind in (CORE, RECURRENCE)
     }
     return Refined(measured_qparams(prepared, table), layers)
 

@@ -359,7 +359,7 @@ def _code_cases() -> Iterator[Case]:
 
 
 def _recurrence_cases() -> Iterator[Case]:
-    """Steps of every cell, with weights in codes and in float32, from zeros and from states within and beyond [-1, 1]."""
+    """Steps of every cell, with weights in codes and in float32, from zeros and from states around and beyond 1."""
     sizes = ((1, 1, 1), (5, 1, 33), (3, 9, 64), (2, 70, 20))
     for cell, rows in CELLS.items():
         for (length, batch, hidden), start, is_int8 in product(sizes, (0.0, 0.5, 3.0), (True, False)):
@@ -367,7 +367,9 @@ def _recurrence_cases() -> Iterator[Case]:
                 continue
             inputs = {"x": torch.randn(length, batch, rows * hidden)}
             if start:
-                inputs |= {name: torch.randn(batch, hidden) * start for name in ("h", "c")[: 2 if cell == "lstm" else 1]}
+                inputs |= {
+                    name: torch.randn(batch, hidden) * start for name in ("h", "c")[: 2 if cell == "lstm" else 1]
+                }
             tensors = _weights((rows * hidden, hidden))
             tensors |= {"s": tensors["s"] * 10 / hidden**0.5, "b": torch.randn(hidden)}
             if not is_int8:
