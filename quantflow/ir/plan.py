@@ -8,7 +8,7 @@ from typing import Any
 
 from quantflow.ir.activations import as_epilogue
 from quantflow.ir.graph import op_name
-from quantflow.ir.units import CLAMP, CORE, SHAPE, Unit, pad_fill
+from quantflow.ir.units import CLAMP, CORE, RECURRENCE, SHAPE, Unit, pad_fill
 from quantflow.schema import ActivationSpec, QConfig
 
 INT8, FLOAT32 = "int8", "float"
@@ -78,8 +78,8 @@ class Plan:
 
     @property
     def int8_products(self) -> int:
-        """Convolutions and linears that run in int8."""
-        return sum(p.unit.kind == CORE and p.is_int8 for p in self.units)
+        """Convolutions, linears and recurrent steps that run in int8."""
+        return sum(p.unit.kind in (CORE, RECURRENCE) and p.is_int8 for p in self.units)
 
     @property
     def int8_tables(self) -> int:

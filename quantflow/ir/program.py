@@ -125,6 +125,11 @@ class Program:
         """The convolutions and linears: those that exist in a program are int8."""
         return [node for node in self.nodes if node.op in LINEAR_OPS]
 
+    def int8_layers(self) -> dict[int, Node]:
+        """By index, the nodes that multiply by int8 weights: convolutions, linears, and recurrent steps on codes."""
+        found = ((index, node) for index, node in enumerate(self.nodes))
+        return {i: n for i, n in found if n.op in LINEAR_OPS or n.attrs.get("weight_scale") is not None}
+
     def output_names(self) -> list[str]:
         """The values the model returns, in the order of its output structure."""
         return list(referenced_values(self.output))

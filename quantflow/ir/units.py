@@ -141,7 +141,7 @@ def _grow(unit: Unit) -> Unit:
 def _weighed(unit: Unit, constants: Mapping[str, torch.Tensor]) -> Unit:
     """The unit with what is known of its weights."""
     node = unit.anchor
-    if unit.kind == CORE or is_aten(node, *FLOAT_LAYERS):
+    if unit.kind in (CORE, RECURRENCE) or is_aten(node, *FLOAT_LAYERS):
         return replace(unit, has_weights=True)
     if is_aten(node, *LOOKUPS):
         table = _constant_behind(node.args[0], constants)

@@ -225,11 +225,8 @@ class NativeRunner(AbstractRunner):
             return run_in_torch(self.program, node, values)
 
     def int8_layers(self) -> int:
-        """Convolutions and linears that native int8 kernels compute."""
-        return sum(
-            node.op in ("conv", "linear") and index not in self.in_torch
-            for index, node in enumerate(self.program.nodes)
-        )
+        """Layers that native int8 kernels compute."""
+        return sum(index not in self.in_torch for index in self.program.int8_layers())
 
     def profile(self, inputs: Sequence[torch.Tensor], runs: int = 10) -> list[dict[str, Any]]:
         """One row per kernel in execution order: {"name", "op", "kernel", "ms"}, the least of `runs` runs."""

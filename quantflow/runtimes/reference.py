@@ -61,8 +61,8 @@ class ReferenceRunner(AbstractRunner):
             return run_node(self.program, self.program.nodes[index], values)
 
     def int8_layers(self) -> int:
-        """Convolutions and linears of the program: this runtime executes every one as integer sums."""
-        return len(self.program.int8_nodes())
+        """Those of the program: this runtime executes every one as integer sums."""
+        return len(self.program.int8_layers())
 
 
 def run_layer(program: Program, x: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ class AbstractRunner(ABC):
 
     @abstractmethod
     def int8_layers(self) -> int:
-        """Convolutions and linears that run in int8, counted in what really runs."""
+        """Layers that multiply by int8 weights, counted in what really runs."""
 
     def tune(self, inputs: Sequence[torch.Tensor]) -> list[dict[str, Any]]:  # noqa: ARG002 what it is tuned for
         """Find the fastest way to run this batch and keep it; rows for the report, none where there is one way."""

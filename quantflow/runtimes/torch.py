@@ -252,8 +252,8 @@ class TorchRunner(AbstractRunner):
         return self._from_stored(node.output, local[node.output])
 
     def int8_layers(self) -> int:
-        """Convolutions and linears, counted in the ScriptModule's own graph."""
-        return count_int8_layers(self.script)
+        """Convolutions and linears, counted in the ScriptModule's own graph, and recurrent steps on codes."""
+        return count_int8_layers(self.script) + sum(n.op == "recurrence" for n in self.program.int8_layers().values())
 
     def _to_stored(self, name: str, value: Any) -> Any:
         stored = self._lowering.stored.get(name)

@@ -326,10 +326,14 @@ def _row(
         op=p.unit.layer_type,
         precision=INT8 if p.is_int8 or p.unit.is_int8_table else FLOAT32,
         group=p.unit.layers,
-        kernel=kernel_of(p) if p.is_int8 or p.unit.kind == RECURRENCE else p.unit.op if "::" in p.unit.op else f"aten.{p.unit.op}",
+        kernel=kernel_of(p) if p.is_int8 or p.unit.kind == RECURRENCE else _float_kernel(p.unit),
         qparams=qparams,
         reason=p.reason,
     )
+
+
+def _float_kernel(unit: Unit) -> str:
+    return unit.op if "::" in unit.op else f"aten.{unit.op}"
 
 
 def _nothing(core: Mapping[Unit, str]) -> str:
