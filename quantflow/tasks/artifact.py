@@ -74,7 +74,7 @@ def inspect(recipe: Recipe, _overrides: Sequence[str]) -> int:
     console = report.make_console(plain=recipe.report.plain)
     record = Record.load(recipe.artifact)
     report.print_plan(console, record.plan["rows"])
-    console.print(Text(f"{len(record.program.nodes)} nodes, {len(record.program.int8_nodes())} int8 layers"))
+    console.print(Text(f"{len(record.program.nodes)} nodes, {len(record.program.int8_layers())} int8 layers"))
     report.print_summary(console, record.results, artifact=recipe.artifact)
     return EXIT_PASSED
 
