@@ -214,44 +214,6 @@ def test_forked_workers_may_call_it(model: Any) -> None:
     torch.testing.assert_close(torch.cat(list(loader)), wanted)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks")
-@pytest.mark.usefixtures("_two_threads")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_process_forked_in_the_middle_of_a_call_may_call_it() -> None:
-    model: Any = qf.quantize(net(), [X], runtime="native", device="cpu")
-    wanted = model(X)
-    is_over = threading.Event()
-
-    def call_with_ever_other_shapes() -> None:
-        size = 0
-        while not is_over.is_set():
-            size = size % 40 + 1
-            model(torch.zeros(size, 3, 8, 8))
-
-    def in_child(results: Any) -> None:
-        results.put(torch.equal(model(X), wanted))
-
-    threads = [threading.Thread(target=call_with_ever_other_shapes) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    try:
-        for _ in range(8):
-            context = multiprocessing.get_context("fork")
-            results = context.SimpleQueue()
-            process = context.Process(target=in_child, args=(results,))
-            process.start()
-            process.join(60)
-            if process.is_alive():
-                process.kill()
-                pytest.fail("the child hangs")
-            assert process.exitcode == 0
-            assert results.get()
-    finally:
-        is_over.set()
-        for thread in threads:
-            thread.join()
-
-
 def test_several_threads_may_call_it(model: Any) -> None:
     inputs = [torch.cat([OTHER] * n)[: 5 + n] for n in range(1, 5)]
     wanted = [model(x) for x in inputs]

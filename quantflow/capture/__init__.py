@@ -16,6 +16,7 @@ from quantflow.capture.flat import Flat, Form, form_of, tensor_names, without_au
 from quantflow.capture.place import line_of
 from quantflow.capture.sizes import Sizes, find_sizes, shorter
 from quantflow.capture.torchscript import capture_torchscript
+from quantflow.capture.untouched import untouched
 from quantflow.errors import CaptureError, DataError, ModelError, cause_line
 from quantflow.ir.batch import Batch
 from quantflow.ir.binding import bind
@@ -69,7 +70,7 @@ def capture(
         names = tensor_names(model, example)
         sizes = find_sizes(dynamic, alike, names)
         _require_takes(original or model, sizes, alike, names)
-        with without_autocast() as lowered:
+        with without_autocast() as lowered, untouched(model):
             graph = transposed_to_convolutions(_captured(model, example, mode, sizes, original))
             graph = split_recurrent(graph, IN_MODULES if mode.kind == "imperative" else "")
     except Exception:

@@ -150,7 +150,7 @@ def _place(location: str) -> str:
     inner = location.strip("()")
     file = inner.partition(":")[0]
     is_torch = file.startswith("_") or "torch/" in file or (Path(_TORCH) / file).exists()
-    return "" if is_torch or ":" not in inner else inner
+    return "" if is_torch or ":" not in inner else inner[file.rfind("/") + 1 :]
 
 
 def require_dynamic(

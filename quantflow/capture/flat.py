@@ -16,7 +16,7 @@ from quantflow.errors import DataError
 from quantflow.ir.batch import Batch
 from quantflow.ir.binding import by_parameter
 from quantflow.ir.calls import Arguments
-from quantflow.ir.structure import CONSTANTS, Leaf, Typed, Unknown, build, flatten, leaves_of, replaced, type_name
+from quantflow.ir.structure import CONSTANTS, Leaf, Unknown, build, flatten, leaves_of, replaced, type_name
 
 #: Where torch keeps autocast: its own frames are no place in the user's code.
 _AMP = str(Path(torch.amp.__file__).parent)
@@ -46,8 +46,10 @@ class Form:
 
     @property
     def returns_tensors(self) -> bool:
-        """Whether the result is tensors in tuples, lists and dicts, nothing else."""
-        return all(isinstance(leaf, Leaf) for leaf in leaves_of(self.output)) and not _is_typed(self.output)
+        """Whether the result is a tensor, or one tuple, list or dict of tensors, which every capture can express."""
+        items = self.output.values() if isinstance(self.output, dict) else self.output
+        items = items if isinstance(self.output, (dict, list, tuple)) else [self.output]
+        return all(isinstance(leaf, Leaf) for leaf in items)
 
 
 def positional(model: Any) -> tuple[tuple[str, ...], dict[str, Any], bool]:
@@ -131,11 +133,6 @@ def _same(a: Any, b: Any) -> bool:
         p.shape == q.shape and torch.allclose(p.double(), q.double(), rtol=1e-4, atol=1e-5, equal_nan=True)
         for p, q in zip(x, y, strict=True)
     )
-
-
-def _is_typed(tree: Any) -> bool:
-    items = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
-    return isinstance(tree, Typed) or any(map(_is_typed, items))
 
 
 class Flat(nn.Module):

@@ -10,17 +10,19 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from types import FunctionType
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch._C._dynamo import eval_frame
 from torch.autograd import forward_ad
+from torch.utils import _pytree
 
 from quantflow.errors import UsageError
 from quantflow.ir.ops import COMPUTING_OPS
 from quantflow.ir.program import Program, Ref, TensorRef, substitute
-from quantflow.ir.structure import replaced
+from quantflow.ir.structure import holds_types, replaced
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 #: Ops whose result always lies in memory of its own.
@@ -108,7 +110,11 @@ def ordinary(output: Any, inputs: Sequence[Any], kept: frozenset[int] = frozense
         raise UsageError(_NO_GRADIENT)
     if isinstance(output, torch.Tensor):
         return _own(output, kept, recording, tracked)
-    return replaced(output, lambda y: _own(y, kept, recording, tracked) if isinstance(y, torch.Tensor) else y)
+    own = partial(_own, kept=kept, recording=recording, tracked=tracked)
+    if holds_types(output):
+        return replaced(output, lambda leaf: own(leaf) if isinstance(leaf, torch.Tensor) else leaf)
+    # A torch.Size is a tuple to pytree, and would come back as one.
+    return _pytree.tree_map_only(torch.Tensor, own, output, is_leaf=lambda x: isinstance(x, torch.Size))
 
 
 def _own(y: torch.Tensor, kept: frozenset[int], recording: bool, tracked: Sequence[torch.Tensor]) -> torch.Tensor:

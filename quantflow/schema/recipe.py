@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from quantflow.errors import Problem, RecipeError
@@ -50,12 +50,15 @@ LayerChoice = Annotated[
 ]
 Pattern = Annotated[str, Field(min_length=1)]
 
+#: A dimension's number; the keys of JSON are text.
+Dimension = Annotated[int, BeforeValidator(lambda key: int(key) if isinstance(key, str) and key.isdecimal() else key)]
+
 #: Which sizes of the input vary beside the number of samples: those that differ between calibration batches, none, or
 #: {input: {dimension: name}}.
 DynamicSizes = Annotated[
     Annotated[Literal["auto", "none"], Tag("word")]
     | Annotated[
-        dict[Pattern, dict[int, Annotated[str, shaped(r"[A-Za-z]\w*", "a name of letters, digits and '_'")]]],
+        dict[Pattern, dict[Dimension, Annotated[str, shaped(r"[A-Za-z]\w*", "a name of letters, digits and '_'")]]],
         Tag("sizes"),
     ],
     Discriminator(lambda value: "word" if isinstance(value, str) else "sizes"),

@@ -155,8 +155,7 @@ def _import(
                 "check the data's input names and shapes"
             ) from error
     try:
-        keeps = isinstance(model, (torch.jit.ScriptModule, Flat))
-        imported = Walk(script, batches, names).run(None if keeps else expected[0])
+        imported = Walk(script, batches, names).run(None if isinstance(model, torch.jit.ScriptModule) else expected[0])
     except (CaptureError, DependsOnBatch):
         raise
     except Exception as error:  # a builtin of TorchScript that Python does not run in the same way

@@ -85,9 +85,10 @@ class Walk:
         """The graph, before simplification; its output is nested as `like` is, where the tensors are as many."""
         arguments, inputs = self._inputs()
         root = Module(self._script._c, "")
-        output = self._writer.nodes(self._method(root, "forward", [root, *arguments]))
-        if self._names.tensors is not None and not isinstance(output, tuple):
-            output = (output,)
+        result = self._method(root, "forward", [root, *arguments])
+        if self._names.tensors is not None:
+            result = tuple(map(_as_in_python, result if isinstance(result, tuple) else (result,), like))
+        output = self._writer.nodes(result)
         if not any(isinstance(leaf, fx.Node) for leaf in pytree.tree_leaves(output)):
             raise CaptureError(
                 f"mode: {class_name(self._script)} returns no tensor, so there is nothing to run in int8"
@@ -246,6 +247,12 @@ class Walk:
         if not isinstance(args[0], Module):
             raise self._writer.unsupported(f"a method of a TorchScript class ('{node.s('name')}')")
         return self._method(args[0], node.s("name"), args)
+
+
+def _as_in_python(value: Any, like: Any) -> Any:
+    """A trace's constant number, which is a tensor there, as the number that it is."""
+    is_number = isinstance(value, TracedTensor) and value.node is None and type(like) is int
+    return value.values[0].item() if is_number else value
 
 
 def _with_functions_inlined(graph: Any) -> Any:
