@@ -170,7 +170,8 @@ class Walk:
         if handler is not None:
             return handler(node, args, env)
         namespace, name = node.kind().split("::")
-        if isinstance(args[0] if args else None, (list, tuple, dict, str)) and name in ON_STRUCTURES:
+        is_builtin = namespace in ("aten", "prim")
+        if is_builtin and isinstance(args[0] if args else None, (list, tuple, dict, str)) and name in ON_STRUCTURES:
             return ON_STRUCTURES[name](*args)
         if name in ("__is__", "__isnot__"):
             return (args[0] is args[1]) is (name == "__is__")
@@ -180,7 +181,7 @@ class Walk:
             raise self._writer.unsupported(node.kind())
         has_tensor = any(isinstance(a, TracedTensor) and (a.node is not None or a.values[0].dim()) for a in flat(args))
         has_size = any(isinstance(a, TracedSize) for a in flat(args))
-        if has_size and not has_tensor and (done := self._ops.on_sizes(name, args)) is not None:
+        if is_builtin and has_size and not has_tensor and (done := self._ops.on_sizes(name, args)) is not None:
             return done
         if node.kind() == "prim::NumToTensor":
             return TracedTensor((torch.tensor(args[0]),) * len(self._batches))
