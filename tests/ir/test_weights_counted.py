@@ -26,9 +26,7 @@ class Own(nn.Module):
 
 #: name → (forward, the other layer, its op, what the plan names it by); all take (4, 6, 8).
 FLOAT: dict[str, tuple[Callable[..., Any], Callable[[], Any], str]] = {
-    "lstm": (lambda s, x: s.part(s.first(x))[0], lambda: nn.LSTM(8, 8, batch_first=True), "lstm"),
-    "gru": (lambda s, x: s.part(s.first(x))[0], lambda: nn.GRU(8, 8, batch_first=True), "gru"),
-    "rnn": (lambda s, x: s.part(s.first(x))[0], lambda: nn.RNN(8, 8, batch_first=True), "rnn_tanh"),
+    "lstm": (lambda s, x: s.part(s.first(x))[0], lambda: nn.LSTM(8, 8, batch_first=True, proj_size=4), "lstm"),
     "embedding": (
         lambda s, x: s.first(x) + s.part((x[..., 0] > 0).long()), lambda: nn.Embedding(2, 8), "embedding",
     ),
@@ -57,6 +55,15 @@ def test_a_float_layer_with_weights_is_counted_and_named(case: str, mode: str) -
     (left,) = proof["float_layers"]
     assert left["op"] == op
     assert left["reason"]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_steps_of_a_recurrent_layer_count_beside_its_input_product(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = Own(lambda s, x: s.part(s.first(x))[0], kind(8, 8, batch_first=True)).eval()
+    proof = qf.quantize(model, [torch.randn(4, 6, 8)], device="cpu").results["int8_proof"]
+    assert (proof["int8_layers"], proof["core_layers"]) == (2, 3)
+    assert [left["name"] for left in proof["float_layers"]] == ["part.hh_l0"]
 
 
 @pytest.mark.parametrize("mode", ["export", "torchscript"])

@@ -93,7 +93,7 @@ def test_parts_are_named_after_their_weights() -> None:
     units = {unit.name: unit for unit in find_units(graph)}
     for direction in ("l0", "l0_reverse"):
         assert units[f"rnn.ih_{direction}"].op == "linear"
-        assert units[f"rnn.hh_{direction}"].op == "lstm_steps"
+        assert units[f"rnn.hh_{direction}"].op == "quantflow::lstm_steps"
         assert units[f"rnn.hh_{direction}"].anchor.meta["owner"] == "rnn"
 
 
