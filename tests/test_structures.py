@@ -152,6 +152,7 @@ def test_a_tokenizer_may_give_more_than_calibration_did() -> None:
     wanted = model(ids, ones)
     assert torch.equal(model(attention_mask=ones, token_type_ids=0 * ones, input_ids=ids), wanted)
     assert torch.equal(model(input_ids=ids), wanted)
+    assert torch.equal(model(input_ids=ids, attention_mask=None), wanted)
     with pytest.raises(DataError, match="'token_type_ids' holds other values than 0"):
         model(input_ids=ids, attention_mask=ones, token_type_ids=ones)
     with pytest.warns(RuntimeWarning, match="'special_tokens_mask' is ignored"):

@@ -180,7 +180,7 @@ def _of_module(model: nn.Module, example: Batch, mode: ModeSettings, sizes: Size
     """The graph of a module, by way of its tensors alone where its calls or results hold more than tensors."""
     form = _form(model.eval(), example, original)
     notes = [
-        f"the model's {place or 'output'} is a cache of its past, which an int8 model has no use for: it is left out "
+        f"the model's {place.lstrip('.') or 'output'} is a cache of its past, which an int8 model has no use for: it is left out "
         "of the result (use_cache=False has the same effect)"
         for place in form.dropped
     ]

@@ -119,10 +119,11 @@ def _nested(
     bound: list[Any] = [None] * len(inputs)
     left_out: list[tuple[str, int]] = []
     for name, tree in arguments.parameters.items():
-        if name in given:
-            _match(tree, given.pop(name), name, bound)
-        elif isinstance(tree, Leaf) and name in arguments.neutral:
+        if isinstance(tree, Leaf) and name in arguments.neutral and given.get(name) is None:
+            given.pop(name, None)
             left_out.append((name, tree.index))
+        elif name in given:
+            _match(tree, given.pop(name), name, bound)
         elif isinstance(tree, Leaf) or _has_leaf(tree):
             raise DataError(f"input '{name}' is missing; the model takes ({', '.join(arguments.parameters)})")
     for name, value in given.items():
