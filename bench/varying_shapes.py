@@ -24,6 +24,7 @@ from torch import nn
 
 import quantflow as qf
 from bench.reporting import arguments, console, show, show_machine, write
+from quantflow.sources.models.torchvision_zoo import import_torchvision
 
 LENGTHS = (16, 32, 64, 128, 256)
 IMAGES = ((128, 128), (160, 224), (224, 160), (256, 192), (192, 320))
@@ -67,6 +68,7 @@ def _fcn() -> nn.Module:
 
 
 def _encoder(hidden: int, layers: int, heads: int) -> nn.Module:
+    import_torchvision()
     from transformers import BertConfig, BertModel
 
     config = BertConfig(

@@ -180,8 +180,8 @@ def _of_module(model: nn.Module, example: Batch, mode: ModeSettings, sizes: Size
     """The graph of a module, by way of its tensors alone where its calls or results hold more than tensors."""
     form = _form(model.eval(), example, original)
     notes = [
-        f"the model's {place.lstrip('.') or 'output'} is a cache of its past, which an int8 model has no use for: it is left out "
-        "of the result (use_cache=False has the same effect)"
+        f"the model's {place.lstrip('.') or 'output'} is a cache of its past, which an int8 model has no use for: "
+        "it is left out of the result (use_cache=False has the same effect)"
         for place in form.dropped
     ]
     if form.is_flat and form.returns_tensors and original is None:
