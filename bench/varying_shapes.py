@@ -184,7 +184,7 @@ def many(name: str, shapes: int) -> None:
     model: Any = qf.quantize(module, _named(module, [draw(size) for size in sizes[:2]]))
     worst = 0.0
     for index in range(shapes):
-        size = 16 + index if isinstance(sizes[0], int) else (64 + 4 * (index % 40), 64 + 4 * (index // 40))
+        size = 2 + index if isinstance(sizes[0], int) else (64 + 4 * (index % 40), 64 + 4 * (index // 40))
         call = _named(module, [draw(size)])[0]
         with torch.inference_mode():
             worst = max(worst, _ms(lambda call=call: model(**call)) - _ms(lambda call=call: model(**call)))
