@@ -13,6 +13,7 @@ from torch import nn
 
 import quantflow as qf
 from quantflow.errors import CaptureError, DataError
+from quantflow.ir.structure import Attributes, build, flatten
 
 MODES = ("export", "torchscript", "imperative")
 
@@ -169,6 +170,19 @@ def test_a_model_of_another_dtype_is_quantized_from_float32(dtype: torch.dtype, 
     assert torch.allclose(model(x).float(), module(x).float(), atol=0.1)
     assert any("a copy in float32 was quantized" in notice for notice in model.results["notices"])
     assert module[0].weight.dtype is dtype
+
+
+def test_imperative_mode_asks_for_float32_weights() -> None:
+    module = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval().bfloat16()
+    with pytest.raises(CaptureError, match=r"not float32; call model\.float\(\)"):
+        qf.quantize(module, [torch.randn(6, 8).bfloat16()], mode="imperative")
+
+
+def test_a_type_is_made_only_as_models_of_this_process_hold_it() -> None:
+    seen = flatten(Result(torch.ones(1), []))[0]
+    assert type(build(seen, [torch.ones(1)])) is Result
+    forged = dataclasses.replace(seen, kind="mapping")
+    assert type(build(forged, [torch.ones(1)])) is Attributes
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -161,6 +161,11 @@ def _captured(model: Model, example: Batch, mode: ModeSettings, sizes: Sizes, or
             f"mode: imperative swaps modules of an nn.Module, and the model is {found}; "
             f"use mode={'torchscript' if is_script else 'export'}"
         )
+    if mode.kind == "imperative" and original is not None:
+        raise CaptureError(
+            "mode: imperative runs the module itself, whose weights are not float32; call model.float() and give it "
+            "float32 input, or use mode=export"
+        )
     if is_script and mode.kind == "export":
         graph = capture_torchscript(model, example, "trace", sizes)
         return fold_batch_norms(graph.with_notes("the model is a ScriptModule: its TorchScript graph was imported"))

@@ -155,7 +155,7 @@ def _int8_proof(built: Built, source: Source) -> dict[str, Any]:
 
 
 def _some_layer_differs(built: Built, batch: Batch) -> bool:
-    """Whether an int8 layer's result is another than float's, or none can be: a head whose weights are zero."""
+    """Whether an int8 layer's result is another than float's, or none can be: all of their weights are zero."""
     program = built.program
     layers = {n.output for n in program.int8_nodes() if bool(program.tensors[n.attrs["weight"]].any())}
     floats: dict[str, torch.Tensor] = {}
@@ -166,7 +166,7 @@ def _some_layer_differs(built: Built, batch: Batch) -> bool:
 
     with torch.inference_mode():
         interpret(built.graph, bind(program, batch.args, batch.kwargs), keep)
-        return not floats or any(
+        return not layers or any(
             name in floats and not torch.equal(value, floats[name])
             for name, value in built.compiled.trace(bind(program, batch.args, batch.kwargs))
         )

@@ -31,7 +31,8 @@ _KNOWN_MODULES = re.compile(
 )
 #: Caches of a language model's past: state of a generation, not a result.
 _CACHES = ("Cache", "DynamicCache", "StaticCache", "EncoderDecoderCache", "HybridCache", "SlidingWindowCache")
-_seen: dict[str, type] = {}
+#: Of types that models of this process returned: how they hold their values, and under which names.
+_seen: dict[tuple[str, str, tuple[str, ...]], type] = {}
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def _typed(item: Any, place: str, walk: Callable[[Any, str], Any]) -> Typed:
     else:
         raise Unknown(place or "it", item)
     name = f"{type(item).__module__}:{type(item).__qualname__}"
-    _seen[name] = type(item)
+    _seen[name, kind, fields] = type(item)
     marks = [f"[{i}]" if not field else f".{field}" for i, field in enumerate(fields)]
     return Typed(name, kind, fields, tuple(walk(x, place + mark) for x, mark in zip(values, marks, strict=True)))
 
@@ -233,7 +234,7 @@ def _named_tuple(name: str, fields: tuple[str, ...]) -> Callable[..., Any]:
 
 def _class(typed: Typed) -> type | None:
     """The type of that name: one that a model of this process returned, or one of the allow-list."""
-    if (seen := _seen.get(typed.type)) is not None:
+    if (seen := _seen.get((typed.type, typed.kind, typed.fields))) is not None:
         return seen
     module, _, name = typed.type.partition(":")
     if not _KNOWN_MODULES.fullmatch(module) or not name.isidentifier():
