@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from own_models import Own
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,19 +16,6 @@ import quantflow as qf
 from quantflow.errors import DataError, NothingQuantizedError
 
 Forward = Callable[..., Any]
-
-
-class Own(nn.Module):
-    """Two linears and any forward."""
-
-    def __init__(self, forward: Forward, **parts: nn.Module) -> None:
-        super().__init__()
-        self.a, self.b, self.f = nn.Linear(8, 8), nn.Linear(8, 8), forward
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, *args: torch.Tensor) -> Any:
-        return self.f(self, *args)
 
 
 def quantized(model: nn.Module, batch: Any, **settings: Any) -> qf.QuantizedModel:

@@ -293,6 +293,5 @@ __all__ = [
     "capture_torchscript",
     "find_sizes",
     "likely_seconds",
-    "plain",
     "shorter",
 ]

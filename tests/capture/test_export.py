@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quantflow.capture import SCRIPT_S, at_least_two, capture_export, export, likely_seconds, plain
+from quantflow.capture import SCRIPT_S, at_least_two, capture_export, export, likely_seconds
 from quantflow.capture.export import plain_attention
 from quantflow.errors import CaptureError
 from quantflow.ir.batch import Batch
 from quantflow.ir.graph import Graph, interpret, is_aten, op_name
+from quantflow.ir.structure import plain
 from quantflow.schema import ModeSettings
 
 

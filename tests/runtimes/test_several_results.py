@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from own_models import Own
 from torch import nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
@@ -25,19 +26,6 @@ WAYS: dict[str, dict[str, str]] = {
     "script": {"mode": "torchscript"},
     "script on torch": {"mode": "torchscript", "runtime": "torch"},
 }
-
-
-class Own(nn.Module):
-    """Two linears and any forward."""
-
-    def __init__(self, forward: Forward, **parts: nn.Module) -> None:
-        super().__init__()
-        self.a, self.b, self.f = nn.Linear(8, 8), nn.Linear(8, 8), forward
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.f(self, x)
 
 
 def require_right(model: nn.Module, x: torch.Tensor, folder: Path, way: str) -> Any:
