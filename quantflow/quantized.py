@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from quantflow.errors import UsageError
 from quantflow.host.environment import environment
@@ -33,6 +34,7 @@ from quantflow.runtimes.ordinary import (
 )
 from quantflow.schema import Recipe
 from quantflow.stages.compile import Compiled, compile_program
+from quantflow.stages.imperative import int8_layers, run_module, with_tensors
 from quantflow.stages.record import Record
 from quantflow.store import artifact
 
@@ -111,7 +113,7 @@ class QuantizedModel(_Quantized, nn.Module):
 
 
 class QuantizedModule(QuantizedModel):
-    """Imperative mode: `module` is the user's own code with int8 layers swapped in."""
+    """Imperative mode: `module` is the user's own code, whose layers compute in int8."""
 
     def __init__(self, module: nn.Module, compiled: Compiled, record: Record) -> None:
         super().__init__(compiled, record)
@@ -121,8 +123,13 @@ class QuantizedModule(QuantizedModel):
     @outside_compilers
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
         refuse_export()
-        # What the user's own code gives is differentiable as far as it does not come from an int8 layer.
-        return ordinary(self.module(*args, **kwargs), (), self._kept)
+        if torch.jit.is_tracing():
+            return self.compiled.traced(*args, **kwargs)
+        inputs = [x for x in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(x, torch.Tensor)]
+        given = args, kwargs
+        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+            given = with_tensors((args, kwargs), torch.Tensor.detach)
+        return ordinary(run_module(self.module, *given), inputs, self._kept)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copied = super().__deepcopy__(memo)
@@ -130,8 +137,6 @@ class QuantizedModule(QuantizedModel):
         return copied
 
     def int8_layers(self) -> int:
-        from quantflow.stages.imperative import int8_layers
-
         return int8_layers(self.module)
 
 

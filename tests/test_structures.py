@@ -160,7 +160,7 @@ def test_a_tokenizer_may_give_more_than_calibration_did() -> None:
         model(input_ids=ids, attention_mask=ones, special_tokens_mask=ones)
 
 
-@pytest.mark.parametrize("mode", MODES[:2])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_model_of_another_dtype_is_quantized_from_float32(dtype: torch.dtype, mode: str) -> None:
     module = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval().to(dtype)
@@ -170,12 +170,6 @@ def test_a_model_of_another_dtype_is_quantized_from_float32(dtype: torch.dtype, 
     assert torch.allclose(model(x).float(), module(x).float(), atol=0.1)
     assert any("a copy in float32 was quantized" in notice for notice in model.results["notices"])
     assert module[0].weight.dtype is dtype
-
-
-def test_imperative_mode_asks_for_float32_weights() -> None:
-    module = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval().bfloat16()
-    with pytest.raises(CaptureError, match=r"not float32; call model\.float\(\)"):
-        qf.quantize(module, [torch.randn(6, 8).bfloat16()], mode="imperative")
 
 
 def test_a_type_is_made_only_as_models_of_this_process_hold_it() -> None:

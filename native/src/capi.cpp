@@ -76,6 +76,31 @@ std::vector<int> values_of(const Program& program, const char* const* names, std
     return out;
 }
 
+std::unique_ptr<Plan> planned(const qf_engine* engine, Section section, const char* const* input_names,
+                              const qf_form* inputs, std::size_t input_count, const char* const* output_names,
+                              std::size_t output_count) {
+    const Program& program = engine->engine->program->program;
+    if (section.first < 0 || section.last < section.first ||
+        static_cast<std::size_t>(section.last) > program.nodes.size())
+        throw Error("a section must lie inside the program");
+    section.inputs = values_of(program, input_names, input_count);
+    section.outputs = values_of(program, output_names, output_count);
+    std::vector<InputForm> forms;
+    for (std::size_t i = 0; i < input_count; ++i) {
+        const qf_form& f = inputs[i];
+        InputForm form;
+        form.is_number = f.is_number != 0;
+        form.number = f.number;
+        form.is_channels_last = f.is_channels_last != 0;
+        if (!form.is_number) {
+            form.dtype = dtype_of(f.dtype);
+            form.dims = dims_of(f.dims, f.rank);
+        }
+        forms.push_back(std::move(form));
+    }
+    return std::make_unique<Plan>(engine->engine, std::move(section), std::move(forms));
+}
+
 }  // namespace
 
 extern "C" {
@@ -161,28 +186,18 @@ std::int32_t qf_plan_create(const qf_engine* engine, std::int32_t first, std::in
                             const char* const* output_names, std::size_t output_count, qf_plan** plan, char* error,
                             std::size_t capacity) {
     return guarded(error, capacity, [&] {
-        const Program& program = engine->engine->program->program;
-        Section section;
-        section.first = first;
-        section.last = last;
-        if (first < 0 || last < first || static_cast<std::size_t>(last) > program.nodes.size())
-            throw Error("a section must lie inside the program");
-        section.inputs = values_of(program, input_names, input_count);
-        section.outputs = values_of(program, output_names, output_count);
-        std::vector<InputForm> forms;
-        for (std::size_t i = 0; i < input_count; ++i) {
-            const qf_form& f = inputs[i];
-            InputForm form;
-            form.is_number = f.is_number != 0;
-            form.number = f.number;
-            form.is_channels_last = f.is_channels_last != 0;
-            if (!form.is_number) {
-                form.dtype = dtype_of(f.dtype);
-                form.dims = dims_of(f.dims, f.rank);
-            }
-            forms.push_back(std::move(form));
-        }
-        *plan = new qf_plan{std::make_unique<Plan>(engine->engine, std::move(section), std::move(forms))};
+        const Section section{first, last, {}, {}, false};
+        *plan = new qf_plan{planned(engine, section, input_names, inputs, input_count, output_names, output_count)};
+    });
+}
+
+std::int32_t qf_step_create(const qf_engine* engine, std::int32_t first, std::int32_t last,
+                            const char* const* input_names, const qf_form* inputs, std::size_t input_count,
+                            const char* const* output_names, std::size_t output_count, qf_plan** plan, char* error,
+                            std::size_t capacity) {
+    return guarded(error, capacity, [&] {
+        const Section section{first, last, {}, {}, true};
+        *plan = new qf_plan{planned(engine, section, input_names, inputs, input_count, output_names, output_count)};
     });
 }
 
@@ -194,6 +209,7 @@ void qf_plan_outputs(const qf_plan* plan, qf_form* outputs) {
         outputs->dtype = static_cast<std::int32_t>(form.dtype);
         outputs->rank = static_cast<std::int32_t>(form.dims.size());
         std::copy(form.dims.begin(), form.dims.end(), outputs->dims);
+        outputs->is_channels_last = form.is_channels_last ? 1 : 0;
         outputs->is_number = form.is_number ? 1 : 0;
         outputs->number = form.number;
         ++outputs;

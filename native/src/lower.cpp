@@ -66,7 +66,8 @@ void give_outputs(Context& c) {
             target.q = q;
         }
         target.dims = view->dims;
-        target.strides = row_major(view->dims);
+        const bool is_channels_last = c.graph.section().is_step && view->rank() >= 3;
+        target.strides = is_channels_last ? channels_last(view->dims) : row_major(view->dims);
         const std::int64_t bytes = target.count() * size_of(target.dtype);
         const bool same = view->dtype == target.dtype && view->q == target.q && view->offset == 0 &&
                           same_layout(view->dims, view->strides, target.strides);
@@ -80,6 +81,7 @@ void give_outputs(Context& c) {
         }
         form.dtype = target.dtype;
         form.dims = target.dims;
+        form.is_channels_last = is_channels_last;
         c.result.outputs.push_back(form);
         c.result.output_cells.push_back(target.buffer);
     }

@@ -23,6 +23,7 @@ struct InputForm {
 struct OutputForm {
     DType dtype = DType::f32;
     std::vector<std::int64_t> dims;
+    bool is_channels_last = false;
     bool is_number = false;
     std::int64_t number = 0;
 };
@@ -67,6 +68,7 @@ struct Section {
     int first = 0, last = 0;   // nodes [first, last)
     std::vector<int> inputs;   // value indices
     std::vector<int> outputs;  // value indices
+    bool is_step = false;      // its outputs go on to other sections: channels-last
 };
 
 // Raises Unsupported (its text begins with "node INDEX: ") or Error.

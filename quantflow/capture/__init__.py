@@ -161,11 +161,6 @@ def _captured(model: Model, example: Batch, mode: ModeSettings, sizes: Sizes, or
             f"mode: imperative swaps modules of an nn.Module, and the model is {found}; "
             f"use mode={'torchscript' if is_script else 'export'}"
         )
-    if mode.kind == "imperative" and original is not None:
-        raise CaptureError(
-            "mode: imperative runs the module itself, whose weights are not float32; call model.float() and give it "
-            "float32 input, or use mode=export"
-        )
     if is_script and mode.kind == "export":
         graph = capture_torchscript(model, example, "trace", sizes)
         return fold_batch_norms(graph.with_notes("the model is a ScriptModule: its TorchScript graph was imported"))
@@ -197,7 +192,7 @@ def _of_module(model: nn.Module, example: Batch, mode: ModeSettings, sizes: Size
     flat = Flat(model, example, form, upcast=original is not None)
     tensors = Batch(example.tensors)
     seen = Sizes(sizes.names, tuple(Batch(batch.tensors) for batch in sizes.others))
-    graph = _in_mode(model, flat, tensors, mode, seen, flat.names, example)
+    graph = _in_mode(model, flat, tensors, mode, seen, flat.names)
     arguments = None if form.is_flat else form.arguments
     return replace(graph, arguments=arguments, structure=flat.structure()).with_notes(*notes)
 
@@ -218,19 +213,17 @@ def _in_mode(
     mode: ModeSettings,
     sizes: Sizes,
     names: Sequence[str] | None,
-    call: Batch | None = None,
 ) -> Graph:
     """
     Args:
         model: the user's own, which imperative mode looks at.
         captured: what is captured: the model, or its `Flat`.
-        call: what the model itself is called with, where that is not the example.
     """
     if mode.kind == "export":
         return fold_batch_norms(capture_export(captured, example, sizes, names))
     if mode.kind == "torchscript":
         return fold_batch_norms(capture_torchscript(captured, example, mode.method, sizes, names))
-    calls = called_modules(model, call or example)
+    calls = called_modules(model, captured, example)
     try:
         graph = capture_export(captured, example, sizes, names)
     except CaptureError as error:

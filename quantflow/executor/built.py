@@ -17,6 +17,7 @@ from quantflow.quantized import Quantized, QuantizedModel, QuantizedModule, Quan
 from quantflow.schema import Recipe
 from quantflow.stages.calibrate import CalibrationTable
 from quantflow.stages.compile import Compiled
+from quantflow.stages.imperative import run_module
 from quantflow.stages.record import Record
 from quantflow.stages.warmup import Warmup
 
@@ -48,7 +49,7 @@ class Built:
 
     def call(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
         """What the user will run: the swapped module in imperative mode, else the compiled program."""
-        return self.module(*args, **kwargs) if self.module is not None else self.compiled(*args, **kwargs)
+        return run_module(self.module, args, kwargs) if self.module is not None else self.compiled(*args, **kwargs)
 
     def verified(self) -> Warmup:
         """What warm-up found."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from quantflow.algorithms import Material
@@ -18,6 +19,7 @@ from quantflow.ir.graph import Graph
 from quantflow.report import Progress
 from quantflow.runtimes import Choice, choose_runtime
 from quantflow.schema import Recipe
+from quantflow.stages.imperative.layers import HELD_IN
 from quantflow.store.run_folder import Work
 
 #: This process computes everything by itself.
@@ -49,8 +51,13 @@ class Run:
     @property
     def swapped(self) -> nn.Module | None:
         """The module that stays the user's own code in imperative mode; None: the captured graph is what runs."""
-        module = self.source.model.module
-        return module if self.recipe.mode.kind == "imperative" and isinstance(module, nn.Module) else None
+        model = self.source.model
+        if self.recipe.mode.kind != "imperative" or not isinstance(model.module, nn.Module):
+            return None
+        if model.original is not None:
+            dtypes = {p.dtype for p in model.original.parameters() if p.is_floating_point()}
+            model.module.__dict__[HELD_IN] = next(iter(dtypes - {torch.float32}))
+        return model.module
 
     def material(self, graph: Graph) -> Material:
         """What accuracy algorithms look at."""

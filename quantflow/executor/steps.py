@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -23,7 +24,7 @@ from quantflow.ir.plan import Plan
 from quantflow.stages.benchmark import resized
 from quantflow.stages.calibrate import CalibrationTable, calibrate, require_complete
 from quantflow.stages.compile import compile_program
-from quantflow.stages.imperative import called_modules, carry_over, fixed_constants, swap_modules
+from quantflow.stages.imperative import carry_over, fixed_constants, not_reached, run_module, swap_modules
 from quantflow.stages.plan import make_plan
 from quantflow.stages.prepare import Prepared
 from quantflow.stages.warmup import warmup
@@ -75,18 +76,28 @@ def rewritten(
 def plan_for(run: Run, graph: Graph, example: Batch, outliers: Outliers = NO_OUTLIERS) -> Plan:
     """The plan for a captured graph, with what this machine decides filled in."""
     recipe, runtime = run.recipe, run.choice.runtime
-    plan = make_plan(
-        graph,
-        recipe.qconfig,
-        recipe.layers,
-        mode=recipe.mode.kind,
-        kernel_of=runtime.kernel_of,
-        reduce_range=recipe.qconfig.reduce_range is True,
-        swappable=None if run.swapped is None else called_modules(run.swapped, example),
-        recipe_name=recipe.name,
-        left_float=outliers.left_float,
-        policy=recipe.policy,
-    )
+
+    def plan_with(left_float: Mapping[str, str]) -> Plan:
+        return make_plan(
+            graph,
+            recipe.qconfig,
+            recipe.layers,
+            mode=recipe.mode.kind,
+            kernel_of=runtime.kernel_of,
+            reduce_range=recipe.qconfig.reduce_range is True,
+            recipe_name=recipe.name,
+            left_float=left_float,
+            policy=recipe.policy,
+        )
+
+    left_float = dict(outliers.left_float)
+    plan = plan_with(left_float)
+    if run.swapped is not None:
+        # What is left float changes what is fused with what, and so what else can be reached.
+        seen = cut(example, VERIFIED_SAMPLES, graph)
+        while missing := not_reached(run.swapped, graph, plan, seen).items() - left_float.items():
+            left_float |= dict(missing)
+            plan = plan_with(left_float)
     return replace(plan, notes=(*plan.notes, *runtime.notes()))
 
 
@@ -121,7 +132,7 @@ def ready(run: Run, graph: Graph, converted: Converted, module: nn.Module | None
     plan, program = converted.plan, converted.program
     with run.progress.stage("compile"):
         compiled = compile_program(program, run.choice)
-        swapped = None if module is None else swap_modules(module, plan, program, run.choice.runtime)
+        swapped = None if module is None else swap_modules(module, graph, plan, program, compiled.runner)
     warm = None
     if run.workers.is_first:
         with run.progress.stage("warm up") as stage:
@@ -130,7 +141,7 @@ def ready(run: Run, graph: Graph, converted: Converted, module: nn.Module | None
                 cut(example, VERIFIED_SAMPLES, graph),
                 iterations=run.recipe.warmup.iterations,
                 min_sqnr_db=run.recipe.warmup.min_sqnr_db,
-                call=swapped,
+                call=None if swapped is None else lambda *args, **kwargs: run_module(swapped, args, kwargs),
                 others=[cut(other, VERIFIED_SAMPLES, graph) for other in other_sizes(run, graph, example)],
                 tuned_for=_tuned_for(run, graph, example),
                 alone=run.progress.alone,

@@ -131,17 +131,16 @@ class Epilogue:
             return self.bounds[1] >= 0
         return self.is_nonnegative or self.activation.keeps_nonnegative
 
-    @property
-    def is_idempotent(self) -> bool:
-        """Whether applying it twice changes nothing."""
-        return self.bounds is not None
-
 
 def as_epilogue(node: fx.Node) -> Epilogue | None:
     """The activation a node computes, or None."""
     if not is_aten(node, *ATEN, *_CLAMPS):
         return None
-    op, given = op_name(node), arguments(node)
+    return epilogue_of(op_name(node), arguments(node))
+
+
+def epilogue_of(op: str, given: Mapping[str, Any]) -> Epilogue | None:
+    """The activation that an ATen op computes with arguments of these names, or None."""
     if op in _CLAMPS:
         return _clamp(*_CLAMPS[op](given))
     for kind, activation in ACTIVATIONS.items():

@@ -122,16 +122,6 @@ def pad_fill(node: fx.Node) -> float:
     return float(arguments(node).get("value") or 0.0)
 
 
-def without_epilogue(unit: Unit) -> tuple[Unit, Unit]:
-    """A unit split in front of its activation: the rest, and the activation as a float unit of its own."""
-    activation = unit.nodes[-1]
-    rest = replace(unit, nodes=unit.nodes[:-1], epilogue=None)
-    alone = Unit(
-        FLOAT, (activation,), activation, (rest.output,), float_reason=f"{op_name(activation)} has no int8 form"
-    )
-    return rest, alone
-
-
 def _grow(unit: Unit) -> Unit:
     user = only_user(unit.output)
     epilogue = as_epilogue(user) if user is not None else None

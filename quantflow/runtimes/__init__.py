@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor, get_num_threads, xpu
+from torch import get_num_threads, xpu
 
 from quantflow.errors import UnavailableError
 from quantflow.host.finding import Finding
@@ -30,7 +30,6 @@ class Runtime:
         missing: device → why the runtime can't use it on this machine, with the cure; None: it can.
         modes: how a model must be captured for it.
         notes: what its user should know about this machine, for the plan.
-        layer: imperative mode: (a program of one layer, that layer's float32 input) → its float32 output.
         script: torchscript mode: a runner's program as a ScriptModule that runs on any machine.
         backends: device → its own kernels, which a self-test there compares: name → what builds a runner on them.
         about: what its kernels are made for on this machine, for task=doctor.
@@ -44,7 +43,6 @@ class Runtime:
     missing: Callable[[str], str | None]
     modes: tuple[str, ...]
     notes: Callable[[], tuple[str, ...]] = tuple
-    layer: Callable[[Program, Tensor], Tensor] | None = None
     script: Callable[[AbstractRunner], torch.jit.ScriptModule] | None = None
     backends: Callable[[str], Mapping[str, Callable[[Program], AbstractRunner]]] | None = None
     about: Callable[[], str] = str
@@ -67,7 +65,7 @@ RUNTIMES: dict[str, Runtime] = {
         lambda program, device: NativeRunner(program, native_devices.backend_of(device)),
         native_kernel_of,
         native_devices.missing,
-        ("export", "torchscript"),
+        ("export", "torchscript", "imperative"),
         script=native_op.as_script,
         backends=lambda device: {
             backend: partial(NativeRunner, backend=backend) for backend in native_devices.backends_of(device)
@@ -83,7 +81,6 @@ RUNTIMES: dict[str, Runtime] = {
         _only_cpu,
         ("export", "torchscript", "imperative"),
         on_torch.notes,
-        layer=on_torch.run_layer,
         script=on_torch.as_script,
         about=lambda: "not accelerated" if on_torch.notes() else "",
     ),
@@ -93,7 +90,6 @@ RUNTIMES: dict[str, Runtime] = {
         _reference_kernel,
         _only_cpu,
         ("export", "imperative"),
-        layer=reference.run_layer,
     ),
 }
 #: The device that every machine has.

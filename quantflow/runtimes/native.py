@@ -44,12 +44,13 @@ _runners: weakref.WeakSet[NativeRunner] = weakref.WeakSet()
 
 @dataclass(frozen=True)
 class Section:
-    """Nodes [first, last) of a program, with the values that enter and leave."""
+    """Nodes [first, last) of a program, with the values that enter and leave; `is_step`: they leave channels-last."""
 
     first: int
     last: int
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    is_step: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,11 @@ class SectionPlan:
     """A section made ready for one set of input shapes."""
 
     handle: lib.Handle
-    shapes: tuple[tuple[tuple[int, ...], torch.dtype] | int, ...]
+    outputs: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | int, ...]
 
     def run(self, values: Sequence[torch.Tensor | int]) -> list[torch.Tensor | int]:
         """The outputs, in the section's order."""
-        outputs = [s if isinstance(s, int) else torch.empty(s[0], dtype=s[1]) for s in self.shapes]
+        outputs = [o if isinstance(o, int) else torch.empty_strided(o[0], o[1], dtype=o[2]) for o in self.outputs]
         lib.call("qf_plan_run", self.handle.pointer, lib.pointers(values), lib.pointers(outputs))
         return outputs
 
@@ -103,6 +104,8 @@ class NativeRunner(AbstractRunner):
         self._plans: dict[Section, OrderedDict[Any, SectionPlan]] = {}
         #: (batch size, threads asked for) → the variant that `tune` found fastest.
         self.variants: dict[tuple[int, int], RunVariant] = {}
+        #: What each step has ready, per set of inputs.
+        self._ready: list[dict[Any, SectionPlan]] = []
         self._flags = {n.output for n in program.nodes if n.op == "size" and n.target in _COMPARISONS}
         for index, node in enumerate(program.nodes):
             if not lib.library().qf_program_supports(self._parsed.pointer, ctypes.c_int32(index)):
@@ -224,6 +227,33 @@ class NativeRunner(AbstractRunner):
                     self._leave_to_torch(refused.reasons)
             return run_in_torch(self.program, node, values)
 
+    def step(self, index: int) -> Callable[[Sequence[torch.Tensor]], torch.Tensor]:
+        """One node as a function of the values that it reads; plans are kept per set of shapes."""
+        node, by_node = self.program.nodes[index], super().step(index)
+        is_codes = node.output in self.program.values
+        section = Section(index, index + 1, tuple(dict.fromkeys(node.refs())), (node.output,), is_step=is_codes)
+        ready: dict[Any, SectionPlan] = {}
+        self._ready.append(ready)
+
+        def step(values: Sequence[torch.Tensor]) -> torch.Tensor:
+            threads = self._threads()
+            plan = ready.get((threads, *[(x.shape, x.stride(), x.dtype) for x in values]))
+            if plan is None:
+                if index in self.in_torch or any(_why_foreign(x) for x in values):
+                    return by_node(values)
+                values = [_dense(x) for x in values]  # type: ignore[misc]
+                try:
+                    plan = self._make_plan(section, values, threads)
+                except lib.Unsupported as refused:
+                    self._leave_to_torch({refused.node: refused.reason})
+                    return by_node(values)
+                while len(ready) >= PLANS_PER_SECTION:
+                    ready.pop(next(iter(ready)), None)
+                ready[threads, *[(x.shape, x.stride(), x.dtype) for x in values]] = plan
+            return plan.run(values)[0]  # type: ignore[return-value]
+
+        return step
+
     def int8_layers(self) -> int:
         """Layers that native int8 kernels compute."""
         return sum(index not in self.in_torch for index in self.program.int8_layers())
@@ -311,8 +341,10 @@ class NativeRunner(AbstractRunner):
 
     def start_again(self) -> None:
         """Forget, in a forked child, what threads of the parent may have left half done or still hold."""
-        _of_the_parent.append((self._engines, self._plans))
+        _of_the_parent.append((self._engines, self._plans, [dict(ready) for ready in self._ready]))
         self._engines, self._plans = {}, {}
+        for ready in self._ready:
+            ready.clear()
 
     def _leave_to_torch(self, reasons: Mapping[int, str]) -> None:
         with self._lock:
@@ -357,7 +389,8 @@ class NativeRunner(AbstractRunner):
     def _make_plan(self, section: Section, given: Sequence[torch.Tensor | int], threads: int) -> SectionPlan:
         forms = (lib.Form * len(given))(*(lib.Form.of(value) for value in given))
         handle = lib.make(
-            "qf_plan_create", "qf_plan_free", self._engine(threads).pointer, ctypes.c_int32(section.first),
+            "qf_step_create" if section.is_step else "qf_plan_create", "qf_plan_free",
+            self._engine(threads).pointer, ctypes.c_int32(section.first),
             ctypes.c_int32(section.last), _names(section.inputs), forms, ctypes.c_size_t(len(given)),
             _names(section.outputs), ctypes.c_size_t(len(section.outputs)),
         )  # fmt: skip
@@ -366,7 +399,7 @@ class NativeRunner(AbstractRunner):
         shapes = tuple(
             (bool(f.number) if name in self._flags else f.number)
             if f.is_number
-            else (tuple(f.dims[: f.rank]), lib.TORCH_DTYPES[f.dtype])
+            else (tuple(f.dims[: f.rank]), _strides(f), lib.TORCH_DTYPES[f.dtype])
             for name, f in zip(section.outputs, found, strict=True)
         )
         return SectionPlan(handle, shapes)
@@ -519,9 +552,20 @@ def _dense(value: torch.Tensor | int) -> torch.Tensor | int:
     """A value as the library takes it: contiguous or channels-last, or a whole number."""
     if isinstance(value, int):
         return value
-    if value.is_contiguous() or (value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)):
+    if value.is_contiguous() or (value.dim() > 2 and value.movedim(1, -1).is_contiguous()):
         return value
     return value.contiguous()
+
+
+def _strides(form: lib.Form) -> tuple[int, ...]:
+    """Of an output in its form."""
+    shape = list(form.dims[: form.rank])
+    order = [0, *range(2, form.rank), 1] if form.is_channels_last else list(range(form.rank))
+    strides, step = [1] * form.rank, 1
+    for axis in reversed(order):
+        strides[axis] = step
+        step *= max(shape[axis], 1)
+    return tuple(strides)
 
 
 def _names(names: Sequence[str]) -> Any:

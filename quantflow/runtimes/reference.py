@@ -65,14 +65,6 @@ class ReferenceRunner(AbstractRunner):
         return len(self.program.int8_layers())
 
 
-def run_layer(program: Program, x: torch.Tensor) -> torch.Tensor:
-    """A program of one convolution or linear on float32 input: quantized, computed, float32 again."""
-    (node,) = program.nodes
-    name = node.args[0].name
-    result: torch.Tensor = run_node(program, node, {name: quantize(x, _known(qparams_of(program, name)))})
-    return result
-
-
 def resolve(program: Program, argument: Any, values: Mapping[str, Any]) -> Any:
     """An argument with its references replaced by values and stored tensors."""
     return substitute(argument, lambda r: program.tensors[r.name] if isinstance(r, TensorRef) else values[r.name])

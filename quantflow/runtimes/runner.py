@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +32,20 @@ class AbstractRunner(ABC):
     @abstractmethod
     def run_node(self, index: int, values: Mapping[str, Any]) -> Any:
         """One node's value from given values, codes as the program defines them."""
+
+    def step(self, index: int) -> Callable[[Sequence[torch.Tensor]], torch.Tensor]:
+        """One node as a function of the values that it reads, each once, for a caller that goes through the program.
+
+        What it gives may lie channels-last.
+        """
+        names = tuple(dict.fromkeys(self.program.nodes[index].refs()))
+
+        def step(values: Sequence[torch.Tensor]) -> torch.Tensor:
+            result: torch.Tensor = self.run_node(index, dict(zip(names, values, strict=True)))
+            # Outside of inference mode nobody may change an inference tensor, or compute on with a gradient.
+            return result.clone() if result.is_inference() and not torch.is_inference_mode_enabled() else result
+
+        return step
 
     @abstractmethod
     def int8_layers(self) -> int:

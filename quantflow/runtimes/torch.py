@@ -272,26 +272,6 @@ def as_script(runner: AbstractRunner) -> torch.jit.ScriptModule:
     return runner.script
 
 
-def run_layer(program: Program, x: torch.Tensor) -> torch.Tensor:
-    """A program of one convolution or linear on float32 input: quantized, computed, float32 again."""
-    (node,) = program.nodes
-    name = node.args[0].name
-    qparams, tensors, a = program.values[name].qparams, program.tensors, node.attrs
-    assert qparams is not None
-    # The kernels take uint8; int8 codes are the same integers with zero_point + 128.
-    zero_point = qparams.zero_point + (128 if qparams.dtype == "int8" else 0)
-    # A trace records one of our operators where it could not record what the kernel does.
-    on: Any = torch.ops.quantflow if torch.jit.is_tracing() else kernels
-    codes = on.quantize(x, qparams.scale, zero_point, "uint8")
-    kind, values = _epilogue(node.epilogue)
-    bias = None if a["bias"] is None else tensors[a["bias"]]
-    operands = (codes, qparams.scale, zero_point, False, tensors[a["weight"]], tensors[a["weight_scale"]], bias)
-    if node.op == "linear":
-        return on.linear(*operands, 1.0, 0, "float32", kind, values)
-    geometry = (a["stride"], a["padding"], a["dilation"], a["groups"])
-    return on.conv(*operands, *geometry, 1.0, 0, "float32", kind, values)
-
-
 def count_int8_layers(script: torch.jit.ScriptModule) -> int:
     """The fused int8 convolutions and linears in a ScriptModule's own graph."""
     names = (node.kind() for node in script.inlined_graph.nodes())

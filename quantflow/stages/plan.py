@@ -27,7 +27,6 @@ from quantflow.ir.units import (
     Unit,
     find_units,
     fuse_residual,
-    without_epilogue,
 )
 from quantflow.numerics.affine import MAX_REDUCTION
 from quantflow.schema import LayerOverride, PolicySettings, QConfig
@@ -52,7 +51,6 @@ def make_plan(
     mode: str = "export",
     kernel_of: Callable[[PlannedUnit], str] = lambda planned: planned.unit.op,
     reduce_range: bool = False,
-    swappable: Mapping[str, int] | None = None,
     recipe_name: str = "custom",
     left_float: Mapping[str, str] | None = None,
     policy: PolicySettings = NO_POLICY,
@@ -61,10 +59,10 @@ def make_plan(
 
     Args:
         layers: overrides by exact name, glob or op type.
-        mode: "imperative" keeps float32 between int8 modules, because modules exchange ordinary tensors.
+        mode: "imperative" knows no layers in two terms, and no integer recurrences.
         kernel_of: the runtime's name for the kernel that will run a unit.
-        swappable: imperative mode: the modules that are called as modules, with how often.
-        left_float: layers that measurements say must stay float, with the reason; `layers` has precedence.
+        left_float: units that measurements, or what can be reached, say must stay float, with the reason; `layers` has
+            precedence.
         policy: which additions, products, concatenations and matmuls may run in int8.
 
     Raises:
@@ -74,22 +72,18 @@ def make_plan(
     units = find_units(graph)
     overrides = Overrides(layers or {}, units, qconfig, recipe_name, policy)
     core = {unit: _why_float(unit, graph, overrides, left_float or {}) for unit in units if unit.kind in _BY_THEMSELVES}
+    left_float = left_float or {}
+    units, int8, exact = _chosen(units, core, overrides, left_float)
     if mode == IMPERATIVE:
-        units, core = _module_by_module(units, core, swappable or {})
-        overrides.require_one_term(unit for unit in units if core.get(unit) == "")
-        int8 = {unit for unit in units if core.get(unit) == ""}
-        written: set[fx.Node] = set()
-        exact: set[fx.Node] = set()
-    else:
-        units, int8, exact = _chosen(units, core, overrides)
-        in_float = {unit.output for unit in int8 if unit.kind in _WRITING_FLOAT and unit.output in exact}
-        written = _written(units, int8) - in_float
+        overrides.require_one_term(unit for unit in units if unit in int8 and unit.kind == CORE)
+    in_float = {unit.output for unit in int8 if unit.kind in _WRITING_FLOAT and unit.output in exact}
+    written = _written(units, int8) - in_float
     if not any(unit.kind == CORE for unit in int8):
         raise NothingQuantizedError(_nothing(core))
 
     planned = []
     for unit in units:
-        reason = _reason(unit, unit in int8, core, overrides, mode)
+        reason = _reason(unit, unit in int8, core, overrides, left_float)
         planned.append(
             PlannedUnit(
                 unit, unit in int8, unit.output in written, overrides.qconfig(unit), reason, overrides.without(unit)
@@ -127,12 +121,12 @@ def _why_float(unit: Unit, graph: Graph, overrides: Overrides, left_float: Mappi
 
 
 def _chosen(
-    units: Sequence[Unit], core: Mapping[Unit, str], overrides: Overrides
+    units: Sequence[Unit], core: Mapping[Unit, str], overrides: Overrides, left_float: Mapping[str, str]
 ) -> tuple[list[Unit], set[Unit], set[fx.Node]]:
     """The units with residuals fused, those that run on codes, and the values that no codes may stand for alone."""
     rounding: set[Unit] = set()
     while True:
-        fused, int8 = _fuse_residuals(units, _spread_int8(units, core, overrides, rounding))
+        fused, int8 = _fuse_residuals(units, _spread_int8(units, core, overrides, left_float, rounding))
         exact = _exact(fused, int8, overrides)
         found = {unit for unit in int8 if unit.output in exact and unit.kind not in (*_WRITING_FLOAT, SHAPE)}
         if not found:
@@ -153,7 +147,11 @@ def _exact(units: Sequence[Unit], int8: set[Unit], overrides: Overrides) -> set[
 
 
 def _spread_int8(
-    units: Sequence[Unit], core: Mapping[Unit, str], overrides: Overrides, rounding: set[Unit]
+    units: Sequence[Unit],
+    core: Mapping[Unit, str],
+    overrides: Overrides,
+    left_float: Mapping[str, str],
+    rounding: set[Unit],
 ) -> set[Unit]:
     """The units that run on codes: the linear ops, and what lies between them for as long as codes are at hand.
 
@@ -166,6 +164,8 @@ def _spread_int8(
             return False
         if unit in core:
             return core[unit] == ""
+        if unit.name in left_float and overrides.precision(unit)[0] != INT8:
+            return False
         return unit.kind not in (FLOAT, SIZE) and not unit.float_reason and overrides.precision(unit)[0] != FLOAT32
 
     int8 = {unit for unit in units if capable(unit)}
@@ -224,31 +224,6 @@ def _fuse_residuals(units: Sequence[Unit], int8: set[Unit]) -> tuple[list[Unit],
     return fused, int8
 
 
-def _module_by_module(
-    units: Sequence[Unit], core: Mapping[Unit, str], swappable: Mapping[str, int]
-) -> tuple[list[Unit], dict[Unit, str]]:
-    """Imperative mode: only modules called as modules are swapped, and only idempotent activations fuse.
-
-    The activation's own module stays in the user's code and runs once more on the result, which must change nothing.
-    """
-    separate: list[Unit] = []
-    reasons: dict[Unit, str] = {}
-    for unit in units:
-        reason = core.get(unit, "")
-        is_module = unit.kind == CORE and unit.anchor.meta.get("owner") in swappable
-        if unit in core and not reason and not is_module:
-            reason = "called as a function; imperative mode swaps modules only (mode=export quantizes it)"
-        parts = [unit]
-        if unit.epilogue is not None and (
-            unit.kind != CORE or reason or not unit.epilogue.is_idempotent or swappable[unit.anchor.meta["owner"]] > 1
-        ):
-            parts = list(without_epilogue(unit))
-        if unit in core:
-            reasons[parts[0]] = reason
-        separate.extend(parts)
-    return separate, reasons
-
-
 def _share_qparams(planned: Sequence[PlannedUnit]) -> tuple[dict[str, str], dict[str, PlannedUnit]]:
     """Which values use one scale and zero point, and whose settings measure it.
 
@@ -280,7 +255,9 @@ def _share_qparams(planned: Sequence[PlannedUnit]) -> tuple[dict[str, str], dict
     return codes, {root: first[root] for root in dict.fromkeys(codes.values())}
 
 
-def _reason(unit: Unit, is_int8: bool, core: Mapping[Unit, str], overrides: Overrides, mode: str) -> str:
+def _reason(
+    unit: Unit, is_int8: bool, core: Mapping[Unit, str], overrides: Overrides, left_float: Mapping[str, str]
+) -> str:
     if is_int8:
         folded = unit.anchor.meta.get("batch_norm")
         qconfig, is_core = overrides.qconfig(unit), unit.kind == CORE
@@ -302,8 +279,8 @@ def _reason(unit: Unit, is_int8: bool, core: Mapping[Unit, str], overrides: Over
         return f"the recipe says so: {pattern}"
     if unit.float_reason:
         return unit.float_reason
-    if mode == IMPERATIVE:
-        return "float between int8 modules in imperative mode"
+    if unit.name in left_float:
+        return left_float[unit.name]
     return "no int8 op reads its result, or none of its inputs is int8"
 
 

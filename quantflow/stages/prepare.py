@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from quantflow.ir.batch import Batch
 from quantflow.ir.binding import bind
@@ -37,16 +37,17 @@ class Prepared:
 
     def run(self, batch: Batch, on_value: Callable[[str, torch.Tensor], None]) -> Any:
         """One float forward; `on_value` sees every observed value."""
+
+        def observed(name: str, value: Any) -> None:
+            if name in self.observed:
+                on_value(name, value)
+
         if self.observed_module is not None:
             from quantflow.stages.imperative import run_observed
 
-            return run_observed(self.observed_module, batch, on_value)
-
-        def forward(node: fx.Node, value: Any) -> None:
-            if node.name in self.observed:
-                on_value(node.name, value)
-
-        return interpret(self.graph, bind(self.graph, batch.args, batch.kwargs), forward)
+            return run_observed(self.observed_module, batch, observed)
+        inputs = bind(self.graph, batch.args, batch.kwargs)
+        return interpret(self.graph, inputs, lambda node, value: observed(node.name, value))
 
 
 def prepare(graph: Graph, plan: Plan, module: nn.Module | None = None) -> Prepared:
@@ -60,5 +61,5 @@ def prepare(graph: Graph, plan: Plan, module: nn.Module | None = None) -> Prepar
     if module is not None:
         from quantflow.stages.imperative import insert_observers
 
-        observed_module = insert_observers(module, plan)
+        observed_module = insert_observers(module, graph, plan)
     return Prepared(graph, plan, observed, layers, observed_module)

@@ -17,6 +17,7 @@ from quantflow.ir.activations import tie_tolerance
 from quantflow.ir.batch import Batch
 from quantflow.ir.binding import bind
 from quantflow.ir.program import Node
+from quantflow.ir.structure import plain
 from quantflow.numerics.agreement import disagreement
 from quantflow.runtimes.specification import ASKED_FOR, Specification, handed_on, resolve, unrounded
 from quantflow.stages.compile import Compiled
@@ -95,6 +96,8 @@ def warmup(
             taken.append((time.perf_counter() - begin) * 1e3)
             if progress is not None:
                 progress(done + 1, None)
+    if call is not None:
+        _require_code_equals_program(compiled, batch, output)
     _require_whole_equals_parts(compiled, batch)
     reference, differences, checked = _verify(compiled, batch, progress)
     for other in others:
@@ -136,6 +139,18 @@ def _require_whole_equals_parts(compiled: Compiled, batch: Batch) -> None:
             raise VerificationError(
                 f"{path}: the compiled program gives another result than its layers one by one; runtime "
                 f"{compiled.choice.runtime.name} must not be used: try {ASKED_FOR}, and report this"
+            )
+
+
+def _require_code_equals_program(compiled: Compiled, batch: Batch, output: Any) -> None:
+    """What a module's own code gives with int8 behind its calls is what a saved artifact will give."""
+    with torch.inference_mode():
+        wanted = compiled(*batch.args, **batch.kwargs)
+    for (path, expected), (_, actual) in zip(tensors(plain(wanted)), tensors(plain(output)), strict=True):
+        if not _sqnr_db(expected, actual) >= LEAST_WHOLE_DB:
+            raise VerificationError(
+                f"{path}: the module's own code gives another result ({_sqnr_db(expected, actual):.1f} dB) than the "
+                "int8 program that an artifact of it would hold; use mode=export, and report this"
             )
 
 

@@ -14,7 +14,7 @@ import quantflow as qf
 from quantflow import runtimes
 from quantflow.numerics.measures import sqnr_db
 from quantflow.runtimes import RUNTIMES, Runtime
-from quantflow.runtimes.reference import ReferenceRunner, run_layer
+from quantflow.runtimes.reference import ReferenceRunner
 
 PACKAGE = Path(qf.__file__).parent
 #: The schema lists what may be asked for by name.
@@ -102,15 +102,9 @@ class Counting(ReferenceRunner):
 
 @pytest.mark.parametrize("mode", ["export", "imperative"])
 def test_a_new_runtime_is_a_module_and_a_line_of_the_table(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = []
-
-    def layer(program, x):  # type: ignore[no-untyped-def]
-        layers.append(program)
-        return run_layer(program, x)
-
     line = Runtime(
         "counting", lambda program, _: Counting(program), lambda _: "counting", lambda _: None,
-        ("export", "imperative"), layer=layer,
+        ("export", "imperative"),
     )  # fmt: skip
     monkeypatch.setattr(runtimes, "RUNTIMES", {"counting": line})
     torch.manual_seed(0)
@@ -120,7 +114,6 @@ def test_a_new_runtime_is_a_module_and_a_line_of_the_table(mode: str, monkeypatc
     assert model.results["runtime"]["chosen"] == "counting"
     assert sqnr_db(net(x), model(x)) > 20
     assert Counting.calls > 0
-    assert bool(layers) == (mode == "imperative")
     assert {row["kernel"].partition(".")[0] for row in model.results["benchmark"]["per_layer"]} == {"counting"}
     assert model.results["warmup"]["variants"] == ()
 
@@ -128,4 +121,4 @@ def test_a_new_runtime_is_a_module_and_a_line_of_the_table(mode: str, monkeypatc
 def test_every_mode_is_served_by_a_runtime_that_can() -> None:
     for runtime in RUNTIMES.values():
         assert ("torchscript" in runtime.modes) == (runtime.script is not None)
-        assert ("imperative" in runtime.modes) == (runtime.layer is not None)
+        assert "imperative" in runtime.modes

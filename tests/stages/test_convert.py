@@ -223,7 +223,7 @@ def test_two_terms_need_two_layers(stages: Stages) -> None:
         plan = stages(graph(), image(), layers=layers).plan
         assert [row.reason for row in plan.rows if row.name == "4"] == [reason]
         with pytest.raises(RecipeError, match=refused):
-            make_plan(graph(), PRESETS["sym_int8"], layers, mode="imperative", swappable={"4": 1, "6": 1})
+            make_plan(graph(), PRESETS["sym_int8"], layers, mode="imperative")
 
 
 INPUT = LayerOverride(input_terms=2)

@@ -51,10 +51,14 @@ class Phases:
         groups: groups of channels, in each of which these lie phase by phase.
         channels: channels of the result.
         cropped: per dimension, the places cut off in front and behind, of the phases side by side.
+        padding, output_padding, dilation: its own.
     """
 
     op: str
     stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    dilation: tuple[int, ...]
     groups: int
     channels: int
     cropped: tuple[tuple[int, int], ...]
@@ -164,7 +168,11 @@ def _rewrite(graph: fx.Graph, constants: dict[str, torch.Tensor], node: fx.Node)
     settings = [_spread(a[role], dims) for role in ("stride", "padding", "output_padding", "dilation")]
     each = [_Dimension(*numbers) for numbers in zip(weight.shape[2:], *settings, strict=True)]
     phases = Phases(
-        op_name(node), tuple(d.s for d in each), a["groups"], weight.shape[0], tuple(d.cropped for d in each)
+        op_name(node),
+        *(tuple(numbers) for numbers in settings),
+        groups=a["groups"],
+        channels=weight.shape[0],
+        cropped=tuple(d.cropped for d in each),
     )
     values = {"weight": _phase_weights(weight, each, a["groups"])}
     if a["bias"] is not None:

@@ -1,0 +1,235 @@
+"""How the units that a module's own code calls are computed: in float32 under observation, or in int8."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+
+from quantflow.ir.plan import Plan
+from quantflow.ir.program import Program
+from quantflow.ir.units import SHAPE
+from quantflow.numerics.affine import QParams, dequantize, quantize
+from quantflow.runtimes import AbstractRunner
+from quantflow.runtimes.ordinary import below_autograd
+from quantflow.stages.imperative.calls import Pending, Site, UnitCall
+from quantflow.stages.imperative.tensors import Coded
+
+OnValue = Callable[[str, torch.Tensor], None]
+Step = Callable[[Sequence[torch.Tensor]], torch.Tensor]
+
+
+class Ran:
+    """What the module's code called in one forward.
+
+    Attributes:
+        complete: the units of which every call came as expected.
+        counts: site → calls so far.
+        last: the float tensor that was coded last: (itself, its version, root, codes).
+    """
+
+    def __init__(self) -> None:
+        self.complete: list[UnitCall] = []
+        self.counts: dict[int, int] = {}
+        self.last: tuple[torch.Tensor, int, str, torch.Tensor] | None = None
+
+
+class _Forward(threading.local):
+    """The forward that runs in this thread."""
+
+    def __init__(self) -> None:
+        self.ran: Ran | None = None
+
+
+class Engine(ABC):
+    """Shared by all layers of a module and its copies. Safe to call from several threads.
+
+    Attributes:
+        codes: value → whose scale and zero point it has.
+        readers: value → the calls of other units than convolutions and linears that read it.
+        moves: value → what moves its elements, and its shape afterwards.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.codes = dict(plan.codes)
+        self.readers: dict[str, list[UnitCall]] = {}
+        self.moves: dict[str, list[fx.Node]] = {}
+        for p in plan.units:
+            if p.unit.kind == SHAPE:
+                self.moves.setdefault(p.unit.inputs[0].name, []).append(p.unit.output)
+        self._forward = _Forward()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
+        return self
+
+    # -- one forward
+
+    @contextmanager
+    def forward(self) -> Iterator[Ran]:
+        """The module's own code runs in here."""
+        before, self._forward.ran = self._forward.ran, Ran()
+        try:
+            yield self._forward.ran
+        finally:
+            self._forward.ran = before
+
+    def count(self, site: Site) -> int | None:
+        """How often the site was called before in this forward; None outside of one."""
+        ran = self._forward.ran
+        if ran is None:
+            return None
+        ran.counts[id(site)] = found = ran.counts.get(id(site), -1) + 1
+        return found
+
+    # -- values
+
+    def coded(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """A tensor as the codes of the graph's value `name`."""
+        root = self.codes[name]
+        if type(x) is Coded:
+            if x.root == root and (codes := x.current()) is not None:
+                return codes
+            x = x.as_float()
+        ran = None if x.is_inference() else self._forward.ran  # an inference tensor doesn't tell when it is changed
+        last = None if ran is None else ran.last
+        if last is not None and last[0] is x and last[1] == x._version and last[2] == root:
+            return last[3]
+        with below_autograd():
+            codes = self.encode(x, name, root)
+        if ran is not None:
+            ran.last = (x, x._version, root, codes)
+        return codes
+
+    def complete(self, pending: Pending) -> torch.Tensor:
+        """The unit's result."""
+        call = pending.call
+        if self._forward.ran is not None:
+            self._forward.ran.complete.append(call)
+        with below_autograd():
+            value = self.compute(pending)
+        if call.root:
+            return Coded.of(self, value, call.root, call.node)
+        return value
+
+    @abstractmethod
+    def missed(self, site: Site) -> None:
+        """A layer was called in a way that was not captured."""
+
+    @abstractmethod
+    def encode(self, x: torch.Tensor, name: str, root: str) -> torch.Tensor:
+        """Float32 as this engine holds codes."""
+
+    @abstractmethod
+    def decode(self, codes: torch.Tensor, root: str) -> torch.Tensor:
+        """The float32 numbers, in memory of their own."""
+
+    @abstractmethod
+    def padded(self, codes: torch.Tensor, root: str, pads: Sequence[int], fill: float) -> torch.Tensor:
+        """Codes with the codes of a number around them."""
+
+    @abstractmethod
+    def compute(self, pending: Pending) -> torch.Tensor:
+        """A complete unit: codes, or float32 where it gives that."""
+
+
+class Observing(Engine):
+    """Codes are float32 numbers, which `on_value` sees."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        self.on_value: OnValue = lambda name, x: None  # noqa: ARG005
+
+    def missed(self, site: Site) -> None:
+        pass
+
+    def encode(self, x: torch.Tensor, name: str, root: str) -> torch.Tensor:  # noqa: ARG002
+        self.on_value(name, x)
+        return x.detach().clone()
+
+    def decode(self, codes: torch.Tensor, root: str) -> torch.Tensor:  # noqa: ARG002
+        return codes.clone()
+
+    def padded(self, codes: torch.Tensor, root: str, pads: Sequence[int], fill: float) -> torch.Tensor:  # noqa: ARG002
+        return torch.nn.functional.pad(codes, pads, value=fill)
+
+    def compute(self, pending: Pending) -> torch.Tensor:
+        value, call = pending.replayed(), pending.call
+        if call.root:
+            self.on_value(call.output, value)
+        return value
+
+
+class Running(Engine):
+    """Codes are codes, and a runner's kernels compute the program's nodes one by one."""
+
+    def __init__(self, plan: Plan, program: Program, runner: AbstractRunner) -> None:
+        super().__init__(plan)
+        self._index = {node.output: index for index, node in enumerate(program.nodes)}
+        self._program = program
+        self._steps: dict[int, Step] = {}
+        #: Unit → its step, and the values that it reads.
+        self._kernels: dict[UnitCall, tuple[Step, tuple[str, ...]]] = {}
+        self._runner = runner
+        self._missed: set[Site] = set()
+        self._qparams: dict[str, QParams] = {}
+        for name, root in plan.codes.items():
+            held = program.values.get(name) or program.values.get(f"{name}.codes")
+            if held is not None and held.qparams is not None:
+                self._qparams[root] = held.qparams
+
+    def missed(self, site: Site) -> None:
+        if site not in self._missed:
+            self._missed.add(site)
+            warnings.warn(
+                f"quantflow: {site.calls[0].name} computes in float32 in this call: its input's dtype or device, its "
+                "bias, its settings or how often it is called are not those that were captured",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def described(self, call: UnitCall) -> str:
+        """A layer's integers in a line."""
+        node, tensors = self._program.nodes[self._index[call.output]], self._program.tensors
+        q, weight = self._qparams[self.codes[call.operands[0]]], tensors[node.attrs["weight"]]
+        per = "per_channel" if tensors[node.attrs["weight_scale"]].numel() > 1 else "per_tensor"
+        return (
+            f"{node.fused_name}, weight=int8[{'x'.join(map(str, weight.shape))}] {per}, "
+            f"input={q.dtype}(scale={q.scale:.6g}, zero_point={q.zero_point}), runtime={self._runner.name}"
+        )
+
+    def encode(self, x: torch.Tensor, name: str, root: str) -> torch.Tensor:
+        index = self._index.get(f"{name}.codes")
+        if index is None or x.dtype is not torch.float32:
+            return quantize(x.detach(), self._qparams[root])
+        return self._step(index)([x])
+
+    def decode(self, codes: torch.Tensor, root: str) -> torch.Tensor:
+        return dequantize(codes, self._qparams[root]).contiguous()
+
+    def padded(self, codes: torch.Tensor, root: str, pads: Sequence[int], fill: float) -> torch.Tensor:
+        code = int(quantize(torch.tensor(fill), self._qparams[root]))
+        return torch.nn.functional.pad(codes, pads, value=code)
+
+    def compute(self, pending: Pending) -> torch.Tensor:
+        kernel = self._kernels.get(pending.call)
+        if kernel is None:
+            index = self._index[pending.call.output]
+            reads = dict.fromkeys(self._program.nodes[index].refs())
+            names = tuple(n if n in pending.operands else n.removesuffix(".codes") for n in reads)
+            kernel = self._kernels[pending.call] = (self._step(index), names)
+        step, names = kernel
+        value = step([pending.operands[name] for name in names])
+        phases = pending.call.phases
+        return value if phases is None else phases.put_together(value)
+
+    def _step(self, index: int) -> Step:
+        step = self._steps.get(index)
+        if step is None:
+            step = self._steps[index] = self._runner.step(index)
+        return step
