@@ -12,7 +12,7 @@ from torch import nn
 from quantflow.errors import Problem, RecipeError, UsageError, nearest
 from quantflow.executor.run import Run
 from quantflow.executor.source import Source
-from quantflow.quantized import Quantized
+from quantflow.quantized import Quantized, QuantizedModule
 from quantflow.report import Progress, make_console
 from quantflow.schema import PRESETS, Recipe
 from quantflow.search.bench import analyse
@@ -36,6 +36,7 @@ def quantize(
     dynamic: str | Mapping[str, Mapping[int, str]] = "auto",
     runtime: str = "auto",
     device: str = "auto",
+    inplace: bool = False,
     evaluation: Iterable[Any] | None = None,
     benchmark: bool = False,
     gates: Mapping[str, float] | None = None,
@@ -61,6 +62,7 @@ def quantize(
             {input: {dimension: name}}, such as {"input_ids": {1: "length"}, "attention_mask": {1: "length"}}.
         runtime: "auto", "native", "torch" or "reference".
         device: "auto", "cpu" or "xpu".
+        inplace: mode="imperative": the layers of `module` itself become int8, once all is verified; else of a copy.
         evaluation: input to compare int8 with float on; None compares on the calibration batches.
         benchmark: also time float and int8, interleaved.
         gates: limits as in a recipe; the verdict is in `model.results`, nothing is raised.
@@ -99,8 +101,16 @@ def quantize(
         "quantize",
     )
     source = _source(module, calibration, compared)
-    with _in_eval_mode(module), Progress(make_console(), quiet=not progress) as shown:
-        return quantized(Run.of(recipe, source, shown))
+    if inplace and (recipe.mode.kind != "imperative" or source.model.module is not module):
+        raise UsageError(
+            "inplace=True exchanges the layers of the module that is given, which takes mode='imperative', float32 "
+            "weights, and no wrapper around it"
+        )
+    with _in_eval_mode(module), Progress(make_console(), quiet=not progress, waits=False) as shown:
+        model = quantized(Run.of(recipe, source, shown))
+    if inplace and isinstance(model, QuantizedModule) and isinstance(module, nn.Module):
+        model.take_over(module)
+    return model
 
 
 def sensitivity(
@@ -151,7 +161,7 @@ def sensitivity(
         "sensitivity",
     )
     source = _source(module, calibration, calibration)
-    with _in_eval_mode(module), Progress(make_console(), quiet=not progress) as shown:
+    with _in_eval_mode(module), Progress(make_console(), quiet=not progress, waits=False) as shown:
         return analyse(Run.of(recipe, source, shown))
 
 

@@ -34,7 +34,7 @@ from quantflow.runtimes.ordinary import (
 )
 from quantflow.schema import Recipe
 from quantflow.stages.compile import Compiled, compile_program
-from quantflow.stages.imperative import int8_layers, run_module, with_tensors
+from quantflow.stages.imperative import int8_layers, put_in_place, run_module, with_tensors
 from quantflow.stages.record import Record
 from quantflow.store import artifact
 
@@ -130,6 +130,11 @@ class QuantizedModule(QuantizedModel):
         if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
             given = with_tensors((args, kwargs), torch.Tensor.detach)
         return ordinary(run_module(self.module, *given), inputs, self._kept)
+
+    def take_over(self, module: nn.Module) -> None:
+        """Let the module that the copy was made of be the int8 one: its own objects get the copy's layers."""
+        put_in_place(module, self.module)
+        self.module = module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copied = super().__deepcopy__(memo)

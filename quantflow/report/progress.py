@@ -81,13 +81,22 @@ class Progress:
 
     Args:
         expected: stage → seconds it took last time, for stages that can't count what they do.
+        waits: whether a stage waits for other runs on this machine.
     """
 
-    def __init__(self, console: Console, *, quiet: bool = False, expected: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        console: Console,
+        *,
+        quiet: bool = False,
+        expected: Mapping[str, float] | None = None,
+        waits: bool = True,
+    ) -> None:
         self.stages: list[dict[str, str | float]] = []
         self._expected = dict(expected or {})
         self._console = console
         self._quiet = quiet
+        self._waits = waits
         self._view = _bars(console) if console.is_terminal and not quiet else None
 
     def __enter__(self) -> Self:
@@ -101,12 +110,13 @@ class Progress:
 
     def alone(self) -> AbstractContextManager[None]:
         """The part of a stage that measures time: no other run computes meanwhile."""
-        return CORES.alone(self._announce)
+        return CORES.alone(self._announce) if self._waits else nullcontext()
 
     @contextmanager
     def stage(self, name: str, *, alone: bool = False) -> Iterator[Stage]:
         """Runs one stage; an exception passes through and marks it as failed. Waiting for the cores does not count."""
-        with self.alone() if alone else CORES.shared(self._announce), self._shown(name) as stage:
+        shared: AbstractContextManager[None] = CORES.shared(self._announce) if self._waits else nullcontext()
+        with self.alone() if alone else shared, self._shown(name) as stage:
             yield stage
 
     def _announce(self, text: str) -> None:

@@ -14,6 +14,7 @@ from quantflow.stages.imperative.layers import (
     int8_calls,
     int8_layers,
     not_reached,
+    put_in_place,
     run_module,
     run_observed,
     swap_modules,
@@ -22,5 +23,5 @@ from quantflow.stages.imperative.layers import (
 
 __all__ = [
     "called_modules", "carry_over", "fixed_constants", "insert_observers", "int8_calls", "int8_layers", "not_reached",
-    "run_module", "run_observed", "swap_modules", "with_tensors",
+    "put_in_place", "run_module", "run_observed", "swap_modules", "with_tensors",
 ]  # fmt: skip

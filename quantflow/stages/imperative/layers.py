@@ -28,7 +28,7 @@ from quantflow.runtimes.ordinary import outside_compilers, refuse_export
 from quantflow.stages.imperative.calls import Site, UnitCall, calls_of
 from quantflow.stages.imperative.engines import Engine, Observing, OnValue, Running
 from quantflow.stages.imperative.functions import begun, fits, missed, normed
-from quantflow.stages.imperative.tensors import Coded, Weight, in_float
+from quantflow.stages.imperative.tensors import Coded, Weight, in_float, refuse_pickling
 
 _LAYERS = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -98,6 +98,20 @@ def swap_modules(module: nn.Module, graph: Graph, plan: Plan, program: Program, 
     for parameter in swapped.parameters():
         parameter.requires_grad_(False)
     return swapped
+
+
+def put_in_place(module: nn.Module, swapped: nn.Module) -> None:
+    """Give a module what its swapped copy has, as far down as the two have the same parts."""
+    module.__class__ = swapped.__class__
+    module._parameters, module._buffers = swapped._parameters, swapped._buffers
+    if "_quantflow" in swapped.__dict__:
+        module.__dict__["_quantflow"] = swapped.__dict__["_quantflow"]
+    for name, part in swapped._modules.items():
+        own = module._modules.get(name)
+        if own is None or part is None or isinstance(part, nn.Identity):
+            module._modules[name] = part
+        else:
+            put_in_place(own, part)
 
 
 def numbers(output: Any) -> Any:
@@ -225,10 +239,19 @@ def copied_module(module: nn.Module) -> nn.Module:
 # -- layers of torch's own classes
 
 
+def _deepcopied(self: Any, memo: dict[int, Any]) -> Any:
+    made = memo[id(self)] = type(self).__new__(type(self))
+    made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+    return made
+
+
+_COPIED: dict[str, Any] = {"__deepcopy__": _deepcopied, "__reduce_ex__": refuse_pickling}
+
+
 @cache
 def _int8_class(base: type[nn.Module]) -> type[nn.Module]:
     """The class of a swapped layer: isinstance of the one that it was."""
-    made: dict[str, Any] = {"extra_repr": _extra_repr, "__module__": __name__}
+    made = {"extra_repr": _extra_repr, "__module__": __name__, **_COPIED}
     if base is nn.Linear:
         made["forward"] = _linear
     elif base in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
@@ -284,4 +307,4 @@ def _folded_class(base: type[nn.Module]) -> type[nn.Module]:
                 return result  # type: ignore[no-any-return]
         return super(type(self), self).forward(input)  # type: ignore[no-any-return]
 
-    return type(f"Folded{base.__name__}", (base,), {"forward": forward, "__module__": __name__})
+    return type(f"Folded{base.__name__}", (base,), {"forward": forward, "__module__": __name__, **_COPIED})

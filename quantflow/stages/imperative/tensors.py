@@ -152,16 +152,24 @@ class Weight(nn.Parameter):
         return memo[id(self)]  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
-        raise UsageError(
-            "a module with int8 layers can't be pickled, which torch.save and processes that are spawned do: write the "
-            "model with model.save(folder) and read it, in another process too, with quantflow.load(folder)"
-        )
+        return refuse_pickling(self)
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         return dispatched(func, args, kwargs or {})
+
+
+def refuse_pickling(_self: Any, _protocol: Any = None) -> Any:
+    """
+    Raises:
+        UsageError: always.
+    """
+    raise UsageError(
+        "a module with int8 layers can't be pickled, which torch.save and processes that are spawned do: write the "
+        "model with model.save(folder) and read it, in another process too, with quantflow.load(folder)"
+    )
 
 
 def dispatched(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
