@@ -363,6 +363,26 @@ def test_keywords_and_dict_outputs(method: str, positional: int) -> None:
     assert_computes(graph, model, batch)
 
 
+class Catches(nn.Module):
+    """A trace names all its arguments after the parameter of the function that reads them: `input`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.long, self.short = nn.Embedding(9, 4), nn.Embedding(9, 4)
+
+    def forward(self, *ids: torch.Tensor) -> torch.Tensor:
+        return self.long(ids[0]).mean(1) - self.short(ids[1]).sum(1)
+
+
+def test_arguments_of_one_name_are_told_apart_by_their_place() -> None:
+    model = Catches().eval()
+    batch = Batch((torch.randint(9, (2, 7)), torch.randint(9, (2, 3))))
+    graph = captured(model, batch, "trace")
+    assert [item.shape[1] for item in graph.inputs] == [7, 3]
+    assert len({item.name for item in graph.inputs}) == 2
+    assert_computes(graph, model, batch)
+
+
 class Nested(ConvBase):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, list[torch.Tensor]]]:
         y = self.conv(x)

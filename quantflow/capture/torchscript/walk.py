@@ -104,25 +104,26 @@ class Walk:
         schema = self._script._c._get_method("forward").schema.arguments[1:]
         names = [argument.name for argument in schema]
         keywords = [*([None] * len(first.args)), *first.kwargs]
-        wanted = [*names[: len(first.args)], *first.kwargs]
-        bound: dict[str, Any] = {}
+        # By place: a trace may give several of its arguments one name.
+        places = [*range(len(first.args)), *map(names.index, first.kwargs)]
+        bound: dict[int, Any] = {}
         inputs: list[Input] = []
         runs = [batch.tensors for batch in self._batches]
         trees = [flatten(value)[0] for value in (*first.args, *first.kwargs.values())]
         at = 0
-        for name, keyword, tree in zip(wanted, keywords, trees, strict=True):
+        for place, keyword, tree in zip(places, keywords, trees, strict=True):
             leaves = sum(isinstance(leaf, Leaf) for leaf in leaves_of(tree))
             held = []
             for part in range(leaves):
-                called = name if isinstance(tree, Leaf) else f"{name}_{part}"
+                called = names[place] if isinstance(tree, Leaf) else f"{names[place]}_{part}"
                 if self._names.tensors is not None:
                     called = self._names.tensors[at]
                 value = TracedTensor(tuple(tensors[at] for tensors in runs), self._writer.graph.placeholder(called))
                 inputs.append(self._input(value, at, keyword if isinstance(tree, Leaf) else None, inputs))
                 held.append(value)
                 at += 1
-            bound[name] = build(tree, held)
-        return [bound.get(a.name, a.default_value) for a in schema], tuple(inputs)
+            bound[place] = build(tree, held)
+        return [bound.get(place, argument.default_value) for place, argument in enumerate(schema)], tuple(inputs)
 
     def _input(self, value: TracedTensor, at: int, keyword: str | None, before: Sequence[Input]) -> Input:
         """What the runs show of an input: a size that differs between them varies."""
