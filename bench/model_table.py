@@ -1,7 +1,11 @@
 """Which unedited models run: each in every mode, on two shapes, against float and the reference, and after reload.
 
-    python -m bench.model_table --write docs/models.md            # the whole table, some minutes on a core
-    python -m bench.model_table --only 'timm *' --modes export
+    python -m bench.model_table --json models.json --write docs/models.md    # the whole table: about an hour on a core
+    python -m bench.model_table --json models.json --only 'timm *' --modes export torchscript
+
+Every result is in the JSON file as soon as it is there, and what is there is not run again (--again does): a table may
+be made in parts, and goes on after an interruption. Each model has --seconds per mode; one that ends the process is a
+row that says so. `--write` makes the page of all rows of the file.
 
 Weights are random (BatchNorm statistics from the calibration data) and configurations small, since what is shown is
 that a model is taken as it comes and computed right, not what int8 costs it. A model that is refused is a row with the
@@ -11,14 +15,20 @@ whose package is not there is left out, by name.
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import fnmatch
 import importlib.util
+import json
 import logging
+import signal
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +37,7 @@ from torch import nn
 
 import quantflow as qf
 from bench.reporting import arguments, console, show, show_machine, write
-from quantflow.errors import QuantflowError, first_line
+from quantflow.errors import QuantflowError, cause_line, first_line
 from quantflow.ir.binding import bind
 from quantflow.ir.structure import plain
 from quantflow.runtimes.specification import Specification
@@ -35,9 +45,10 @@ from quantflow.sources.models.torchvision_zoo import import_torchvision
 from quantflow.stages.evaluate import tensors
 
 MODES = ("export", "torchscript", "imperative")
-COLUMNS = ("model", *MODES, "int8 layers", "note")
-#: Small random networks amplify rounding: this tells right from wrong, not good from bad.
-LEAST_DB = 0.0
+COLUMNS = ("model", *MODES, "int8 layers", "dB to float", "note")
+#: Random networks amplify rounding, some beyond all likeness. Below this SQNR to float, the same model with its last
+#: layer alone in int8 tells whether all the rest is right, and it must reach the second.
+TELLING_DB, LEAST_ALONE_DB = 10.0, 15.0
 #: Of the whole model to the reference's result on the same input.
 LEAST_TO_REFERENCE_DB = 15.0
 
@@ -198,9 +209,10 @@ def _segmentation() -> Iterator[Entry]:
     import segmentation_models_pytorch as smp
 
     varying = _images((64, 64), (64, 96))
+    larger = _images((128, 128), (128, 160))  # what it pools four times after a factor of 16 has to be there
     for kind in ("Unet", "UnetPlusPlus", "FPN", "Linknet", "DeepLabV3Plus", "PAN"):
         make = lambda kind=kind: getattr(smp, kind)("resnet18", encoder_weights=None)  # noqa: E731
-        yield Entry(kind, make, *varying)
+        yield Entry(kind, make, *(larger if kind == "PAN" else varying))
 
 
 def _ultralytics() -> Iterator[Entry]:
@@ -235,40 +247,103 @@ def entries() -> Iterator[tuple[str, Entry]]:
         yield from ((package, entry) for entry in family())
 
 
-def run(entry: Entry, mode: str) -> tuple[str, str]:
-    """("ok", int8 layers) or ("refused" | "wrong" | "crashed", why)."""
+@dataclass(frozen=True)
+class Result:
+    """What came of one model in one mode.
+
+    Attributes:
+        verdict: "ok", "refused", "wrong" or "crashed".
+        note: why it is not ok.
+        layers: "int8 of all layers with weights".
+        db: the least SQNR to float, of the calls that were compared.
+    """
+
+    verdict: str
+    note: str = ""
+    layers: str = ""
+    db: float | None = None
+
+
+class OutOfTime(BaseException):
+    """No Exception, so that nothing on the way takes it for a failure of what it tries."""
+
+
+def run(entry: Entry, mode: str, seconds: float | None = None) -> Result:
+    """Quantize the model and hold it against float, the reference and what is loaded again.
+
+    Args:
+        seconds: the most that it may take; None where nothing bounds it.
+    """
     torch.manual_seed(0)
-    module = _settled(entry.make(), entry.batches()[0])
     try:
-        model: Any = qf.quantize(module, entry.batches(), mode=mode)
-        for call in (entry.call(), entry.batches()[0]):
-            if (wrong := _why_wrong(module, model, call, mode)) is not None:
-                return "wrong", wrong
+        with _at_most(seconds):
+            module = _settled(entry.make(), entry.batches()[0])
+            model: Any = qf.quantize(module, entry.batches(), mode=mode)
+            least = float("inf")
+            for call in (entry.call(), entry.batches()[0]):
+                db, wrong = _compared(module, model, call, entry.batches(), mode)
+                least = min(least, db)
+                if wrong:
+                    return Result("wrong", wrong, db=least)
     except QuantflowError as error:
-        return "refused", first_line(error)
+        return Result("refused", first_line(error))
+    except OutOfTime:
+        return Result("crashed", f"takes more than {seconds:g} s")
     except Exception as error:  # noqa: BLE001 what a table is for
-        return "crashed", f"{type(error).__name__}: {first_line(error)}"
+        return Result("crashed", f"{type(error).__name__}: {cause_line(error)}")
     proof = model.results["int8_proof"]
-    return "ok", f"{proof['int8_layers']} of {proof['core_layers']}"
+    return Result("ok", "", f"{proof['int8_layers']} of {proof['core_layers']}", least)
 
 
-def _why_wrong(module: nn.Module, model: Any, call: Any, mode: str) -> str | None:
+@contextlib.contextmanager
+def _at_most(seconds: float | None) -> Iterator[None]:
+    """OutOfTime is raised then; a kernel that goes on for half as long again ends the process."""
+    if seconds is None:
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    faulthandler.dump_traceback_later(1.5 * seconds, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _compared(module: nn.Module, model: Any, call: Any, batches: list[Any], mode: str) -> tuple[float, str]:
+    """(SQNR to float in dB, what is wrong)."""
     wanted, found = _called(module, call), _called(model, call)
     if type(wanted) is not type(found):
-        return f"gives a {type(found).__name__}, float a {type(wanted).__name__}"
-    if (db := _sqnr_db(wanted, found)) < LEAST_DB:
-        return f"{db:.1f} dB to float"
+        return float("-inf"), f"gives a {type(found).__name__}, float a {type(wanted).__name__}"
+    to_float = _sqnr_db(wanted, found)
+    if (
+        not to_float >= TELLING_DB
+        and not (alone := _last_alone_db(module, model, call, batches, mode)) >= LEAST_ALONE_DB
+    ):
+        return to_float, f"{to_float:.1f} dB to float, {alone:.1f} with its last layer alone in int8"
     if mode != "imperative":
         args, kwargs = _arguments(call)
         reference = Specification(model.record.program)(bind(model.record.program, args, kwargs))
-        if (db := _sqnr_db(reference, found)) < LEAST_TO_REFERENCE_DB:
-            return f"{db:.1f} dB to the reference"
+        if not (db := _sqnr_db(reference, found)) >= LEAST_TO_REFERENCE_DB:
+            return to_float, f"{db:.1f} dB to the reference"
     with tempfile.TemporaryDirectory() as folder:
         model.save(Path(folder) / "artifact")
         again = _called(qf.load(Path(folder) / "artifact"), call)
-    if mode != "imperative" and _sqnr_db(found, again) < 100:
-        return "differs after reload"
-    return None
+    if mode != "imperative" and not _sqnr_db(found, again) >= 100:
+        return to_float, "differs after reload"
+    return to_float, ""
+
+
+def _last_alone_db(module: nn.Module, model: Any, call: Any, batches: list[Any], mode: str) -> float:
+    last = [row["name"] for row in model.results["plan"] if row["precision"] == "int8"][-1]
+    alone = qf.quantize(module, batches, mode=mode, layers={"*": "float", last: "int8"})
+    return _sqnr_db(_called(module, call), _called(alone, call))
 
 
 def _arguments(call: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -292,11 +367,14 @@ def _sqnr_db(wanted: Any, found: Any) -> float:
     flat = [torch.cat([x.double().flatten() for x in each]) for each in (a, b)]
     finite = flat[0].isfinite() & flat[1].isfinite()
     signal, noise = flat[0][finite].pow(2).sum(), (flat[0] - flat[1])[finite].pow(2).sum()
-    return float(10 * torch.log10(signal / noise.clamp_min(1e-30 * signal.clamp_min(1e-30))))
+    return float(10 * torch.log10(signal / noise)) if noise != 0 else float("inf")
 
 
 def _settled(module: nn.Module, batch: Any) -> nn.Module:
-    """BatchNorm statistics from one batch: random ones let activations grow without bound."""
+    """BatchNorm statistics from one batch: random ones let activations grow without bound. No weights of zeros only."""
+    for weight in module.parameters():
+        if weight.dim() > 1 and not weight.any():
+            nn.init.normal_(weight, std=0.02)  # a head that gives zeros tells nothing
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     module.eval()
     for norm in norms:
@@ -308,22 +386,99 @@ def _settled(module: nn.Module, batch: Any) -> nn.Module:
     return module.eval()
 
 
-def page(rows: list[dict[str, Any]], found: dict[str, Any]) -> str:
+class Table:
+    """The results so far, in a file where one is given.
+
+    Attributes:
+        rows: model → mode → what `Result` holds.
+    """
+
+    def __init__(self, path: Path | None, machine: dict[str, Any]) -> None:
+        self.rows: dict[str, dict[str, dict[str, Any]]] = {}
+        self._path, self._machine = path, machine
+        if path is None or not path.exists():
+            return
+        kept = json.loads(path.read_text())
+        if kept["machine"]["versions"] == machine["versions"]:
+            self.rows = kept["models"]
+        else:
+            console.print(f"{path} is of other versions: it is started afresh")
+
+    def has(self, name: str, mode: str) -> bool:
+        return mode in self.rows.get(name, {})
+
+    def fill(self, name: str, mode: str, compute: Callable[[], Result]) -> Result:
+        """Run it; until it ends, the file says that it never did. What a signal stops leaves no row."""
+        self._put(name, mode, Result("crashed", "ended the process"))
+        try:
+            result = compute()
+        except BaseException:
+            del self.rows[name][mode]
+            self._write()
+            raise
+        self._put(name, mode, result)
+        return result
+
+    def _put(self, name: str, mode: str, result: Result) -> None:
+        self.rows.setdefault(name, {})[mode] = asdict(result)
+        self._write()
+
+    def _write(self) -> None:
+        if self._path is not None:
+            write(self._path, {"machine": self._machine, "models": self.rows})
+
+    def shown(self) -> list[dict[str, str]]:
+        """Rows by `COLUMNS`."""
+        rows = []
+        for name, modes in sorted(self.rows.items(), key=lambda item: _place(item[0])):
+            notes: dict[str, list[str]] = {}
+            for mode, result in modes.items():
+                if result["note"]:
+                    notes.setdefault(f"{result['note']}", []).append(mode)
+            right = [result for result in modes.values() if result["verdict"] == "ok"]
+            decibels = [float(result["db"]) for result in right]
+            rows.append(
+                {"model": name}
+                | {mode: modes[mode]["verdict"] if mode in modes else "" for mode in MODES}
+                | {
+                    "int8 layers": right[0]["layers"] if right else "",
+                    "dB to float": f"{min(decibels):.0f}" if decibels else "",
+                    "note": "; ".join(f"{', '.join(each)}: {said}" for said, each in notes.items()),
+                }
+            )
+        return rows
+
+
+def _place(name: str) -> int:
+    return list(FAMILIES).index(name.partition(" ")[0])
+
+
+def page(rows: list[dict[str, str]], found: dict[str, Any]) -> str:
     """docs/models.md."""
-    right = sum(row[mode] == "ok" for row in rows for mode in MODES[:2])
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    versions = {name: version for name, version in found["versions"].items() if name in ("torch", *FAMILIES)}
+    counted = []
+    for mode in MODES:
+        if not (verdicts := [row[mode] for row in rows if row[mode]]):
+            continue
+        counted.append(f"{mode} {verdicts.count('ok')} of {len(verdicts)} right")
+        counted += [f"{verdicts.count(v)} {v}" for v in ("refused", "wrong", "crashed") if v in verdicts]
     lines = [
         "# Models that run",
         "",
-        "Written by `python -m bench.model_table --write docs/models.md`: unedited models of other packages, small or",
-        "with random weights, quantized in each mode on batches of two shapes where the model takes them, and held",
-        "against float, against the reference, and after reload.",
+        "Unedited models of other packages, small or with random weights: each is quantized in each mode on batches of",
+        "two shapes where it takes more than one, called with another size of batch, and held against float, against",
+        "the reference runtime and against itself after save and load. What is refused says why.",
         "",
-        f"Export and TorchScript: {right} of {2 * len(rows)} right. {versions}.",
+        "The table shows that a model is taken as it comes and computed right. Figures against float are of random",
+        "weights, which round worse than trained ones: they say nothing of accuracy.",
+        "",
+        f"{', '.join(counted)}. With {', '.join(f'{name} {version}' for name, version in versions.items())}.",
+        "",
+        "Written by `python -m bench.model_table --json models.json --write docs/models.md`.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
-        *("| " + " | ".join(str(row[c]).replace("|", "\\|") for c in COLUMNS) + " |" for row in rows),
+        *("| " + " | ".join(row[c].replace("|", "\\|").replace("<", "&lt;") for c in COLUMNS) + " |" for row in rows),
     ]
     return "\n".join(lines) + "\n"
 
@@ -332,30 +487,33 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--only", default="*", metavar="GLOB", help="'timm *', '* T5'")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--seconds", type=float, default=300.0, help="the most that one model may take in one mode")
+    parser.add_argument("--again", action="store_true", help="run what the JSON file holds already, too")
     parser.add_argument("--write", type=Path, metavar="FILE", help="the table as a page")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    machine, rows = show_machine(), []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    found = show_machine()
+    found["versions"] |= {name: version(name) for name in FAMILIES if importlib.util.find_spec(name) is not None}
+    table, count = Table(options.json, found), 0
     for package, entry in entries():
         name = f"{package} {entry.name}"
-        if not fnmatch.fnmatch(name, options.only) or (options.smoke and len(rows) == 1):
+        if not fnmatch.fnmatch(name, options.only) or (options.smoke and count == 1):
             continue
-        start, row = time.perf_counter(), dict.fromkeys(COLUMNS, "") | {"model": name}
-        notes: dict[str, list[str]] = {}
+        count += 1
         for mode in options.modes:
-            row[mode], said = run(entry, mode)
-            if row[mode] == "ok":
-                row["int8 layers"] = row["int8 layers"] or said
-            else:
-                notes.setdefault(said, []).append(mode)
-        row["note"] = "; ".join(f"{', '.join(modes)}: {said}" for said, modes in notes.items())
-        console.print(f"{name}: {[row[m] for m in options.modes]} {time.perf_counter() - start:.0f} s {row['note']}")
-        rows.append(row)
-    show("models", rows, COLUMNS)
+            if table.has(name, mode) and not options.again:
+                continue
+            start = time.perf_counter()
+            result = table.fill(name, mode, lambda entry=entry, mode=mode: run(entry, mode, options.seconds))
+            said = result.note or f"{result.layers} in int8, {result.db:.1f} dB to float"
+            console.print(
+                f"{name} {mode}: {result.verdict} ({said}), {time.perf_counter() - start:.0f} s", markup=False
+            )
+    show("models", table.shown(), COLUMNS)
     if options.write is not None:
-        options.write.write_text(page(rows, machine))
-    write(options.json, {"machine": machine, "rows": rows})
+        options.write.write_text(page(table.shown(), found))
 
 
 if __name__ == "__main__":
