@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.export.graph_signature import ConstantArgument, InputKind
 
 from quantflow.capture.export_sizes import described_input, limits_of, require_dynamic
-from quantflow.capture.place import class_name, last_line, line_of
+from quantflow.capture.place import class_name, last_line, line_of, packs_sequences
 from quantflow.capture.sizes import FIXED, Sizes
 from quantflow.errors import CaptureError, first_line
 from quantflow.ir import activations
@@ -69,8 +69,7 @@ def capture_export(
         graph = _to_graph(program, sizes, names)
         _take_out_of_place(graph.fx)
     else:
-        with _without_noise(), torch.no_grad():
-            program = program.run_decompositions({})
+        program = _decomposed(program, model)
         graph = _to_graph(program, sizes, names)
     if sizes:
         require_dynamic(program, graph, sizes, model)
@@ -84,10 +83,43 @@ def _export(model: nn.Module, batch: Batch, sizes: Sizes = FIXED) -> torch.expor
             return torch.export.export(model, batch.args, dict(batch.kwargs), dynamic_shapes=shapes, strict=False)
     except Exception as error:
         where = line_of(error)
+        if packs_sequences(error):
+            raise CaptureError(
+                f"mode: torch.export can't capture {class_name(model)}: it packs sequences (pack_padded_sequence)"
+                + (f" (at {where})" if where else "")
+                + ", whose lengths are data; use mode=torchscript or mode=imperative, where that recurrent layer stays "
+                "float, or give the layer the padded batch and take each sequence's last step from its output with "
+                "torch.gather: then it runs in int8"
+            ) from error
         raise CaptureError(
             f"mode: torch.export can't capture {class_name(model)}: {first_line(error)}"
             + (f" (at {where})" if where else "")
             + "; try mode=torchscript (traces one path through the code) or mode=imperative"
+        ) from error
+
+
+def _std_mean(x: Any, dim: Any, unbiased: bool = True, keepdim: bool = False) -> Any:
+    """torch's own decomposition of this overload fails on its arguments."""
+    return torch.ops.aten.std_mean.correction(x, dim, correction=int(unbiased), keepdim=keepdim)
+
+
+def _decomposed(
+    program: torch.export.ExportedProgram, model: nn.Module | torch.export.ExportedProgram
+) -> torch.export.ExportedProgram:
+    """The program in functional ops.
+
+    Raises:
+        CaptureError: torch can't write one of its ops so.
+    """
+    try:
+        with _without_noise(), torch.no_grad():
+            return program.run_decompositions({torch.ops.aten.std_mean.dim: _std_mean})
+    except Exception as error:  # torch raises many unrelated types
+        where = last_line(str(error))
+        raise CaptureError(
+            f"mode: torch.export can't write {class_name(model)} in functional ops: {first_line(error)}"
+            + (f" (at {where})" if where else "")
+            + "; try mode=torchscript, or write that line with other ops"
         ) from error
 
 

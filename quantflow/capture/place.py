@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
 _TORCH = str(Path(torch.__file__).parent)
 _OWN = str(Path(__file__).parents[1])
@@ -25,6 +26,16 @@ def line_of(error: BaseException) -> str:
                 return f"{Path(frame.filename).name}:{frame.lineno}: {line}"
         current = current.__cause__ or current.__context__
     return ""
+
+
+def packs_sequences(error: BaseException) -> bool:
+    """Whether an error came up where packed sequences are made, taken apart, or given to a recurrent layer."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(
+        frame.f_code.co_name in ("pack_padded_sequence", "pad_packed_sequence", "pack_sequence")
+        or any(isinstance(value, PackedSequence) for value in frame.f_locals.values())
+        for frame, _ in frames
+    )
 
 
 def _is_users(filename: str) -> bool:

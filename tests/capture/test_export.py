@@ -232,3 +232,42 @@ def test_writing_in_place_means_the_same(how: str, is_plain: bool) -> None:
 
 def _first(output: Any) -> Any:
     return tuple(map(_first, output)) if isinstance(output, tuple) else output[:1]
+
+
+class Spread(nn.Module):
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        self.linear, self.options = nn.Linear(8, 8), options
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        spread, mean = torch.std_mean(self.linear(x), **self.options)
+        return spread, mean
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"dim": -1, "keepdim": True}, {"dim": 1, "unbiased": False}, {"correction": 0}]
+)
+def test_std_mean_in_every_form(options: dict[str, object]) -> None:
+    model, x = Spread(**options).eval(), torch.randn(4, 8)
+    graph = capture_export(model, Batch((x,)))
+    with torch.no_grad():
+        for found, wanted in zip(interpret(graph, [x]), model(x), strict=True):
+            torch.testing.assert_close(found, wanted)
+
+
+class Packs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent = nn.LSTM(8, 8, batch_first=True)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.recurrent(packed)[1][0][-1]
+
+
+def test_packed_sequences_are_refused_in_words_with_a_cure() -> None:
+    batch = Batch((torch.randn(3, 5, 8), torch.tensor([5, 4, 2])))
+    with pytest.raises(
+        CaptureError, match=r"Packs: it packs sequences .*test_export.py:\d+.*mode=torchscript or .*gather"
+    ):
+        capture_export(Packs(), batch)
