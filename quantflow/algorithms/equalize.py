@@ -39,7 +39,7 @@ from quantflow.algorithms.channels import ChannelSet, find_sets
 from quantflow.algorithms.outcome import Change, Material, Outcome, Rewriting
 from quantflow.ir.activations import as_epilogue
 from quantflow.ir.binding import bind
-from quantflow.ir.graph import Graph, arguments, float_leaves, interpret, is_aten
+from quantflow.ir.graph import Graph, arguments, floating_outputs, interpret, is_aten
 from quantflow.ir.ops import LINEARS
 from quantflow.ir.plan import Plan, PlannedUnit
 from quantflow.ir.units import CORE
@@ -402,4 +402,5 @@ def _spread(ranges: torch.Tensor) -> float:
 
 def _outputs(graph: Graph, batch: Batch) -> list[torch.Tensor]:
     with torch.inference_mode():
-        return float_leaves(interpret(graph, bind(graph, batch.args, batch.kwargs)))
+        inputs = bind(graph, batch.args, batch.kwargs)
+        return floating_outputs(graph, lambda on_value: interpret(graph, inputs, on_value))

@@ -5,10 +5,11 @@ each one, on a few samples that it did not see,
 
     db(model) = -10 log10 mean_o (sum |y_o - y'_o|^2 / sum |y_o|^2)         over the model's outputs o
 
-is measured, y float and y' simulated int8, and what it did is kept if db does not fall by more than MARGIN_DB. Of an
-algorithm on the graph, whose parts are independent, halves that do harm are looked for and the rest is kept; parts that
-cost time at run time must raise db by more than MARGIN_DB. Graphs are judged with nearest codes in the ranges of those
-samples: calibration comes later.
+is measured, y float and y' simulated int8, and what it did is kept if db does not fall by more than MARGIN_DB. Where a
+model returns classes or flags only, y are the floating values that these are computed from. Of an algorithm on the
+graph, whose parts are independent, halves that do harm are looked for and the rest is kept; parts that cost time at run
+time must raise db by more than MARGIN_DB. Graphs are judged with nearest codes in the ranges of those samples:
+calibration comes later.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import fx
 
 from quantflow.algorithms.outcome import Change, Material, Outcome, Rewriting
 from quantflow.algorithms.simulate import simulate
 from quantflow.ir.batch import Batch
 from quantflow.ir.binding import bind
-from quantflow.ir.graph import Graph, float_leaves, interpret
+from quantflow.ir.graph import Graph, floating_outputs, interpret
 from quantflow.ir.plan import Plan
 from quantflow.schema import ActivationSpec, Algorithm
 from quantflow.stages.calibrate import calibrate
@@ -154,13 +156,16 @@ class Guard:
         if not self._float:
             graph = self._graph
             with torch.inference_mode():
-                runs = [interpret(graph, bind(graph, b.args, b.kwargs)) for b in self._batches]
-            self._float = [float_leaves(output) for output in runs]
+                self._float = [_outputs(graph, batch) for batch in self._batches]
         signal, noise = ([0.0] * len(self._float[0]) for _ in range(2))
         for batch, wanted in zip(self._batches, self._float, strict=True):
-            for o, (y, found) in enumerate(zip(wanted, float_leaves(simulate(prepared, refined, batch)), strict=True)):
-                signal[o] += float(y.square().sum(dtype=torch.float64))
-                noise[o] += float((y - found).square().sum(dtype=torch.float64))
+            simulated = floating_outputs(
+                prepared.graph, lambda on_value, batch=batch: simulate(prepared, refined, batch, on_value)
+            )
+            for o, (y, found) in enumerate(zip(wanted, simulated, strict=True)):
+                masked = y.isinf() & (y == found)
+                signal[o] += float(y.masked_fill(masked, 0).square().sum(dtype=torch.float64))
+                noise[o] += float((y - found).masked_fill(masked, 0).square().sum(dtype=torch.float64))
         shares = [n / s if s > 0 else math.inf if n > 0 else 0.0 for s, n in zip(signal, noise, strict=True)]
         share = sum(shares) / max(len(shares), 1)
         return -10 * math.log10(share) if share > 0 else math.inf
@@ -182,7 +187,26 @@ class _Recorded:
         return self.prepared.layers
 
     def run(self, batch: Batch, on_value: Callable[[str, torch.Tensor], None]) -> None:
-        self.outputs.append(float_leaves(self.prepared.run(batch, on_value)))
+        def observed(node: fx.Node, value: Any) -> None:
+            if node.name in self.observed:
+                on_value(node.name, value)
+
+        self.outputs.append(_outputs(self.prepared.graph, batch, observed))
+
+
+def _outputs(
+    graph: Graph, batch: Batch, on_value: Callable[[fx.Node, Any], None] = lambda *_: None
+) -> list[torch.Tensor]:
+    """What is judged of a float run."""
+
+    def run(keep: Callable[[fx.Node, Any], None]) -> Any:
+        def both(node: fx.Node, value: Any) -> None:
+            on_value(node, value)
+            keep(node, value)
+
+        return interpret(graph, bind(graph, batch.args, batch.kwargs), both)
+
+    return floating_outputs(graph, run)
 
 
 def _harmless(parts: int, before_db: float, judged: Callable[[Sequence[int]], float]) -> tuple[list[int], float]:

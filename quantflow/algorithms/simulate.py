@@ -110,8 +110,17 @@ def walk(
     return refined
 
 
-def simulate(prepared: Prepared, refined: Refined, batch: Batch) -> Any:
-    """What the int8 model returns for a batch: the second stream of `walk` alone."""
+def simulate(
+    prepared: Prepared,
+    refined: Refined,
+    batch: Batch,
+    on_value: Callable[[fx.Node, Any], None] | None = None,
+) -> Any:
+    """What the int8 model returns for a batch: the second stream of `walk` alone.
+
+    Args:
+        on_value: called with every node and its value.
+    """
     graph, plan = prepared.graph, prepared.plan
     unit_of = {node: planned for planned in plan.units if planned.is_int8 for node in planned.unit.nodes}
     inputs = iter(bind(graph, batch.args, batch.kwargs))
@@ -139,6 +148,8 @@ def simulate(prepared: Prepared, refined: Refined, batch: Batch) -> Any:
                     values[node] = _call(node, _reader(planned, values, coded))
                 if node is planned.unit.output and planned.writes_codes:
                     _write_codes(node, refined.qparams[plan.codes[node.name]], node.name in plan.exact, values, coded)
+            if on_value is not None:
+                on_value(node, values[node])
             for dead in frees.get(node, ()):
                 values.pop(dead, None)
                 coded.pop(dead, None)

@@ -187,6 +187,39 @@ def float_leaves(output: Any) -> list[torch.Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
 
 
+def floating_outputs(graph: Graph, run: Callable[[Callable[[fx.Node, Any], None]], Any]) -> list[torch.Tensor]:
+    """What a run gives in floating point; of a model that returns integers and flags only, what these follow from.
+
+    Args:
+        run: computes the graph's output, and calls its argument with every node and its value.
+    """
+    watched, kept = _last_floating(graph), dict[fx.Node, Any]()
+
+    def keep(node: fx.Node, value: Any) -> None:
+        if node in watched:
+            kept[node] = value
+
+    output = run(keep)
+    return float_leaves(output) or [kept[node] for node in graph.fx.nodes if node in kept]
+
+
+def _last_floating(graph: Graph) -> set[fx.Node]:
+    """The nearest floating values from the output backwards."""
+    found, seen = set[fx.Node](), set[fx.Node]()
+    pending = list(graph.fx.output_node().all_input_nodes)
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        dtype = node.meta.get("dtype")
+        if node.op == "call_function" and dtype is not None and dtype.is_floating_point:
+            found.add(node)
+        else:
+            pending += node.all_input_nodes
+    return found
+
+
 def name_layers(graph: fx.Graph) -> None:
     """Give every computed node a unique `meta["layer"]`: the module's own name where one op stands for it.
 

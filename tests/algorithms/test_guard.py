@@ -21,9 +21,10 @@ from quantflow.ir.graph import Graph
 from quantflow.ir.passes.fold_batchnorm import fold_batch_norms
 from quantflow.ir.plan import Plan
 from quantflow.schema import ClipWeightsAlgorithm, EqualizeAlgorithm, QConfig
+from quantflow.stages.calibrate import calibrate
 from quantflow.stages.plan import make_plan
-from quantflow.stages.prepare import Prepared
-from quantflow.stages.refined import Refined
+from quantflow.stages.prepare import Prepared, prepare
+from quantflow.stages.refined import Refined, unrefined
 
 Prepare = Callable[..., Any]
 CLIP = ClipWeightsAlgorithm()
@@ -281,3 +282,32 @@ def test_algorithms_do_not_see_what_they_are_judged_on(
     assert torch.equal(shown, torch.arange(seen).float())
     assert len(guard.material.batches[:]) == len(guard.material.batches)
     assert Guard([ClipWeightsAlgorithm(guard=False)], graph, material).material is material
+
+
+class Classes(Chain):
+    """Gives classes, and a mask of -inf on the way to them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = super().forward(x)
+        return scores.masked_fill(torch.arange(8) == 3, float("-inf")).argmax(-1)
+
+
+def test_a_model_that_returns_classes_only_is_judged_by_what_they_are_computed_from() -> None:
+    torch.manual_seed(0)
+    batches = [Batch((torch.randn(16, 8),)) for _ in range(8)]
+    effects = []
+    for kind in (Chain, Classes):
+        torch.manual_seed(0)
+        graph = fold_batch_norms(capture_export(kind().eval(), batches[0]))
+        prepared = prepare(graph, plan_of(graph))
+        guard = Guard([CLIP], graph, Material(batches))
+        before = unrefined(prepared, calibrate(prepared, batches))
+        after, _, effect = guard.refined(
+            CLIP, prepared, before, zeroed(before, "b"), Outcome("", (Change("b", 1.0, 2.0),))
+        )
+        assert after is before
+        assert effect is not None
+        effects.append(effect)
+    scores, classes = effects
+    assert classes.before_db == pytest.approx(scores.before_db, abs=3)
+    assert classes.all_db < classes.before_db - 10
