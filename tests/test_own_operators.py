@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import own_models
 import pytest
 import torch
 from torch import nn
@@ -121,3 +126,47 @@ def test_known_operators_need_no_permission(target: str) -> None:
 def test_what_is_no_name_of_an_operator_is_refused(target: str) -> None:
     with pytest.raises(ArtifactError, match="is not an operator that a program may use"):
         aten_op(target)
+
+
+OWN_OPERATOR = """
+import torch
+
+@torch.library.custom_op("qfmine::triple", mutates_args=())
+def triple(x: torch.Tensor) -> torch.Tensor:
+    return x * 3
+
+@triple.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+class Tripled(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.b(triple(self.a(x)))
+"""
+
+
+SMALL = ["data.calibration=4", "data.evaluation=4", "benchmark=disabled", "gates=none"]
+
+
+def test_an_artifact_calls_the_operators_that_the_named_code_registers(tmp_path: Path) -> None:
+    shutil.copy(own_models.__file__, tmp_path / "mine.py")
+    (tmp_path / "tripled.py").write_text(OWN_OPERATOR)
+    own = ["model=entry", "model.entry=tripled:Tripled"]
+
+    def ran(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "quantflow", *arguments]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    made = ran(*own, "data=random", "data.shape=[[8]]", "data.batch_size=4", *SMALL, "output=art")
+    assert made.returncode == 0, made.stderr
+    for task in (["task=inspect"], ["task=report"], ["task=evaluate", *own]):
+        read = ran(*task, "artifact=art", "report.plain=true")
+        assert read.returncode == 0, read.stderr
+    refused = ran("task=evaluate", "artifact=art", "model=entry", "model.entry=mine:net")
+    assert refused.returncode == 2
+    assert "calls the operator qfmine::triple" in " ".join(refused.stderr.split())

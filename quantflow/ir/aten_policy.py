@@ -73,7 +73,8 @@ def require_allowed(target: str, operators: Sequence[str]) -> None:
         return
     raise ArtifactError(
         f"program.json: calls the operator {name}, which is not ATen's: loading an artifact runs no code that its "
-        f'caller did not name. If you know what it does, allow it: quantflow.load(directory, operators=["{name}"])'
+        f'caller did not name. If you know what it does, allow it: quantflow.load(directory, operators=["{name}"]), '
+        "or evaluate with model=entry model.entry=package.module:callable, code that registers it with torch.library"
     )
 
 

@@ -56,11 +56,11 @@ def _format(program: Program) -> int:
     return 2 if has_names or program.arguments is not None or program.limits or holds_types(program.output) else 1
 
 
-def from_json(data: Any, tensors: Mapping[str, torch.Tensor], operators: Sequence[str] = ()) -> Program:
+def from_json(data: Any, tensors: Mapping[str, torch.Tensor], operators: Sequence[str] | None = ()) -> Program:
     """Rebuild and check a program. Nothing is executed, and nothing that the program names is imported.
 
     Args:
-        operators: patterns of the operators that it may call besides ATen's ("my::*").
+        operators: patterns of the operators that it may call besides ATen's ("my::*"); None: it is read, never run.
 
     Raises:
         ArtifactError: names the node and the field that is not legal.

@@ -56,11 +56,12 @@ class Record:
         return {**self.attached, **files}
 
     @classmethod
-    def load(cls, directory: str | Path, operators: Sequence[str] = ()) -> Record:
+    def load(cls, directory: str | Path, operators: Sequence[str] | None = ()) -> Record:
         """Read and verify an artifact. Nothing in it is executed or imported.
 
         Args:
-            operators: patterns of the operators that its program may call besides ATen's ("my::*").
+            operators: patterns of the operators that its program may call besides ATen's ("my::*"); None: it is read,
+                and never run.
 
         Raises:
             ArtifactError: missing, truncated, changed, or from a newer format; names the file.

@@ -35,7 +35,7 @@ def measure_again(recipe: Recipe, overrides: Sequence[str]) -> int:
     """Evaluate or benchmark an artifact once more, and judge it by its gates."""
     assert recipe.artifact is not None, "the schema asks for it"
     console = report.make_console(plain=recipe.report.plain)
-    record = Record.load(recipe.artifact)
+    record = Record.load(recipe.artifact, operators=None)
     stored = Recipe.from_dict({**overlay(record.recipe, overrides), "task": "run", "artifact": None})
     _require_own_code_named(stored, record, overrides)
     only = {
@@ -45,8 +45,14 @@ def measure_again(recipe: Recipe, overrides: Sequence[str]) -> int:
     stored = stored.model_copy(update=only)
     with Progress(console, quiet=stored.report.quiet) as progress, seeded(stored.seed):
         with progress.stage("load"):
+            before = _defined()
             source = load_source(stored)
-            compiled = load(recipe.artifact, runtime=stored.runtime.kind, device=stored.device.kind).compiled
+            compiled = load(
+                recipe.artifact,
+                runtime=stored.runtime.kind,
+                device=stored.device.kind,
+                operators=sorted(_defined() - before),
+            ).compiled
         run, graph = Run(stored, source, compiled.choice, progress), None
         if recipe.task == "evaluate" and stored.evaluate.per_layer:
             example = source.first_batch
@@ -72,7 +78,7 @@ def inspect(recipe: Recipe, _overrides: Sequence[str]) -> int:
     """What the artifact holds."""
     assert recipe.artifact is not None, "the schema asks for it"
     console = report.make_console(plain=recipe.report.plain)
-    record = Record.load(recipe.artifact)
+    record = Record.load(recipe.artifact, operators=None)
     report.print_plan(console, record.plan["rows"])
     console.print(Text(f"{len(record.program.nodes)} nodes, {len(record.program.int8_layers())} int8 layers"))
     report.print_summary(console, record.results, artifact=recipe.artifact)
@@ -83,7 +89,7 @@ def report_again(recipe: Recipe, _overrides: Sequence[str]) -> int:
     """Write an artifact's report again from its results, beside a baseline where one is named, and print it."""
     assert recipe.artifact is not None, "the schema asks for it"
     console = report.make_console(plain=recipe.report.plain)
-    record = Record.load(recipe.artifact)
+    record = Record.load(recipe.artifact, operators=None)
     results = record.results
     if (baseline := named_baseline(recipe)) is not None:
         results = {**results, "baseline": beside(baseline, results)}
@@ -108,6 +114,14 @@ def _computing(compiled: Compiled) -> Callable[..., Any]:
             raise ArtifactError(f"program.json: it can't be computed on this input ({reason})") from error
 
     return call
+
+
+def _defined() -> frozenset[str]:
+    """The operators that Python code has registered: those of the code that a user names, the artifact may call.
+
+    Compiled libraries that such code imports bring operators of their own, which nobody named.
+    """
+    return frozenset(torch.library._defs)
 
 
 def _require_own_code_named(stored: Recipe, record: Record, overrides: Sequence[str]) -> None:

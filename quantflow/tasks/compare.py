@@ -25,7 +25,7 @@ def task(recipe: Recipe, _overrides: Sequence[str]) -> int:
         if destination.exists() and Path(place).exists() and destination.samefile(place):
             raise UsageError(f"output: '{destination}' is one of the artifacts compared; choose another output=")
     check_destination(destination)
-    records = (Record.load(recipe.baseline), Record.load(recipe.candidate))
+    records = (Record.load(recipe.baseline, operators=None), Record.load(recipe.candidate, operators=None))
     results = compare(*records, recipe.compare, (recipe.baseline, recipe.candidate))
     files = {
         "compare.json": report.to_json(results),
