@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -237,10 +237,11 @@ FAMILIES: dict[str, Callable[[], Iterator[Entry]]] = {
 }
 
 
-def entries() -> Iterator[tuple[str, Entry]]:
+def entries(packages: Iterable[str] = tuple(FAMILIES)) -> Iterator[tuple[str, Entry]]:
     """(package, model) of every package that is installed; the others are named."""
     import_torchvision()
-    for package, family in FAMILIES.items():
+    for package in packages:
+        family = FAMILIES[package]
         if importlib.util.find_spec(package) is None:
             console.print(f"{package} is not installed: its models are left out")
             continue
@@ -414,6 +415,8 @@ class Table:
             result = compute()
         except BaseException:
             del self.rows[name][mode]
+            if not self.rows[name]:
+                del self.rows[name]
             self._write()
             raise
         self._put(name, mode, result)
@@ -430,7 +433,7 @@ class Table:
     def shown(self) -> list[dict[str, str]]:
         """Rows by `COLUMNS`."""
         rows = []
-        for name, modes in sorted(self.rows.items(), key=lambda item: _place(item[0])):
+        for name, modes in sorted(self.rows.items(), key=lambda item: (_place(item[0]), item[0].lower())):
             notes: dict[str, list[str]] = {}
             for mode, result in modes.items():
                 if result["note"]:
