@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from quantflow.capture import capture_export, capture_torchscript
+from quantflow.capture import capture, capture_export, capture_torchscript
 from quantflow.errors import CaptureError, UnavailableError
 from quantflow.ir.batch import Batch
 from quantflow.ir.graph import Graph, interpret, is_aten, op_name
 from quantflow.ir.passes.fold_batchnorm import fold_batch_norms
-from quantflow.schema import PRESETS
+from quantflow.schema import PRESETS, ModeSettings
 from quantflow.sources.models.torchvision_zoo import load_torchvision
 from quantflow.stages.plan import make_plan
 
@@ -467,3 +467,21 @@ def test_wrong_input_names_list_the_right_ones() -> None:
     module = torch.jit.script(TwoInputs().eval())
     with pytest.raises(CaptureError, match="fails on the example batch"):
         capture_torchscript(module, Batch((), {"x": small().args[0], "shift": torch.zeros(2, 4, 1, 1)}))
+
+
+class Levels(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 3, padding=1)
+
+    def forward(self, levels: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [self.conv(level) for level in levels]
+
+
+def test_inputs_that_go_through_one_layer_stay_apart() -> None:
+    """A trace names inputs after the parameter that reads them, so that two may have one name."""
+    model, batch = Levels().eval(), Batch(([torch.randn(2, 4, 8, 8), torch.randn(2, 4, 4, 4)],))
+    graph = capture(model, batch, ModeSettings(kind="torchscript"))
+    other = [torch.randn(3, 4, 8, 8), torch.randn(3, 4, 4, 4)]
+    for found, wanted in zip(pytree.tree_leaves(interpret(graph, other)), model(other), strict=True):
+        assert torch.allclose(found, wanted, atol=TOLERANCE)
