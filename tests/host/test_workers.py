@@ -15,14 +15,17 @@ import pytest
 import torch
 from own_models import net
 
+from quantflow.capture import capture
 from quantflow.cli import command as cli
 from quantflow.errors import CalibrationError, DataError
 from quantflow.host.workers import Workers, rank_and_count
 from quantflow.ir.batch import Batch
 from quantflow.numerics.observers import OBSERVERS
-from quantflow.schema import ActivationSpec
+from quantflow.schema import ActivationSpec, ModeSettings, QConfig
 from quantflow.stages.calibrate import CalibrationTable, OnValue, calibrate, require_complete
 from quantflow.stages.evaluate import evaluate, judge, tally
+from quantflow.stages.plan import make_plan
+from quantflow.stages.prepare import prepare
 
 ROOT = Path(cli.__file__).parents[2]
 COUNTS = (1, 2, 3, 4, 7, 13)
@@ -84,6 +87,22 @@ def batches() -> list[Batch]:
     return [Batch((part,)) for part in x.split(2)]
 
 
+class Varies(torch.nn.Module):
+    """Rows of any length, each through a network, and their mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(8, 16), torch.nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.relu(self.a(x)).mean(1))
+
+
+def lengths() -> list[Batch]:
+    generator = torch.Generator().manual_seed(5)
+    return [Batch((torch.randn(4, length, 8, generator=generator) * length,)) for length in range(3, 43, 4)]
+
+
 @pytest.mark.parametrize("count", COUNTS)
 def test_tables_of_parts_merge_to_the_table_of_the_whole(count: int) -> None:
     """To the byte, whatever the observer, and though no part but the last holds the rare value."""
@@ -92,6 +111,20 @@ def test_tables_of_parts_merge_to_the_table_of_the_whole(count: int) -> None:
     tables = [calibrate(prepared, part, first=part.first) for part in parts]
     merged = reduce(CalibrationTable.merge, (CalibrationTable.from_bytes(t.to_bytes(), "part") for t in tables))
     require_complete(merged, prepared.layers)
+    assert merged.to_bytes() == calibrate(prepared, whole).to_bytes()
+
+
+@pytest.mark.parametrize("observer", sorted(OBSERVERS))
+def test_tables_over_batches_of_ten_lengths_merge_to_the_table_of_the_whole(observer: str) -> None:
+    """To the byte, on a captured model whose calls have another shape each."""
+    whole = lengths()
+    qconfig = QConfig(activation=ActivationSpec(observer=observer))  # type: ignore[arg-type]
+    assert len({batch.args[0].shape for batch in whole}) == 10
+    graph = capture(Varies().eval(), whole[0], ModeSettings(), dynamic="auto", batches=whole)
+    prepared = prepare(graph, make_plan(graph, qconfig))
+    parts = [Workers(rank, 2).part(whole) for rank in range(2)]
+    tables = [calibrate(prepared, part, first=part.first) for part in parts]
+    merged = reduce(CalibrationTable.merge, (CalibrationTable.from_bytes(t.to_bytes(), "part") for t in tables))
     assert merged.to_bytes() == calibrate(prepared, whole).to_bytes()
 
 
@@ -135,6 +168,14 @@ def net(fail=-1, kill=-1, broken=-1):
     if os.environ.get("RANK") == str(kill):
         os.kill(os.getpid(), signal.SIGKILL)
     return own_models.nan_weights() if os.environ.get("RANK") == str(broken) else own_models.net()
+
+def varies():
+    import test_workers
+    return test_workers.Varies()
+
+def lengths():
+    import test_workers
+    return test_workers.lengths()
 """
 ARGUMENTS = [
     "model=entry", "model.entry=mine:net", "data=random", "data.shape=[[3,8,8]]", "data.calibration=22",
@@ -147,7 +188,7 @@ def torchrun(
     folder: Path, count: int, *arguments: str, launcher: str = "torch.distributed.run"
 ) -> subprocess.CompletedProcess[str]:
     (folder / "mine.py").write_text(MINE)
-    paths = os.pathsep.join(map(str, (ROOT, folder, ROOT / "tests")))
+    paths = os.pathsep.join(map(str, (ROOT, folder, ROOT / "tests", Path(__file__).parent)))
     launch = ["-m", launcher, "--nproc-per-node", str(count)] if count > 1 else []
     return subprocess.run(
         [sys.executable, *launch, "-m", "quantflow", *arguments],
@@ -170,6 +211,21 @@ def test_four_workers_save_what_one_saves(tmp_path: Path) -> None:
         assert results["calibration"]["workers"] == count
         found.append((*((art / name).read_bytes() for name in files), results["accuracy"]))
         assert not (tmp_path / f".art{count}.work").exists()
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_two_workers_save_what_one_saves_of_batches_of_ten_lengths(tmp_path: Path) -> None:
+    found = []
+    for count in (1, 2):
+        own = ["model.entry=mine:varies", "data=entry", "data.entry=mine:lengths", "data.calibration=40"]
+        more = ["data.evaluation=4", "mode=export", "benchmark=disabled", "report=quiet", "observer=histogram"]
+        done = torchrun(tmp_path, count, "model=entry", *own, *more, f"output=art{count}")
+        assert done.returncode == 0, done.stderr
+        results = json.loads((tmp_path / f"art{count}/results.json").read_text())
+        assert (results["calibration"]["workers"], results["calibration"]["batches"]) == (count, 10)
+        files = ("calibration.safetensors", "program.json", "weights.safetensors")
+        found.append([(tmp_path / f"art{count}" / name).read_bytes() for name in files])
     assert found[0] == found[1]
 
 
