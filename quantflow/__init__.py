@@ -11,7 +11,7 @@ Importing quantflow registers the `quantflow::` operators that saved TorchScript
 from quantflow.api import quantize, sensitivity
 from quantflow.config.compose import load_recipe
 from quantflow.errors import QuantflowError
-from quantflow.quantized import QuantizedModel, QuantizedModule, QuantizedScript, load
+from quantflow.quantized import QuantizedModel, QuantizedModule, QuantizedParts, QuantizedScript, load
 from quantflow.schema import PRESETS, QConfig, Recipe
 from quantflow.tasks.run import run
 
@@ -21,6 +21,7 @@ __all__ = [
     "QuantflowError",
     "QuantizedModel",
     "QuantizedModule",
+    "QuantizedParts",
     "QuantizedScript",
     "Recipe",
     "load",

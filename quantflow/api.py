@@ -12,7 +12,7 @@ from torch import nn
 from quantflow.errors import Problem, RecipeError, UsageError, nearest
 from quantflow.executor.run import Run
 from quantflow.executor.source import Source
-from quantflow.quantized import Quantized, QuantizedModule
+from quantflow.quantized import Quantized, QuantizedModule, QuantizedParts
 from quantflow.report import Progress, make_console
 from quantflow.schema import PRESETS, Recipe
 from quantflow.search.bench import analyse
@@ -34,6 +34,7 @@ def quantize(
     policy: Mapping[str, str] | None = None,
     mode: str | Mapping[str, Any] = "export",
     dynamic: str | Mapping[str, Mapping[int, str]] = "auto",
+    parts: str | Sequence[str] = "auto",
     runtime: str = "auto",
     device: str = "auto",
     inplace: bool = False,
@@ -43,7 +44,7 @@ def quantize(
     tune: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: bool = False,
-) -> Quantized:
+) -> Quantized | QuantizedParts:
     """Quantize a float module to int8 and verify it.
 
     Args:
@@ -60,6 +61,8 @@ def quantize(
         mode: "export", "torchscript" or "imperative"; {"kind": "torchscript", "method": "script"} to script.
         dynamic: which sizes vary beside the number of samples: "auto" (those in which the batches differ), "none", or
             {input: {dimension: name}}, such as {"input_ids": {1: "length"}, "attention_mask": {1: "length"}}.
+        parts: which submodules are quantized one by one, in the model's own code: "auto" (the largest that can be, if
+            the whole can't as its sizes depend on the data, as in detectors), "none", or their names.
         runtime: "auto", "native", "torch" or "reference".
         device: "auto", "cpu" or "xpu".
         inplace: mode="imperative": the layers of `module` itself become int8, once all is verified; else of a copy.
@@ -72,14 +75,14 @@ def quantize(
 
     Returns:
         A callable that takes and returns torch tensors like the module: a QuantizedModel, a real ScriptModule
-        (torchscript), or a module with int8 layers swapped in (imperative). `model.save(folder)` writes an artifact
-        and `model.results` holds every figure.
+        (torchscript), a module with int8 layers swapped in (imperative), or one with int8 parts put in (detectors).
+        `model.save(folder)` writes an artifact and `model.results` holds every figure.
 
     Raises:
         QuantflowError: RecipeError for illegal settings, DataError, CaptureError, CalibrationError, … with the cure.
     """
-    calibration = _batches(batches, "batches")
-    compared = calibration if evaluation is None else _batches(evaluation, "evaluation")
+    calibration = _batches(batches, "batches", module)
+    compared = calibration if evaluation is None else _batches(evaluation, "evaluation", module)
     recipe = Recipe.from_dict(
         {
             "name": "quantize",
@@ -91,6 +94,7 @@ def quantize(
             "policy": dict(policy or {}),
             "mode": {"kind": mode} if isinstance(mode, str) else dict(mode),
             "dynamic": dynamic if isinstance(dynamic, str) else {k: dict(v) for k, v in dynamic.items()},
+            "parts": parts if isinstance(parts, str) else list(parts),
             "runtime": {"kind": runtime},
             "device": {"kind": device},
             "benchmark": {"enabled": benchmark},
@@ -199,10 +203,34 @@ def _qconfig(qconfig: str | Mapping[str, Any]) -> Any:
     return PRESETS[qconfig].model_dump()
 
 
-def _batches(batches: Iterable[Any], name: str) -> list[Batch]:
+def _batches(batches: Iterable[Any], name: str, module: Module | None = None) -> list[Batch]:
     if isinstance(batches, torch.Tensor):
         raise UsageError(f"{name}: is one tensor; pass an iterable of batches, such as [x] or x.split(16)")
+    if isinstance(batches, Iterable) and isinstance(module, nn.Module):
+        batches = _with_lists_as_one(batches, module)
     return list(as_batches(batches))
+
+
+def _with_lists_as_one(batches: Iterable[Any], module: nn.Module) -> Iterable[Any]:
+    """The batches, lists among them as one argument where the model takes its first list so and in no other way."""
+    if isinstance(batches, (str, Mapping, Batch)):
+        return batches
+    batches = list(batches)
+    first = next((batch for batch in batches if isinstance(batch, list)), None)
+    if first is None or not all(isinstance(x, (torch.Tensor, dict)) for x in first):
+        return batches
+    with _in_eval_mode(module), torch.no_grad():
+        if _runs(module, *first) or not _runs(module, first):
+            return batches
+    return [(batch,) if isinstance(batch, list) else batch for batch in batches]
+
+
+def _runs(module: nn.Module, *args: Any) -> bool:
+    try:
+        module(*args)
+    except Exception:  # noqa: BLE001 the user's code may raise anything
+        return False
+    return True
 
 
 def _identity(batches: list[Batch]) -> tuple[list[str], str]:

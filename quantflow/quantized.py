@@ -3,23 +3,27 @@
 QuantizedModel     mode=export, and every loaded artifact: an nn.Module around a compiled program
 QuantizedScript    mode=torchscript: a real torch.jit.ScriptModule
 QuantizedModule    mode=imperative: an nn.Module around the user's own code with int8 layers swapped in
+QuantizedParts     what can't be captured as a whole: an nn.Module around the user's own code with int8 parts put in
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from quantflow.errors import UsageError
+from quantflow.errors import ArtifactError, CaptureError, UsageError, first_line
 from quantflow.host.environment import environment
 from quantflow.ir.binding import bind
+from quantflow.ir.structure import CONSTANTS
 from quantflow.report import views
 from quantflow.runtimes import choose_runtime
 from quantflow.runtimes.ordinary import (
@@ -35,11 +39,18 @@ from quantflow.runtimes.ordinary import (
 from quantflow.schema import Recipe
 from quantflow.stages.compile import Compiled, compile_program
 from quantflow.stages.imperative import int8_layers, put_in_place, run_module, with_tensors
-from quantflow.stages.record import Record
+from quantflow.stages.record import Record, weights_bytes
 from quantflow.store import artifact
+from quantflow.store.json_values import from_json, to_json
 
 #: File name endings that mean torch.jit.save rather than an artifact folder.
 _SCRIPT_FILES = (".pt", ".pth", ".ts", ".jit")
+
+
+_NO_TRAINING = (
+    "quantflow: train() changes nothing on an int8 model, which stays in eval mode; train the float model and quantize "
+    "it again"
+)
 
 
 def save_record(record: Record, directory: str | Path) -> Path:
@@ -62,11 +73,7 @@ class _Quantized(Fixed):
     def train(self, mode: bool = True) -> Self:
         """Nothing but a notice: an int8 model stays as it was calibrated, and has no weights to train."""
         if mode:
-            warnings.warn(
-                "quantflow: train() changes nothing on an int8 model, which stays in eval mode; train the float model "
-                "and quantize it again",
-                stacklevel=2,
-            )
+            warnings.warn(_NO_TRAINING, stacklevel=2)
         return super().train(False)  # type: ignore[misc,no-any-return]
 
     @property
@@ -223,23 +230,248 @@ class QuantizedScript(_Quantized, torch.jit.RecursiveScriptModule):  # type: ign
 Quantized = QuantizedModel | QuantizedScript
 
 
+#: What torch keeps of a module's forward hooks.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+def hooks_of(module: nn.Module) -> dict[str, Any]:
+    """A module's own forward hooks, by where torch keeps them."""
+    return {name: getattr(module, name) for name in _HOOKS}
+
+
+class Int8Part(Fixed, nn.Module):
+    """What stands in a part's place: a call of its int8 model, the float part's hooks and its plain attributes."""
+
+    def __init__(self, name: str, model: Any, part: nn.Module) -> None:
+        super().__init__()
+        self._name = name
+        self._plain = {key: value for key, value in vars(part).items() if _is_plain(key, value)}
+        self.model = model
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            known = self.__dict__.get("_plain", {})
+            if name in known:
+                return known[name]
+            raise AttributeError(
+                f"the int8 part '{self.__dict__.get('_name')}' has no '{name}': it can be called, and has the float "
+                "part's numbers and names; quantize other parts with parts=[…] where the model's code needs more"
+            ) from None
+
+
+def _is_plain(name: str, value: Any) -> bool:
+    if name.startswith("_") or name == "training":
+        return False
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(_is_plain("", item) for item in value)
+    if isinstance(value, dict):
+        return all(_is_plain("", item) for item in value.values())
+    return isinstance(value, (*CONSTANTS, torch.Size, torch.device))
+
+
+def put_in(module: nn.Module, parts: Mapping[str, Any], hooks: Mapping[str, Mapping[str, Any]]) -> nn.Module:
+    """A copy of the module, without the weights of its parts, in which the parts are these.
+
+    Raises:
+        CaptureError: the module can't be copied.
+    """
+    floats = {name: module.get_submodule(name) for name in parts}
+    placed = {name: Int8Part(name, parts[name], part) for name, part in floats.items()}
+    memo: dict[int, Any] = {id(part): placed[name] for name, part in floats.items()}
+    memo[id(memo)] = list(floats.values())  # as copy does: what is named by its id lives on
+    try:
+        copied = copy.deepcopy(module, memo)
+        for name, own in hooks.items():
+            placed[name].__dict__.update(copy.deepcopy(dict(own), memo))
+    except Exception as error:  # whatever the module holds may refuse in its own way
+        raise CaptureError(
+            f"parts: int8 parts are put into a copy of the model, which can't be made ({first_line(error)}); quantize "
+            "its submodules yourself: model.backbone = quantflow.quantize(model.backbone, its inputs)"
+        ) from error
+    for _, tensor in _outside(copied, tuple(parts)):
+        tensor.requires_grad_(False)
+    return copied.eval()
+
+
+class QuantizedParts(Fixed, nn.Module):
+    """The user's own code with int8 parts put in: takes and returns what the float model does.
+
+    Attributes:
+        module: the copy of the float model that has the parts in it.
+        parts: name → int8 model, each with its own record and results.
+        results: what was measured, as in results.json.
+    """
+
+    _immutable = ("results",)
+
+    def __init__(self, module: nn.Module, parts: Mapping[str, Quantized], results: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.module = module
+        self._names = tuple(parts)
+        self.results = results
+        self.eval()
+
+    @property
+    def parts(self) -> dict[str, Quantized]:
+        """Name → int8 model."""
+        return {name: self.module.get_submodule(name).model for name in self._names}  # type: ignore[misc]
+
+    @outside_compilers
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        refuse_export()
+        return self.module(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Self:
+        """Nothing but a notice, as for every int8 model: a detector in training mode would ask for targets."""
+        if mode:
+            warnings.warn(_NO_TRAINING, stacklevel=2)
+        return super().train(False)
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the artifact: `quantflow.load(directory, module=the float model)` gives the same model again.
+
+        It holds every part's program and weights, and none of the model's own code.
+        """
+        numbered = {f"part{index}": (name, part) for index, (name, part) in enumerate(self.parts.items())}
+        index = {
+            "format": 1,
+            "model": type(self.module).__name__,
+            "outside_sha256": _digest_outside(self.module, self._names),
+            "parts": {name: prefix for prefix, (name, _) in numbered.items()},
+        }
+        files = {
+            artifact.PARTS: (json.dumps(index, indent=1) + "\n").encode(),
+            artifact.RESULTS: to_json(self.results),
+            **views(self.results),
+        }
+        for prefix, (_, part) in numbered.items():
+            files |= {f"{prefix}.{name}": content for name, content in part.record.files().items()}
+        return artifact.write_artifact(Path(directory), files, notices=self.results.get("notices", ()))
+
+    def int8_layers(self) -> int:
+        """Convolutions and linears that run in int8, in all parts."""
+        return sum(part.int8_layers() for part in self.parts.values())
+
+    def weights_bytes(self) -> int:
+        """Of the int8 parts, and of what is float outside them."""
+        outside = sum(x.nbytes for _, x in _outside(self.module, self._names))
+        return outside + sum(len(weights_bytes(part.record.program)) for part in self.parts.values())
+
+    def extra_repr(self) -> str:
+        return f"parts={', '.join(self._names)}, int8_layers={self.int8_layers()}"
+
+
+def _outside(module: nn.Module, parts: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    inside = tuple(f"{name}." for name in parts)
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if not name.startswith(inside):
+            yield name, tensor
+
+
+def _digest_outside(module: nn.Module, parts: Sequence[str]) -> str:
+    """sha256 of the names and numbers of what stays float outside the parts."""
+    digest = hashlib.sha256()
+    for name, x in sorted(_outside(module, parts), key=lambda pair: pair[0]):
+        digest.update(f"{name} {x.dtype} {list(x.shape)}\n".encode())
+        digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@overload
 def load(
-    directory: str | Path, *, runtime: str = "auto", device: str = "auto", operators: Sequence[str] = ()
-) -> Quantized:
+    directory: str | Path,
+    *,
+    module: None = None,
+    runtime: str = "auto",
+    device: str = "auto",
+    operators: Sequence[str] = (),
+) -> Quantized: ...
+@overload
+def load(
+    directory: str | Path,
+    *,
+    module: nn.Module,
+    runtime: str = "auto",
+    device: str = "auto",
+    operators: Sequence[str] = (),
+) -> QuantizedParts: ...
+def load(
+    directory: str | Path,
+    *,
+    module: nn.Module | None = None,
+    runtime: str = "auto",
+    device: str = "auto",
+    operators: Sequence[str] = (),
+) -> Quantized | QuantizedParts:
     """The int8 model of an artifact, with outputs identical to those of the model that was saved.
 
-    Neither the float model nor any code the recipe names is needed or touched.
+    Neither the float model nor any code the recipe names is needed or touched. But a model that was quantized in parts
+    is the user's own code with int8 parts in it, so that its artifact needs that model, whose parts' own weights do not
+    matter.
 
     Args:
+        module: the float model that parts are put into, which is copied, not modified.
         runtime: "auto" takes the runtime the artifact was made with, where this machine has it.
         operators: full names or patterns ("my::*") of registered operators that the model may call besides ATen's and
             torchvision's pure ones. A program made in this process may call any; one from a file only what you name.
 
     Raises:
-        ArtifactError: missing, truncated, changed, from a newer format, or one that calls an operator not named.
+        ArtifactError: missing, truncated, changed, from a newer format, one that calls an operator not named, or one of
+            parts without the model that they belong to.
         UnavailableError: the runtime or device is not on this machine.
     """
-    record = Record.load(directory, operators)
+    if module is None:
+        return _compiled(Record.load(directory, operators), runtime, device)
+    files = artifact.read_artifact(Path(directory))
+    index = _index_of_parts(files, directory, module)
+    parts: dict[str, Quantized] = {}
+    for name, prefix in index["parts"].items():
+        own = {
+            file.removeprefix(f"{prefix}."): content for file, content in files.items() if file.startswith(f"{prefix}.")
+        }
+        parts[name] = _compiled(Record.of_files(own, f"{directory}/{prefix}", operators), runtime, device)
+    hooks = {name: hooks_of(module.get_submodule(name)) for name in parts}
+    return QuantizedParts(put_in(module, parts, hooks), parts, from_json(files[artifact.RESULTS]))
+
+
+def _index_of_parts(files: Mapping[str, bytes], directory: str | Path, module: nn.Module) -> dict[str, Any]:
+    """
+    Raises:
+        ArtifactError: the artifact holds no parts, or those of another model.
+    """
+    if artifact.PARTS not in files:
+        raise ArtifactError(f"'{directory}' holds a whole model, which needs no other: leave module out")
+    index = artifact.parse_json(files[artifact.PARTS], artifact.PARTS)
+    parts = index.get("parts")
+    if not isinstance(parts, dict) or not all(isinstance(prefix, str) for prefix in parts.values()):
+        raise ArtifactError(f"'{directory}/{artifact.PARTS}' names no parts; save the model again")
+    known = {name for name, _ in module.named_modules()}
+    if missing := [name for name in parts if name not in known]:
+        raise ArtifactError(
+            f"'{directory}' belongs to a {index.get('model')}, and this {type(module).__name__} has no submodule "
+            f"{', '.join(missing)}; give the float model that was quantized"
+        )
+    if index.get("outside_sha256") != _digest_outside(module, tuple(parts)):
+        raise ArtifactError(
+            f"'{directory}': the {type(module).__name__}'s weights outside its int8 parts ({', '.join(parts)}) are not "
+            "those that it had when it was quantized; give the float model that was quantized, with its weights"
+        )
+    return index
+
+
+def _compiled(record: Record, runtime: str, device: str) -> Quantized:
     recipe = Recipe.from_dict(record.recipe)
     wanted = recipe.runtime.kind if runtime == "auto" else runtime
     mode = recipe.mode.kind

@@ -47,6 +47,7 @@ def test_the_public_names() -> None:
         "QuantflowError",
         "QuantizedModel",
         "QuantizedModule",
+        "QuantizedParts",
         "QuantizedScript",
         "Recipe",
         "load",

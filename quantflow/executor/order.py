@@ -13,12 +13,14 @@ from typing import Any
 
 from quantflow.algorithms import find_outliers, refine
 from quantflow.analysis.joins import join_costs
+from quantflow.errors import CaptureError
 from quantflow.executor.built import Built, Converted
+from quantflow.executor.parts import execute_in_parts, why_after_all, why_in_parts
 from quantflow.executor.results import finished
 from quantflow.executor.run import Run
 from quantflow.executor.steps import calibrated, captured, plan_for, ready, rewritten
 from quantflow.host.memory import reused_memory
-from quantflow.quantized import Quantized
+from quantflow.quantized import Quantized, QuantizedParts
 from quantflow.stages.convert import convert
 from quantflow.stages.prepare import prepare
 
@@ -26,8 +28,8 @@ from quantflow.stages.prepare import prepare
 JOIN_SAMPLES = 8
 
 
-def execute(run: Run, baseline: Mapping[str, Any] | None = None) -> Quantized:
-    """Every stage on a loaded source; the result carries its record and results.
+def execute(run: Run, baseline: Mapping[str, Any] | None = None) -> Quantized | QuantizedParts:
+    """Every stage on a loaded source, as a whole or in parts; the result carries its record and results.
 
     Args:
         baseline: another artifact's figures, for the report.
@@ -35,6 +37,19 @@ def execute(run: Run, baseline: Mapping[str, Any] | None = None) -> Quantized:
     Raises:
         QuantflowError: any stage's own error.
     """
+    why = why_in_parts(run)
+    if not why:
+        try:
+            return as_a_whole(run, baseline)
+        except CaptureError:
+            why = why_after_all(run)
+            if not why:
+                raise
+    return execute_in_parts(run, why, as_a_whole, baseline)
+
+
+def as_a_whole(run: Run, baseline: Mapping[str, Any] | None = None) -> Quantized:
+    """Every stage on a loaded source, as one program."""
     return finished(run, build(run), baseline)
 
 

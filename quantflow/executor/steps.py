@@ -12,8 +12,9 @@ from torch import nn
 from quantflow.algorithms import NO_OUTLIERS, Applied, Outliers, rewrite
 from quantflow.algorithms.kept import KeptAlgorithms
 from quantflow.capture import capture, find_sizes, likely_seconds, shorter
-from quantflow.errors import DataError
+from quantflow.errors import CaptureError, DataError
 from quantflow.executor.built import Built, Converted
+from quantflow.executor.parts import why_in_parts
 from quantflow.executor.run import Run
 from quantflow.executor.source import Update, cut, takes
 from quantflow.ir.batch import Batch
@@ -43,7 +44,16 @@ def captured(run: Run, example: Batch) -> Graph:
 
 
 def graph_of(run: Run, example: Batch) -> Graph:
-    """The captured graph, with what the policy asks for before anything is planned."""
+    """The captured graph, with what the policy asks for before anything is planned.
+
+    Raises:
+        CaptureError: the model can't be captured, or only its parts can.
+    """
+    if why := why_in_parts(run):
+        raise CaptureError(
+            f"mode: the model can't be captured as a whole ({why}); task=run and quantflow.quantize quantize it in "
+            "parts, which the other tasks can't: name them a submodule as the model"
+        )
     source = run.source
     graph = capture(
         source.model.module,

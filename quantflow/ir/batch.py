@@ -34,6 +34,15 @@ class Batch:
         return next((x.shape[0] for x in self.tensors if x.dim()), 1)
 
     @property
+    def images(self) -> int | None:
+        """How many images lie in its first list, as detectors take them: each (1, 3 or 4 channels, height, width).
+
+        None where it holds no such list.
+        """
+        lists = [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, list) and value]
+        return len(lists[0]) if lists and all(map(_is_image, lists[0])) else None
+
+    @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """All tensors in it, positional ones first."""
         return tuple(self.flat()[1])
@@ -73,10 +82,14 @@ class Batch:
 
     def _cut(self, part: slice) -> Batch:
         is_whole = len(range(self.size)[part]) == self.size
-        if is_whole or any(t.dim() == 0 or t.shape[0] != self.size for t in self.tensors):
+        if is_whole or self.images is not None or any(t.dim() == 0 or t.shape[0] != self.size for t in self.tensors):
             return self
         labels = None if self.labels is None else self.labels[part]
         return replace(self.mapped(lambda t: t[part]), labels=labels, ids=self.ids[part])
+
+
+def _is_image(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() == 3 and value.shape[0] in (1, 3, 4)
 
 
 def _places(flat: tuple[Any, list[torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -64,6 +64,13 @@ DynamicSizes = Annotated[
     Discriminator(lambda value: "word" if isinstance(value, str) else "sizes"),
 ]
 
+#: Which submodules are quantized one by one: those that are found where the whole can't be captured, none, or these.
+Parts = Annotated[
+    Annotated[Literal["auto", "none"], Tag("word")]
+    | Annotated[Annotated[tuple[Pattern, ...], Field(strict=False, min_length=1)], Tag("names")],
+    Discriminator(lambda value: "word" if isinstance(value, str) else "names"),
+]
+
 #: What the calibration's result depends on, and nothing else.
 _CALIBRATION_FIELDS = ("model", "data", "seed", "qconfig", "layers", "mode", "dynamic", "policy", "outliers")
 
@@ -95,6 +102,7 @@ class Recipe(Settings):
     algorithms: Algorithms = ()
     mode: ModeSettings = ModeSettings()
     dynamic: DynamicSizes = "auto"
+    parts: Parts = "auto"
     runtime: RuntimeSettings = RuntimeSettings()
     device: DeviceSettings = DeviceSettings()
     policy: PolicySettings = PolicySettings()

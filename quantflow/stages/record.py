@@ -66,7 +66,18 @@ class Record:
         Raises:
             ArtifactError: missing, truncated, changed, or from a newer format; names the file.
         """
-        files = artifact.read_artifact(Path(directory))
+        return cls.of_files(artifact.read_artifact(Path(directory)), str(directory), operators)
+
+    @classmethod
+    def of_files(cls, files: Mapping[str, bytes], directory: str, operators: Sequence[str] = ()) -> Record:
+        """What an artifact's files hold, as `load`. `directory`: where they lie, for errors."""
+        if artifact.PARTS in files:
+            parts = artifact.parse_json(files[artifact.PARTS], artifact.PARTS).get("parts")
+            names = ", ".join(parts) if isinstance(parts, dict) else "none that can be read"
+            raise ArtifactError(
+                f"'{directory}' holds int8 parts of a model ({names}) and not the model's own code; in Python, "
+                f"quantflow.load('{directory}', module=the float model) puts them into it"
+            )
         required = (
             artifact.RECIPE,
             artifact.PLAN,

@@ -45,12 +45,14 @@ REPORT = "report.md"
 PAGE = "report.html"
 SUMMARY = "summary.md"
 JUNIT = "junit.xml"
+#: Where an artifact holds the parts of a model: which they are, and the beginning of their files' names.
+PARTS = "parts.json"
 #: All others in an artifact are kept as they are.
 OWN = {*NAMES, GRAPH, REPORT, PAGE, SUMMARY, JUNIT}
 
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_JSON_BYTES = 64 << 20
-MAX_FILES = 64
+MAX_FILES = 1024
 MAX_DEPTH = 100
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")

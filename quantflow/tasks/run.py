@@ -16,7 +16,7 @@ from quantflow.executor.run import ONLY, Run
 from quantflow.executor.source import load_source
 from quantflow.host.workers import Workers, joined, rank_and_count
 from quantflow.numerics.seed import seeded
-from quantflow.quantized import Quantized, save_record
+from quantflow.quantized import Quantized, QuantizedParts, save_record
 from quantflow.report import Progress
 from quantflow.runtimes import choose_runtime
 from quantflow.schema import Recipe
@@ -43,7 +43,7 @@ def task(recipe: Recipe, overrides: Sequence[str]) -> int:
     return EXIT_GATE if model.results["verdict"] == FAILED else EXIT_PASSED
 
 
-def run(recipe: Recipe, overrides: Sequence[str] = (), workers: Workers = ONLY) -> Quantized:
+def run(recipe: Recipe, overrides: Sequence[str] = (), workers: Workers = ONLY) -> Quantized | QuantizedParts:
     """The main job of a recipe, saved to its output folder: what `python -m quantflow recipe=…` does.
 
     What an interrupted run of the same recipe has finished is used, unless `recipe.resume` is false.
@@ -71,14 +71,16 @@ def run(recipe: Recipe, overrides: Sequence[str] = (), workers: Workers = ONLY) 
         report.print_notices(console, work.notices)
     remember_times(recipe, progress)
     with Progress(console, quiet=recipe.report.quiet) as progress, progress.stage("save"):
-        saved = save_record(model.record, destination)
+        saved = model.save(destination) if isinstance(model, QuantizedParts) else save_record(model.record, destination)
     work.remove()
     journal_beside(destination).unlink(missing_ok=True)
     report.print_summary(console, model.results, artifact=shown(saved), quiet=recipe.report.quiet)
     return model
 
 
-def quantized(run: Run, baseline: Mapping[str, Any] | None = None, destination: Path | None = None) -> Quantized:
+def quantized(
+    run: Run, baseline: Mapping[str, Any] | None = None, destination: Path | None = None
+) -> Quantized | QuantizedParts:
     """The recipe's model; a recipe with limits is searched for first, and the result is that of the recipe found.
 
     Args:

@@ -72,7 +72,7 @@ def test_every_setting_can_be_overridden_without_a_plus() -> None:
         "mode.kind=torchscript", "mode.method=script", "runtime.kind=torch", "device.kind=cpu",
         "resume=false", "sweep.objectives=[speedup]",
         "outliers.ratio=50", "policy.add=float",
-        "dynamic=none",
+        "dynamic=none", "parts=[head]",
         "calibrate.resume=false", "warmup.iterations=2", "evaluate.per_layer=false", "benchmark.batch_sizes=[1,4]",
         "benchmark.threads=2", "gates.max_latency_ms=9", "report.quiet=true",
         "report.plain=true", "report.baseline=before", "benchmark.per_layer=false",

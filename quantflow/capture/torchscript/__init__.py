@@ -12,6 +12,6 @@ runs follows the batch size and stays symbolic; everything else is a constant.
     failure  why an import fails
 """
 
-from quantflow.capture.torchscript.script import capture_torchscript
+from quantflow.capture.torchscript.script import FIXED_BY_TRACING, capture_torchscript
 
-__all__ = ["capture_torchscript"]
+__all__ = ["FIXED_BY_TRACING", "capture_torchscript"]

@@ -31,6 +31,8 @@ from quantflow.sources.models.loaded import eval_mode
 NOISE_FACTOR = 8
 #: and by no more than this part of the result (root mean square): beyond that nothing can be told from noise.
 LARGEST_NOISE = 0.02
+#: What a note on a trace begins with that may hold for the sizes in the data only.
+FIXED_BY_TRACING = "tracing took a number or a condition for a constant"
 
 
 def capture_torchscript(
@@ -106,7 +108,7 @@ def _fixed_by_tracing(caught: Sequence[warnings.WarningMessage]) -> list[str]:
         if issubclass(w.category, torch.jit.TracerWarning) and "Converting a tensor to a Python" in str(w.message)
     ]
     return [
-        f"tracing took a number or a condition for a constant at {line}; the graph was held against the model on all "
+        f"{FIXED_BY_TRACING} at {line}; the graph was held against the model on all "
         "sizes in the data, and may be wrong on others"
         for line in dict.fromkeys(lines)
     ]

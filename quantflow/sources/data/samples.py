@@ -65,6 +65,7 @@ class Data:
         identity: JSON-ready record: kind, sample counts, sample ids, sha256 over ids and over content.
         metric: "top1" (labels are class indices), "spearman" (labels are rows of human ratings), or None.
         notices: what the user must be told.
+        shapes: further batches, which show the sizes that vary and nothing else.
     """
 
     calibration: Sequence[Batch]
@@ -72,11 +73,12 @@ class Data:
     identity: dict[str, Any]
     metric: str | None = None
     notices: tuple[str, ...] = ()
+    shapes: Sequence[Batch] = ()
 
     @property
     def of_own_shapes(self) -> Sequence[Batch]:
-        """Calibration batches whose sizes may differ: those that are cut from one array, or prepared alike, do not."""
-        return () if isinstance(self.calibration, Batches) else self.calibration
+        """Batches whose sizes may differ: those that are cut from one array, or prepared alike, do not."""
+        return () if isinstance(self.calibration, Batches) else (*self.calibration, *self.shapes)
 
 
 def identity_of(kind: str, parts: dict[str, tuple[Sequence[str], str]]) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def _draw(
                 ids = batch.ids if len(batch.ids) == len(values) else [str(i) for i in range(len(values))]
                 check_finite(f"{where}: {part} batch {len(drawn)}, {name}", values, ids)
         drawn.append(batch)
-        missing -= batch.size
+        missing -= batch.images or batch.size
     if not drawn and not allow_none:
         raise DataError(f"{where} yielded no {part} batch; {count} samples were asked for")
     if missing > 0 and drawn:
