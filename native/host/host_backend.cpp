@@ -93,6 +93,13 @@ public:
                                    const Tensor& y) override {
         return host::make_upsample(pool_, how, align, scales, x, y);
     }
+    std::unique_ptr<Step> index(const Tensor& x, const std::vector<std::optional<Tensor>>& indices,
+                                const Tensor& y) override {
+        return host::make_index(pool_, x, indices, y);
+    }
+    std::unique_ptr<Step> running_sum(const Tensor& x, int axis, const Tensor& y) override {
+        return host::make_running_sum(pool_, x, axis, y);
+    }
 
 private:
     ThreadPool pool_;

@@ -47,4 +47,8 @@ StepPtr make_gather(ThreadPool&, const Tensor& table, const Tensor& index, const
 StepPtr make_upsample(ThreadPool&, Interpolation, bool align_corners, const std::vector<double>& scales,
                       const Tensor& x, const Tensor& y);
 
+// lookups.cpp
+StepPtr make_index(ThreadPool&, const Tensor& x, const std::vector<std::optional<Tensor>>& indices, const Tensor& y);
+StepPtr make_running_sum(ThreadPool&, const Tensor& x, int axis, const Tensor& y);
+
 }  // namespace quantflow::host

@@ -16,12 +16,68 @@ std::size_t bytes_of(DType dtype, const std::vector<std::int64_t>& dims) {
     return static_cast<std::size_t>(n);
 }
 
+// An arena for as long as a run takes.
+class Lease {
+public:
+    Lease(Arenas& arenas, std::int64_t bytes) : arenas_(arenas), arena_(arenas.take(bytes)) {}
+    ~Lease() { arenas_.give(arena_); }
+    Lease(const Lease&) = delete;
+    Lease& operator=(const Lease&) = delete;
+    std::byte* memory() const { return arena_.memory; }
+
+private:
+    Arenas& arenas_;
+    Arenas::Arena arena_;
+};
+
 }  // namespace
+
+Arenas::~Arenas() {
+    for (const Arena& arena : free_) backend_.release(arena.memory);
+}
+
+Arenas::Arena Arenas::take(std::int64_t bytes) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    Arena old;
+    if (!free_.empty()) {
+        // The smallest that is large enough; else the largest makes room for a larger one.
+        auto best = free_.begin();
+        for (auto it = free_.begin(); it != free_.end(); ++it)
+            if (best->bytes < bytes ? it->bytes > best->bytes : it->bytes >= bytes && it->bytes < best->bytes) best = it;
+        old = *best;
+        free_.erase(best);
+        if (old.bytes >= bytes) return old;
+        backend_.release(old.memory);
+        bytes_ -= old.bytes;
+    }
+    // Sizes that grow a little from call to call need not be met one by one.
+    Arena made;
+    made.bytes = std::max({bytes, old.bytes + old.bytes / 4, std::int64_t{64}});
+    made.memory = static_cast<std::byte*>(backend_.allocate(static_cast<std::size_t>(made.bytes)));
+    bytes_ += made.bytes;
+    return made;
+}
+
+void Arenas::give(Arena arena) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    free_.push_back(arena);
+}
+
+std::int64_t Arenas::bytes() const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return bytes_;
+}
 
 struct Plan::Instance {
     explicit Instance(Backend& device) : backend(device) {}
     ~Instance() {
         for (void* memory : owned) backend.release(memory);
+    }
+    void use(std::byte* memory) {
+        if (memory == arena) return;
+        arena = memory;
+        for (std::size_t i = 0; i < lowered.cells.size(); ++i)
+            if (lowered.arena_offsets[i] >= 0) lowered.cells[i] = arena + lowered.arena_offsets[i];
     }
     std::byte* allocate(std::int64_t bytes) {
         void* memory = backend.allocate(static_cast<std::size_t>(std::max<std::int64_t>(bytes, 1)));
@@ -30,6 +86,7 @@ struct Plan::Instance {
     }
     Backend& backend;
     Lowered lowered;
+    std::byte* arena = nullptr;  // where its cells point
     std::vector<void*> owned;
 };
 
@@ -49,9 +106,20 @@ std::unique_ptr<Plan::Instance> Plan::build() {
     auto instance = std::make_unique<Instance>(*engine_->backend);
     instance->lowered = lower(engine_->program->program, section_, forms_, *engine_->backend, engine_->constants);
     Lowered& l = instance->lowered;
-    std::byte* arena = instance->allocate(l.arena_bytes);
-    for (std::size_t i = 0; i < l.cells.size(); ++i)
-        if (l.arena_offsets[i] >= 0) l.cells[i] = arena + l.arena_offsets[i];
+    if (l.kept_bytes > 0) {
+        std::byte* kept = instance->allocate(l.kept_bytes);
+        for (std::size_t i = 0; i < l.cells.size(); ++i)
+            if (l.kept_offsets[i] >= 0) l.cells[i] = kept + l.kept_offsets[i];
+    }
+    for (Literal& literal : l.literals) {
+        auto& cell = l.cells[static_cast<std::size_t>(literal.cell)];
+        if (engine_->backend->reads_process_memory()) {
+            cell = literal.bytes.data();
+        } else {
+            cell = instance->allocate(static_cast<std::int64_t>(literal.bytes.size()));
+            engine_->backend->copy(cell, literal.bytes.data(), literal.bytes.size());
+        }
+    }
     if (!engine_->backend->reads_process_memory()) {
         for (std::size_t i = 0; i < forms_.size(); ++i)
             if (l.input_cells[i] >= 0)
@@ -62,7 +130,19 @@ std::unique_ptr<Plan::Instance> Plan::build() {
                 l.cells[static_cast<std::size_t>(l.output_cells[i])] =
                     instance->allocate(static_cast<std::int64_t>(bytes_of(l.outputs[i].dtype, l.outputs[i].dims)));
     }
+    run_once(*instance);
     return instance;
+}
+
+void Plan::run_once(Instance& instance) {
+    Lowered& l = instance.lowered;
+    if (!l.once.empty()) {
+        const Lease arena(engine_->arenas, l.arena_bytes);
+        instance.use(arena.memory());
+        for (const NamedStep& s : l.once) s.step->run();
+        engine_->backend->wait();
+    }
+    l.once.clear();
 }
 
 std::unique_ptr<Plan::Instance> Plan::take() {
@@ -98,6 +178,8 @@ void Plan::execute(Instance& instance, const void* const* inputs, void* const* o
     Lowered& l = instance.lowered;
     Backend& backend = *engine_->backend;
     const bool direct = backend.reads_process_memory();
+    const Lease arena(engine_->arenas, l.arena_bytes);
+    instance.use(arena.memory());
     for (std::size_t i = 0; i < forms_.size(); ++i) {
         if (l.input_cells[i] < 0) continue;
         auto& cell = l.cells[static_cast<std::size_t>(l.input_cells[i])];

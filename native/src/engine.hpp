@@ -17,13 +17,39 @@ struct LoadedProgram {
     Program program;
 };
 
+// Memory for activations, shared by all plans of an engine: one arena per run at a time, as large as the largest asked
+// for.
+class Arenas {
+public:
+    explicit Arenas(Backend& backend) : backend_(backend) {}
+    ~Arenas();
+    Arenas(const Arenas&) = delete;
+    Arenas& operator=(const Arenas&) = delete;
+
+    struct Arena {
+        std::byte* memory = nullptr;
+        std::int64_t bytes = 0;
+    };
+    Arena take(std::int64_t bytes);
+    void give(Arena arena);
+    // Of all arenas that there are.
+    std::int64_t bytes() const;
+
+private:
+    Backend& backend_;
+    mutable std::mutex mutex_;
+    std::vector<Arena> free_;
+    std::int64_t bytes_ = 0;
+};
+
 struct Engine {
     Engine(std::shared_ptr<const LoadedProgram> loaded, std::shared_ptr<Backend> device)
-        : program(std::move(loaded)), backend(std::move(device)), constants(*backend, program->program) {}
+        : program(std::move(loaded)), backend(std::move(device)), constants(*backend, program->program), arenas(*backend) {}
 
     std::shared_ptr<const LoadedProgram> program;
     std::shared_ptr<Backend> backend;
     Constants constants;
+    Arenas arenas;
     std::mutex building;  // lowering packs weights and fills `constants`
 };
 
@@ -33,7 +59,7 @@ struct StepTime {
     double milliseconds;  // least of the runs
 };
 
-// Safe to run from several threads: each run takes an instance of its own, with its own arena.
+// Safe to run from several threads: each run takes an instance and an arena for itself.
 class Plan {
 public:
     Plan(std::shared_ptr<Engine> engine, Section section, std::vector<InputForm> forms);
@@ -60,6 +86,7 @@ private:
     std::unique_ptr<Instance> build();
     std::unique_ptr<Instance> take();
     void give(std::unique_ptr<Instance> instance);
+    void run_once(Instance& instance);
     void execute(Instance& instance, const void* const* inputs, void* const* outputs, std::vector<StepTime>* times);
 };
 

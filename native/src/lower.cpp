@@ -77,7 +77,7 @@ void give_outputs(Context& c) {
             target.buffer = view->buffer;
         } else {
             target.buffer = c.new_buffer(Storage::output, bytes);
-            c.emit(c.backend.copy(c.tensor(*view), c.tensor(target)), {view, &target});
+            c.emit(c.backend.copy(c.tensor(*view), c.tensor(target)), {view}, {&target});
         }
         form.dtype = target.dtype;
         form.dims = target.dims;
@@ -162,9 +162,17 @@ Lowered lower(const Program& program, const Section& section, const std::vector<
     }
     c.node_index = -1;
     give_outputs(c);
-    ArenaPlan arena = plan_arena(c.buffers.all());
+    const Schedule plan = schedule(c.buffers.all(), c.uses);
+    std::vector<NamedStep> steps = std::move(c.result.steps);
+    c.result.steps.clear();
+    for (std::size_t i = 0; i < steps.size(); ++i)
+        (static_cast<int>(i) < plan.once ? c.result.once : c.result.steps)
+            .push_back(std::move(steps[static_cast<std::size_t>(plan.order[i])]));
+    ArenaPlan arena = plan_arena(plan.buffers), kept = plan_arena(plan.buffers, Storage::kept);
     c.result.arena_offsets = std::move(arena.offsets);
     c.result.arena_bytes = arena.bytes;
+    c.result.kept_offsets = std::move(kept.offsets);
+    c.result.kept_bytes = kept.bytes;
     return std::move(c.result);
 }
 

@@ -50,8 +50,16 @@ private:
     std::vector<void*> owned_;
 };
 
+// Data of a plan's own, where a cell is to point.
+struct Literal {
+    int cell;
+    std::vector<std::byte> bytes;
+};
+
 struct Lowered {
-    std::vector<NamedStep> steps;
+    std::vector<NamedStep> once;   // in order, when the plan is made: what they compute depends on sizes alone
+    std::vector<NamedStep> steps;  // in order, at every run
+    std::vector<Literal> literals;
     std::vector<OutputForm> outputs;
     // Base address of each buffer; steps read their addresses through these cells.
     std::deque<std::byte*> cells;
@@ -59,6 +67,8 @@ struct Lowered {
     std::vector<int> output_cells;  // -1: a number
     std::vector<std::int64_t> arena_offsets;  // per cell; -1: not in the arena
     std::int64_t arena_bytes = 0;
+    std::vector<std::int64_t> kept_offsets;  // per cell; -1: not in the memory that `once` fills for all runs
+    std::int64_t kept_bytes = 0;
 };
 
 // Whether a node's op has a kernel here, as far as that shows without shapes.

@@ -182,7 +182,8 @@ void registry() {
     std::size_t rows = 0;
     std::set<std::string> names;
     for (const OpRows* family : {&shape_ops(), &piece_ops(), &size_ops(), &window_ops(), &elementwise_ops(),
-                                 &activation_ops(), &linear_ops(), &attention_ops(), &float_math_ops()}) {
+                                 &activation_ops(), &linear_ops(), &attention_ops(), &float_math_ops(),
+                                 &indexing_ops()}) {
         for (const OpRow& row : *family) {
             ++rows;
             const std::string name = row.name;
@@ -198,7 +199,7 @@ void registry() {
             const int out = b.aten(n.target, Args(8, Arg(Ref{none})));  // a number, where a tensor is due
             const Result r = lowered(b, {}, {out});
             expect(r.error.find("has no native kernel") == std::string::npos, name + " is lowered by its row");
-            const bool needs_no_tensor = name == "zeros" || name == "ones";
+            const bool needs_no_tensor = name == "zeros" || name == "ones" || name == "full";
             expect(needs_no_tensor || r.error.find("layer n1 (" + n.target + "): ") != std::string::npos,
                    name + " refuses: " + r.error);
         }

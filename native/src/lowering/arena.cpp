@@ -23,10 +23,10 @@ void Buffers::touch(int buffer, int step) {
     b.last = step;
 }
 
-ArenaPlan plan_arena(const std::vector<Buffer>& buffers) {
+ArenaPlan plan_arena(const std::vector<Buffer>& buffers, Storage storage) {
     std::vector<std::size_t> order;
     for (std::size_t i = 0; i < buffers.size(); ++i)
-        if (buffers[i].storage == Storage::arena && buffers[i].first >= 0) order.push_back(i);
+        if (buffers[i].storage == storage && buffers[i].first >= 0) order.push_back(i);
     std::stable_sort(order.begin(), order.end(),
                      [&](std::size_t a, std::size_t b) { return buffers[a].bytes > buffers[b].bytes; });
     ArenaPlan plan;
@@ -36,7 +36,7 @@ ArenaPlan plan_arena(const std::vector<Buffer>& buffers) {
         std::vector<std::pair<std::int64_t, std::int64_t>> taken;
         for (auto placed = order.begin(); placed != next; ++placed) {
             const Buffer& other = buffers[*placed];
-            if (other.first <= b.last && b.first <= other.last)
+            if (storage == Storage::kept || (other.first <= b.last && b.first <= other.last))
                 taken.emplace_back(plan.offsets[*placed], plan.offsets[*placed] + aligned(other.bytes));
         }
         std::sort(taken.begin(), taken.end());

@@ -7,7 +7,8 @@
 
 namespace quantflow::lowering {
 
-enum class Storage : std::uint8_t { arena, input, output, constant };
+// `kept`: written once, when the plan is made, and read at every run.
+enum class Storage : std::uint8_t { arena, input, output, constant, kept };
 
 struct Buffer {
     Storage storage = Storage::arena;
@@ -34,8 +35,8 @@ struct ArenaPlan {
     std::int64_t bytes = 0;
 };
 
-// The largest buffers first, each at the lowest place that is free while it lives. A buffer takes memory from the step
+// Where the buffers of `storage` lie. The largest first, each at the lowest place that is free while it lives. A buffer takes memory from the step
 // that touches it first to the one that touches it last, both included.
-ArenaPlan plan_arena(const std::vector<Buffer>& buffers);
+ArenaPlan plan_arena(const std::vector<Buffer>& buffers, Storage storage = Storage::arena);
 
 }  // namespace quantflow::lowering

@@ -1,6 +1,7 @@
 #include "context.hpp"
 
 #include <algorithm>
+#include <cstring>
 
 namespace quantflow::lowering {
 namespace {
@@ -85,13 +86,23 @@ Tensor Context::plain_tensor(const View& v) {
     return t;
 }
 
-void Context::emit(std::unique_ptr<Step> step, std::initializer_list<const View*> touched) {
+void Context::emit(std::unique_ptr<Step> step, std::initializer_list<const View*> reads,
+                   std::initializer_list<const View*> writes) {
     result.steps.push_back({std::move(step), node_index});
-    for (const View* v : touched)
-        if (v != nullptr) touch(*v);
+    uses.emplace_back();
+    for (const View* v : reads)
+        if (v != nullptr) also_reads(*v);
+    for (const View* v : writes) {
+        if (v == nullptr) continue;
+        uses.back().writes.push_back(v->buffer);
+        buffers.touch(v->buffer, static_cast<int>(uses.size()) - 1);
+    }
 }
 
-void Context::touch(const View& v) { buffers.touch(v.buffer, static_cast<int>(result.steps.size()) - 1); }
+void Context::also_reads(const View& v) {
+    uses.back().reads.push_back(v.buffer);
+    buffers.touch(v.buffer, static_cast<int>(uses.size()) - 1);
+}
 
 bool Context::dies_here(const View& v) const {
     const Buffer& buffer = buffers[v.buffer];
@@ -115,12 +126,49 @@ View Context::constant(const std::string& name) {
     if (stored.data == nullptr && stored.count() != 0)
         throw Unsupported("tensor '" + name + "' has a dtype without kernels");
     auto [it, is_new] = constant_buffers_.emplace(name, -1);
-    if (is_new) it->second = new_buffer(Storage::constant, 0, constants.get(name));
+    if (is_new) {
+        it->second = new_buffer(Storage::constant, 0, constants.get(name));
+        foreknown.holds(it->second, stored);
+    }
     View v;
     v.buffer = it->second;
     v.dtype = stored.dtype;
     v.dims = stored.dims;
     v.strides = row_major(stored.dims);
+    return v;
+}
+
+View Context::literal(DType dtype, Dims dims, std::vector<std::byte> bytes) {
+    View v;
+    v.dtype = dtype;
+    v.strides = row_major(dims);
+    v.dims = std::move(dims);
+    v.buffer = new_buffer(Storage::constant, 0);
+    result.literals.push_back({v.buffer, std::move(bytes)});
+    return v;
+}
+
+View Context::counted(std::int64_t start, std::int64_t step, std::int64_t count, DType dtype) {
+    std::vector<std::byte> bytes(static_cast<std::size_t>(count * size_of(dtype)));
+    const auto put = [&](auto zero) {
+        for (std::int64_t i = 0; i < count; ++i) {
+            const auto number = static_cast<decltype(zero)>(start + i * step);
+            std::memcpy(bytes.data() + static_cast<std::size_t>(i) * sizeof number, &number, sizeof number);
+        }
+    };
+    if (dtype == DType::f32) put(0.0f);
+    if (dtype == DType::s32) put(std::int32_t{0});
+    if (dtype == DType::s64) put(std::int64_t{0});
+    const View v = literal(dtype, {count}, std::move(bytes));
+    if (dtype == DType::s64) foreknown.counts(v.buffer, start, step);
+    return v;
+}
+
+View Context::flags(bool flag, const Dims& dims) {
+    View v = literal(DType::b8, {1}, {std::byte{flag}});
+    foreknown.is_all(v.buffer, flag);
+    v.dims = dims;
+    v.strides.assign(dims.size(), 0);
     return v;
 }
 
@@ -201,6 +249,15 @@ bool Context::flag(std::size_t position, const char* name, bool fallback) {
     return a == nullptr || a->is_none() ? fallback : as_integer(evaluated(*a), name) != 0;
 }
 
+std::optional<DType> Context::asked_dtype() {
+    const auto it = node().kwargs.find("dtype");
+    if (it == node().kwargs.end() || it->second.is_none()) return std::nullopt;
+    const Word* word = it->second.as<Word>();
+    const auto found = word == nullptr ? std::nullopt : dtype_named(word->name);
+    if (!found) throw Unsupported("a tensor of this dtype");
+    return found;
+}
+
 Dims Context::integers(std::size_t position, const char* name, std::optional<Dims> fallback) {
     const Arg* a = argument(position, name);
     if (a == nullptr || a->is_none()) {
@@ -218,13 +275,13 @@ Dims Context::integers(std::size_t position, const char* name, std::optional<Dim
 
 View Context::copied(const View& x, Dims strides, DType dtype, std::optional<QParams> q, bool is_real) {
     View y = allocate(dtype, x.dims, std::move(strides), q, is_real);
-    emit(backend.copy(tensor(x), tensor(y)), {&x, &y});
+    emit(backend.copy(tensor(x), tensor(y)), {&x}, {&y});
     return y;
 }
 
 void Context::put(const View& x, const View& y) {
     if (x.count() == 0) return;
-    emit(backend.copy(tensor(x), tensor(y)), {&x, &y});
+    emit(backend.copy(tensor(x), tensor(y)), {&x}, {&y});
 }
 
 View Context::in_layout(const View& x, const Dims& strides) {
@@ -256,7 +313,7 @@ View Context::as_f32(const View& x) {
 
 View Context::number_like(double number, const View& like) {
     View one = allocate(like.q ? DType::f32 : like.dtype, {1}, {1});
-    emit(backend.fill(number, tensor(one)), {&one});
+    emit(backend.fill(number, tensor(one)), {}, {&one});
     one.dims = like.dims;
     one.strides.assign(like.dims.size(), 0);
     return one;

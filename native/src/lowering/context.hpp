@@ -11,9 +11,11 @@
 #include <vector>
 
 #include "arena.hpp"
+#include "foreknown.hpp"
 #include "fusion.hpp"
 #include "graph.hpp"
 #include "layout.hpp"
+#include "schedule.hpp"
 
 namespace quantflow::lowering {
 
@@ -53,6 +55,8 @@ public:
     const Graph graph;
     Fusion fusion;
     Buffers buffers;
+    std::vector<Use> uses;  // of each step
+    Foreknown foreknown;
     Lowered result;
     int node_index = -1;  // of the node that is lowered; -1: inputs or outputs
 
@@ -73,10 +77,11 @@ public:
     // A tensor's bytes as plain integers.
     Tensor plain_tensor(const View& v);
 
-    // `touched`: what the step reads and writes; null is no operand.
-    void emit(std::unique_ptr<Step> step, std::initializer_list<const View*> touched);
-    // The last step reads or writes it.
-    void touch(const View& v);
+    // What the step reads, and all that it writes; null is no operand.
+    void emit(std::unique_ptr<Step> step, std::initializer_list<const View*> reads,
+              std::initializer_list<const View*> writes);
+    // The last step reads it.
+    void also_reads(const View& v);
 
     // --- values
 
@@ -86,6 +91,10 @@ public:
     bool dies_here(const View& v) const;
     // A stored tensor.
     View constant(const std::string& name);
+    // start, start + step, … without a step: they depend on nothing but the plan. f32 or integers.
+    View counted(std::int64_t start, std::int64_t step, std::int64_t count, DType dtype);
+    // One flag, repeated.
+    View flags(bool flag, const Dims& dims);
 
     // --- arguments of the node, by position or name
 
@@ -101,6 +110,8 @@ public:
     std::int64_t integer(std::size_t position, const char* name, std::optional<std::int64_t> fallback = std::nullopt);
     double real(std::size_t position, const char* name, std::optional<double> fallback = std::nullopt);
     bool flag(std::size_t position, const char* name, bool fallback);
+    // The keyword `dtype`; null: none is named.
+    std::optional<DType> asked_dtype();
     Dims integers(std::size_t position, const char* name, std::optional<Dims> fallback = std::nullopt);
 
     // --- moving values
@@ -125,6 +136,8 @@ public:
 private:
     std::vector<Val> values_;
     std::unordered_map<std::string, int> constant_buffers_;
+
+    View literal(DType dtype, Dims dims, std::vector<std::byte> bytes);
 };
 
 }  // namespace quantflow::lowering

@@ -43,7 +43,7 @@ void attend(Context& c, View q, View k, View v, std::optional<View> mask, bool c
     View y = c.allocate_result(dims, strides, output);
     c.emit(c.backend.attention(c.tensor(q), c.tensor(k), c.tensor(v), c.tensor(mask).get(), causal,
                                static_cast<float>(scale), c.tensor(y)),
-           {&q, &k, &v, pointer_to(mask), &y});
+           {&q, &k, &v, pointer_to(mask)}, {&y});
     c.define(output, y);
 }
 

@@ -31,7 +31,7 @@ void clamp_codes(Context& c, const Node& n) {
     };
     View y = c.allocate(s.dtype, x.dims, dense_like(x), s.q);
     const Epilogue clamp{Activation::hardtanh, bound(n.low), bound(n.high)};
-    c.emit(c.backend.unary(Unary::activation, 0, 0, clamp, c.tensor(x), c.tensor(y)), {&x, &y});
+    c.emit(c.backend.unary(Unary::activation, 0, 0, clamp, c.tensor(x), c.tensor(y)), {&x}, {&y});
     c.define(n.output, y);
 }
 

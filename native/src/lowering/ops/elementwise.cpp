@@ -6,13 +6,30 @@
 namespace quantflow::lowering {
 namespace {
 
+// -x or |x| of integers.
+void signed_integer(Context& c, Unary op, const View& x, int output) {
+    const View zero = c.number_like(0, x);
+    const Dims strides = row_major(x.dims);
+    View negative = c.allocate(x.dtype, x.dims, strides), y = negative;
+    c.emit(c.backend.binary(Binary::sub, c.tensor(zero), c.tensor(x), {}, c.tensor(negative)), {&zero, &x},
+           {&negative});
+    if (op == Unary::abs) {
+        y = c.allocate(x.dtype, x.dims, strides);
+        c.emit(c.backend.binary(Binary::maximum, c.tensor(x), c.tensor(negative), {}, c.tensor(y)), {&x, &negative},
+               {&y});
+    }
+    c.define(output, y);
+}
+
 template <Unary op>
 void unary(Context& c, const Node& n) {
     const View x = c.spread_out(c.operand(0, "self"));
+    const bool is_integer = !x.q && (x.dtype == DType::s64 || x.dtype == DType::s32);
+    if (is_integer && (op == Unary::neg || op == Unary::abs)) return signed_integer(c, op, x, n.output);
     if (op == Unary::logical_not) {
         if (x.dtype != DType::b8) throw Unsupported("not of what is no bool");
         View y = c.allocate(DType::b8, x.dims, dense_like(x));
-        c.emit(c.backend.unary(op, 0, 0, {}, c.tensor(x), c.tensor(y)), {&x, &y});
+        c.emit(c.backend.unary(op, 0, 0, {}, c.tensor(x), c.tensor(y)), {&x}, {&y});
         return c.define(n.output, y);
     }
     if (!x.q && x.dtype != DType::f32) throw Unsupported("a float function of integers");
@@ -34,6 +51,44 @@ bool is_power_of_two(double x) {
 // Which operand comes first, and what they may be.
 enum class Operands { in_order, swapped, bools };
 
+// The result where it is known before anything runs, of positions and flags.
+std::optional<View> foreknown(Context& c, Binary op, const Val& first, const Val& second) {
+    const View *a = first.as<View>(), *b = second.as<View>();
+    if (op == Binary::logical_and || op == Binary::logical_or) {
+        if (a == nullptr || b == nullptr || a->dtype != DType::b8 || b->dtype != DType::b8) return std::nullopt;
+        const Dims dims = broadcast_dims(a->dims, b->dims);
+        for (const auto& [flags, other] : {std::pair{a, b}, std::pair{b, a}}) {
+            const std::optional<bool> flag = c.foreknown.flag(*flags);
+            if (flag) return *flag == (op == Binary::logical_and) ? expanded(*other, dims) : c.flags(*flag, dims);
+        }
+        return std::nullopt;
+    }
+    const auto counting = [&](const Val& v) -> std::optional<Counting> {
+        if (const auto* number = v.as<std::int64_t>()) return Counting{*number, {}};
+        const auto* view = v.as<View>();
+        return view == nullptr ? std::nullopt : c.foreknown.counting(*view);
+    };
+    const auto ca = counting(first), cb = counting(second);
+    if (!ca || !cb) return std::nullopt;
+    const Dims none, &a_dims = a != nullptr ? a->dims : none, &b_dims = b != nullptr ? b->dims : none;
+    if (const auto flag = Foreknown::compared(op, *ca, a_dims, *cb, b_dims))
+        return c.flags(*flag, broadcast_dims(a_dims, b_dims));
+    if (a == nullptr || b != nullptr) return std::nullopt;
+    // Positions moved by a number are positions.
+    const auto wide = static_cast<std::size_t>(
+        std::count_if(a->dims.begin(), a->dims.end(), [](std::int64_t size) { return size > 1; }));
+    if ((op != Binary::add && op != Binary::sub) || wide > 1) return std::nullopt;
+    if (cb->start == 0) return *a;
+    const auto at = std::find_if(a->dims.begin(), a->dims.end(), [](std::int64_t size) { return size > 1; });
+    const std::int64_t step = wide == 0 ? 1 : ca->steps[static_cast<std::size_t>(at - a->dims.begin())];
+    View moved = c.counted(ca->start + (op == Binary::add ? cb->start : -cb->start), step, wide == 0 ? 1 : *at,
+                           DType::s64);
+    moved.dims = a->dims;
+    moved.strides.assign(a->dims.size(), 0);
+    if (wide == 1) moved.strides[static_cast<std::size_t>(at - a->dims.begin())] = 1;
+    return moved;
+}
+
 template <Binary op, Operands kind = Operands::in_order>
 void arithmetic(Context& c, const Node& n) {
     if (c.has(99, "rounding_mode")) throw Unsupported("a division that rounds");
@@ -47,6 +102,7 @@ void arithmetic(Context& c, const Node& n) {
     for (const View* v : {a, b})
         if (kind == Operands::bools && v != nullptr && v->dtype != DType::b8)
             throw Unsupported("bitwise logic of integers");
+    if (const auto known = foreknown(c, op, first, second)) return c.define(n.output, *known);
     if (a != nullptr && b != nullptr) return binary(c, op, *a, *b, n.output, {});
     const View* x = a != nullptr ? a : b;
     if (x == nullptr) throw Unsupported("no operand is a tensor");
@@ -74,6 +130,13 @@ void arithmetic(Context& c, const Node& n) {
     binary(c, op, a != nullptr ? plain_x : constant, a != nullptr ? constant : plain_x, n.output, {});
 }
 
+// Two tensors; another overload reduces.
+template <Binary op>
+void lesser_or_greater(Context& c, const Node& n) {
+    if (overload_name(n.target) != "other") throw Unsupported("a reduction with positions");
+    arithmetic<op>(c, n);
+}
+
 // condition ? a : b, broadcast.
 void chosen(Context& c, const View& condition, View a, View b, int output) {
     if (condition.dtype != DType::b8) throw Unsupported("a condition that is no bool");
@@ -86,7 +149,7 @@ void chosen(Context& c, const View& condition, View a, View b, int output) {
     const Dims dims = broadcast_dims(broadcast_dims(a.dims, b.dims), condition.dims);
     const View cond = expanded(condition, dims), ea = expanded(a, dims), eb = expanded(b, dims);
     View y = c.allocate(a.dtype, dims, row_major(dims));
-    c.emit(c.backend.where(c.tensor(cond), c.tensor(ea), c.tensor(eb), c.tensor(y)), {&cond, &ea, &eb, &y});
+    c.emit(c.backend.where(c.tensor(cond), c.tensor(ea), c.tensor(eb), c.tensor(y)), {&cond, &ea, &eb}, {&y});
     c.define(output, y);
 }
 
@@ -115,6 +178,12 @@ void masked_fill(Context& c, const Node& n) {
 
 void convert(Context& c, const Node& n) {
     const View x = c.operand(0, "self");
+    if (base_name(n.target) == "type_as") {
+        const View like = c.operand(1, "other");
+        const DType dtype = like.q ? DType::f32 : like.dtype;
+        const View p = c.plain(x);
+        return c.define(n.output, p.dtype == dtype ? p : c.copied(p, dense_like(p), dtype, std::nullopt));
+    }
     const Word* word = nullptr;
     for (const Arg& a : n.args)
         if (a.as<Word>() != nullptr && a.as<Word>()->kind == "dtype") word = a.as<Word>();
@@ -151,13 +220,13 @@ void binary(Context& c, Binary op, View a, View b, int output, Epilogue epilogue
     } else {
         y = c.allocate(a.dtype, dims, strides);
     }
-    c.emit(c.backend.binary(op, c.tensor(ea), c.tensor(eb), epilogue, c.tensor(y)), {&ea, &eb, &y});
+    c.emit(c.backend.binary(op, c.tensor(ea), c.tensor(eb), epilogue, c.tensor(y)), {&ea, &eb}, {&y});
     c.define(output, y);
 }
 
 void apply(Context& c, Unary op, float a, float b, const Epilogue& epilogue, const View& x, int output) {
     View y = c.allocate_result(x.dims, dense_like(x), output);
-    c.emit(c.backend.unary(op, a, b, epilogue, c.tensor(x), c.tensor(y)), {&x, &y});
+    c.emit(c.backend.unary(op, a, b, epilogue, c.tensor(x), c.tensor(y)), {&x}, {&y});
     c.define(output, y);
 }
 
@@ -183,6 +252,8 @@ const OpRows& elementwise_ops() {
         {"div", arithmetic<Binary::div>, Role::divide},
         {"maximum", arithmetic<Binary::maximum>},
         {"minimum", arithmetic<Binary::minimum>},
+        {"max", lesser_or_greater<Binary::maximum>},
+        {"min", lesser_or_greater<Binary::minimum>},
         {"eq", arithmetic<Binary::eq>},
         {"ne", arithmetic<Binary::ne>},
         {"lt", arithmetic<Binary::lt>},

@@ -27,7 +27,7 @@ View reduced(Context& c, Reduction how, const View& x, const std::vector<int>& a
     for (int a : axes) dims[static_cast<std::size_t>(a)] = 1;
     View y =
         output < 0 ? c.allocate(DType::f32, dims, row_major(dims)) : c.allocate_result(dims, row_major(dims), output);
-    c.emit(c.backend.reduce(how, c.tensor(x), axes, c.tensor(y)), {&x, &y});
+    c.emit(c.backend.reduce(how, c.tensor(x), axes, c.tensor(y)), {&x}, {&y});
     if (!keep)
         for (auto it = axes.rbegin(); it != axes.rend(); ++it) erase_dim(y, *it);
     return y;
@@ -48,10 +48,10 @@ void vector_norm(Context& c, const Node& n) {
     if (c.real(1, "ord", 2.0) != 2.0) throw Unsupported("a norm other than 2");
     const auto axes = axes_of(c, x, 2, "dim");
     View squares = c.allocate(DType::f32, x.dims, dense_like(x));
-    c.emit(c.backend.binary(Binary::mul, c.tensor(x), c.tensor(x), {}, c.tensor(squares)), {&x, &squares});
+    c.emit(c.backend.binary(Binary::mul, c.tensor(x), c.tensor(x), {}, c.tensor(squares)), {&x}, {&squares});
     const View sum = reduced(c, Reduction::sum, squares, axes, c.flag(3, "keepdim", false), -1);
     View y = c.allocate_result(sum.dims, dense_like(sum), n.output);
-    c.emit(c.backend.unary(Unary::sqrt, 0, 0, {}, c.tensor(sum), c.tensor(y)), {&sum, &y});
+    c.emit(c.backend.unary(Unary::sqrt, 0, 0, {}, c.tensor(sum), c.tensor(y)), {&sum}, {&y});
     c.define(n.output, y);
 }
 
@@ -65,7 +65,7 @@ void softmax(Context& c, const Node& n) {
     if (x.rank() == 0) throw Unsupported("softmax of a scalar");
     const View source = c.spread_out(x);
     View y = c.allocate_result(source.dims, dense_like(source), n.output);
-    c.emit(c.backend.softmax(c.tensor(source), axis(c.integer(1, "dim"), x.rank()), c.tensor(y)), {&source, &y});
+    c.emit(c.backend.softmax(c.tensor(source), axis(c.integer(1, "dim"), x.rank()), c.tensor(y)), {&source}, {&y});
     c.define(n.output, y);
 }
 
@@ -91,7 +91,7 @@ void normalize(Context& c, const Node& n, const Dims& shape, std::size_t weight_
     View y = c.allocate_result(x.dims, row_major(x.dims), n.output);
     c.emit(c.backend.layer_norm(c.tensor(x), c.tensor(gamma).get(), c.tensor(beta).get(), static_cast<float>(eps),
                                 is_rms, c.tensor(y)),
-           {&x, pointer_to(gamma), pointer_to(beta), &y});
+           {&x, pointer_to(gamma), pointer_to(beta)}, {&y});
     y.strides = row_major(given);
     y.dims = given;
     c.define(n.output, y);
@@ -145,7 +145,7 @@ void batch_norm(Context& c, const Node& n) {
     const View source = c.spread_out(x);
     View y = c.allocate_result(source.dims, dense_like(source), output);
     c.emit(c.backend.channel_affine(c.tensor(source), 1, c.tensor(s), c.tensor(b), epilogue, c.tensor(y)),
-           {&source, &y});
+           {&source}, {&y});
     c.define(output, y);
 }
 
@@ -159,7 +159,7 @@ void embedding(Context& c, const Node& n) {
     Dims dims = index.dims;
     dims.push_back(table.dims[1]);
     View y = c.allocate_result(dims, row_major(dims), n.output);
-    c.emit(c.backend.gather(c.tensor(table), c.tensor(index), c.tensor(y)), {&table, &index, &y});
+    c.emit(c.backend.gather(c.tensor(table), c.tensor(index), c.tensor(y)), {&table, &index}, {&y});
     c.define(n.output, y);
 }
 

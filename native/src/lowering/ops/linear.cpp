@@ -22,7 +22,7 @@ void float_linear(Context& c, const Node& n) {
     dims.back() = w.dims[0];
     View y = c.allocate(DType::f32, dims, row_major(dims));
     c.emit(c.backend.float_linear(c.tensor(x), c.tensor(w), c.tensor(bias).get(), c.tensor(y)),
-           {&x, &w, &y, pointer_to(bias)});
+           {&x, &w, pointer_to(bias)}, {&y});
     c.define(n.output, y);
 }
 
@@ -65,7 +65,7 @@ void float_conv(Context& c, const Node& n) {
     x = c.in_channels_last(x);
     const View y = c.allocate(DType::f32, dims, channels_last(dims));
     c.emit(c.backend.float_conv(g, c.tensor(x), c.tensor(w), c.tensor(bias).get(), c.tensor(y)),
-           {&x, &w, &y, pointer_to(bias)});
+           {&x, &w, pointer_to(bias)}, {&y});
     c.define(n.output, y);
 }
 
@@ -140,10 +140,10 @@ void int8_linear(Context& c, const Node& n) {
     const Form form = c.graph.form_of(n.output);
     if (adds_reals && !c.backend.takes_terms() && !is_empty) {
         const View product = c.allocate(DType::f32, dims, strides);
-        c.emit(step_of(product, nullptr, {}), {&x, &product});
+        c.emit(step_of(product, nullptr, {}), {&x}, {&product});
         const View y = c.allocate(form.dtype, dims, strides, form.q, form.is_real);
         c.emit(c.backend.binary(Binary::add, c.tensor(product), c.tensor(*residual), n.epilogue, c.tensor(y)),
-             {&product, &*residual, &y});
+             {&product, &*residual}, {&y});
         return c.define(n.output, y);
     }
     View y;
@@ -166,13 +166,13 @@ void int8_linear(Context& c, const Node& n) {
         if (y.buffer < 0) y = c.allocate(form.dtype, dims, strides, form.q, form.is_real);
         c.define(n.output, y);
     }
-    if (is_empty) return c.emit(c.backend.fill(0, c.plain_tensor(y)), {&y});
+    if (is_empty) return c.emit(c.backend.fill(0, c.plain_tensor(y)), {}, {&y});
     Terms terms;
     const OptionalTensor rest_tensor = c.tensor(rest);
     terms.rest = rest_tensor.get();
     for (const HeldProduct& product : products) terms.products.push_back({product.node->weights, c.tensor(product.x)});
-    c.emit(step_of(y, c.tensor(residual).get(), n.epilogue, terms), {&x, &y, pointer_to(residual), pointer_to(rest)});
-    for (const HeldProduct& product : products) c.touch(product.x);
+    c.emit(step_of(y, c.tensor(residual).get(), n.epilogue, terms), {&x, pointer_to(residual)}, {&y, pointer_to(rest)});
+    for (const HeldProduct& product : products) c.also_reads(product.x);
 }
 
 void int8_matmul(Context& c, const Node& n) {
@@ -194,7 +194,7 @@ void multiply(Context& c, View a, View b, int output) {
     dims.insert(dims.end(), {a.dims[ra - 2], b.dims[rb - 1]});
     const View ea = expanded(a, da), eb = expanded(b, db);
     View y = c.allocate_result(dims, row_major(dims), output);
-    c.emit(c.backend.matmul(c.tensor(ea), c.tensor(eb), c.tensor(y)), {&ea, &eb, &y});
+    c.emit(c.backend.matmul(c.tensor(ea), c.tensor(eb), c.tensor(y)), {&ea, &eb}, {&y});
     if (drop_row) erase_dim(y, static_cast<int>(dims.size()) - 2);
     if (drop_column) erase_dim(y, y.rank() - 1);
     c.define(output, y);

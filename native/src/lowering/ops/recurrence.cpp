@@ -48,7 +48,7 @@ void recurrence(Context& c, const Node& n) {
     t.state = c.tensor(state);
     t.codes = c.tensor(codes);
     c.emit(c.backend.recurrence(r, t),
-           {&gates, &y, &products, &state, &codes, pointer_to(weight), pointer_to(h0), pointer_to(c0)});
+           {&gates, pointer_to(weight), pointer_to(h0), pointer_to(c0)}, {&y, &products, &state, &codes});
 }
 
 }  // namespace quantflow::lowering

@@ -8,7 +8,8 @@ const std::unordered_map<std::string, const OpRow*>& op_table() {
     static const auto table = [] {
         std::unordered_map<std::string, const OpRow*> rows;
         for (const OpRows* family : {&shape_ops(), &piece_ops(), &size_ops(), &window_ops(), &elementwise_ops(),
-                                     &activation_ops(), &linear_ops(), &attention_ops(), &float_math_ops()})
+                                     &activation_ops(), &linear_ops(), &attention_ops(), &float_math_ops(),
+                                     &indexing_ops()})
             for (const OpRow& row : *family) rows.emplace(row.name, &row);
         return rows;
     }();

@@ -39,6 +39,7 @@ const OpRows& activation_ops();
 const OpRows& linear_ops();
 const OpRows& attention_ops();
 const OpRows& float_math_ops();
+const OpRows& indexing_ops();
 
 const std::unordered_map<std::string, const OpRow*>& op_table();
 

@@ -90,23 +90,35 @@ void item(Context& c, const Node& n) {
 // `given`: its second argument says with what.
 enum class Filling { zeros, ones, given };
 
+void fill(Context& c, const Node& n, double value, const Dims& dims, DType dtype) {
+    View y = c.allocate(dtype, dims, row_major(dims));
+    c.emit(c.backend.fill(value, c.tensor(y)), {}, {&y});
+    if (dtype == DType::b8) c.foreknown.is_all(y.buffer, value != 0);
+    c.define(n.output, y);
+}
+
 template <Filling filling>
 void filled(Context& c, const Node& n) {
     const Dims dims = c.integers(0, "size");
     double value = filling == Filling::ones ? 1.0 : 0.0;
-    if (filling == Filling::given) value = c.real(1, "fill_value");
     DType dtype = DType::f32;
-    if (const auto it = n.kwargs.find("dtype"); it != n.kwargs.end() && !it->second.is_none()) {
-        const Word* word = it->second.as<Word>();
-        const auto found = word == nullptr ? std::nullopt : dtype_named(word->name);
-        if (!found) throw Unsupported("a tensor of this dtype");
-        dtype = *found;
-    } else if (filling == Filling::given) {
-        throw Unsupported("full without a dtype");
+    if (filling == Filling::given) {
+        value = c.real(1, "fill_value");
+        const Val given = c.evaluated(*c.argument(1, "fill_value"));
+        if (given.as<bool>() != nullptr) dtype = DType::b8;
+        if (given.as<std::int64_t>() != nullptr) dtype = DType::s64;
     }
-    View y = c.allocate(dtype, dims, row_major(dims));
-    c.emit(c.backend.fill(value, c.tensor(y)), {&y});
-    c.define(n.output, y);
+    fill(c, n, value, dims, c.asked_dtype().value_or(dtype));
+}
+
+// A tensor of another one's size and, unless it names one, dtype. `sized`: the size is an argument.
+template <Filling filling, bool sized>
+void filled_like(Context& c, const Node& n) {
+    const View x = c.operand(0, "self");
+    double value = filling == Filling::ones ? 1.0 : 0.0;
+    if (filling == Filling::given) value = c.real(sized ? 2 : 1, "fill_value");
+    const DType dtype = c.asked_dtype().value_or(x.q ? DType::f32 : x.dtype);
+    fill(c, n, value, sized ? c.integers(1, "size") : x.dims, dtype);
 }
 
 }  // namespace
@@ -123,6 +135,12 @@ const OpRows& size_ops() {
         {"zeros", filled<Filling::zeros>},
         {"ones", filled<Filling::ones>},
         {"full", filled<Filling::given>},
+        {"zeros_like", filled_like<Filling::zeros, false>},
+        {"ones_like", filled_like<Filling::ones, false>},
+        {"full_like", filled_like<Filling::given, false>},
+        {"new_zeros", filled_like<Filling::zeros, true>},
+        {"new_ones", filled_like<Filling::ones, true>},
+        {"new_full", filled_like<Filling::given, true>},
     };
     return rows;
 }

@@ -35,7 +35,7 @@ void pad(Context& c, const Node& n, const Arg* mode, std::size_t value_at) {
     if (value == (x.q ? x.q->zero_point : 0) && c.fusion.leave_border(n.output, x.dims, before, dims))
         return c.define(n.output, x);
     View y = c.allocate_like(x, dims, x.count() == 0 ? row_major(dims) : dense_like(x, dims));
-    c.emit(c.backend.fill(value, c.plain_tensor(y)), {&y});
+    c.emit(c.backend.fill(value, c.plain_tensor(y)), {}, {&y});
     View inside = y;
     for (std::size_t i = 0; i < dims.size(); ++i)
         inside = sliced(inside, static_cast<int>(i), before[i], before[i] + x.dims[i], 1);
@@ -63,7 +63,7 @@ void pooled(Context& c, const Node& n, const PoolGeometry& g, const View& given,
         y = c.allocate_result(dims, strides, n.output);
         if (g.is_max && !x.q && y.q) y = c.allocate(DType::f32, dims, y.strides);
     }
-    c.emit(c.backend.pool(g, c.tensor(x), c.tensor(y)), {&x, &y});
+    c.emit(c.backend.pool(g, c.tensor(x), c.tensor(y)), {&x}, {&y});
     if (added) erase_dim(y, 0);
     c.define(n.output, y);
 }
@@ -168,7 +168,7 @@ void upsample(Context& c, const Node& n) {
     View y = !bilinear ? c.allocate(source.dtype, dims, strides, source.q, source.is_real)
                        : c.allocate_result(dims, strides, n.output);
     c.emit(c.backend.upsample(how, align, steps, c.tensor(source), c.tensor(y)),
-         {&source, &y});
+         {&source}, {&y});
     c.define(n.output, y);
 }
 
