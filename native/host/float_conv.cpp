@@ -91,6 +91,7 @@ public:
     }
 
     std::string kernel() const override { return kernel_name("sgemm") + " convolution"; }
+    void share(Lasting& lasting) const override { lasting.insert(packed_.begin(), packed_.end()); }
 
 private:
     void lay_out(const float* x, Int first, Int count, float* to) const {

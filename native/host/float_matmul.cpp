@@ -40,6 +40,10 @@ public:
         });
     }
 
+    void share(Lasting& lasting) const override {
+        if (packed_ != nullptr) lasting.insert(packed_);
+    }
+
     std::string kernel() const override {
         const FloatKernels& f = kernels();
         return kernel_name("sgemm") + " " + std::to_string(f.tile_rows) + "x" + std::to_string(f.tile_columns);

@@ -101,6 +101,7 @@ public:
     }
 
     std::string kernel() const override { return std::string("host.depthwise.") + kernels_.name; }
+    void share(Lasting& lasting) const override { lasting.insert(weights_); }
 
 private:
     void bind() {

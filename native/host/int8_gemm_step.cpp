@@ -84,6 +84,10 @@ public:
     }
 
     std::string kernel() const override { return tile_name(kernels_, "igemm"); }
+    void share(Lasting& lasting) const override {
+        lasting.insert(weights_);
+        for (const auto& step : before_) step->share(lasting);
+    }
 
 private:
     // Windows read from lines of x save the copying of rows, which repeats every pixel once per tap. What they cost is

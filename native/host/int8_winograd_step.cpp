@@ -75,6 +75,7 @@ public:
     }
 
     std::string kernel() const override { return tile_name(kernels_, "winograd"); }
+    void share(Lasting& lasting) const override { lasting.insert(weights_); }
 
 private:
     ThreadPool& pool_;

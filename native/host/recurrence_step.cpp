@@ -91,6 +91,7 @@ public:
     }
 
     std::string kernel() const { return product_->kernel(); }
+    void share(Lasting& lasting) const { product_->share(lasting); }
 
 private:
     std::size_t bytes() const { return static_cast<std::size_t>(count_ * hidden_) * sizeof(float); }
@@ -167,6 +168,7 @@ public:
     }
 
     std::string kernel() const override { return "host.recurrence of " + parts_[0]->kernel(); }
+    void share(Lasting& lasting) const override { parts_[0]->share(lasting); }
 
 private:
     static void keep(Tensor& own, const Tensor*& given) {

@@ -13,6 +13,7 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -21,6 +22,9 @@
 
 namespace quantflow {
 
+// What steps made of constants alone, packed weights above all.
+using Lasting = std::set<std::shared_ptr<const void>>;
+
 class Step {
 public:
     virtual ~Step() = default;
@@ -28,6 +32,8 @@ public:
     virtual void run() = 0;
     // The kernel that runs, for profiles and the plan: "host.igemm.avx512_vnni 6x64".
     virtual std::string kernel() const = 0;
+    // Adds what a step of the same weights for other shapes would make again, if nobody held it.
+    virtual void share(Lasting&) const {}
 };
 
 // int8 weight codes in [-127, 127], symmetric. `codes`: (out, in / groups, *kernel), row-major; they stay valid as

@@ -130,6 +130,8 @@ std::unique_ptr<Plan::Instance> Plan::build() {
                 l.cells[static_cast<std::size_t>(l.output_cells[i])] =
                     instance->allocate(static_cast<std::int64_t>(bytes_of(l.outputs[i].dtype, l.outputs[i].dims)));
     }
+    for (const auto* steps : {&l.once, &l.steps})
+        for (const NamedStep& s : *steps) s.step->share(engine_->lasting);
     run_once(*instance);
     return instance;
 }

@@ -51,6 +51,7 @@ struct Engine {
     Constants constants;
     Arenas arenas;
     std::mutex building;  // lowering packs weights and fills `constants`
+    Lasting lasting;      // of all its plans, those that are gone too: packing takes longer than all else in a plan
 };
 
 struct StepTime {

@@ -119,6 +119,13 @@ public:
         return step("upsample", number(static_cast<int>(how)) + number(align_corners) + list(scales),
                     {{"x", x}, {"y", y}});
     }
+    std::unique_ptr<Step> index(const Tensor& x, const std::vector<std::optional<Tensor>>& indices,
+                                const Tensor& y) override {
+        return step("index", number(indices.size()), {{"x", x}, {"y", y}});
+    }
+    std::unique_ptr<Step> running_sum(const Tensor& x, int axis, const Tensor& y) override {
+        return step("running_sum", number(axis), {{"x", x}, {"y", y}});
+    }
 
 private:
     using Operands = std::vector<std::pair<std::string, Tensor>>;

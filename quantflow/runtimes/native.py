@@ -301,7 +301,7 @@ class NativeRunner(AbstractRunner):
         if threads not in self._engines:
             backend = lib.backend(self.backend, threads)
             self._engines[threads] = lib.make(
-                "qf_engine_create", "qf_engine_free", self._parsed.pointer, backend.pointer
+                "qf_engine_create", "qf_engine_free", self._parsed.pointer, backend.pointer, keeps=self._tensors
             )
         return self._engines[threads]
 
@@ -392,7 +392,7 @@ class NativeRunner(AbstractRunner):
             "qf_step_create" if section.is_step else "qf_plan_create", "qf_plan_free",
             self._engine(threads).pointer, ctypes.c_int32(section.first),
             ctypes.c_int32(section.last), _names(section.inputs), forms, ctypes.c_size_t(len(given)),
-            _names(section.outputs), ctypes.c_size_t(len(section.outputs)),
+            _names(section.outputs), ctypes.c_size_t(len(section.outputs)), keeps=self._tensors,
         )  # fmt: skip
         found = (lib.Form * len(section.outputs))()
         lib.library().qf_plan_outputs(handle.pointer, found)

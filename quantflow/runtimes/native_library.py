@@ -92,9 +92,11 @@ class Tensor(ctypes.Structure):
 class Handle:
     """One object of the library, freed with this one."""
 
-    def __init__(self, pointer: ctypes.c_void_p, free: Any) -> None:
+    def __init__(self, pointer: ctypes.c_void_p, free: Any, keeps: Any = None) -> None:
+        """`keeps`: memory that the object points to; it lives at least as long."""
         self.pointer = pointer
         self._free = free
+        self._keeps = keeps
 
     def __del__(self) -> None:
         self._free(self.pointer)
@@ -175,11 +177,11 @@ def call(name: str, *args: Any) -> None:
         raise Unsupported(text) if status == UNSUPPORTED else ArtifactError(text)
 
 
-def make(name: str, free: str, *args: Any) -> Handle:
-    """Call a function whose last argument receives a handle."""
+def make(name: str, free: str, *args: Any, keeps: Any = None) -> Handle:
+    """Call a function whose last argument receives a handle (`keeps`: see Handle)."""
     pointer = ctypes.c_void_p()
     call(name, *args, ctypes.byref(pointer))
-    return Handle(pointer, getattr(library(), free))
+    return Handle(pointer, getattr(library(), free), keeps)
 
 
 def host_isa() -> str:

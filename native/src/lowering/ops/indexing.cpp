@@ -65,8 +65,10 @@ View looked_up(Context& c, const View& x, const std::vector<Lookup>& lookups, co
         }
         view.offset += l.counting->start * x.strides[l.dim] * size_of(x.dtype);
         for (std::size_t d = 0; d < places.size(); ++d)
-            steps[d] += places[d] == 1 ? 0 : l.counting->steps[d] * x.strides[l.dim];
+            steps[d] += l.counting->steps[d] * x.strides[l.dim];
     }
+    for (std::size_t d = 0; d < places.size(); ++d)
+        if (places[d] == 1) steps[d] = 1;
     is_view = is_view && std::all_of(steps.begin(), steps.end(), [](std::int64_t s) { return s >= 0; });
     if (is_view) {
         view.dims = dims;
@@ -78,16 +80,20 @@ View looked_up(Context& c, const View& x, const std::vector<Lookup>& lookups, co
     Dims found = places;
     found.insert(found.end(), dims.begin(), dims.end());
     if (checked_count(found) > kMostLookups) throw Unsupported("indexing of so many elements");
-    View y = c.allocate_like(x, found, row_major(found));
-    std::vector<std::optional<Tensor>> indices(x.dims.size());
-    for (const Lookup& l : lookups) indices[l.dim] = c.tensor(l.index);
-    c.emit(c.backend.index(c.tensor(x), indices, c.tensor(y)), {&x}, {&y});
-    for (const Lookup& l : lookups) c.also_reads(l.index);
     Dims order;
     for (std::ptrdiff_t d = 0; d < lead; ++d) order.push_back(static_cast<std::int64_t>(places.size()) + d);
     for (std::size_t d = 0; d < places.size(); ++d) order.push_back(static_cast<std::int64_t>(d));
     for (std::size_t d = places.size() + static_cast<std::size_t>(lead); d < found.size(); ++d)
         order.push_back(static_cast<std::int64_t>(d));
+    Dims result, found_strides(found.size());
+    for (auto d : order) result.push_back(found[static_cast<std::size_t>(d)]);
+    const Dims result_strides = row_major(result);
+    for (std::size_t d = 0; d < order.size(); ++d) found_strides[static_cast<std::size_t>(order[d])] = result_strides[d];
+    const View y = c.allocate_like(x, found, found_strides);
+    std::vector<std::optional<Tensor>> indices(x.dims.size());
+    for (const Lookup& l : lookups) indices[l.dim] = c.tensor(l.index);
+    c.emit(c.backend.index(c.tensor(x), indices, c.tensor(y)), {&x}, {&y});
+    for (const Lookup& l : lookups) c.also_reads(l.index);
     return permuted(y, order);
 }
 
