@@ -37,12 +37,13 @@ StepPtr make_index(ThreadPool& pool, const Tensor& x, const std::vector<std::opt
         }
     }
     const auto lead = static_cast<std::ptrdiff_t>(y.dims.size() - rest.size());
-    const Dims places(y.dims.begin(), y.dims.begin() + lead), place_strides(y.strides.begin(), y.strides.begin() + lead),
-        rest_strides(y.strides.begin() + lead, y.strides.end());
+    const Dims places(y.dims.begin(), y.dims.begin() + lead), rest_strides(y.strides.begin() + lead, y.strides.end());
+    const Dims place_strides(y.strides.begin(), y.strides.begin() + lead);
     std::int64_t count = 1, width = 1;
     for (auto n : places) count *= n;
     for (auto n : rest) width *= n;
-    const bool is_dense = same_layout(rest, x_strides, row_major(rest)) && same_layout(rest, rest_strides, row_major(rest));
+    const bool is_dense =
+        same_layout(rest, x_strides, row_major(rest)) && same_layout(rest, rest_strides, row_major(rest));
     return make_step("host.index", [=, &pool] {
         if (count == 0 || width == 0) return;
         const auto position = [&](const Lookup& l, std::int64_t k) {
@@ -74,7 +75,8 @@ StepPtr make_index(ThreadPool& pool, const Tensor& x, const std::vector<std::opt
 }
 
 StepPtr make_running_sum(ThreadPool& pool, const Tensor& x, int axis, const Tensor& y) {
-    if (x.dtype != DType::s64 || y.dtype != DType::s64 || x.q || y.q) throw Unsupported("a running sum of what is no s64");
+    if (x.dtype != DType::s64 || y.dtype != DType::s64 || x.q || y.q)
+        throw Unsupported("a running sum of what is no s64");
     const auto at = static_cast<std::size_t>(axis);
     Dims lanes = x.dims;
     const std::int64_t length = lanes[at], x_step = x.strides[at], y_step = y.strides[at];

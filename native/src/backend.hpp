@@ -201,8 +201,9 @@ public:
     // `scales`: source step per output step, one per spatial dimension, as PyTorch computes it.
     virtual std::unique_ptr<Step> upsample(Interpolation, bool align_corners, const std::vector<double>& scales,
                                            const Tensor& x, const Tensor& y) = 0;
-    // y[o..., r...] is x at the coordinates indices[d][o...] where dimension d has an index (s64 of equal dimensions, any
-    // strides; negative ones count from the end) and r..., in order, where it has none. x and y of one kind, any strides.
+    // y[o..., r...] is x at the coordinates indices[d][o...] where dimension d has an index (s64 of equal dimensions,
+    // any strides; negative ones count from the end) and r..., in order, where it has none. x and y of one kind, any
+    // strides.
     // An index outside its dimension throws Error at run.
     virtual std::unique_ptr<Step> index(const Tensor&, const std::vector<std::optional<Tensor>>&, const Tensor&) {
         throw Unsupported("indexing on this device");

@@ -43,7 +43,8 @@ Arenas::Arena Arenas::take(std::int64_t bytes) {
         // The smallest that is large enough; else the largest makes room for a larger one.
         auto best = free_.begin();
         for (auto it = free_.begin(); it != free_.end(); ++it)
-            if (best->bytes < bytes ? it->bytes > best->bytes : it->bytes >= bytes && it->bytes < best->bytes) best = it;
+            if (best->bytes < bytes ? it->bytes > best->bytes : it->bytes >= bytes && it->bytes < best->bytes)
+                best = it;
         old = *best;
         free_.erase(best);
         if (old.bytes >= bytes) return old;

@@ -44,7 +44,10 @@ private:
 
 struct Engine {
     Engine(std::shared_ptr<const LoadedProgram> loaded, std::shared_ptr<Backend> device)
-        : program(std::move(loaded)), backend(std::move(device)), constants(*backend, program->program), arenas(*backend) {}
+        : program(std::move(loaded)),
+          backend(std::move(device)),
+          constants(*backend, program->program),
+          arenas(*backend) {}
 
     std::shared_ptr<const LoadedProgram> program;
     std::shared_ptr<Backend> backend;

@@ -14,10 +14,11 @@ void steps_in_their_order() {
     const auto at = Storage::arena;
     // 0: input, 1: constant; step 0 makes 2 of the constant, step 1 makes 3 of the input, step 2 makes 4 of 2, step 3
     // reads 3 and 4.
-    std::vector<Buffer> buffers = {{Storage::input, 64}, {Storage::constant, 0}, {at, 64}, {at, 64}, {at, 64}, {at, 64}};
+    std::vector<Buffer> buffers = {{Storage::input, 64}, {Storage::constant, 0}, {at, 64},
+                                   {at, 64},             {at, 64},               {at, 64}};
     const std::vector<Use> steps = {{{1}, {2}}, {{0}, {3}}, {{2}, {4}}, {{3, 4}, {5}}};
     const Schedule s = schedule(buffers, steps);
-    expect(s.order == std::vector<int>({0, 2, 1, 3}) && s.once == 2, "what reads constants alone comes first, in order");
+    expect(s.order == std::vector<int>({0, 2, 1, 3}) && s.once == 2, "what reads constants alone comes first");
     expect(s.buffers[4].storage == Storage::kept && s.buffers[2].storage == at, "what later steps read is kept");
     expect(s.buffers[2].first == 0 && s.buffers[2].last == 1 && s.buffers[3].first == 2 && s.buffers[3].last == 3,
            "lifetimes follow the new order");
@@ -63,7 +64,8 @@ void causal_masks_are_made_once() {
     Build b;
     const int mask = b.input();
     const int positions = b.aten("arange.default", {Ref{size_of_dim(b, mask, 1)}});
-    const int before = b.aten("le.Tensor", {Ref{positions}, Ref{b.aten("unsqueeze.default", {Ref{positions}, Int{1}})}});
+    const int down = b.aten("unsqueeze.default", {Ref{positions}, Int{1}});
+    const int before = b.aten("le.Tensor", {Ref{positions}, Ref{down}});
     const int out = b.aten("bitwise_and.Tensor", {Ref{before}, Ref{mask}});
     const Result r = lowered(b, {form({4, 4}, DType::b8)}, {out});
     expect_steps(r, "binary", "one step per run");
@@ -84,7 +86,8 @@ void positions_are_looked_up() {
     Build given;
     const int table = given.input(), which = given.input();
     const int found = given.aten("index.Tensor", {Ref{table}, Args{None{}, Ref{which}}});
-    const Result r = lowered(given, {form({3, 8, 2}), form({5}, DType::s64)}, {given.aten("exp.default", {Ref{found}})});
+    const int powers = given.aten("exp.default", {Ref{found}});
+    const Result r = lowered(given, {form({3, 8, 2}), form({5}, DType::s64)}, {powers});
     expect_steps(r, "index unary", "indices that are data are looked up");
     expect(r.operand(1, "x").dims == Dims({3, 5, 2}), "in the place of their dimension");
     Build flags;

@@ -91,7 +91,7 @@ public:
     bool dies_here(const View& v) const;
     // A stored tensor.
     View constant(const std::string& name);
-    // start, start + step, … without a step: they depend on nothing but the plan. f32 or integers.
+    // start, start + step, and so on: f32 or integers that are known now, so that no step computes them.
     View counted(std::int64_t start, std::int64_t step, std::int64_t count, DType dtype);
     // One flag, repeated.
     View flags(bool flag, const Dims& dims);

@@ -88,7 +88,8 @@ View looked_up(Context& c, const View& x, const std::vector<Lookup>& lookups, co
     Dims result, found_strides(found.size());
     for (auto d : order) result.push_back(found[static_cast<std::size_t>(d)]);
     const Dims result_strides = row_major(result);
-    for (std::size_t d = 0; d < order.size(); ++d) found_strides[static_cast<std::size_t>(order[d])] = result_strides[d];
+    for (std::size_t d = 0; d < order.size(); ++d)
+        found_strides[static_cast<std::size_t>(order[d])] = result_strides[d];
     const View y = c.allocate_like(x, found, found_strides);
     std::vector<std::optional<Tensor>> indices(x.dims.size());
     for (const Lookup& l : lookups) indices[l.dim] = c.tensor(l.index);
@@ -125,7 +126,7 @@ void index(Context& c, const Node& n) {
     c.define(n.output, looked_up(c, x, lookups, places));
 }
 
-// y[i][j]… = x[index[i][j]…][j]…, for dim 0; no broadcasting.
+// y[i][j] = x[index[i][j]][j] along dimension 0, and so on; nothing is broadcast.
 void gather(Context& c, const Node& n) {
     const View x = c.operand(0, "self"), index = integers_of(c, c.operand(2, "index"));
     if (x.rank() == 0 || index.rank() != x.rank() || c.flag(3, "sparse_grad", false))
