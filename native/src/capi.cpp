@@ -61,8 +61,7 @@ DType dtype_of(std::int32_t code) {
 std::vector<std::int64_t> dims_of(const std::int64_t* dims, std::int32_t rank) {
     if (rank < 0 || rank > 16) throw Error("rank " + std::to_string(rank) + " is not in [0, 16]");
     std::vector<std::int64_t> out(dims, dims + rank);
-    for (auto d : out)
-        if (d < 0) throw Error("a dimension is negative");
+    checked_count(out);
     return out;
 }
 
@@ -95,6 +94,7 @@ std::unique_ptr<Plan> planned(const qf_engine* engine, Section section, const ch
         if (!form.is_number) {
             form.dtype = dtype_of(f.dtype);
             form.dims = dims_of(f.dims, f.rank);
+            if (form.is_channels_last && f.rank < 3) throw Error("channels-last needs three dimensions");
         }
         forms.push_back(std::move(form));
     }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "budget.hpp"
 #include "lowering/context.hpp"
 #include "lowering/ops/nodes.hpp"
 #include "lowering/ops/registry.hpp"
@@ -25,6 +26,7 @@ void take_inputs(Context& c, const std::vector<InputForm>& forms) {
             continue;
         }
         View view;
+        checked_count(form.dims);
         view.dtype = form.dtype;
         view.dims = form.dims;
         view.strides = form.is_channels_last ? channels_last(form.dims) : row_major(form.dims);
@@ -169,6 +171,10 @@ Lowered lower(const Program& program, const Section& section, const std::vector<
         (static_cast<int>(i) < plan.once ? c.result.once : c.result.steps)
             .push_back(std::move(steps[static_cast<std::size_t>(plan.order[i])]));
     ArenaPlan arena = plan_arena(plan.buffers), kept = plan_arena(plan.buffers, Storage::kept);
+    std::int64_t bytes = arena.bytes + kept.bytes;
+    for (const Buffer& b : c.buffers.all())
+        if (b.storage == Storage::output) bytes += b.bytes;
+    require_memory(bytes, "a plan");
     c.result.arena_offsets = std::move(arena.offsets);
     c.result.arena_bytes = arena.bytes;
     c.result.kept_offsets = std::move(kept.offsets);

@@ -11,15 +11,15 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 
+#include "op_table.hpp"
+
 namespace quantflow {
 namespace {
 
 using json = nlohmann::json;
 
 constexpr std::int64_t kFormat = 1;
-constexpr int kMaxRank = 16;
 constexpr int kMaxNesting = 16;
-constexpr std::int64_t kMaxElements = std::int64_t{1} << 40;
 // Bounds that keep geometry arithmetic inside int64 and allocations sane.
 constexpr std::int64_t kMaxGeometry = 1 << 20;
 constexpr std::int64_t kMaxReduction = ((std::int64_t{1} << 31) - 1) / (255 * 127);
@@ -116,6 +116,8 @@ public:
             program_.inputs.push_back(define(text(field(input, "name", where), where + ": name"), -1, where));
         }
         const json& nodes = list(field(root_, "nodes", ""), "nodes");
+        if (nodes.size() > kMaxNodes || program_.inputs.size() > kMaxItems)
+            fail("", "has " + std::to_string(nodes.size()) + " nodes; " + std::to_string(kMaxNodes) + " are possible");
         program_.nodes.reserve(nodes.size());
         for (const auto& node : nodes) read_node(node);
         collect_outputs(field(root_, "output", ""), 0);
@@ -183,13 +185,18 @@ private:
             if (!it->is_object()) fail(where, "kwargs must be an object");
             for (const auto& [key, value] : it->items()) node.kwargs.emplace(key, read_arg(value, index, 0, where));
         }
-        if (auto it = data.find("epilogue"); it != data.end()) node.epilogue = read_epilogue(*it, where);
+        check_call(node, where);
+        if (auto it = data.find("epilogue"); it != data.end()) {
+            if (node.op != Op::conv && node.op != Op::linear && node.op != Op::add && node.op != Op::mul)
+                fail(where, op + " has no fused activation");
+            node.epilogue = read_epilogue(*it, where);
+        }
         const json attrs = data.value("attrs", json::object());
         if (node.op == Op::conv || node.op == Op::linear) read_linear(node, attrs, where);
         if (node.op == Op::recurrence) read_recurrence(node, attrs, where);
         if (node.op == Op::clamp) {
             node.low = integer(field(attrs, "low", where), -128, 255, where + ": low");
-            node.high = integer(field(attrs, "high", where), -128, 255, where + ": high");
+            node.high = integer(field(attrs, "high", where), node.low, 255, where + ": high");
         }
         node.output = define(text(field(data, "output", where), where + ": output"), index, where);
         check_operands(node, where);
@@ -206,6 +213,7 @@ private:
         if (value.is_number()) return value.get<double>();
         if (value.is_string()) return Word{"str", value.get<std::string>()};
         if (value.is_array()) {
+            if (value.size() > kMaxItems) fail(where, "a list has " + std::to_string(value.size()) + " entries");
             Args items;
             for (const auto& item : value) items.push_back(read_arg(item, node, depth + 1, where));
             return items;
@@ -236,6 +244,27 @@ private:
         if (kind == "dtype" || kind == "memory_format" || kind == "layout" || kind == "device")
             return Word{kind, text(content, where + ": " + kind)};
         fail(where, "'" + kind + "' is not a kind of argument");
+    }
+
+    // What carries the name of an ATen op has the arguments that the table allows it. An op that the table does not have,
+    // or has otherwise, is only ever left to the caller.
+    void check_call(Node& node, const std::string& where) const {
+        const bool moves_codes = node.op == Op::max_pool || node.op == Op::avg_pool || node.op == Op::shape ||
+                                 node.op == Op::cat;
+        if (!moves_codes && node.op != Op::aten && node.op != Op::size) return;
+        const TableRow* row = table_row(node.target);
+        if (row == nullptr) {
+            // Python's own functions on sizes, and items of lists, are checked where they are computed.
+            node.is_in_table = node.op == Op::size || (node.op == Op::shape && node.target == "getitem");
+            if (moves_codes && !node.is_in_table) fail(where, "op '" + node.target + "' is not known");
+            return;
+        }
+        try {
+            check_arguments(*row, node, where);
+            node.is_in_table = true;
+        } catch (const Error& error) {
+            if (moves_codes) fail("", error.what());
+        }
     }
 
     Epilogue read_epilogue(const json& data, const std::string& where) {
@@ -514,14 +543,17 @@ TensorTable parse_safetensors(const std::byte* data, std::size_t size) {
                 continue;
             }
             stored.dtype = type->second;
-            std::int64_t count = 1;
             for (const auto& dim : entry.at("shape")) {
                 if (!dim.is_number_integer() || dim.get<std::int64_t>() < 0 ||
-                    dim.get<std::int64_t>() > kMaxElements || stored.dims.size() >= kMaxRank)
+                    stored.dims.size() >= kMaxRank)
                     throw Error(at + ": its shape is not made of sizes");
                 stored.dims.push_back(dim.get<std::int64_t>());
-                count *= stored.dims.back();
-                if (count > kMaxElements) throw Error(at + ": is larger than any tensor");
+            }
+            std::int64_t count = 0;
+            try {
+                count = checked_count(stored.dims);
+            } catch (const Error& error) {
+                throw Error(at + ": is " + error.what());
             }
             const auto& offsets = entry.at("data_offsets");
             if (!offsets.is_array() || offsets.size() != 2 || !offsets[0].is_number_unsigned() ||

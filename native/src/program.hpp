@@ -73,6 +73,8 @@ struct Node {
     std::string float_weight;
     // clamp
     std::int64_t low = 0, high = 0;
+    // Whether the table has its target with these arguments; what it has not is left to the caller.
+    bool is_in_table = false;
     std::string label() const { return name + (target.empty() ? "" : " (" + target + ")"); }
 };
 

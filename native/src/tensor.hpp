@@ -11,6 +11,10 @@
 
 namespace quantflow {
 
+// Elements of one tensor, and its dimensions.
+constexpr std::int64_t kMaxElements = std::int64_t{1} << 33;
+constexpr std::size_t kMaxRank = 16;
+
 enum class DType : std::uint8_t { f32, u8, s8, s32, s64, b8 };
 
 constexpr std::int64_t size_of(DType dtype) {
@@ -28,6 +32,23 @@ const char* name_of(DType dtype);
 struct Error : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
+
+// Elements of a tensor of these dimensions; a file or a program may ask for any, so those that are negative or too many,
+// and products that overflow, are refused. A size of 0 hides no others: strides are products of them.
+inline std::int64_t checked_count(const std::vector<std::int64_t>& dims) {
+    if (dims.size() > kMaxRank)
+        throw Error("a tensor of " + std::to_string(dims.size()) + " dimensions; " + std::to_string(kMaxRank) +
+                    " are possible");
+    std::int64_t without_zeros = 1;
+    bool is_empty = false;
+    for (const std::int64_t d : dims) {
+        if (d < 0) throw Error("a dimension of " + std::to_string(d));
+        is_empty = is_empty || d == 0;
+        if (d > 0 && (__builtin_mul_overflow(without_zeros, d, &without_zeros) || without_zeros > kMaxElements))
+            throw Error("a tensor of more than " + std::to_string(kMaxElements) + " elements");
+    }
+    return is_empty ? 0 : without_zeros;
+}
 
 // This backend has no kernel for what was asked; the caller looks for another way or says so.
 struct Unsupported : Error {

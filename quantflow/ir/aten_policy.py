@@ -1,7 +1,7 @@
 """Which operators a program may call: functional ones, on tensors, that reach nothing outside the process.
 
 A program made in this process may call whatever the model called. One read from a file, which nobody vouches for, is
-held to ATen, a few operators of a known library, and what the caller allows by name.
+held to the ops of the table (`op_table`), a few operators of a known library, and what the caller allows by name.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from quantflow.errors import ArtifactError
+from quantflow.ir.op_table import row_of
 
-#: Functional ATen ops that still reach outside the process.
+#: Functional ATen ops that still reach outside the process; whatever a caller allows.
 _FORBIDDEN_ATEN = ("from_file", "_print", "_debug", "record_stream", "_nested", "cuda", "_cudnn", "_copy_from")
 #: Operators of other libraries that compute with tensors and do nothing else. Naming one imports its library.
 KNOWN_OPERATORS = frozenset(
@@ -63,14 +64,22 @@ def require_allowed(target: str, operators: Sequence[str]) -> None:
     """Refuse what a program from a file may not name.
 
     Args:
-        operators: patterns of full names ("my::*") that the caller allows besides ATen and the known operators.
+        operators: patterns of full names ("my::*") that the caller allows besides the table's and the known ones.
 
     Raises:
         ArtifactError: says how to allow it.
     """
     name = target.partition(".")[0]
-    if "::" not in name or name in KNOWN_OPERATORS or any(fnmatchcase(name, pattern) for pattern in operators):
+    if row_of(target) is not None or name in KNOWN_OPERATORS:
         return
+    full_name = name if "::" in name else f"aten::{name}"
+    if any(fnmatchcase(full_name, pattern) for pattern in operators):
+        return
+    if "::" not in name:
+        raise ArtifactError(
+            f"program.json: aten.{target} is not among the ops that a program from a file may call. If you trust this "
+            f'file and know what the op does, allow it: quantflow.load(directory, operators=["{full_name}"])'
+        )
     raise ArtifactError(
         f"program.json: calls the operator {name}, which is not ATen's: loading an artifact runs no code that its "
         f'caller did not name. If you know what it does, allow it: quantflow.load(directory, operators=["{name}"]), '

@@ -10,11 +10,20 @@ from quantflow.errors import ArtifactError
 from quantflow.ir.aten_policy import aten_op, require_allowed
 from quantflow.ir.calls import BATCH
 from quantflow.ir.graph import SIZE_FUNCTIONS
+from quantflow.ir.op_table import MAX_ITEMS, MAX_NODES
 from quantflow.ir.ops import LINEAR_OPS, MOVING_OPS, NAMED_OPS, OPS
 from quantflow.ir.program import Node, Program, Ref, TensorRef, referenced_tensors, referenced_values
+from quantflow.ir.program_shapes import check_shapes
 from quantflow.ir.recurrence import BOUNDED, CELLS
 from quantflow.ir.structure import Leaf, leaves_of
 from quantflow.numerics.affine import MAX_REDUCTION, WEIGHT_RANGE
+
+#: Strides, paddings and dilations of a convolution, so that sums of their products stay far inside 64 bits.
+MAX_GEOMETRY = 1 << 20
+#: Ops that an activation may be fused to.
+_FUSED = (*LINEAR_OPS, "add", "mul")
+#: Functions on sizes → how many they take.
+_SIZE_ARITY = {"neg": 1, "abs": 1, "int": 1, "sym_float": 1, "round": 1, "ceil": 1, "floor": 1, "trunc": 1}
 
 
 def check(program: Program, operators: Sequence[str] | None = ()) -> None:
@@ -29,6 +38,17 @@ def check(program: Program, operators: Sequence[str] | None = ()) -> None:
     known = {i.name for i in program.inputs}
     if len(known) != len(program.inputs):
         raise ArtifactError("program.json: two inputs have one name")
+    if len(program.nodes) > MAX_NODES or len(program.inputs) > MAX_ITEMS:
+        raise ArtifactError(
+            f"program.json: has {len(program.nodes)} nodes and {len(program.inputs)} inputs; {MAX_NODES} and "
+            f"{MAX_ITEMS} are possible"
+        )
+    for item in program.inputs:
+        coded = program.values.get(item.name)
+        if coded is not None and coded.qparams is not None and coded.qparams.dtype != item.dtype:
+            raise ArtifactError(
+                f"program.json: input {item.name!r} is {item.dtype} and holds {coded.qparams.dtype} codes"
+            )
     for index, node in enumerate(program.nodes):
         where = f"program.json: node {index} ({node.name})"
         for ref in node.refs():
@@ -49,6 +69,8 @@ def check(program: Program, operators: Sequence[str] | None = ()) -> None:
         if node.op == "recurrence":
             _check_recurrence(program, node, where)
         _check_codes(program, node, where)
+        if node.epilogue is not None and node.op not in _FUSED:
+            raise ArtifactError(f"{where}: {node.op} has no fused activation; {', '.join(_FUSED)} may")
     _check_call(program)
     for ref in referenced_values(program.output):
         if ref not in known:
@@ -56,6 +78,7 @@ def check(program: Program, operators: Sequence[str] | None = ()) -> None:
     for ref in referenced_tensors(program.output):
         if ref not in program.tensors:
             raise ArtifactError(f"program.json: the output tensor {ref!r} is not in weights.safetensors")
+    check_shapes(program)
 
 
 def _check_call(program: Program) -> None:
@@ -77,17 +100,30 @@ def _check_call(program: Program) -> None:
 
 def _check_target(node: Node, where: str, operators: Sequence[str] | None) -> None:
     """The ATen op or size function that a node names exists and is legal for it."""
-    if node.op == "size" and node.target in SIZE_FUNCTIONS:
-        return
-    if node.op == "shape" and node.target == "getitem":
+    if (node.op == "size" and node.target in SIZE_FUNCTIONS) or (node.op == "shape" and node.target == "getitem"):
+        _check_size_function(node, where)
         return
     legal = OPS[node.op].aten
     if legal and node.target.partition(".")[0] not in legal:
         raise ArtifactError(f"{where}: {node.op} can't be {node.target!r}; legal are {', '.join(legal)}")
-    if operators is None and "::" in node.target:
+    if "::" not in node.target:
+        aten_op(node.target)  # it says more about a name that is none
+    elif operators is None:
         return
     require_allowed(node.target, operators or ())
     aten_op(node.target)
+
+
+def _check_size_function(node: Node, where: str) -> None:
+    count = _SIZE_ARITY.get(node.target, 2)
+    is_open = node.target in ("max", "min", "sym_max", "sym_min", "round")
+    if node.kwargs or not (len(node.args) == count or (is_open and 1 <= len(node.args) <= MAX_ITEMS)):
+        raise ArtifactError(f"{where}: {node.target} takes {count} arguments, has {len(node.args)}")
+    listed = node.args[0] if node.target == "getitem" else None
+    for arg in node.args[1:] if isinstance(listed, (list, tuple)) else node.args:
+        is_number = isinstance(arg, float) or (isinstance(arg, int) and abs(arg) < 1 << 63)
+        if not isinstance(arg, Ref) and not is_number:
+            raise ArtifactError(f"{where}: {node.target} is given {arg!r}, which is no number")
 
 
 def _check_codes(program: Program, node: Node, where: str) -> None:
@@ -120,8 +156,8 @@ def _check_codes(program: Program, node: Node, where: str) -> None:
     if node.op == "clamp":
         qparams, bounds = held[node.output].qparams, (node.attrs["low"], node.attrs["high"])
         legal = range(qparams.range[0], qparams.range[1] + 1) if qparams is not None else ()
-        if any(not isinstance(bound, int) or bound not in legal for bound in bounds):
-            raise ArtifactError(f"{where}: low and high {bounds} are not codes")
+        if any(type(bound) is not int or bound not in legal for bound in bounds) or bounds[0] > bounds[1]:
+            raise ArtifactError(f"{where}: low and high {bounds} are not codes in order")
 
 
 def _check_linear(program: Program, node: Node, where: str) -> None:
@@ -140,9 +176,9 @@ def _check_linear(program: Program, node: Node, where: str) -> None:
     if node.op == "conv":
         dims = weight.dim() - 2
         for key, least in (("stride", 1), ("padding", 0), ("dilation", 1)):
-            if len(a[key]) != dims or any(not isinstance(v, int) or v < least for v in a[key]):
-                raise ArtifactError(f"{where}: {key} {a[key]} is not {dims} numbers of at least {least}")
-        if not isinstance(a["groups"], int) or a["groups"] < 1 or weight.shape[0] % a["groups"]:
+            if len(a[key]) != dims or any(type(v) is not int or not least <= v <= MAX_GEOMETRY for v in a[key]):
+                raise ArtifactError(f"{where}: {key} {a[key]} is not {dims} numbers in [{least}, {MAX_GEOMETRY}]")
+        if type(a["groups"]) is not int or a["groups"] < 1 or weight.shape[0] % a["groups"]:
             raise ArtifactError(f"{where}: groups {a['groups']} does not divide {weight.shape[0]} channels")
 
 

@@ -77,11 +77,12 @@ def program(attrs: dict[str, Any] | None = None, **changes: Any) -> Program:
         "w": torch.ones(8, 2, dtype=torch.int8), "s": torch.ones(8), "f": torch.ones(8, 2), "b": torch.ones(2),
     }  # fmt: skip
     node = Node("rnn", "recurrence", "y", (Ref("x"), None, None), attrs=ATTRS | (attrs or {}))
-    return Program((Input("x", None, "float32", (4, None, 8)),), (replace(node, **changes),), {}, tensors, Ref("y"))
+    inputs = (Input("x", None, "float32", (4, None, 8)), Input("h", None, "float32", (None, 2)))
+    return Program(inputs, (replace(node, **changes),), {}, tensors, Ref("y"))
 
 
 def test_legal_recurrences_survive_json() -> None:
-    for legal in (program(), program({"weight": "f", "weight_scale": None}), program(args=(Ref("x"), Ref("x"), None))):
+    for legal in (program(), program({"weight": "f", "weight_scale": None}), program(args=(Ref("x"), Ref("h"), None))):
         check(legal)
         assert Program.from_json(legal.to_json(), legal.tensors) == legal
 

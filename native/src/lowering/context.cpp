@@ -1,7 +1,11 @@
 #include "context.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+
+#include "../budget.hpp"
+#include "../op_table.hpp"
 
 namespace quantflow::lowering {
 namespace {
@@ -53,6 +57,7 @@ View Context::allocate(DType dtype, Dims dims, Dims strides, std::optional<QPara
     v.strides = std::move(strides);
     v.q = q;
     v.is_real = is_real;
+    require_memory(count * size_of(dtype), "a tensor");
     v.buffer = new_buffer(Storage::arena, count * size_of(dtype));
     return v;
 }
@@ -88,6 +93,8 @@ Tensor Context::plain_tensor(const View& v) {
 
 void Context::emit(std::unique_ptr<Step> step, std::initializer_list<const View*> reads,
                    std::initializer_list<const View*> writes) {
+    if (result.steps.size() >= kMaxSteps)
+        throw Error("more than " + std::to_string(kMaxSteps) + " steps, which is no plan");
     result.steps.push_back({std::move(step), node_index});
     uses.emplace_back();
     for (const View* v : reads)
@@ -213,12 +220,19 @@ View Context::operand(std::size_t position, const char* name) {
     throw Unsupported(std::string("argument '") + name + "' is no tensor");
 }
 
+View Context::real_operand(std::size_t position, const char* name) {
+    const View x = operand(position, name);
+    if (!x.q && x.dtype != DType::f32) throw Unsupported(std::string("argument '") + name + "' holds integers");
+    return x;
+}
+
 std::optional<View> Context::optional_operand(std::size_t position, const char* name) {
     return has(position, name) ? std::optional<View>(operand(position, name)) : std::nullopt;
 }
 
 std::vector<View> Context::operands() {
-    const Val list = evaluated(node().args.at(0));
+    const Arg* given = argument(0, "tensors");
+    const Val list = given == nullptr ? Val{} : evaluated(*given);
     const auto* items = list.as<Vals>();
     if (items == nullptr || items->empty()) throw Unsupported("a list of tensors is expected");
     std::vector<View> views;
@@ -317,6 +331,16 @@ View Context::number_like(double number, const View& like) {
     one.dims = like.dims;
     one.strides.assign(like.dims.size(), 0);
     return one;
+}
+
+bool Context::holds(const View& x, const Val& number) {
+    if (x.q || x.dtype == DType::f32) return true;
+    if (number.as<bool>() != nullptr) return true;
+    const auto* whole = number.as<std::int64_t>();
+    if (whole == nullptr || (x.dtype != DType::s32 && x.dtype != DType::s64)) return false;
+    // A number goes through a double on its way.
+    const std::int64_t most = x.dtype == DType::s32 ? (std::int64_t{1} << 31) - 1 : std::int64_t{1} << 53;
+    return *whole >= -most && *whole <= most;
 }
 
 }  // namespace quantflow::lowering

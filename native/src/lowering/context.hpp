@@ -104,6 +104,8 @@ public:
     // A tensor that an argument names, if it is computed by now.
     std::optional<View> known(const Arg& a);
     View operand(std::size_t position, const char* name);
+    // One that must be f32, or codes of a float: PyTorch refuses integers there, or computes in them.
+    View real_operand(std::size_t position, const char* name);
     std::optional<View> optional_operand(std::size_t position, const char* name);
     // All tensors of a list, the first argument.
     std::vector<View> operands();
@@ -132,6 +134,8 @@ public:
     View as_real_operand(const View& x) { return x.q ? x : as_f32(x); }
     // One element, repeated to `like`'s dimensions.
     View number_like(double number, const View& like);
+    // Whether `number` is one of x's kind, so that no dtype changes and nothing is cut off.
+    static bool holds(const View& x, const Val& number);
 
 private:
     std::vector<Val> values_;

@@ -6,19 +6,6 @@
 
 namespace quantflow::lowering {
 
-std::int64_t checked_count(const Dims& dims) {
-    constexpr std::int64_t kMost = std::int64_t{1} << 40;
-    std::int64_t n = 1, without_zeros = 1;
-    for (auto d : dims) {
-        if (d < 0 || d > kMost) throw Error("a dimension of " + std::to_string(d));
-        without_zeros *= std::max<std::int64_t>(d, 1);
-        if (without_zeros > kMost) throw Error("a tensor of more than 2^40 elements");
-        n *= d;
-    }
-    if (dims.size() > 16) throw Error("a tensor of more than 16 dimensions");
-    return n;
-}
-
 bool has_no_elements(const Dims& dims) {
     return std::any_of(dims.begin(), dims.end(), [](std::int64_t d) { return d == 0; });
 }
@@ -42,6 +29,7 @@ Dims broadcast_dims(const Dims& a, const Dims& b) {
 
 Dims spread(Dims v, std::size_t n) {
     if (v.size() == 1) v.assign(n, v[0]);
+    if (v.size() != n) throw Error(std::to_string(v.size()) + " numbers for " + std::to_string(n) + " dimensions");
     return v;
 }
 
@@ -114,8 +102,11 @@ View expanded(const View& v, const Dims& dims) {
 View permuted(const View& x, const Dims& order) {
     View y = x;
     if (order.size() != x.dims.size()) throw Error("permute names another number of dimensions");
+    std::vector<bool> is_taken(order.size(), false);
     for (std::size_t i = 0; i < order.size(); ++i) {
         const auto from = static_cast<std::size_t>(axis(order[i], x.rank()));
+        if (is_taken[from]) throw Error("permute names dimension " + std::to_string(order[i]) + " twice");
+        is_taken[from] = true;
         y.dims[i] = x.dims[from];
         y.strides[i] = x.strides[from];
     }

@@ -32,8 +32,6 @@ struct View {
     }
 };
 
-// Elements of a tensor of these dimensions; a program may ask for any, so negative and huge ones are refused.
-std::int64_t checked_count(const Dims& dims);
 bool has_no_elements(const Dims& dims);
 // The dimension that `dim`, which may count from the end, names.
 int axis(std::int64_t dim, int rank);

@@ -24,9 +24,11 @@ void attend(Context& c, View q, View k, View v, std::optional<View> mask, bool c
     q = shaped(q);
     k = shaped(k);
     v = shaped(v);
+    if (has_no_elements({q.dims[rank - 1], k.dims[rank - 2], v.dims[rank - 1]})) throw Unsupported("attention to nothing");
     if (q.dims[rank - 1] != k.dims[rank - 1] || k.dims[rank - 2] != v.dims[rank - 2])
         throw Error("attention of shapes that do not fit");
     if (mask) {
+        if (!mask->q && mask->dtype != DType::b8 && mask->dtype != DType::f32) throw Error("a mask of integers");
         if (mask->dtype != DType::b8) mask = c.as_f32(*mask);
         Dims dims = batch;
         dims.insert(dims.end(), {q.dims[rank - 2], k.dims[rank - 2]});
@@ -50,12 +52,13 @@ void attend(Context& c, View q, View k, View v, std::optional<View> mask, bool c
 void attention(Context& c, const Node& n) {
     if (c.real(4, "dropout_p", 0.0) != 0.0) throw Unsupported("attention with dropout");
     if (c.flag(6, "enable_gqa", false) || c.flag(99, "enable_gqa", false)) throw Unsupported("grouped-query attention");
-    const View q = c.operand(0, "query");
+    const View q = c.real_operand(0, "query"), k = c.real_operand(1, "key"), v = c.real_operand(2, "value");
     std::optional<View> mask;
     if (c.has(3, "attn_mask")) mask = c.operand(3, "attn_mask");
+    if (mask && c.flag(5, "is_causal", false)) throw Error("a mask beside is_causal");
     const double scale = c.real(6, "scale", std::nan(""));
     const double width = q.dims.empty() ? 1.0 : static_cast<double>(q.dims.back());
-    attend(c, q, c.operand(1, "key"), c.operand(2, "value"), mask, c.flag(5, "is_causal", false),
+    attend(c, q, k, v, mask, c.flag(5, "is_causal", false),
            std::isnan(scale) ? 1.0 / std::sqrt(width) : scale, n.output);
 }
 
@@ -88,7 +91,9 @@ bool written_out_attention(Context& c, const Node& n) {
             if (role != Role::product || !reads(0) || reads(1)) return false;
             const View q = c.operand(0, "self"), k = c.operand(1, "other");
             const std::optional<View> v = c.known(link.args[1]);
-            if (!v || q.rank() < 2 || k.rank() != q.rank() || v->rank() != q.rank()) return false;
+            const auto is_real = [](const View& x) { return x.q || x.dtype == DType::f32; };
+            if (!v || !is_real(q) || !is_real(k) || !is_real(*v)) return false;
+            if (q.rank() < 2 || k.rank() != q.rank() || v->rank() != q.rank()) return false;
             Dims swapped(k.dims.size());
             std::iota(swapped.begin(), swapped.end(), 0);
             std::swap(swapped[swapped.size() - 1], swapped[swapped.size() - 2]);

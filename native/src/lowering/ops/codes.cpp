@@ -3,7 +3,7 @@
 namespace quantflow::lowering {
 
 void quantize(Context& c, const Node& n) {
-    const View x = c.operand(0, "self");
+    const View x = c.real_operand(0, "self");
     const StoredAs s = c.graph.stored_as(n.output);
     if (x.q && x.is_real && *x.q == s.q && x.dtype == s.dtype) {  // written as these codes already
         View codes = x;

@@ -99,15 +99,29 @@ void arithmetic(Context& c, const Node& n) {
     if (alpha != 1.0) throw Unsupported("alpha other than 1");
     const View* a = first.as<View>();
     const View* b = second.as<View>();
+    const bool compares = op >= Binary::eq;
     for (const View* v : {a, b})
         if (kind == Operands::bools && v != nullptr && v->dtype != DType::b8)
             throw Unsupported("bitwise logic of integers");
     if (const auto known = foreknown(c, op, first, second)) return c.define(n.output, *known);
-    if (a != nullptr && b != nullptr) return binary(c, op, *a, *b, n.output, {});
+    if (a != nullptr && b != nullptr) {
+        // Kinds of integers that widen each other, or that PyTorch computes in no byte of.
+        for (const View* v : {a, b})
+            if (!compares && !v->q && v->dtype != DType::f32 && size_of(v->dtype) == 1 &&
+                (a->dtype == b->dtype || v->dtype != DType::b8))
+                throw Unsupported("arithmetic of small integers");
+        if (!a->q && !b->q && a->dtype != b->dtype && a->dtype != DType::f32 && b->dtype != DType::f32 &&
+            (size_of(a->dtype) == size_of(b->dtype)))
+            throw Unsupported("several kinds of small integers");
+        return binary(c, op, *a, *b, n.output, {});
+    }
     const View* x = a != nullptr ? a : b;
     if (x == nullptr) throw Unsupported("no operand is a tensor");
     const double number = as_real(a != nullptr ? second : first, "other");
     const bool is_real = x->q || x->dtype == DType::f32;
+    if (!is_real && op != Binary::div && !Context::holds(*x, a != nullptr ? second : first))
+        throw Unsupported("integers and a number of another kind");
+    if (!is_real && x->dtype == DType::b8 && !compares) throw Unsupported("arithmetic of bools");
     const bool affine = is_real && (op == Binary::add || op == Binary::mul || (op == Binary::sub) ||
                                     (op == Binary::div && a != nullptr && is_power_of_two(number)));
     if (affine) {
@@ -143,6 +157,7 @@ void chosen(Context& c, const View& condition, View a, View b, int output) {
     a = c.plain(a);
     b = c.plain(b);
     if (a.dtype != b.dtype) {
+        if (a.dtype != DType::f32 && b.dtype != DType::f32) throw Unsupported("a choice of several kinds of integers");
         a = c.as_f32(a);
         b = c.as_f32(b);
     }
@@ -155,10 +170,14 @@ void chosen(Context& c, const View& condition, View a, View b, int output) {
 
 void where(Context& c, const Node& n) {
     View condition = c.operand(0, "condition");
-    const Val first = c.evaluated(*c.argument(1, "self")), second = c.evaluated(*c.argument(2, "other"));
+    const Arg *self = c.argument(1, "self"), *other = c.argument(2, "other");
+    if (self == nullptr || other == nullptr) throw Unsupported("where without two choices");
+    const Val first = c.evaluated(*self), second = c.evaluated(*other);
     const View* a = first.as<View>();
     const View* b = second.as<View>();
     if (a == nullptr && b == nullptr) throw Unsupported("where of two numbers");
+    if (!Context::holds(a != nullptr ? *a : *b, a != nullptr ? second : first) && (a == nullptr || b == nullptr))
+        throw Unsupported("integers and a number of another kind");
     View va = a != nullptr ? *a : View{}, vb = b != nullptr ? *b : View{};
     if (a == nullptr) va = c.number_like(as_real(first, "self"), vb);
     if (b == nullptr) vb = c.number_like(as_real(second, "other"), va);
@@ -167,12 +186,19 @@ void where(Context& c, const Node& n) {
 
 void masked_fill(Context& c, const Node& n) {
     const View x = c.operand(0, "self"), mask = c.operand(1, "mask");
-    const Val v = c.evaluated(*c.argument(2, "value"));
+    const Arg* given = c.argument(2, "value");
+    if (given == nullptr) throw Unsupported("masked_fill without a value");
+    const Val v = c.evaluated(*given);
     View fill;
-    if (const auto* view = v.as<View>())
+    if (const auto* view = v.as<View>()) {
         fill = *view;
-    else
+        if (fill.rank() != 0) throw Error("masked_fill with a value of several elements");
+        if (!x.q && !fill.q && fill.dtype != x.dtype) throw Unsupported("masked_fill with another kind of number");
+        if (!x.q && x.dtype != DType::f32 && fill.q) throw Unsupported("masked_fill with another kind of number");
+    } else {
+        if (!Context::holds(x, v)) throw Unsupported("integers and a number of another kind");
         fill = c.number_like(as_real(v, "value"), x);
+    }
     chosen(c, mask, fill, x, n.output);
 }
 

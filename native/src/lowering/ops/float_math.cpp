@@ -18,11 +18,14 @@ std::vector<int> axes_of(Context& c, const View& x, std::size_t position, const 
         std::iota(axes.begin(), axes.end(), 0);
     }
     std::sort(axes.begin(), axes.end());
+    if (std::adjacent_find(axes.begin(), axes.end()) != axes.end()) throw Error("a dimension is named twice");
     return axes;
 }
 
 // Into the value `output`, or into plain f32 where it is -1.
 View reduced(Context& c, Reduction how, const View& x, const std::vector<int>& axes, bool keep, int output) {
+    for (int a : axes)
+        if (x.dims[static_cast<std::size_t>(a)] == 0) throw Unsupported("a reduction of nothing");
     Dims dims = x.dims;
     for (int a : axes) dims[static_cast<std::size_t>(a)] = 1;
     View y =
@@ -44,7 +47,8 @@ void reduce(Context& c, const Node& n) {
 }
 
 void vector_norm(Context& c, const Node& n) {
-    const View x = c.as_real_operand(c.operand(0, "self"));
+    const View x = c.real_operand(0, "self");
+    if (c.has(4, "dtype")) throw Unsupported("a norm in another dtype");
     if (c.real(1, "ord", 2.0) != 2.0) throw Unsupported("a norm other than 2");
     const auto axes = axes_of(c, x, 2, "dim");
     View squares = c.allocate(DType::f32, x.dims, dense_like(x));
@@ -57,7 +61,8 @@ void vector_norm(Context& c, const Node& n) {
 
 template <bool has_dtype>
 void softmax(Context& c, const Node& n) {
-    const View x = c.as_real_operand(c.operand(0, "self"));
+    const View x = c.real_operand(0, "self");
+    if (!has_dtype && c.flag(2, "half_to_float", false)) throw Unsupported("softmax of halves");
     if (has_dtype && c.has(2, "dtype")) {
         const Word* word = c.argument(2, "dtype")->as<Word>();
         if (word == nullptr || word->name != "float32") throw Unsupported("softmax to another dtype");
@@ -70,11 +75,13 @@ void softmax(Context& c, const Node& n) {
 }
 
 void normalize(Context& c, const Node& n, const Dims& shape, std::size_t weight_at, double eps, bool is_rms) {
-    View x = c.as_real_operand(c.operand(0, "input"));
-    if (shape.empty() || shape.size() > x.dims.size()) throw Error("normalized_shape does not fit its input");
+    View x = c.real_operand(0, "input");
+    if (shape.empty() || shape.size() > x.dims.size() ||
+        !std::equal(shape.rbegin(), shape.rend(), x.dims.rbegin()))
+        throw Error("normalized_shape does not fit its input");
     const Dims given = x.dims;
-    std::int64_t width = 1;
-    for (auto s : shape) width *= s;
+    const std::int64_t width = checked_count(shape);
+    if (width == 0) throw Unsupported("a norm of nothing");
     if (shape.size() > 1 || x.strides.back() != 1) x = c.in_row_major(x);
     if (shape.size() > 1) {
         Dims joined(given.begin(), given.end() - static_cast<std::ptrdiff_t>(shape.size()));
@@ -85,9 +92,12 @@ void normalize(Context& c, const Node& n, const Dims& shape, std::size_t weight_
     std::optional<View> gamma, beta;
     if (c.has(weight_at, "weight")) gamma = c.operand(weight_at, "weight");
     if (!is_rms && c.has(weight_at + 1, "bias")) beta = c.operand(weight_at + 1, "bias");
-    for (const auto* v : {&gamma, &beta})
-        if (*v && ((*v)->dtype != DType::f32 || (*v)->count() != width))
-            throw Unsupported("a norm whose weight is not float32");
+    for (auto* v : {&gamma, &beta}) {
+        if (!*v) continue;
+        if ((*v)->q || (*v)->dtype != DType::f32) throw Unsupported("a norm whose weight is not float32");
+        if ((*v)->dims != shape) throw Error("a norm whose weight has another shape");
+        *v = c.reshaped(c.in_row_major(**v), {width});
+    }
     View y = c.allocate_result(x.dims, row_major(x.dims), n.output);
     c.emit(c.backend.layer_norm(c.tensor(x), c.tensor(gamma).get(), c.tensor(beta).get(), static_cast<float>(eps),
                                 is_rms, c.tensor(y)),
@@ -106,23 +116,25 @@ void rms_norm(Context& c, const Node& n) {
 }
 
 void batch_norm(Context& c, const Node& n) {
-    const View x = c.as_real_operand(c.operand(0, "input"));
+    const View x = c.real_operand(0, "input");
     if (c.flag(5, "training", false)) throw Unsupported("BatchNorm in training mode");
     if (x.rank() < 2) throw Unsupported("BatchNorm of a vector");
     const std::int64_t channels = x.dims[1];
     const double eps = c.real(7, "eps", 1e-5);
+    if (!c.has(3, "running_mean") || !c.has(4, "running_var")) throw Unsupported("BatchNorm without statistics");
     const auto numbers = [&](std::size_t i, const char* name, float fallback) {
-        std::vector<float> out(static_cast<std::size_t>(channels), fallback);
-        if (!c.has(i, name)) return out;
+        if (!c.has(i, name)) return std::vector<float>(static_cast<std::size_t>(channels), fallback);
         const TensorRef* ref = c.argument(i, name)->as<TensorRef>();
         const Stored* stored = ref == nullptr ? nullptr : &c.program.tensors.at(ref->name);
         if (stored == nullptr || stored->data == nullptr || stored->dtype != DType::f32 || stored->count() != channels)
             throw Unsupported("BatchNorm whose numbers are not constant float32");
+        std::vector<float> out(static_cast<std::size_t>(channels));
         std::memcpy(out.data(), stored->data, out.size() * sizeof(float));
         return out;
     };
-    const auto weight = numbers(1, "weight", 1), bias = numbers(2, "bias", 0), mean = numbers(3, "running_mean", 0),
-               variance = numbers(4, "running_var", 1);
+    // What must be there first: its number of channels is that of real memory.
+    const auto mean = numbers(3, "running_mean", 0), variance = numbers(4, "running_var", 1),
+               weight = numbers(1, "weight", 1), bias = numbers(2, "bias", 0);
     std::vector<float> scale(weight.size()), shift(weight.size());
     for (std::size_t i = 0; i < scale.size(); ++i) {
         const double s = weight[i] / std::sqrt(static_cast<double>(variance[i]) + eps);

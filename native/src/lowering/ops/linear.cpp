@@ -5,18 +5,27 @@
 namespace quantflow::lowering {
 namespace {
 
+// A stored tensor as it is stored, which kernels pack once.
+bool is_weight(const Context& c, const View& v) {
+    return c.is_constant(v) && v.dtype == DType::f32 && same_layout(v.dims, v.strides, row_major(v.dims));
+}
+
 void matmul(Context& c, const Node& n) {
     if (written_out_attention(c, n)) return;
-    const View b = c.as_f32(c.operand(1, "other")), a = c.as_f32(c.operand(0, "self"));
+    const View b = c.as_f32(c.real_operand(1, "other")), a = c.as_f32(c.real_operand(0, "self"));
+    if (base_name(n.target) == "bmm" && (a.rank() != 3 || b.rank() != 3)) throw Error("bmm takes three dimensions");
     multiply(c, a, b, n.output);
 }
 
 void float_linear(Context& c, const Node& n) {
-    const View x = c.in_row_major(c.as_f32(c.operand(0, "input"))), w = c.operand(1, "weight");
-    const std::optional<View> bias = c.optional_operand(2, "bias");
-    if (!c.is_constant(w) || w.dtype != DType::f32 || w.rank() != 2 ||
-        (bias && !c.is_constant(*bias)))
+    const View x = c.in_row_major(c.as_f32(c.real_operand(0, "input"))), w = c.operand(1, "weight");
+    std::optional<View> bias = c.optional_operand(2, "bias");
+    if (!is_weight(c, w) || w.rank() != 2 || (bias && !is_weight(c, *bias)))
         throw Unsupported("a weight that is computed at run time");
+    if (bias && bias->dims != Dims{w.dims[0]}) {
+        if (bias->rank() > 1 || bias->count() != 1) throw Unsupported("a bias of another shape");
+        bias = c.in_row_major(expanded(*bias, {w.dims[0]}));  // one value for all features
+    }
     if (x.rank() == 0 || x.dims.back() != w.dims[1]) throw Error("takes " + std::to_string(w.dims[1]) + " features");
     Dims dims = x.dims;
     dims.back() = w.dims[0];
@@ -29,11 +38,10 @@ void float_linear(Context& c, const Node& n) {
 void float_conv(Context& c, const Node& n) {
     const View w = c.operand(1, "weight");
     const std::optional<View> bias = c.optional_operand(2, "bias");
-    const auto is_weight = [&](const View& v) {
-        return c.is_constant(v) && v.dtype == DType::f32;
-    };
-    if (!is_weight(w) || (bias && !is_weight(*bias))) throw Unsupported("a weight that is computed at run time");
-    if (w.rank() < 3 || w.rank() > 5 || w.strides != row_major(w.dims)) throw Unsupported("a weight of this layout");
+    if (!is_weight(c, w) || (bias && !is_weight(c, *bias))) throw Unsupported("a weight that is computed at run time");
+    if (w.rank() < 3 || w.rank() > 5) throw Unsupported("a weight of this layout");
+    if (bias && bias->dims != Dims{w.dims[0]}) throw Error("a bias of another shape");
+    if (w.rank() != n.target[4] - '0' + 2) throw Error("a weight of another number of dimensions");
     if (n.target.find(".padding") != std::string::npos) throw Unsupported("padding by name");
     const auto spatial = static_cast<std::size_t>(w.rank()) - 2;
     const auto each = [&](std::size_t position, const char* name, std::int64_t fallback) {
@@ -47,7 +55,7 @@ void float_conv(Context& c, const Node& n) {
     g.padding = each(4, "padding", 0);
     g.dilation = each(5, "dilation", 1);
     g.groups = c.integer(6, "groups", 1);
-    View x = c.as_f32(c.operand(0, "input"));
+    View x = c.as_f32(c.real_operand(0, "input"));
     if (x.rank() != w.rank()) throw Unsupported("a convolution without a batch dimension");
     if (g.groups < 1 || w.dims[0] % g.groups != 0 || x.dims[1] != w.dims[1] * g.groups)
         throw Error("takes other channels than it gets");
@@ -187,6 +195,7 @@ void multiply(Context& c, View a, View b, int output) {
     if (drop_column) insert_dim(b, 1, 0);
     const auto ra = a.dims.size(), rb = b.dims.size();
     if (a.dims[ra - 1] != b.dims[rb - 2]) throw Error("inner sizes of the product differ");
+    if (a.dims[ra - 1] == 0) throw Unsupported("a product of nothing");
     const Dims batch = broadcast_dims(Dims(a.dims.begin(), a.dims.end() - 2), Dims(b.dims.begin(), b.dims.end() - 2));
     Dims da = batch, db = batch, dims = batch;
     da.insert(da.end(), {a.dims[ra - 2], a.dims[ra - 1]});

@@ -15,6 +15,7 @@ void recurrence(Context&, const Node&);
 void size(Context&, const Node&);
 
 // The same elements as another value.
+void dropout(Context&, const Node&);
 void identity(Context&, const Node&);
 // epilogue(op(a, b)), broadcast, into the value `output`, with the activation that follows it.
 void binary(Context&, Binary op, View a, View b, int output, Epilogue epilogue = {});

@@ -12,8 +12,9 @@ void repeat(Context& c, const Node& n) {
     Dims dims, split_dims, split_strides;
     if (times.size() != x.dims.size()) throw Error("repeat names fewer dimensions than its input has");
     checked_count(times);
+    if (x.rank() > 8) throw Unsupported("repeat of more than eight dimensions");  // each is two while it is copied
     for (std::size_t i = 0; i < times.size(); ++i) {
-        dims.push_back(x.dims[i] * times[i]);
+        dims.push_back(checked_count({x.dims[i], times[i]}));
         split_dims.insert(split_dims.end(), {times[i], x.dims[i]});
         split_strides.insert(split_strides.end(), {0, x.strides[i]});
     }
@@ -31,14 +32,18 @@ void roll(Context& c, const Node& n) {
     View x = c.operand(0, "self");
     const Dims shifts = c.integers(1, "shifts"), dims = c.integers(2, "dims", Dims{});
     if (dims.size() != shifts.size() || dims.empty()) throw Unsupported("roll of a flattened tensor");
-    // All dimensions at once: each keeps two ranges, so 2^k blocks move.
-    std::vector<std::pair<int, std::int64_t>> moves;
+    // A dimension that is named twice moves by the sum.
+    Dims along(x.dims.size(), 0);
     for (std::size_t i = 0; i < dims.size(); ++i) {
         const int at = axis(dims[i], x.rank());
         const std::int64_t size = x.dims[static_cast<std::size_t>(at)];
-        const std::int64_t shift = size == 0 ? 0 : ((shifts[i] % size) + size) % size;
-        if (shift != 0) moves.emplace_back(at, shift);
+        auto& shift = along[static_cast<std::size_t>(at)];
+        if (size > 0) shift = (shift + (shifts[i] % size) + size) % size;
     }
+    // All dimensions at once: each keeps two ranges, so 2^k blocks move.
+    std::vector<std::pair<int, std::int64_t>> moves;
+    for (std::size_t i = 0; i < along.size(); ++i)
+        if (along[i] != 0) moves.emplace_back(static_cast<int>(i), along[i]);
     if (moves.size() > 4) throw Unsupported("roll of more than four dimensions");
     View y = c.allocate_like(x, x.dims, dense_like(x));
     for (unsigned block = 0; block < 1u << moves.size(); ++block) {
@@ -67,7 +72,10 @@ void join(Context& c, const Node& n, const std::vector<View>& all, std::int64_t 
         for (std::size_t i = 0; i < dims.size(); ++i)
             if (v.dims.size() != dims.size() || (i != static_cast<std::size_t>(at) && v.dims[i] != dims[i]))
                 throw Error("cat of tensors whose shapes do not fit");
+        const bool is_real = v.q || v.dtype == DType::f32;
+        if (!is_real && v.dtype != parts[0].dtype) throw Unsupported("cat of several kinds of integers");
         dims[static_cast<std::size_t>(at)] += v.dims[static_cast<std::size_t>(at)];
+        if (dims[static_cast<std::size_t>(at)] > kMaxElements) throw Error("cat of more than any tensor holds");
     }
     const bool is_float = !c.graph.value(n.output).q;
     View y;
@@ -105,7 +113,7 @@ void stack(Context& c, const Node& n) {
 void pixel_shuffle(Context& c, const Node& n) {
     const View x = c.operand(0, "self");
     const std::int64_t r = c.integer(1, "upscale_factor");
-    if (x.rank() != 4 || r < 1 || x.dims[1] % (r * r) != 0) throw Unsupported("pixel_shuffle of this shape");
+    if (x.rank() != 4 || r < 1 || r > x.dims[1] || x.dims[1] % (r * r) != 0) throw Unsupported("pixel_shuffle of this shape");
     const std::int64_t channels = x.dims[1] / (r * r), h = x.dims[2], w = x.dims[3];
     const View split = c.reshaped(x, {x.dims[0], channels, r, r, h, w});
     c.define(n.output, c.reshaped(permuted(split, {0, 1, 4, 2, 5, 3}), {x.dims[0], channels, h * r, w * r}));

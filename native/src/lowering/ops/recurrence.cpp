@@ -6,7 +6,7 @@ namespace quantflow::lowering {
 // more row, for its last c. Always float32: what reads it quantizes it.
 void recurrence(Context& c, const Node& n) {
     const bool is_int8 = n.weights.codes != nullptr, is_lstm = n.cell == Cell::lstm;
-    const View gates = c.in_row_major(c.as_f32(c.operand(0, "gates")));
+    const View gates = c.in_row_major(c.as_f32(c.real_operand(0, "gates")));
     std::optional<View> weight;
     if (!is_int8) weight = c.constant(n.float_weight);
     const std::int64_t hidden = is_int8 ? n.weights.dims[1] : weight->dims[1];

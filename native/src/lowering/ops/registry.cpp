@@ -17,6 +17,7 @@ const std::unordered_map<std::string, const OpRow*>& op_table() {
 }
 
 const OpRow* find_op(const Node& n) {
+    if (!n.is_in_table) return nullptr;
     const auto it = op_table().find(base_name(n.target));
     return it == op_table().end() ? nullptr : it->second;
 }

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "../../op_table.hpp"
 #include "nodes.hpp"
 
 namespace quantflow::lowering {
@@ -25,9 +26,10 @@ void flatten(Context& c, const Node& n) {
     const View x = c.operand(0, "self");
     if (x.rank() == 0) return c.define(n.output, c.reshaped(x, {1}));
     const int from = axis(c.integer(1, "start_dim", 0), x.rank()), to = axis(c.integer(2, "end_dim", -1), x.rank());
+    if (from > to) throw Error("flatten from dimension " + std::to_string(from) + " to " + std::to_string(to));
     Dims dims(x.dims.begin(), x.dims.begin() + from);
     std::int64_t joined = 1;
-    for (int i = from; i <= to; ++i) joined *= x.dims[static_cast<std::size_t>(i)];
+    for (int i = from; i <= to; ++i) joined *= x.dims[static_cast<std::size_t>(i)];  // no more than x has
     dims.push_back(joined);
     dims.insert(dims.end(), x.dims.begin() + to + 1, x.dims.end());
     c.define(n.output, c.reshaped(x, dims));
@@ -54,7 +56,9 @@ void permute(Context& c, const Node& n) { c.define(n.output, permuted(c.operand(
 
 void swap_dims(Context& c, const Node& n, std::optional<Dims> pair) {
     View x = c.operand(0, "self");
-    if (x.rank() < 2) return c.define(n.output, x);
+    if (pair && x.rank() > 2) throw Error("t of " + std::to_string(x.rank()) + " dimensions");
+    if (pair && x.rank() < 2) return c.define(n.output, x);
+    if (x.rank() == 0) throw Unsupported("a transposed number");
     const auto a = static_cast<std::size_t>(axis(pair ? (*pair)[0] : c.integer(1, "dim0"), x.rank()));
     const auto b = static_cast<std::size_t>(axis(pair ? (*pair)[1] : c.integer(2, "dim1"), x.rank()));
     std::swap(x.dims[a], x.dims[b]);
@@ -116,24 +120,43 @@ void expand(Context& c, const Node& n) {
     c.define(n.output, expanded(x, dims));
 }
 
+void require_parts(std::int64_t count) {
+    if (count > static_cast<std::int64_t>(kMaxItems)) throw Unsupported("a list of " + std::to_string(count) + " parts");
+}
+
 // `counts`: one number is how many parts there are, not how long each is.
 template <bool counts>
 void split(Context& c, const Node& n) {
     const View x = c.operand(0, "self");
     const int at = axis(c.integer(2, "dim", 0), x.rank());
     const std::int64_t size = x.dims[static_cast<std::size_t>(at)];
-    Dims sizes = c.integers(1, "split_size");
-    if (sizes.size() == 1 && n.args.at(1).as<Args>() == nullptr) {
+    const Arg* given = c.argument(1, counts ? "chunks" : n.target == "split.Tensor" ? "split_size" : "split_sizes");
+    if (given == nullptr) throw Unsupported("a split into parts of no size");
+    const Val value = c.evaluated(*given);
+    Dims sizes;
+    if (const auto* items = value.as<Vals>())
+        for (const Val& item : *items) sizes.push_back(as_integer(item, "split_sizes"));
+    if (value.as<Vals>() == nullptr) {
+        sizes = {as_integer(value, "split_size")};
         std::int64_t each = sizes[0];
         if (counts) each = each > 0 ? std::max<std::int64_t>(1, (size == 0 ? 0 : (size - 1) / each + 1)) : 0;
         if (each <= 0) throw Unsupported("a split into parts of no size");
-        sizes.assign(static_cast<std::size_t>(size == 0 ? 1 : (size - 1) / each + 1), each);
+        const std::int64_t count = size == 0 ? 1 : (size - 1) / each + 1;
+        require_parts(count);
+        sizes.assign(static_cast<std::size_t>(count), each);
+        sizes.back() = size - (count - 1) * each;
     }
+    require_parts(static_cast<std::int64_t>(sizes.size()));
     Vals parts;
     std::int64_t from = 0;
-    for (auto s : sizes) {
-        const std::int64_t part = std::min(s, size - from);
-        if (s < 0) throw Error("a split into parts of negative size");
+    for (auto s : sizes)
+        if (s < 0 || s > size - from)
+            throw Error("a split into parts that do not fit");
+        else
+            from += s;
+    if (from != size) throw Error("a split into parts that do not fit");
+    from = 0;
+    for (const std::int64_t part : sizes) {
         parts.emplace_back(sliced(x, at, from, from + part, 1));
         from += part;
     }
@@ -144,6 +167,7 @@ void unbind(Context& c, const Node& n) {
     const View x = c.operand(0, "self");
     const int at = axis(c.integer(1, "dim", 0), x.rank());
     Vals parts;
+    require_parts(x.dims[static_cast<std::size_t>(at)]);
     for (std::int64_t i = 0; i < x.dims[static_cast<std::size_t>(at)]; ++i) parts.emplace_back(selected(x, at, i));
     c.define(n.output, parts);
 }
@@ -151,6 +175,11 @@ void unbind(Context& c, const Node& n) {
 }  // namespace
 
 void identity(Context& c, const Node& n) { c.define(n.output, c.operand(0, "self")); }
+
+void dropout(Context& c, const Node& n) {
+    if (c.flag(2, "train", false) && c.real(1, "p") != 0) throw Unsupported("dropout while training");
+    c.define(n.output, c.operand(0, "input"));
+}
 
 const OpRows& shape_ops() {
     static const OpRows rows = {
@@ -176,7 +205,7 @@ const OpRows& shape_ops() {
         {"clone", identity, Role::move},
         {"detach", identity},
         {"alias", identity},
-        {"dropout", identity},
+        {"dropout", dropout},
     };
     return rows;
 }

@@ -80,7 +80,8 @@ Size size_value(Context& c, const Node& n) {
 }
 
 void item(Context& c, const Node& n) {
-    const Val items = c.evaluated(n.args.at(0));
+    if (n.args.size() != 2) throw Unsupported("getitem of what is no list");
+    const Val items = c.evaluated(n.args[0]);
     const auto* list = items.as<Vals>();
     if (list == nullptr) throw Unsupported("getitem of what is no list");
     const std::int64_t i = c.integer(1, "index");
@@ -89,6 +90,14 @@ void item(Context& c, const Node& n) {
 
 // `given`: its second argument says with what.
 enum class Filling { zeros, ones, given };
+
+// The fill value at that place is a number of the dtype.
+void require_number(Context& c, std::size_t place, DType dtype) {
+    View like;
+    like.dtype = dtype;
+    const Arg* number = c.argument(place, "fill_value");
+    if (number == nullptr || !Context::holds(like, c.evaluated(*number))) throw Unsupported("full of this number");
+}
 
 void fill(Context& c, const Node& n, double value, const Dims& dims, DType dtype) {
     View y = c.allocate(dtype, dims, row_major(dims));
@@ -108,7 +117,9 @@ void filled(Context& c, const Node& n) {
         if (given.as<bool>() != nullptr) dtype = DType::b8;
         if (given.as<std::int64_t>() != nullptr) dtype = DType::s64;
     }
-    fill(c, n, value, dims, c.asked_dtype().value_or(dtype));
+    dtype = c.asked_dtype().value_or(dtype);
+    if (filling == Filling::given) require_number(c, 1, dtype);
+    fill(c, n, value, dims, dtype);
 }
 
 // A tensor of another one's size and, unless it names one, dtype. `sized`: the size is an argument.
@@ -118,6 +129,7 @@ void filled_like(Context& c, const Node& n) {
     double value = filling == Filling::ones ? 1.0 : 0.0;
     if (filling == Filling::given) value = c.real(sized ? 2 : 1, "fill_value");
     const DType dtype = c.asked_dtype().value_or(x.q ? DType::f32 : x.dtype);
+    if (filling == Filling::given) require_number(c, sized ? 2 : 1, dtype);
     fill(c, n, value, sized ? c.integers(1, "size") : x.dims, dtype);
 }
 

@@ -14,13 +14,21 @@ void pad(Context& c, const Node& n, const Arg* mode, std::size_t value_at) {
     if (word != nullptr && word->name != "constant") throw Unsupported("padding other than constant");
     double value = c.real(value_at, "value", 0.0);
     if (pads.size() > 2 * x.dims.size() || pads.size() % 2 != 0) throw Error("pad does not fit its input");
+    const bool is_code = x.q && !x.is_real, is_real = x.q || x.dtype == DType::f32;
+    if (is_code && !(value >= -128 && value <= 255 && value == std::floor(value)))
+        throw Error("padding with " + std::to_string(value) + ", which is no code");
+    if (!is_real && !(std::abs(value) <= 127 && value == std::floor(value)))
+        throw Unsupported("integers padded with this number");
+    if (x.is_real && !std::isfinite(value)) x = c.plain(x);  // codes hold no such number
     Dims dims = x.dims;
     Dims before(x.dims.size(), 0);
     for (std::size_t i = 0; i < pads.size() / 2; ++i) {
         const std::size_t at = x.dims.size() - 1 - i;
         const std::int64_t left = pads[2 * i], right = pads[2 * i + 1];
-        if (std::abs(left) > kMaxExtent || std::abs(right) > kMaxExtent)
-            throw Error("padding of " + std::to_string(left));
+        if (std::min(left, right) < -kMaxExtent || std::max(left, right) > kMaxExtent)
+            throw Error("padding of " + std::to_string(left) + " and " + std::to_string(right));
+        if (x.dims[at] + std::min<std::int64_t>(0, left) + std::min<std::int64_t>(0, right) < 0)
+            throw Error("padding takes more away than there is");
         x = sliced(x, static_cast<int>(at), std::max<std::int64_t>(0, -left),
                    x.dims[at] + std::min<std::int64_t>(0, right), 1);
         before[at] = std::max<std::int64_t>(0, left);
@@ -74,7 +82,7 @@ void pad_with_constant(Context& c, const Node& n) { pad(c, n, nullptr, 2); }
 template <bool is_max, std::size_t spatial>
 void pool(Context& c, const Node& n) {
     bool added = false;
-    View x = with_batch(c.as_real_operand(c.operand(0, "self")), spatial, added);
+    View x = with_batch(c.real_operand(0, "self"), spatial, added);
     PoolGeometry g;
     g.is_max = is_max;
     g.kernel = spread(c.integers(1, "kernel_size"), spatial);
@@ -86,6 +94,8 @@ void pool(Context& c, const Node& n) {
     if (!is_max) {
         g.count_include_pad = c.flag(5, "count_include_pad", true);
         g.divisor_override = c.integer(6, "divisor_override", 0);
+        if (c.has(6, "divisor_override") && g.divisor_override == 0) throw Error("a pool that divides by 0");
+        if (spatial == 1 && c.has(6, "divisor_override")) throw Error("avg_pool1d has no divisor");
     }
     Dims dims = x.dims;
     for (std::size_t i = 0; i < spatial; ++i) {
@@ -97,19 +107,22 @@ void pool(Context& c, const Node& n) {
         if (room < 0) throw Error("its input is smaller than its window");
         std::int64_t out = (ceil ? (room + g.stride[i] - 1) / g.stride[i] : room / g.stride[i]) + 1;
         if (ceil && (out - 1) * g.stride[i] >= x.dims[i + 2] + g.padding[i]) --out;
+        if (x.dims[i + 2] == 0) throw Unsupported("a pool of nothing");
         dims[i + 2] = out;
     }
+    checked_count(dims);
     pooled(c, n, g, x, dims, added);
 }
 
 template <std::size_t spatial>
 void adaptive_pool(Context& c, const Node& n) {
     bool added = false;
-    View x = with_batch(c.as_real_operand(c.operand(0, "self")), spatial, added);
+    View x = with_batch(c.real_operand(0, "self"), spatial, added);
     const Arg* sizes = c.argument(1, "output_size");
     Dims dims = x.dims;
     if (sizes == nullptr) throw Unsupported("a pool without a size");
     if (const auto* items = sizes->as<Args>()) {
+        if (items->size() != 1 && items->size() != spatial) throw Error("a pool to another number of sizes");
         for (std::size_t i = 0; i < items->size() && i < spatial; ++i)
             if (!(*items)[i].is_none()) dims[i + 2] = as_integer(c.evaluated((*items)[i]), "output_size");
         if (items->size() == 1)
@@ -120,6 +133,8 @@ void adaptive_pool(Context& c, const Node& n) {
     PoolGeometry g;
     g.is_max = false;
     g.is_adaptive = true;
+    for (std::size_t i = 0; i < spatial; ++i)
+        if (x.dims[i + 2] == 0) throw Unsupported("a pool of nothing");
     checked_count(dims);
     pooled(c, n, g, x, dims, added);
 }
@@ -129,6 +144,7 @@ void upsample(Context& c, const Node& n) {
     constexpr bool bilinear = how == Interpolation::bilinear;
     const View x = c.operand(0, "self");
     if (x.dims.size() != spatial + 2) throw Error("an image of another number of dimensions");
+    if (bilinear && !x.q && x.dtype != DType::f32) throw Unsupported("interpolation of integers");
     const bool is_vec = n.target.find(".vec") != std::string::npos;
     const bool align = bilinear && c.flag(2, "align_corners", false);
     const std::size_t scales_at = bilinear ? 3 : 2;
@@ -149,12 +165,17 @@ void upsample(Context& c, const Node& n) {
     Dims dims = x.dims;
     if (c.has(1, "output_size")) {
         const Dims sizes = c.integers(1, "output_size");
-        for (std::size_t i = 0; i < spatial; ++i) dims[i + 2] = sizes.at(i);
+        if (sizes.size() != spatial || (is_vec && !given.empty())) throw Error("a size of other dimensions, or two sizes");
+        for (std::size_t i = 0; i < spatial; ++i) dims[i + 2] = sizes[i];
     } else {
+        if (given.size() != spatial) throw Error("scales of another number of dimensions");
         for (std::size_t i = 0; i < spatial; ++i)
-            dims[i + 2] = static_cast<std::int64_t>(std::floor(static_cast<double>(x.dims[i + 2]) * given.at(i)));
+            dims[i + 2] = static_cast<std::int64_t>(std::floor(static_cast<double>(x.dims[i + 2]) * given[i]));
     }
     checked_count(dims);
+    for (std::size_t i = 0; i < spatial; ++i)
+        if (x.dims[i + 2] == 0 || dims[i + 2] == 0) throw Unsupported("an image without pixels");
+    if (dims[1] == 0) throw Unsupported("an image without channels");
     std::vector<double> steps;
     for (std::size_t i = 0; i < spatial; ++i) {
         const double in = static_cast<double>(x.dims[i + 2]), out = static_cast<double>(dims[i + 2]);
