@@ -212,9 +212,9 @@ class QuantizedScript(_Quantized, torch.jit.RecursiveScriptModule):  # type: ign
             with unrecorded():
                 inputs = bind(self.compiled.program, args, kwargs)
             return super().__call__(*inputs)
-        inputs = bind(self.compiled.program, args, kwargs)
+        inputs, forward = bind(self.compiled.program, args, kwargs), super().__call__
         with below_autograd():
-            output = super().__call__(*untracked(inputs))
+            output = self.compiled.computed(lambda given: forward(*given), untracked(inputs))
         return self.compiled.returned(output, inputs)
 
     def save(self, path: str | Path, **options: Any) -> Any:
@@ -476,7 +476,7 @@ def _compiled(record: Record, runtime: str, device: str) -> Quantized:
     wanted = recipe.runtime.kind if runtime == "auto" else runtime
     mode = recipe.mode.kind
     choice = choose_runtime(wanted, device, "export" if runtime != "auto" else mode)
-    compiled = compile_program(record.program, choice)
+    compiled = compile_program(record.program, choice, is_from_file=True)
     if _same_machine(record.results.get("environment")):
         compiled.runner.adopt(record.results.get("warmup", {}).get("variants", ()))
     if mode == "torchscript" and choice.runtime.script is not None:

@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 from pydantic import BaseModel
 
+from quantflow.config.foreign import check_config_dirs, is_about_hydra, targets_in
 from quantflow.config.overrides import OWN, UNIONS, chosen_groups, key_of, misused_group, requested_recipe
 from quantflow.config.recipe_file import config_dirs, group_choices, read_recipe, recipe_files, shipped, unwritten_kinds
 from quantflow.config.wording import explained
@@ -106,6 +107,11 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     """Plain data without the ??? that stand for required values nobody gave."""
     with _environment_unread():
         settings = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+    if found := targets_in(settings):
+        raise RecipeError(
+            str(settings.get("name", "custom")) if isinstance(settings, dict) else "custom",
+            [Problem(place, "no such setting; it would have an object built") for place in found],
+        )
     return _without_missing(settings)  # type: ignore[no-any-return]
 
 
@@ -139,6 +145,7 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     _store_schema()
     ConfigStore.instance().repo.pop("recipe", None)
     known = recipe_files()
+    check_config_dirs(config_dirs(arguments), requested_recipe(arguments))
     own = {name: file for name, file in recipe_files(config_dirs(arguments)).items() if file != known.get(name)}
     prepared = []
     for argument in arguments:
@@ -204,7 +211,7 @@ def _as_node(settings: Mapping[str, Any], name: str, chosen: set[str]) -> dict[s
         raise RecipeError(name, [Problem("defaults", "must be a list, as in '- override /model: torchvision'")])
     if any("${" in str(entry) for entry in defaults):
         raise RecipeError(name, [Problem("defaults", "names are written out here; '${…}' is not replaced")])
-    if "hydra" in body or any("hydra/" in str(entry) for entry in defaults):
+    if "hydra" in body or any(is_about_hydra(str(word)) for entry in defaults for word in _words(entry)):
         raise RecipeError(name, [Problem("hydra", "Hydra's own settings belong on the command line")])
     for group in group_choices():
         if group in chosen:
@@ -221,6 +228,10 @@ def _as_node(settings: Mapping[str, Any], name: str, chosen: set[str]) -> dict[s
         inherited = sum(not any(_overrides(entry, group) for group in group_choices()) for entry in defaults)
         defaults.insert(inherited, "_self_")
     return {"defaults": defaults, **body}
+
+
+def _words(entry: object) -> list[object]:
+    return [word for pair in entry.items() for word in pair] if isinstance(entry, dict) else [entry]
 
 
 def _overrides(entry: object, group: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -98,7 +98,12 @@ def read_recipe(file: Path) -> dict[str, Any]:
 
 
 def _check_size(text: str) -> None:
-    """Refuses, before anything is built, what grows out of a small file: nesting, aliases of aliases, long numbers.
+    for _ in checked_events(text):
+        pass
+
+
+def checked_events(text: str) -> Iterator[yaml.Event]:
+    """The events of a YAML text; refused is what grows out of a small file: nesting, aliases of aliases, long numbers.
 
     Raises:
         ValueError: says which of them.
@@ -129,3 +134,4 @@ def _check_size(text: str) -> None:
             raise ValueError(f"it holds more than {_MAX_VALUES} values, aliases counted as often as they are used")
         if len(open_nodes) > _MAX_DEPTH:
             raise ValueError(f"it is nested deeper than {_MAX_DEPTH} levels")
+        yield event

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
 
 #: mallopt's parameters, and what glibc's own thresholds grow to in a process that frees large blocks.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 _NEVER = 2**31 - 1
 _GROWN = ((_M_MMAP_THRESHOLD, 2**25), (_M_TRIM_THRESHOLD, 2**26), (_M_MMAP_MAX, 2**16))
+
+
+@cache
+def memory_bytes() -> int:
+    """Of this machine, or of the container that the process runs in."""
+    found = 1 << 46
+    with suppress(ValueError, OSError, AttributeError):
+        found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # "max" is no number
+            found = min(found, int(Path("/sys/fs/cgroup", name).read_text()))
+    return found
 
 
 @contextmanager

@@ -31,12 +31,18 @@ class Callee(Protocol):
         """What its sizes must fulfil."""
 
 
-def bind(model: Callee, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-    """The call's tensors in the order of the model's inputs.
+def bind(
+    model: Callee, args: tuple[Any, ...], kwargs: Mapping[str, Any], devices: Sequence[str] = ("cpu",)
+) -> list[torch.Tensor]:
+    """The call's tensors in the order of the model's inputs, each with its numbers in memory as they are.
+
+    Args:
+        devices: where they may lie.
 
     Raises:
         DataError: too few or too many arguments, an unknown keyword, a constant that is not the captured one, a
-            tensor of another shape or dtype, or sizes that the model can't take; names it and what is legal.
+            tensor of another shape, dtype, layout or device, or sizes that the model can't take; names it and what is
+            legal.
     """
     inputs = model.inputs
     bound = _flat(inputs, args, kwargs) if model.arguments is None else _nested(model.arguments, inputs, args, kwargs)
@@ -44,6 +50,9 @@ def bind(model: Callee, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> lis
     for item, value in zip(inputs, bound, strict=True):
         if not isinstance(value, torch.Tensor):
             raise DataError(f"input '{_called(item)}' is a {type(value).__name__}, not a tensor")
+        if value.is_nested or value.layout is not torch.strided:
+            kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+            raise DataError(f"input '{_called(item)}' is a {kind} tensor; the model takes dense ones: x.to_dense()")
         if value.dim() != len(item.shape):
             raise DataError(
                 f"input '{_called(item)}' has shape {tuple(value.shape)}; the model takes {_shape(item.shape)}"
@@ -65,12 +74,23 @@ def bind(model: Callee, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> lis
                 )
         if _name(value.dtype) != item.dtype:
             raise DataError(f"input '{_called(item)}' is {_name(value.dtype)}; the model takes {item.dtype}")
+    bound = [_in_memory(item, value, devices) for item, value in zip(inputs, bound, strict=True)]
     for limit in model.limits:
         if not limit.holds(sizes):
             found = ", ".join(f"{name} = {sizes[name]}" for name in limit.names)
             place = f" ({limit.place})" if limit.place else ""
             raise DataError(f"the model can't take {found}: it holds only where {limit.expression}{place}")
     return bound
+
+
+def _in_memory(item: Input, value: torch.Tensor, devices: Sequence[str]) -> torch.Tensor:
+    """The tensor, or a copy where its memory holds something else than its numbers."""
+    if value.device.type not in devices:
+        where = "has no data" if value.is_meta else f"is on {value.device}"
+        raise DataError(f"input '{_called(item)}' {where}; the model takes tensors on {' or '.join(devices)}")
+    if value.is_neg() or value.is_conj():
+        return value.resolve_conj().resolve_neg()
+    return value.clone() if value._is_zerotensor() else value
 
 
 def sizes_of(model: Callee, batch: Batch) -> dict[str, int]:

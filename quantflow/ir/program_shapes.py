@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from quantflow.errors import ArtifactError
+from quantflow.host.memory import memory_bytes
 from quantflow.ir.graph import SIZE_FUNCTIONS
 from quantflow.ir.op_shapes import ANY, COMPUTED, Dims, Shape, broadcast, check_size, convolved, matmul, result
 from quantflow.ir.op_table import MAX_ITEMS, bound, row_of
@@ -45,13 +45,18 @@ def check_shapes(program: Program, inputs: Sequence[Dims] | None = None) -> Need
     given = [tuple(s if isinstance(s, int) else None for s in i.shape) for i in program.inputs]
     dims = given if inputs is None else inputs
     values: dict[str, Any] = {i.name: Shape(sizes) for i, sizes in zip(program.inputs, dims, strict=True)}
+    for item in program.inputs:
+        try:
+            check_size(values[item.name])
+        except ValueError as error:
+            raise ArtifactError(f"program.json: input {item.name!r}: its shape {error}") from error
     frees, alive, most = program.last_uses(), {}, Need(0, "")
     for index, node in enumerate(program.nodes):
-        where = f"program.json: node {index} ({node.name})"
+        where = f"program.json: node {index}, layer {node.name} ({node.target or node.op})"
         try:
             values[node.output] = found = _of_node(program, node, values, where)
         except ValueError as error:
-            raise ArtifactError(f"{where}: {node.target or node.op} {error}") from error
+            raise ArtifactError(f"{where}: {error}") from error
         size = 1 if node.output in program.values else _FLOAT_BYTES
         alive[node.output] = 0 if _is_view(node) else size * _elements(found)
         if (total := sum(alive.values())) > most.bytes:
@@ -171,8 +176,8 @@ class Fits:
     #: Sets of sizes that are remembered.
     KEPT = 1024
 
-    def __init__(self, program: Program, limit_bytes: int) -> None:
-        self._program, self._limit = program, limit_bytes
+    def __init__(self, program: Program) -> None:
+        self._program = program
         self._seen: set[tuple[torch.Size, ...]] = set()
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> None:
@@ -182,21 +187,16 @@ class Fits:
         sizes = tuple(x.shape for x in inputs)
         if sizes in self._seen:
             return
-        require_memory(check_shapes(self._program, sizes), self._limit)
+        require_memory(check_shapes(self._program, sizes))
         if len(self._seen) >= self.KEPT:
             self._seen.clear()
         self._seen.add(sizes)
 
 
-def require_memory(need: Need, limit_bytes: int) -> None:
+def require_memory(need: Need) -> None:
     """Raises:
     ArtifactError: a program's values need more memory than there is.
     """
-    if need.bytes > limit_bytes:
-        raise ArtifactError(
-            f"{need.place}: the program's values need {_gib(need.bytes)} there; this machine has {_gib(limit_bytes)}"
-        )
-
-
-def _gib(count: int) -> str:
-    return f"{count / (1 << 30):.1f} GiB" if math.isfinite(count) else "endless memory"
+    if need.bytes > memory_bytes():
+        found, there = (f"{count / (1 << 30):.1f} GiB" for count in (need.bytes, memory_bytes()))
+        raise ArtifactError(f"{need.place}: the program's values need {found} there; this machine has {there}")

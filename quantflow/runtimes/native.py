@@ -552,6 +552,8 @@ def _dense(value: torch.Tensor | int) -> torch.Tensor | int:
     """A value as the library takes it: contiguous or channels-last, or a whole number."""
     if isinstance(value, int):
         return value
+    if value.is_neg():  # a view that torch made: its memory holds the numbers with the other sign
+        value = value.resolve_neg()
     if value.is_contiguous() or (value.dim() > 2 and value.movedim(1, -1).is_contiguous()):
         return value
     return value.contiguous()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from quantflow.errors import ArtifactError
 from quantflow.ir.activations import Epilogue, apply_epilogue
 from quantflow.ir.aten_policy import aten_op
 from quantflow.ir.graph import SIZE_FUNCTIONS
@@ -89,8 +90,8 @@ def run_node(program: Program, node: Node, values: Mapping[str, Any]) -> Any:
             return on_codes(node, args, kwargs)
         case "recurrence":
             return _recurrence(program, node, args)
-        case "size":
-            return (SIZE_FUNCTIONS.get(node.target) or aten_op(node.target))(*args, **kwargs)
+        case "size" if node.target in SIZE_FUNCTIONS:
+            return _size(node.target, args)
         case _:
             return aten_op(node.target)(*args, **kwargs)
 
@@ -144,10 +145,25 @@ def _real(program: Program, node: Node, values: Mapping[str, Any]) -> torch.Tens
     return apply_epilogue(r, node.epilogue)
 
 
+def _size(name: str, args: Sequence[Any]) -> Any:
+    """A function on sizes: whole numbers of 64 bits, and numbers made of them.
+
+    Raises:
+        ArtifactError: it is given something else, or its result is none.
+    """
+    numbers = args[1:] if name == "getitem" else args
+    if any(not isinstance(x, (int, float)) for x in numbers) or (name == "pow" and not -64 <= args[1] <= 64):
+        raise ArtifactError(f"program.json: {name} of {args!r}, which are no sizes")
+    found = SIZE_FUNCTIONS[name](*args)
+    if isinstance(found, int) and abs(found) >= 1 << 63:
+        raise ArtifactError(f"program.json: {name} of {args!r} is no size")
+    return found
+
+
 def on_codes(node: Node, args: Any, kwargs: Mapping[str, Any]) -> Any:
     """An op that moves or compares values, applied to codes. Through int32 where torch has no int8 kernel for it."""
     if node.target in SIZE_FUNCTIONS:
-        return SIZE_FUNCTIONS[node.target](*args)
+        return _size(node.target, args)
     op = aten_op(node.target)
     if node.op == "max_pool" or "upsample" in node.target:
         x, *rest = args

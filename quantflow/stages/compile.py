@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from quantflow.errors import UsageError
+from quantflow.errors import ArtifactError, QuantflowError, UsageError, first_line
 from quantflow.ir.binding import bind
 from quantflow.ir.program import Node, Program
+from quantflow.ir.program_shapes import Fits
 from quantflow.ir.returned import rebuilt
 from quantflow.ir.structure import holds_types, made
 from quantflow.numerics.affine import dequantize
@@ -28,16 +29,32 @@ class Compiled:
     choice: Choice
     runner: AbstractRunner
     seconds: float
+    #: Of a program from a file: whether it can be computed on the sizes at hand. None: it was made here.
+    fits: Fits | None = None
 
     def __call__(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
         """The model's output.
 
         Raises:
             DataError: the arguments do not fit the model's inputs.
+            ArtifactError: a program from a file can't be computed on them.
         """
         inputs = bind(self.program, args, kwargs)
-        output = self.ordinary(self.runner(inputs), inputs)
+        output = self.ordinary(self.computed(self.runner, inputs), inputs)
         return made(output) if self.has_types else output
+
+    def computed(self, run: Callable[[Sequence[torch.Tensor]], Any], inputs: Sequence[torch.Tensor]) -> Any:
+        """What `run` makes of the inputs; what a file's program does on them is the file's fault, not ours."""
+        if self.fits is None:
+            return run(inputs)
+        self.fits(inputs)
+        try:
+            return run(inputs)
+        except QuantflowError:
+            raise
+        except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError) as error:
+            reason = first_line(error)
+            raise ArtifactError(f"program.json: it can't be computed on this input ({reason})") from error
 
     def returned(self, output: Any, inputs: Sequence[torch.Tensor]) -> Any:
         """The model's output for these inputs, from what the ScriptModule of its program returns."""
@@ -94,7 +111,13 @@ class Compiled:
         return {self.program.nodes[index].name: reason for index, reason in self.runner.left_to_torch().items()}
 
 
-def compile_program(program: Program, choice: Choice) -> Compiled:
-    """Build the runtime's runner for the program."""
+def compile_program(program: Program, choice: Choice, *, is_from_file: bool = False) -> Compiled:
+    """Build the runtime's runner for the program.
+
+    Args:
+        is_from_file: nobody vouches for it: each set of input sizes is checked before it is computed.
+    """
     start = time.perf_counter()
-    return Compiled(program, choice, choice.runtime.build(program, choice.device), time.perf_counter() - start)
+    runner = choice.runtime.build(program, choice.device)
+    fits = Fits(program) if is_from_file else None
+    return Compiled(program, choice, runner, time.perf_counter() - start, fits)

@@ -201,10 +201,13 @@ class _Converter:
         self._nodes.append(Node(unit.name, op, output, (x, residual), epilogue=unit.epilogue, attrs=main | geometry))
 
     def _weights(self, name: str, numbers: LayerNumbers) -> dict[str, Any]:
+        bias, channels = numbers.bias, numbers.codes.shape[0]
+        if bias is not None and bias.numel() == 1:  # one value for all of them, which PyTorch takes
+            bias = bias.reshape(1).expand(channels).contiguous() if channels > 1 else bias.reshape(1)
         return {
             "weight": self._store(f"{name}.weight_int8", numbers.codes),
             "weight_scale": self._store(f"{name}.weight_scale", numbers.scale),
-            "bias": None if numbers.bias is None else self._store(f"{name}.bias_float", numbers.bias),
+            "bias": None if bias is None else self._store(f"{name}.bias_float", bias),
         }
 
     def _recurrence(self, planned: PlannedUnit) -> None:

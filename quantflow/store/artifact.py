@@ -56,6 +56,8 @@ MAX_FILES = 1024
 MAX_DEPTH = 100
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+#: Our own folders inside a mount point: where a write is prepared, what it moves in, and an unfinished run's products.
+_INSIDE = re.compile(r"\.quantflow\.(staging-|next-|work$)[0-9a-f]*")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -90,21 +92,53 @@ def check_destination(directory: Path) -> None:
         ArtifactError: if something is there that quantflow did not write, or the place is not writable.
     """
     directory = _resolved(directory)
+    if loop := next((path for path in (directory, *directory.parents) if path.is_symlink()), None):
+        raise ArtifactError(
+            f"'{directory}' can't be reached: the link '{loop}' leads to itself; choose another output="
+        )
     if not directory.exists():
         parent = next(path for path in directory.parents if path.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        if not parent.is_dir() or not _is_writable(parent):
             raise ArtifactError(f"'{directory}' can't be created: '{parent}' is not writable; choose another output=")
         return
     if not directory.is_dir():
         raise ArtifactError(f"'{directory}' is a file, so no artifact can be written there; choose another output=")
-    if not os.access(directory.parent, os.W_OK | os.X_OK):
+    if is_mounted(directory):
+        if not _is_writable(directory):
+            raise ArtifactError(f"'{directory}' can't be written to: it is mounted read-only; choose another output=")
+    elif not _is_writable(directory.parent):
         raise ArtifactError(f"'{directory}' can't be replaced: its parent is not writable; choose another output=")
-    found = {entry.name for entry in directory.iterdir()}
-    if foreign := sorted(found - _written_by_us(directory)):
+    if foreign := sorted(_entries(directory) - _written_by_us(directory)):
         raise ArtifactError(
             f"'{directory}' holds files that are not part of an artifact ({_some(foreign)}) and would be lost; "
             "move them, or choose another output="
         )
+
+
+def is_mounted(directory: Path) -> bool:
+    """Whether a file system begins at the directory, which then can't change places with another."""
+    return os.path.ismount(directory)
+
+
+def _is_writable(folder: Path) -> bool:
+    """Whether a folder can be made in it: who may write anywhere still can't on a read-only file system."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return False
+    probe = folder / f".quantflow.{secrets.token_hex(8)}"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError:
+        return False
+    return True
+
+
+def _entries(directory: Path) -> set[str]:
+    """What lies in a directory, without what a file system and an unfinished run keep there."""
+    names = {path.name for path in directory.iterdir()}
+    if not is_mounted(directory):
+        return names
+    return {name for name in names if name != "lost+found" and not _INSIDE.fullmatch(name)}
 
 
 def write_artifact(directory: Path, files: Mapping[str, bytes], *, notices: Sequence[str] = ()) -> Path:
@@ -112,7 +146,8 @@ def write_artifact(directory: Path, files: Mapping[str, bytes], *, notices: Sequ
 
     Everything goes to a hidden sibling directory first and is flushed to disk; then the two directories
     change places in one system call. A kill at any moment leaves the old artifact or the new one. What a
-    killed run left beside it is removed by the next write.
+    killed run left beside it is removed by the next write. A mount point can't change places: there the new
+    files are prepared inside, and once they are complete, moved in one by one; readers finish what a kill left.
 
     Args:
         files: plain file name → content; `manifest.json` is added.
@@ -293,6 +328,12 @@ def _tidy(directory: Path) -> None:
 
 def _publish(staging: Path, directory: Path) -> None:
     """Puts `staging` at `directory`; what was there, if anything, is at `staging` afterwards."""
+    if staging.parent == directory:
+        complete = directory / staging.name.replace("staging", "next")
+        staging.rename(complete)
+        _sync_directory(directory)
+        _move_in(complete, directory)
+        return
     try:
         staging.rename(directory)  # succeeds where nothing, or an empty directory, is in the way
     except OSError as error:
@@ -301,6 +342,31 @@ def _publish(staging: Path, directory: Path) -> None:
         if not _exchange(staging, directory):
             _exchange_in_steps(staging, directory)
     _sync_directory(directory.parent)
+
+
+def _move_in(complete: Path, directory: Path) -> None:
+    """Moves complete files into a mount point, the manifest last; can be repeated wherever it was interrupted."""
+    arriving = {path.name for path in complete.iterdir()}
+    if MANIFEST in arriving:
+        listed = parse_json((complete / MANIFEST).read_bytes(), MANIFEST)["files"]
+        for name in _written_by_us(directory) - set(listed) - {MANIFEST}:
+            (directory / name).unlink(missing_ok=True)
+        for name in sorted(arriving - {MANIFEST}):
+            source, target = complete / name, directory / name
+            if target.exists() and source.samefile(target):
+                source.unlink()  # a file that stays: renaming one link of it to another does nothing
+            else:
+                source.replace(target)
+        _sync_directory(directory)
+        (complete / MANIFEST).replace(directory / MANIFEST)
+    complete.rmdir()
+    _sync_directory(directory)
+
+
+def _finish(directory: Path) -> None:
+    """Moves in what a killed writer had completed inside a mount point."""
+    for complete in sorted(directory.glob(".quantflow.next-*")):
+        _move_in(complete, directory)
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -361,18 +427,32 @@ def _check_names(files: Mapping[str, bytes]) -> None:
 
 
 def _written_by_us(directory: Path) -> set[str]:
-    """Names in `directory` that a write may replace: those in its manifest, even a damaged artifact's."""
+    """Names in `directory` that a write may replace: the files of its manifest, even a damaged artifact's.
+
+    A manifest that can't be read any more may have been another program's; ours lay beside a recipe and its weights.
+    """
     try:
+        if not stat.S_ISREG((directory / MANIFEST).lstat().st_mode):
+            return set()
         with (directory / MANIFEST).open("rb") as file:
             manifest = parse_json(file.read(MAX_MANIFEST_BYTES), MANIFEST)
     except OSError:
         return set()
     except ArtifactError:
-        return set(NAMES)
+        found = {name for name in NAMES if _is_file(directory / name)}
+        return found if {RECIPE, WEIGHTS} <= found else set()
     listed = manifest.get("files")
-    if "quantflow" not in manifest or not isinstance(listed, dict):
+    if not {"format", "quantflow", "created", "sha256"} <= manifest.keys() or not isinstance(listed, dict):
         return set()
-    return {*NAMES, *listed}
+    names = {name for name, record in listed.items() if isinstance(record, dict) and "sha256" in record}
+    return {name for name in {MANIFEST, *names} if _NAME.fullmatch(name) and _is_file(directory / name)}
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
 
 
 # Reading
@@ -396,6 +476,8 @@ def _verified_manifest(folder: int, directory: Path) -> tuple[Manifest, bytes]:
     raw = _read(folder, directory, MANIFEST, MAX_MANIFEST_BYTES)
     manifest = _parse_manifest(parse_json(raw, f"artifact '{directory}': {MANIFEST}"), directory)
     found, listed = set(os.listdir(folder)) - {MANIFEST}, set(manifest.files)
+    if is_mounted(directory):
+        found &= _entries(directory)
     if missing := sorted(listed - found):
         raise _damaged(directory, f"{_some(missing)} missing")
     if extra := sorted(found - listed):
@@ -500,17 +582,25 @@ def _located(directory: Path) -> Path:
     directory = _resolved(directory)
     if not directory.exists():
         return next(iter(_siblings(directory, "retired")), directory)
+    if is_mounted(directory):
+        with suppress(OSError, ArtifactError, LookupError, TypeError):  # then it is found damaged
+            _finish(directory)
     return directory
 
 
 def _sibling(directory: Path, role: str) -> Path:
-    return directory.with_name(f".{directory.name}.{role}-{secrets.token_hex(8)}")
+    name = f"{role}-{secrets.token_hex(8)}"
+    if is_mounted(directory):
+        return directory / f".quantflow.{name}"
+    return directory.with_name(f".{directory.name}.{name}")
 
 
 def _siblings(directory: Path, role: str) -> list[Path]:
-    prefix = f".{directory.name}.{role}-"
+    folder, prefix = directory.parent, f".{directory.name}.{role}-"
+    if is_mounted(directory):
+        folder, prefix = directory, f".quantflow.{role}-"
     with suppress(OSError):
-        return sorted(path for path in directory.parent.iterdir() if path.name.startswith(prefix) and path.is_dir())
+        return sorted(path for path in folder.iterdir() if path.name.startswith(prefix) and path.is_dir())
     return []
 
 

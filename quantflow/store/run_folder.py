@@ -2,7 +2,7 @@
 
     outputs/NAME            the artifact, whole or absent
     outputs/.NAME.work/     products of finished stages, tensors beside their JSON, and the calibration's checkpoint;
-                            gone when the run is saved
+                            gone when the run is saved. Where outputs/NAME is a mount point: .quantflow.work in it
 
 Every product says what it depends on. One that does not fit, is damaged or is not ours is not used, and a notice
 says so.
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from quantflow.host.environment import distribution_version
+from quantflow.store.artifact import is_mounted
 from quantflow.store.json_values import from_json, to_json
 from quantflow.store.whole_file import write_whole
 
@@ -44,7 +45,8 @@ class Work:
     """
 
     def __init__(self, destination: Path, key: str, *, resume: bool = True) -> None:
-        self.folder = destination.with_name(f".{destination.name}.work")
+        inside = is_mounted(destination)
+        self.folder = destination / ".quantflow.work" if inside else destination.with_name(f".{destination.name}.work")
         self.notices: list[str] = []
         self.resumed: list[str] = []
         self._key = key

@@ -12,6 +12,7 @@ from rich.text import Text
 from quantflow import report
 from quantflow.analysis.baseline import beside
 from quantflow.config.compose import overlay
+from quantflow.config.overrides import key_of
 from quantflow.errors import EXIT_GATE, EXIT_PASSED, ArtifactError, UsageError, VerificationError, first_line
 from quantflow.executor.measure import measure
 from quantflow.executor.results import judged, timed
@@ -29,6 +30,9 @@ from quantflow.stages.gates import FAILED
 from quantflow.stages.record import Record
 from quantflow.store.artifact import RESULTS, add_files
 from quantflow.tasks.run import named_baseline
+
+#: Kinds of models whose file PyTorch runs.
+RUN_FROM_FILE = ("scriptmodule", "exported")
 
 
 def measure_again(recipe: Recipe, overrides: Sequence[str]) -> int:
@@ -124,6 +128,10 @@ def _defined() -> frozenset[str]:
     return frozenset(torch.library._defs)
 
 
+def _names(overrides: Sequence[str], section: str, field: str) -> bool:
+    return any(key_of(override) in (section, f"{section}.{field}") for override in overrides)
+
+
 def _require_own_code_named(stored: Recipe, record: Record, overrides: Sequence[str]) -> None:
     """An artifact never makes its reader import code: the user names it again on the command line."""
     for section in ("model", "data"):
@@ -133,7 +141,13 @@ def _require_own_code_named(stored: Recipe, record: Record, overrides: Sequence[
                 f"{section}: this artifact was made in Python from an object that is not in it; name the float "
                 f"{section} on the command line, as in {section}=entry {section}.entry=package.module:callable"
             )
-        if spec.kind == "entry" and not any(o.partition("=")[0] in (section, f"{section}.entry") for o in overrides):
+        if section == "model" and spec.kind in RUN_FROM_FILE and not _names(overrides, section, "path"):
+            path = record.recipe[section]["path"]
+            raise UsageError(
+                f"model: the artifact names a file that is a program ('{path}'), which is not run unless you say so: "
+                f"add model.path={path}"
+            )
+        if spec.kind == "entry" and not _names(overrides, section, "entry"):
             raise UsageError(
                 f"{section}: the artifact names code ('{record.recipe[section]['entry']}'), which is not run "
                 f"unless you say so: add {section}=entry {section}.entry={record.recipe[section]['entry']}"

@@ -48,7 +48,8 @@ def check_size(shape: Shape) -> None:
     if any(size is not None and size < 0 for size in dims):
         raise ValueError(f"gives a tensor of shape {dims}")
     if shape.elements > MAX_ELEMENTS:
-        raise ValueError(f"gives a tensor of {shape.elements} elements; {MAX_ELEMENTS} are possible")
+        size = f"more than 2^40 elements ({shape.elements})" if shape.elements >> 40 else f"{shape.elements} elements"
+        raise ValueError(f"a tensor of {size}; {MAX_ELEMENTS} are possible")
 
 
 def first_of(row: Row, given: Given) -> Dims | None:

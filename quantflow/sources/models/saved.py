@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from quantflow.errors import ModelError, first_line, found_at
+from quantflow.sources.models.inspected import check_exported, check_script
 from quantflow.sources.models.loaded import LoadedModel, eval_mode
 
 #: What torch.export.save names the constants that only an unrestricted unpickler can read.
@@ -24,23 +25,25 @@ def load_scriptmodule(path: Path) -> LoadedModel:
     """A ScriptModule file, in eval mode.
 
     Raises:
-        ModelError: missing, truncated, or not written by torch.jit.save.
+        ModelError: missing, truncated, not written by torch.jit.save, or calling what reaches beyond its tensors.
     """
     _check_exists(path, "torch.jit.save")
     try:
+        check_script(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             module = torch.jit.load(path, map_location="cpu")
-    except (RuntimeError, ValueError, OSError) as problem:
+    except (RuntimeError, ValueError, OSError, zipfile.BadZipFile) as problem:
         raise _unreadable(path, "torch.jit.save", problem) from problem
-    return LoadedModel(eval_mode(module), path.stem, weights_used=str(path))
+    return LoadedModel(eval_mode(module), path.stem, weights_used=str(path), notices=(_runs(path, "TorchScript"),))
 
 
 def load_exported(path: Path) -> LoadedModel:
     """An ExportedProgram file. Nothing but tensors is unpickled while it loads.
 
     Raises:
-        ModelError: missing, truncated, not written by torch.export.save, or holding pickled Python objects.
+        ModelError: missing, truncated, not written by torch.export.save, or holding pickled Python objects or
+            anything else that is no operator on tensors and no arithmetic on sizes.
     """
     _check_exists(path, "torch.export.save")
     try:
@@ -53,15 +56,23 @@ def load_exported(path: Path) -> LoadedModel:
             f"model.path: {path} holds pickled Python objects, which are never loaded; export it without them"
         )
     try:
+        check_exported(path)
         with _weights_only():
             program = torch.export.load(path)
     except pickle.UnpicklingError as problem:
         raise ModelError(
             f"model.path: {path} holds pickled Python objects ({first_line(problem)}), which are never loaded"
         ) from problem
+    except ModelError:
+        raise
     except Exception as problem:
         raise _unreadable(path, "torch.export.save", problem) from problem
-    return LoadedModel(program, path.stem, weights_used=str(path))
+    notice = _runs(path, "torch.export's operators")
+    return LoadedModel(program, path.stem, weights_used=str(path), notices=(notice,))
+
+
+def _runs(path: Path, what: str) -> str:
+    return f"model.path: {path} is a program of {what}, which was run; take such files only from whom you trust"
 
 
 @contextlib.contextmanager
