@@ -18,7 +18,7 @@ const char kText[] =
 constexpr std::int64_t kMaxSize = std::int64_t{1} << 40;
 
 const std::unordered_map<std::string, Kind> kKinds = {
-    {"Tensor", Kind::tensor}, {"int", Kind::integer},   {"float", Kind::real},    {"bool", Kind::flag},
+    {"Tensor", Kind::tensor}, {"Operand", Kind::operand}, {"int", Kind::integer},   {"float", Kind::real},    {"bool", Kind::flag},
     {"Scalar", Kind::number}, {"str", Kind::text},      {"dtype", Kind::dtype},   {"layout", Kind::layout},
     {"device", Kind::device}, {"none", Kind::none},     {"memory_format", Kind::memory_format},
 };
@@ -96,7 +96,8 @@ bool is_of(Kind kind, const Arg& value) {
     const auto* whole = value.as<std::int64_t>();
     const bool is_number = whole != nullptr || value.as<double>() != nullptr || value.as<bool>() != nullptr;
     switch (kind) {
-        case Kind::tensor: return value.as<TensorRef>() != nullptr || is_number;
+        case Kind::tensor: return value.as<TensorRef>() != nullptr;
+        case Kind::operand: return value.as<TensorRef>() != nullptr || is_number;
         case Kind::integer: return whole != nullptr || value.as<bool>() != nullptr;
         case Kind::real:
         case Kind::number: return is_number;
@@ -113,6 +114,8 @@ bool is_of(Kind kind, const Arg& value) {
 
 void check_one(const TableArgument& a, const Arg& value, const std::string& where) {
     if (!is_of(a.kind, value)) throw Error(where + " is of another type");
+    if (const auto* flag = value.as<bool>(); flag != nullptr && a.is_bounded && (*flag < a.low || *flag > a.high))
+        throw Error(where + " is " + (*flag ? "true" : "false"));
     const auto* whole = value.as<std::int64_t>();
     if (whole != nullptr && a.is_bounded && (*whole < a.low || *whole > a.high))
         throw Error(where + " is " + std::to_string(*whole) + ", must be in [" + std::to_string(a.low) + ", " +

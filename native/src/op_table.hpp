@@ -15,7 +15,7 @@ constexpr std::size_t kMaxItems = std::size_t{1} << 16;
 constexpr std::size_t kMaxNodes = std::size_t{1} << 15;
 constexpr std::size_t kMaxSteps = std::size_t{1} << 16;
 
-enum class Kind : std::uint8_t { tensor, integer, real, flag, number, text, dtype, layout, device, memory_format, none };
+enum class Kind : std::uint8_t { tensor, operand, integer, real, flag, number, text, dtype, layout, device, memory_format, none };
 
 struct TableArgument {
     std::string name;

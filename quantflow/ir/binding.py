@@ -14,6 +14,9 @@ from quantflow.ir.batch import Batch
 from quantflow.ir.calls import BATCH, Arguments, Input, Limit
 from quantflow.ir.structure import Leaf, Typed, type_name
 
+#: Where tensors lie when nothing else is said.
+HOST = (torch.empty(0).cpu().device.type,)
+
 
 class Callee(Protocol):
     """A graph or a program, as far as its calls are concerned."""
@@ -32,7 +35,7 @@ class Callee(Protocol):
 
 
 def bind(
-    model: Callee, args: tuple[Any, ...], kwargs: Mapping[str, Any], devices: Sequence[str] = ("cpu",)
+    model: Callee, args: tuple[Any, ...], kwargs: Mapping[str, Any], devices: Sequence[str] = HOST
 ) -> list[torch.Tensor]:
     """The call's tensors in the order of the model's inputs, each with its numbers in memory as they are.
 

@@ -39,7 +39,7 @@ class Argument:
     """One argument of an op.
 
     Attributes:
-        kind: "Tensor", "int", "float", "bool", "Scalar", "str", "dtype", "layout", "device", "memory_format" or "none".
+        kind: "Tensor", "Operand" (a tensor, or a number in its place), "int", "float", "bool", "Scalar", "str", "dtype", "layout", "device", "memory_format" or "none".
         is_list: a list of them; `length` entries, or one for all, where that is not 0.
         takes_none: None is legal; `takes_none_inside`: inside the list.
         is_optional: it has a default.
@@ -185,7 +185,9 @@ def _check_one(argument: Argument, value: Any, where: str) -> None:
 
 def _is_of_kind(kind: str, value: Any) -> bool:
     match kind:
-        case "Tensor":  # PyTorch's operators take numbers for tensors in some places
+        case "Tensor":
+            return isinstance(value, TensorRef)
+        case "Operand":
             return isinstance(value, (TensorRef, int, float))
         case "int":
             return isinstance(value, int)
@@ -208,9 +210,13 @@ def _is_of_kind(kind: str, value: Any) -> bool:
 
 
 def _described(argument: Argument) -> str:
-    kind = {"Tensor": "a tensor", "int": "a whole number", "Scalar": "a number", "none": "None"}.get(
-        argument.kind, f"a {argument.kind}"
-    )
+    kind = {
+        "Tensor": "a tensor",
+        "Operand": "a tensor or a number",
+        "int": "a whole number",
+        "Scalar": "a number",
+        "none": "None",
+    }.get(argument.kind, f"a {argument.kind}")
     legal = argument.legal
     bounds = "" if legal is None else f" in [{legal.start}, {legal.stop - 1}]"
     return ("a list of: " if argument.is_list else "") + kind + bounds + (" or None" if argument.takes_none else "")

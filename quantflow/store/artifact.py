@@ -8,7 +8,6 @@ in one is ever unpickled or imported.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import hashlib
@@ -27,6 +26,8 @@ from typing import Any
 
 from quantflow.errors import ArtifactError
 from quantflow.host.environment import versions
+from quantflow.store.places import exchange as _exchange
+from quantflow.store.places import is_mounted, is_writable, sync_directory
 
 FORMAT = 1
 
@@ -59,8 +60,6 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 #: Our own folders inside a mount point: where a write is prepared, what it moves in, and an unfinished run's products.
 _INSIDE = re.compile(r"\.quantflow\.(staging-|next-|work$)[0-9a-f]*")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_RENAME_EXCHANGE = 2
-_AT_FDCWD = -100
 
 
 @dataclass(frozen=True)
@@ -98,39 +97,21 @@ def check_destination(directory: Path) -> None:
         )
     if not directory.exists():
         parent = next(path for path in directory.parents if path.exists())
-        if not parent.is_dir() or not _is_writable(parent):
+        if not parent.is_dir() or not is_writable(parent):
             raise ArtifactError(f"'{directory}' can't be created: '{parent}' is not writable; choose another output=")
         return
     if not directory.is_dir():
         raise ArtifactError(f"'{directory}' is a file, so no artifact can be written there; choose another output=")
     if is_mounted(directory):
-        if not _is_writable(directory):
+        if not is_writable(directory):
             raise ArtifactError(f"'{directory}' can't be written to: it is mounted read-only; choose another output=")
-    elif not _is_writable(directory.parent):
+    elif not is_writable(directory.parent):
         raise ArtifactError(f"'{directory}' can't be replaced: its parent is not writable; choose another output=")
     if foreign := sorted(_entries(directory) - _written_by_us(directory)):
         raise ArtifactError(
             f"'{directory}' holds files that are not part of an artifact ({_some(foreign)}) and would be lost; "
             "move them, or choose another output="
         )
-
-
-def is_mounted(directory: Path) -> bool:
-    """Whether a file system begins at the directory, which then can't change places with another."""
-    return os.path.ismount(directory)
-
-
-def _is_writable(folder: Path) -> bool:
-    """Whether a folder can be made in it: who may write anywhere still can't on a read-only file system."""
-    if not os.access(folder, os.W_OK | os.X_OK):
-        return False
-    probe = folder / f".quantflow.{secrets.token_hex(8)}"
-    try:
-        probe.mkdir()
-        probe.rmdir()
-    except OSError:
-        return False
-    return True
 
 
 def _entries(directory: Path) -> set[str]:
@@ -251,7 +232,7 @@ def _write(directory: Path, files: Mapping[str, bytes], kept: Mapping[str, FileR
                 _link(directory / name, staging / name)
             for name, content in {**files, MANIFEST: manifest}.items():
                 _write_file(staging / name, content)
-            _sync_directory(staging)
+            sync_directory(staging)
             _publish(staging, directory)
     except OSError as error:
         raise ArtifactError(
@@ -331,7 +312,7 @@ def _publish(staging: Path, directory: Path) -> None:
     if staging.parent == directory:
         complete = directory / staging.name.replace("staging", "next")
         staging.rename(complete)
-        _sync_directory(directory)
+        sync_directory(directory)
         _move_in(complete, directory)
         return
     try:
@@ -341,7 +322,7 @@ def _publish(staging: Path, directory: Path) -> None:
             raise
         if not _exchange(staging, directory):
             _exchange_in_steps(staging, directory)
-    _sync_directory(directory.parent)
+    sync_directory(directory.parent)
 
 
 def _move_in(complete: Path, directory: Path) -> None:
@@ -357,30 +338,16 @@ def _move_in(complete: Path, directory: Path) -> None:
                 source.unlink()  # a file that stays: renaming one link of it to another does nothing
             else:
                 source.replace(target)
-        _sync_directory(directory)
+        sync_directory(directory)
         (complete / MANIFEST).replace(directory / MANIFEST)
     complete.rmdir()
-    _sync_directory(directory)
+    sync_directory(directory)
 
 
 def _finish(directory: Path) -> None:
     """Moves in what a killed writer had completed inside a mount point."""
     for complete in sorted(directory.glob(".quantflow.next-*")):
         _move_in(complete, directory)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Lets two directories change places in one system call; False where the system can't."""
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError):
-        return False
-    if renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-        return False
-    raise OSError(code, os.strerror(code))
 
 
 def _exchange_in_steps(staging: Path, directory: Path) -> None:
@@ -407,14 +374,6 @@ def _write_file(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check_names(files: Mapping[str, bytes]) -> None:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from quantflow.host.environment import distribution_version
-from quantflow.store.artifact import is_mounted
 from quantflow.store.json_values import from_json, to_json
+from quantflow.store.places import is_mounted
 from quantflow.store.whole_file import write_whole
 
 FORMAT = 1

@@ -12,7 +12,7 @@ namespace quantflow::lowering {
 using Dims = std::vector<std::int64_t>;
 
 // Bounds padding, windows and steps, so that arithmetic on them stays inside int64.
-constexpr std::int64_t kMaxExtent = std::int64_t{1} << 31;
+constexpr std::int64_t kMaxExtent = (std::int64_t{1} << 31) - 1;
 
 // A value while steps are chosen: a view of a buffer. Codes with `is_real` stand for a float32 value of the program
 // whose dequantize (or quantize) was folded into the kernels around it.

@@ -24,6 +24,7 @@ def result(row: Row, given: Given) -> Any:
     Raises:
         ValueError: these arguments can't be computed; says why.
     """
+    _check_kinds(row, given)
     _check_axes(row, given)
     rule = _RULES.get(row.shape)
     found = None if rule is None else rule(row, given)
@@ -31,6 +32,17 @@ def result(row: Row, given: Given) -> Any:
         if isinstance(shape, Shape):
             check_size(shape)
     return found
+
+
+def _check_kinds(row: Row, given: Given) -> None:
+    """What is computed is a tensor where a number is expected, or the other way round."""
+    for argument in row.arguments:
+        value = given.get(argument.name)
+        if isinstance(value, Shape) and not argument.is_list and argument.kind not in ("Tensor", "Operand"):
+            if argument.kind != "int" or value.dims not in (None, (), (1,)):
+                raise ValueError(f"argument {argument.name!r} is a tensor, must be a {argument.kind}")
+        elif isinstance(value, (int, float)) and argument.kind == "Tensor":
+            raise ValueError(f"argument {argument.name!r} is a number, must be a tensor")
 
 
 def _check_axes(row: Row, given: Given) -> None:

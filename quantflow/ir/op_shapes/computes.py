@@ -31,7 +31,7 @@ def _all_broadcast(row: Row, given: Given) -> Any:
     shapes: list[Dims] = []
     for argument in row.arguments:
         value = given.get(argument.name)
-        if argument.kind != "Tensor" or value is None or isinstance(value, (int, float)):
+        if argument.kind not in ("Tensor", "Operand") or value is None or isinstance(value, (int, float)):
             continue
         if not isinstance(value, Shape) or value.dims is None:
             return ANY

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from quantflow.errors import ModelError
 
 #: Far above what a model's description needs, far below what could fill the memory.
@@ -261,7 +263,7 @@ def _reached(code: str) -> str:
         if chain[:1] == ["ops"] and len(chain) == 2 and word in _REACHING:
             return f"ops.{word}"
         library = chain[2] if len(chain) == 4 else "aten"
-        if chain[0] in ("ops", "torch") and not _is_harmless(library, word):
+        if chain[0] in ("ops", torch.__name__) and not _is_harmless(library, word):
             return f"{chain[0]}.{word}"
     return ""
 

@@ -39,7 +39,9 @@ Found leaky_relu(const Node& n) { return Epilogue{Activation::leaky_relu, bound(
 
 Found clamp(const Node& n) {
     if (!has_number_bounds(n)) return std::nullopt;
-    return between(bound(n, 1, "min", -kInfinity), bound(n, 2, "max", kInfinity));
+    const float low = bound(n, 1, "min", -kInfinity), high = bound(n, 2, "max", kInfinity);
+    if (low == static_cast<float>(-kInfinity) && high == static_cast<float>(kInfinity)) return std::nullopt;  // no bound
+    return between(low, high);
 }
 Found clamp_min(const Node& n) {
     if (!has_number_bounds(n)) return std::nullopt;

@@ -93,6 +93,8 @@ template <Binary op, Operands kind = Operands::in_order>
 void arithmetic(Context& c, const Node& n) {
     if (c.has(99, "rounding_mode")) throw Unsupported("a division that rounds");
     if (n.args.size() < 2) throw Unsupported("an operand is missing");
+    if (const Arg* given = c.argument(2, "alpha"); given != nullptr && given->as<bool>() != nullptr)
+        throw Unsupported("alpha that is a bool");
     const double alpha = c.real(2, "alpha", 1.0);
     Val first = c.evaluated(n.args[0]), second = c.evaluated(n.args[1]);
     if (kind == Operands::swapped) std::swap(first, second);

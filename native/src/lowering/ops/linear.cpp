@@ -52,6 +52,7 @@ void float_conv(Context& c, const Node& n) {
     };
     ConvGeometry g;
     g.stride = each(3, "stride", 1);
+    if (c.has(4, "padding") && c.argument(4, "padding")->as<Args>() == nullptr) throw Unsupported("padding that is no list");
     g.padding = each(4, "padding", 0);
     g.dilation = each(5, "dilation", 1);
     g.groups = c.integer(6, "groups", 1);

@@ -177,7 +177,8 @@ void unbind(Context& c, const Node& n) {
 void identity(Context& c, const Node& n) { c.define(n.output, c.operand(0, "self")); }
 
 void dropout(Context& c, const Node& n) {
-    if (c.flag(2, "train", false) && c.real(1, "p") != 0) throw Unsupported("dropout while training");
+    const double p = c.real(1, "p");
+    if (!(p >= 0 && p <= 1) || (c.flag(2, "train", false) && p != 0)) throw Unsupported("dropout while training");
     c.define(n.output, c.operand(0, "input"));
 }
 

@@ -161,7 +161,8 @@ void upsample(Context& c, const Node& n) {
                 given.push_back(as_real(c.evaluated(n.args[scales_at + i]), "scale"));
     }
     for (const double s : given)
-        if (!(s > 0) || s > 1e6) throw Error("a scale of " + std::to_string(s));
+        if (!(s > 0) || s > 1e6) throw Unsupported("a scale of " + std::to_string(s));
+    if (!is_vec && !given.empty() && given.size() != spatial) throw Unsupported("a scale along some dimensions only");
     Dims dims = x.dims;
     if (c.has(1, "output_size")) {
         const Dims sizes = c.integers(1, "output_size");

@@ -1,0 +1,117 @@
+"""Computes programs that may end the process: `python -m tests.security.worker FILE` reads them from FILE, in JSON lines.
+
+For each it prints a line: "N refused MESSAGE" or "N computed", or "N differs …" where native gives something else than
+the reference. A line "N begins" comes first, so that whoever reads knows which one a signal ended.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantflow.errors import QuantflowError
+from quantflow.ir.program import Program
+from quantflow.runtimes.native import NativeRunner
+from quantflow.runtimes.reference import ReferenceRunner
+from tests.security.running import MARK
+
+#: Beyond what the process has when it starts.
+MEMORY_BYTES = 6 << 30
+#: Ops that give other numbers each time.
+RANDOM = (
+    "rand", "normal", "bernoulli", "dropout", "native_dropout", "feature_dropout", "alpha_dropout", "rrelu", "lstm",
+    "feature_alpha_dropout", "gru", "rnn_", "scaled_dot_product_attention",
+)  # fmt: skip
+#: PyTorch's own refusals.
+_REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, NotImplementedError)
+
+
+def stored() -> dict[str, torch.Tensor]:
+    """The tensors that a program may name."""
+    generator = torch.Generator().manual_seed(0)
+
+    def floats(*dims: int) -> torch.Tensor:
+        return torch.randn(*dims, generator=generator)
+
+    return {
+        "w4": floats(4), "w44": floats(4, 4), "conv": floats(4, 4, 3, 3), "conv1": floats(4, 4, 3),
+        "conv3": floats(4, 4, 3, 3, 3), "one": floats(1), "zero": torch.tensor(0.5), "table": floats(10, 4),
+        "mask": torch.ones(6, dtype=torch.bool), "ids": torch.arange(6), "small": torch.arange(6, dtype=torch.int32),
+        "positive": floats(4).abs() + 1, "w66": floats(6, 6), "none": floats(0, 4),
+        "codes": torch.ones(4, 4, dtype=torch.int8), "scale": torch.ones(1), "bytes": torch.ones(6, dtype=torch.uint8),
+        "grid": floats(2, 3, 3, 2), "cube": floats(2, 3, 6),
+    }  # fmt: skip
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {"x": torch.randn(2, 4, 6, 6, generator=generator)}
+
+
+def compute(data: dict[str, Any]) -> str:
+    """What becomes of a program in the reference and natively."""
+    tensors, given = stored(), inputs()
+    try:
+        program = Program.from_json(data, tensors)
+    except QuantflowError as error:
+        return f"refused {str(error)[:200]!r}"
+    values = [given.get(item.name, torch.zeros([2 if s is None else s for s in item.shape])) for item in program.inputs]
+    results = []
+    for make in (ReferenceRunner, NativeRunner):
+        try:
+            results.append(make(program)([x.clone() for x in values]))
+        except (QuantflowError, *_REFUSALS) as error:
+            results.append(error)
+    wanted, found = results
+    if isinstance(wanted, Exception) or isinstance(found, Exception):
+        if not isinstance(wanted, Exception):
+            return f"differs: native refuses what the reference computes: {str(found)[:200]!r}"
+        if not isinstance(found, Exception):
+            return f"differs: native computes what the reference refuses: {str(wanted)[:200]!r}"
+    elif not any(node.target.startswith(RANDOM) for node in program.nodes) and not agree(wanted, found):
+        return f"differs: native gives {shown(found)}, the reference {shown(wanted)}"
+    return f"failed {str(wanted)[:120]!r}" if isinstance(wanted, Exception) else "computed"
+
+
+def agree(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and a.numel() > 1 << 26:
+        return isinstance(b, torch.Tensor) and a.shape == b.shape  # no memory to compare them in
+    if isinstance(a, (list, tuple)):
+        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(agree, a, b))
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        if a.dtype in (torch.int8, torch.uint8):
+            return bool(((a.int() - b.int()).abs() <= 1).all())
+        return (
+            torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True) if a.is_floating_point() else torch.equal(a, b)
+        )
+    return bool(a == b)
+
+
+def shown(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:80]
+
+
+def main(file: Path) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    compute({"format": 1, "batch_is_dynamic": True, "inputs": [], "values": {}, "nodes": [], "output": []})
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for line in file.read_text().splitlines():
+        number, _, data = line.partition(" ")
+        print(f"\n{MARK}{number} begins", flush=True)
+        outcome = " ".join(compute(json.loads(data)).split())
+        print(f"\n{MARK}{number} {outcome}", flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
