@@ -27,6 +27,10 @@ MAX_RANK = 16
 #: Sizes, and what a row bounds from below only.
 MAX_SIZE = 1 << 40
 _INT64 = range(-(1 << 63), 1 << 63)
+_WORDS = {
+    "Tensor": "a tensor", "Operand": "a tensor or a number", "int": "a whole number", "Scalar": "a number",
+    "none": "None",
+}  # fmt: skip
 _FILE = Path(__file__).with_name("aten_ops.txt")
 _TOKEN = re.compile(
     r"(?P<name>\w+):(?P<kind>[A-Za-z_]+?)(?P<element_none>\?(?=\[))?(?P<list>\[(?P<length>\d*)\])?(?P<none>\?)?"
@@ -39,7 +43,8 @@ class Argument:
     """One argument of an op.
 
     Attributes:
-        kind: "Tensor", "Operand" (a tensor, or a number in its place), "int", "float", "bool", "Scalar", "str", "dtype", "layout", "device", "memory_format" or "none".
+        kind: "Tensor", "Operand" (a tensor, or a number in its place), "int", "float", "bool", "Scalar", "str",
+            "dtype", "layout", "device", "memory_format" or "none".
         is_list: a list of them; `length` entries, or one for all, where that is not 0.
         takes_none: None is legal; `takes_none_inside`: inside the list.
         is_optional: it has a default.

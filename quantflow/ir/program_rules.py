@@ -135,6 +135,8 @@ def _check_codes(program: Program, node: Node, where: str) -> None:
         operands = []
     elif node.op in ("quantize", "aten", "recurrence"):
         operands = []
+        if node.op == "quantize" and not isinstance(node.args[0], Ref):
+            raise ArtifactError(f"{where}: quantizes {node.args[0]!r}, which is no value")
         for ref in node.refs():
             if ref in held:
                 raise ArtifactError(f"{where}: {node.op} reads {ref!r}, which holds int8 codes")
@@ -153,11 +155,22 @@ def _check_codes(program: Program, node: Node, where: str) -> None:
         raise ArtifactError(f"{where}: its output can't hold int8 codes")
     if node.op in MOVING_OPS and any(held[o.name].qparams != held[node.output].qparams for o in operands):
         raise ArtifactError(f"{where}: its output and its inputs must share one scale and zero_point")
+    if node.op == "shape" and node.target.startswith(("constant_pad_nd", "pad")):
+        _check_fill(program, node, where)
     if node.op == "clamp":
         qparams, bounds = held[node.output].qparams, (node.attrs["low"], node.attrs["high"])
         legal = range(qparams.range[0], qparams.range[1] + 1) if qparams is not None else ()
         if any(type(bound) is not int or bound not in legal for bound in bounds) or bounds[0] > bounds[1]:
             raise ArtifactError(f"{where}: low and high {bounds} are not codes in order")
+
+
+def _check_fill(program: Program, node: Node, where: str) -> None:
+    """What codes are padded with is a code."""
+    qparams = program.values[node.output].qparams
+    fill = node.args[-1] if len(node.args) > 2 else node.kwargs.get("value", 0)
+    low, high = (0, 0) if qparams is None else qparams.range
+    if not isinstance(fill, (int, float)) or not low <= fill <= high or fill != int(fill):
+        raise ArtifactError(f"{where}: pads codes with {fill!r}, which is none in [{low}, {high}]")
 
 
 def _check_linear(program: Program, node: Node, where: str) -> None:

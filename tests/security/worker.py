@@ -1,4 +1,4 @@
-"""Computes programs that may end the process: `python -m tests.security.worker FILE` reads them from FILE, in JSON lines.
+"""Computes programs that may end the process: `python -m tests.security.worker FILE`, one in JSON per line of it.
 
 For each it prints a line: "N refused MESSAGE" or "N computed", or "N differs …" where native gives something else than
 the reference. A line "N begins" comes first, so that whoever reads knows which one a signal ended.
@@ -44,7 +44,9 @@ def stored() -> dict[str, torch.Tensor]:
         "conv3": floats(4, 4, 3, 3, 3), "one": floats(1), "zero": torch.tensor(0.5), "table": floats(10, 4),
         "mask": torch.ones(6, dtype=torch.bool), "ids": torch.arange(6), "small": torch.arange(6, dtype=torch.int32),
         "positive": floats(4).abs() + 1, "w66": floats(6, 6), "none": floats(0, 4),
-        "codes": torch.ones(4, 4, dtype=torch.int8), "scale": torch.ones(1), "bytes": torch.ones(6, dtype=torch.uint8),
+        "codes": torch.ones(4, 4, dtype=torch.int8), "conv_codes": torch.ones(4, 4, 3, 3, dtype=torch.int8),
+        "codes4": torch.ones(4, 4, 3, 3, dtype=torch.int8), "scale": torch.ones(1),
+        "bytes": torch.ones(6, dtype=torch.uint8),
         "grid": floats(2, 3, 3, 2), "cube": floats(2, 3, 6),
     }  # fmt: skip
 

@@ -55,7 +55,7 @@ void attention(Context& c, const Node& n) {
     const View q = c.real_operand(0, "query"), k = c.real_operand(1, "key"), v = c.real_operand(2, "value");
     std::optional<View> mask;
     if (c.has(3, "attn_mask")) mask = c.operand(3, "attn_mask");
-    if (mask && c.flag(5, "is_causal", false)) throw Error("a mask beside is_causal");
+    if (mask && c.flag(5, "is_causal", false)) throw Unsupported("a mask beside is_causal");
     const double scale = c.real(6, "scale", std::nan(""));
     const double width = q.dims.empty() ? 1.0 : static_cast<double>(q.dims.back());
     attend(c, q, k, v, mask, c.flag(5, "is_causal", false),

@@ -1,0 +1,322 @@
+"""Programs made to do harm: each is refused by name, or computed as the reference does; none ends the process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.security.calls import X, node, program, tensor
+from tests.security.running import outcomes
+
+CODES = {"dtype": "int8", "scale": 0.05, "zero_point": 0, "is_nonnegative": False}
+BIG = 2**40
+HUGE = 2**63 - 1
+
+
+def aten(target: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    return program(node(target, list(args), kwargs))
+
+
+def two(first: dict[str, Any], target: str, *args: Any) -> dict[str, Any]:
+    """An op on the first one's result, which is `y`."""
+    return program(first, {**node(target, list(args)), "output": "z"})
+
+
+def coded(*nodes: dict[str, Any], values: dict[str, Any] | None = None, last: str = "y") -> dict[str, Any]:
+    """x as codes `q`, and nodes on them."""
+    quantize = {"name": "quantize", "op": "quantize", "output": "q", "args": [X]}
+    held = {"q": CODES, "y": CODES} if values is None else values
+    return program(quantize, *nodes, values=held, output={"value": last})
+
+
+def on_codes(op: str, target: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    return coded(node(target, [{"value": "q"}, *args], kwargs, op))
+
+
+def conv(**attrs: Any) -> dict[str, Any]:
+    held = {
+        "weight": "conv_codes", "weight_scale": "scale", "bias": None, "stride": [1, 1], "padding": [0, 0],
+        "dilation": [1, 1], "groups": 1, **attrs,
+    }  # fmt: skip
+    return coded({"name": "it", "op": "conv", "output": "y", "args": [{"value": "q"}, None], "attrs": held})
+
+
+def linear(*args: Any, **attrs: Any) -> dict[str, Any]:
+    held = {"weight": "codes", "weight_scale": "scale", "bias": None, **attrs}
+    return coded({"name": "it", "op": "linear", "output": "y", "args": [*args], "attrs": held})
+
+
+def size(target: str, *args: Any) -> dict[str, Any]:
+    return program(node(target, list(args), op="size"))
+
+
+def chained(target: str, count: int) -> dict[str, Any]:
+    """A size that grows with every node."""
+    nodes = [{**node("sym_size.int", [X, 1], op="size"), "output": "s0"}]
+    nodes += [{**node(target, [{"value": f"s{i}"}] * 2, op="size"), "output": f"s{i + 1}"} for i in range(count)]
+    made = {**node("zeros.default", [[{"value": f"s{count}"}]]), "output": "made"}
+    return program(*nodes, made)
+
+
+PROGRAMS: dict[str, dict[str, Any]] = {
+    # ops that are none of a program's
+    "an index that writes anywhere": aten("max_pool2d_with_indices_backward.default", X, X, [2, 2], [2, 2], [0, 0],
+                                          [1, 1], False, tensor("ids")),
+    "strides of one's own": aten("as_strided.default", X, [2**20], [2**20]),
+    "memory that nobody wrote": aten("empty.memory_format", [4]),
+    "a storage exchanged": aten("set.source_Tensor", X, X),
+    "an in-place op": aten("relu_.default", X),
+    "a gradient": aten("embedding_dense_backward.default", X, tensor("ids"), 10, -1, False),
+    "a jit op": aten("save.default", X, "/tmp/pwned"),
+    "a file": aten("from_file.default", "/etc/passwd"),
+    "a segment reduction": aten("segment_reduce.default", X, "sum", lengths=tensor("ids")),
+    "an internal transform": aten("_fft_r2c.default", X, [HUGE], 0, True),
+    "BatchNorm without statistics": aten("native_batch_norm.default", X, None, None, None, None, False, 0.1, 1e-5),
+    "BatchNorm that trains": aten("batch_norm.default", X, None, None, tensor("w4"), tensor("w4"), True, 0.1, 1e-5,
+                                  False),
+    "an unknown overload": aten("add.everything", X, X),
+    # dimensions
+    "permute with a dimension twice": aten("permute.default", X, [0, 1, 1, 3]),
+    "permute with too few": aten("permute.default", X, [0, 1]),
+    "permute far outside": aten("permute.default", X, [0, 1, 2, BIG]),
+    "mean over one dimension four times": aten("mean.dim", X, [1, 1, 1, 1]),
+    "sum over a dimension and itself from the end": aten("sum.dim_IntList", X, [1, -3]),
+    "amax over a dimension twice": aten("amax.default", X, [2, 2]),
+    "flip twice": aten("flip.default", X, [1, 1]),
+    "softmax of dimension -9": aten("softmax.int", X, -9),
+    "transpose far outside": aten("transpose.int", X, 1, 100),
+    "t of four dimensions": aten("t.default", X),
+    "squeeze of dimension 2^40": aten("squeeze.dim", X, BIG),
+    "unsqueeze of dimension 9": aten("unsqueeze.default", X, 9),
+    "flatten backwards": aten("flatten.using_ints", X, 3, 1),
+    "a norm over a dimension twice": aten("linalg_vector_norm.default", X, 2, [1, 1]),
+    # shapes
+    "layer_norm of what is not there": aten("layer_norm.default", X, [1048576, 16]),
+    "layer_norm of negative sizes": aten("layer_norm.default", X, [-6, -6]),
+    "layer_norm of a product that wraps": aten("layer_norm.default", X, [2**32, 2**32]),
+    "layer_norm with a short weight": aten("layer_norm.default", X, [6], tensor("w4")),
+    "layer_norm with an expanded weight": two(node("expand.default", [tensor("one"), [6]]), "layer_norm.default", X,
+                                              [6], {"value": "y"}),
+    "rms_norm with another weight": aten("rms_norm.default", X, [6], tensor("w66")),
+    "batch_norm of other channels": aten("batch_norm.default", X, None, None, tensor("w66"), tensor("w66"), False, 0.1,
+                                         1e-5, False),
+    "linear with a short bias": aten("linear.default", X, tensor("w66"), tensor("w4")),
+    "linear with a bias of integers": aten("linear.default", X, tensor("w66"), tensor("ids")),
+    "linear with a bias of one value": aten("linear.default", X, tensor("w66"), tensor("one")),
+    "linear by a transposed weight": two(node("t.default", [tensor("table")]), "linear.default", tensor("table"),
+                                         {"value": "y"}),
+    "linear of other features": aten("linear.default", X, tensor("w44")),
+    "conv with a short bias": aten("conv2d.default", X, tensor("conv"), tensor("one")),
+    "conv with a 1-d weight": aten("conv2d.default", X, tensor("w4")),
+    "conv with another rank": aten("conv2d.default", X, tensor("conv3")),
+    "conv of no stride": aten("conv2d.default", X, tensor("conv"), None, [0, 0]),
+    "conv of negative padding": aten("conv2d.default", X, tensor("conv"), None, [1, 1], [-9, -9]),
+    "conv of padding 2^40": aten("conv2d.default", X, tensor("conv"), None, [1, 1], [BIG, BIG]),
+    "conv of terabytes": aten("conv2d.default", X, tensor("conv"), None, [1, 1], [2**20, 2**20]),
+    "conv of dilation 2^62": aten("conv2d.default", X, tensor("conv"), None, [1, 1], [0, 0], [2**62, 1]),
+    "conv of no groups": aten("conv2d.default", X, tensor("conv"), None, [1, 1], [0, 0], [1, 1], 0),
+    "conv of -1 groups": aten("conv2d.default", X, tensor("conv"), None, [1, 1], [0, 0], [1, 1], -1),
+    "a transposed conv of terabytes": aten("conv_transpose2d.input", X, tensor("conv"), None, [2**20, 2**20]),
+    "matmul of other sizes": aten("matmul.default", X, tensor("w44")),
+    "matmul of codes as floats": aten("matmul.default", X, tensor("codes")),
+    "matmul of integers": aten("matmul.default", tensor("ids"), tensor("ids")),
+    "bmm of matrices": aten("bmm.default", tensor("w44"), tensor("w44")),
+    "attention to other widths": aten("scaled_dot_product_attention.default", X, tensor("w44"), X),
+    "attention under a mask of integers": aten("scaled_dot_product_attention.default", X, X, X, tensor("ids")),
+    "attention masked twice": aten("scaled_dot_product_attention.default", X, X, X, tensor("w66"), 0.0, True),
+    "view of another count": aten("view.default", X, [7, 7]),
+    "view with two open sizes": aten("view.default", X, [-1, -1]),
+    "view of a negative size": aten("view.default", X, [2, -4, 36]),
+    "view whose product wraps": aten("view.default", X, [2**32, 2**32]),
+    "expand of a size to another": aten("expand.default", X, [2, 5, 6, 6]),
+    "expand with an open new size": aten("expand.default", X, [-1, 2, 4, 6, 6]),
+    "repeat below zero": aten("repeat.default", X, [-1, 1, 1, 1]),
+    "repeat whose product wraps": aten("repeat.default", X, [2**31, 2**31, 2**31, 2**31]),
+    "repeat of too few": aten("repeat.default", X, [2, 2]),
+    "cat of other shapes": aten("cat.default", [X, tensor("w44")], 1),
+    "cat of nothing": aten("cat.default", []),
+    "cat of several integers": aten("cat.default", [tensor("ids"), tensor("small")]),
+    "stack of other shapes": aten("stack.default", [X, tensor("cube")]),
+    "stack at dimension 7": aten("stack.default", [X, X], 7),
+    "split into no size": aten("split.Tensor", X, 0, 1),
+    "split that does not sum up": aten("split_with_sizes.default", X, [1, 1], 1),
+    "split below zero": aten("split_with_sizes.default", X, [-1, 5], 1),
+    "chunk into nothing": aten("chunk.default", X, 0, 1),
+    "narrow outside": aten("narrow.default", X, 1, 3, 9),
+    "narrow from below": aten("narrow.default", X, 1, -(2**63), 1),
+    "select outside": aten("select.int", X, 1, 4),
+    "select from below": aten("select.int", X, 1, -5),
+    "slice backwards": aten("slice.Tensor", X, 1, 0, 3, -1),
+    "slice by 2^62": aten("slice.Tensor", X, 1, 0, HUGE, 2**62),
+    "slice of no step": aten("slice.Tensor", X, 1, 0, 3, 0),
+    "unflatten that does not fit": aten("unflatten.int", X, 1, [3, 3]),
+    "roll by 2^63": aten("roll.default", X, [-(2**63)], [1]),
+    "roll of a dimension twice": aten("roll.default", X, [1, 2], [2, 2]),
+    "roll of more dimensions than shifts": aten("roll.default", X, [1], [1, 2]),
+    "pixel_shuffle by 2^32": aten("pixel_shuffle.default", X, 2**32),
+    "pixel_shuffle by nothing": aten("pixel_shuffle.default", X, 0),
+    "channel_shuffle by nothing": aten("channel_shuffle.default", X, 0),
+    # missing, doubled and mistaken arguments
+    "where with one argument": aten("where.self", tensor("mask")),
+    "where of numbers on a tensor's place": aten("where.self", tensor("mask"), 1, 2),
+    "where without a condition": aten("where.self", None, X, X),
+    "masked_fill without a value": aten("masked_fill.Scalar", X, tensor("mask")),
+    "masked_fill without anything": aten("masked_fill.Scalar"),
+    "masked_fill with a tensor of many": aten("masked_fill.Tensor", X, tensor("mask"), X),
+    "add of one": aten("add.Tensor", X),
+    "add of nothing": aten("add.Tensor"),
+    "add of five": aten("add.Tensor", X, X, 1, 1, 1),
+    "an argument twice": aten("softmax.int", X, 1, dim=1),
+    "an argument of no name": aten("relu.default", X, eps=1),
+    "a list for a tensor": aten("relu.default", [X]),
+    "text for a tensor": aten("relu.default", "x"),
+    "a tensor for a number": aten("softmax.int", X, X),
+    "None for a tensor": aten("relu.default", None),
+    "a dict for a number": aten("softmax.int", X, {"dict": {}}),
+    "layer_norm of no shape": aten("layer_norm.default", X),
+    "embedding of no index": aten("embedding.default", tensor("table")),
+    # indices
+    "embedding outside its table": two(node("full_like.default", [tensor("ids"), BIG]), "embedding.default",
+                                       tensor("table"), {"value": "y"}),
+    "embedding from below": two(node("full_like.default", [tensor("ids"), -(2**62)]), "embedding.default",
+                                tensor("table"), {"value": "y"}),
+    "embedding by floats": aten("embedding.default", tensor("table"), X),
+    "index_select outside": two(node("full_like.default", [tensor("ids"), 10**9]), "index_select.default", X, 1,
+                                {"value": "y"}),
+    "gather outside": two(node("full_like.default", [tensor("ids"), 10**9]), "gather.default", tensor("w4"), 0,
+                          {"value": "y"}),
+    "scatter outside": two(node("full_like.default", [tensor("ids"), 10**9]), "scatter.value", tensor("w4"), 0,
+                           {"value": "y"}, 1.0),
+    "take outside": two(node("full_like.default", [tensor("ids"), 10**12]), "take.default", X, {"value": "y"}),
+    "bags outside": two(node("full_like.default", [tensor("ids"), 10**12]), "embedding_bag.default", tensor("table"),
+                        tensor("ids"), {"value": "y"}),
+    # memory
+    "2^50 ones": aten("ones.default", [2**50]),
+    "2^33 ones twice": aten("ones.default", [2**33, 2]),
+    "sizes that wrap to 16": aten("zeros.default", [2**32, 2**32, 16]),
+    "sizes that wrap to 0": aten("zeros.default", [2**32, 2**32]),
+    "negative ones": aten("ones.default", [-4]),
+    "a range without end": aten("arange.default", 1e300),
+    "a range that never begins": aten("arange.start_step", 0, 10, -1),
+    "a range of NaN": aten("arange.default", {"float": "nan"}),
+    "an outer product": two(node("ones.default", [[2**20]]), "outer.default", {"value": "y"}, {"value": "y"}),
+    "a broadcast": program(node("ones.default", [[2**20, 1]]), {**node("ones.default", [[1, 2**20]]), "output": "z"},
+                           {**node("add.Tensor", [{"value": "y"}, {"value": "z"}]), "output": "sum"}),
+    "an einsum": two(node("ones.default", [[2**20]]), "einsum.default", "i,j->ij", [{"value": "y"}, {"value": "y"}]),
+    "one_hot of 2^40": aten("one_hot.default", tensor("ids"), BIG),
+    "one_hot of what is asked": aten("one_hot.default", tensor("ids"), -1),
+    "padding of 2^40": aten("constant_pad_nd.default", X, [BIG, BIG]),
+    "padding below nothing": aten("constant_pad_nd.default", X, [-9, -9]),
+    "padding by -2^63": aten("constant_pad_nd.default", X, [-(2**63), 0]),
+    "padding by an odd count": aten("constant_pad_nd.default", X, [1, 1, 1]),
+    "padding of more dimensions": aten("constant_pad_nd.default", X, [1] * 10),
+    "images of 2^20": aten("upsample_nearest2d.default", X, [2**20, 2**20]),
+    "images by a scale of 1e30": aten("upsample_nearest2d.vec", X, None, [1e30, 1e30]),
+    "images by a scale of NaN": aten("upsample_nearest2d.vec", X, None, [{"float": "nan"}] * 2),
+    "images of no size and no scale": aten("upsample_nearest2d.vec", X, None, None),
+    "images of size 0": aten("upsample_bilinear2d.default", X, [0, 0], False),
+    "images of a size and a scale": aten("upsample_nearest2d.vec", X, [9, 9], [2.0, 2.0]),
+    "parts without end": two(node("ones.default", [[2**20]]), "unbind.int", {"value": "y"}),
+    "splits without end": two(node("ones.default", [[2**20]]), "split.Tensor", {"value": "y"}, 1),
+    "17 dimensions": aten("ones.default", [1] * 17),
+    "a grid for an image of 2^20": aten("affine_grid_generator.default", tensor("cube"), [1, 1, 2**20, 2**20], False),
+    "terabytes expanded and summed": two(node("expand.default", [tensor("one"), [2**40]]), "sum.default",
+                                         {"value": "y"}),
+    # windows
+    "a window of no size": aten("max_pool2d.default", X, [0, 0]),
+    "a window of 2^40": aten("avg_pool2d.default", X, [BIG, BIG]),
+    "a stride of 0": aten("max_pool2d.default", X, [2, 2], [0, 0]),
+    "padding over half of a window": aten("avg_pool2d.default", X, [2, 2], [2, 2], [2, 2]),
+    "a divisor of 0": aten("avg_pool2d.default", X, [2, 2], [2, 2], [0, 0], False, True, 0),
+    "three numbers for two": aten("max_pool2d.default", X, [2, 2, 2]),
+    "an adaptive pool of -1": aten("adaptive_avg_pool2d.default", X, [-1, -1]),
+    "an adaptive pool of 2^20": aten("adaptive_avg_pool2d.default", X, [2**20, 2**20]),
+    "an adaptive pool of three": aten("adaptive_avg_pool2d.default", X, [2, 2, 2]),
+    "a pool of a matrix": aten("max_pool2d.default", tensor("w44"), [2, 2]),
+    "an unpooling outside": two(node("full_like.default", [tensor("cube"), 10**9]), "max_unpool2d.default",
+                                tensor("cube"), {"value": "y"}, [9, 9]),
+    # sizes
+    "a power of powers": size("pow", 10, 10**9),
+    "a division by 0": size("floordiv", 1, 0),
+    "a remainder by 0": size("mod", 1, 0),
+    "text as a size": size("mul", "x", 10**9),
+    "a list as a size": size("mul", [1], 10**9),
+    "a size of many arguments": size("add", 1, 2, 3),
+    "a size of dimension 9": size("sym_size.int", X, 9),
+    "sizes that square without end": chained("mul", 40),
+    "sizes that double without end": chained("add", 60),
+    "an item of what is no list": program(node("getitem", [X, 0], op="shape")),
+    "an item outside": program(node("split.Tensor", [X, 2, 1]),
+                               {**node("getitem", [{"value": "y"}, 7], op="size"), "output": "z"}),
+    # codes
+    "codes padded by no code": on_codes("shape", "constant_pad_nd.default", [1, 1], 300),
+    "codes padded by half a code": on_codes("shape", "constant_pad_nd.default", [1, 1], 0.5),
+    "codes padded by NaN": on_codes("shape", "constant_pad_nd.default", [1, 1], {"float": "nan"}),
+    "codes permuted twice": on_codes("shape", "permute.default", [0, 1, 1, 3]),
+    "codes by a window of no size": on_codes("max_pool", "max_pool2d.default", [0, 0]),
+    "codes by an op that computes": on_codes("shape", "exp.default"),
+    "codes by an op of no table": on_codes("shape", "as_strided.default", [4], [1]),
+    "codes with another scale": coded(node("flatten.using_ints", [{"value": "q"}, 1], op="shape"),
+                                      values={"q": CODES, "y": {**CODES, "scale": 0.1}}),
+    "a clamp upside down": coded({"name": "it", "op": "clamp", "output": "y", "args": [{"value": "q"}],
+                                  "attrs": {"low": 100, "high": -100}}),
+    "a clamp beyond codes": coded({"name": "it", "op": "clamp", "output": "y", "args": [{"value": "q"}],
+                                   "attrs": {"low": -1000, "high": 1000}}),
+    "an activation on a quantization": program({"name": "q", "op": "quantize", "output": "q", "args": [X],
+                                                "epilogue": {"kind": "relu", "values": []}}, values={"q": CODES}),
+    "codes of integers": program({"name": "q", "op": "quantize", "output": "q", "args": [tensor("ids")]},
+                                 values={"q": CODES}),
+    "an int8 product of other features": linear({"value": "q"}, None),
+    "an int8 product of no operand": linear(None, None),
+    "an int8 product whose residual is a list": linear({"value": "q"}, [1]),
+    "a convolution by a weight that is none": conv(weight="w44"),
+    "a convolution of huge padding": conv(weight="codes4", padding=[2**20, 2**20]),
+    "a recurrence of other gates": program({"name": "it", "op": "recurrence", "output": "y", "args": [X, None, None],
+                                            "attrs": {"cell": "lstm", "reverse": False, "weight": "w44",
+                                                      "weight_scale": None, "bias": None}}),
+    # the program itself
+    "a list of a million": aten("cat.default", [X] * 70_000),
+    "40,000 nodes": program(*[{**node("relu.default", [X]), "output": f"y{i}"} for i in range(40_000)]),
+    "an input of 10^30": {**aten("relu.default", X), "inputs": [{"name": "x", "keyword": None, "dtype": "float32",
+                                                                 "shape": [None, 10**30]}]},
+    "an input that holds codes of another kind": {**aten("relu.default", X), "values": {"x": CODES}},
+    "a node of itself": aten("relu.default", {"value": "y"}),
+    "an op called os.system": aten("os.system", "true"),
+    "an op called __class__": aten("__class__.default", X),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, str]:
+    """What becomes of every program, in as few processes as that takes."""
+    return dict(zip(PROGRAMS, outcomes(list(PROGRAMS.values())), strict=True))
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_is_refused_or_computed_as_the_reference_does(found: dict[str, str], name: str) -> None:
+    assert found[name].startswith(("refused", "failed", "computed")), found[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("permute with a dimension twice", "names dimension 1 twice"),
+        ("mean over one dimension four times", "names dimension 1 twice"),
+        ("layer_norm with a short weight", ""),
+        ("where with one argument", "'self' of where.self is missing"),
+        ("an argument twice", "'dim' of softmax.int is given twice"),
+        ("an argument of no name", "has no argument 'eps'"),
+        ("an index that writes anywhere", "not among the ops"),
+        ("sizes that wrap to 16", "more than 2^40 elements"),
+        ("a window of no size", "must be a list of: a whole number in [1,"),
+        ("40,000 nodes", "40000 nodes"),
+        ("codes of integers", ""),
+    ],
+)
+def test_says_what_is_wrong(found: dict[str, str], name: str, words: str) -> None:
+    assert words in found[name]
+
+
+def test_are_many() -> None:
+    assert len(PROGRAMS) >= 150
