@@ -145,7 +145,7 @@ def _require_own_code_named(stored: Recipe, record: Record, overrides: Sequence[
             path = record.recipe[section]["path"]
             raise UsageError(
                 f"model: the artifact names a file that is a program ('{path}'), which is not run unless you say so: "
-                f"add model.path={path}"
+                f"add model={spec.kind} model.path={path}"
             )
         if spec.kind == "entry" and not _names(overrides, section, "entry"):
             raise UsageError(

@@ -248,7 +248,7 @@ def test_an_artifacts_model_file_is_not_run_unless_it_is_named(
     assert f"model.path: {file} is a program of" in "".join(capsys.readouterr())
     assert cli.run(["task=evaluate", "artifact=art"]) == 2
     assert f"names a file that is a program ('{file}')" in capsys.readouterr().err
-    assert cli.run(["task=evaluate", "artifact=art", f"model.path={file}"]) == 0
+    assert cli.run(["task=evaluate", "artifact=art", *model]) == 0
 
 
 # --- settings
