@@ -63,8 +63,8 @@ def quantize(
             {input: {dimension: name}}, such as {"input_ids": {1: "length"}, "attention_mask": {1: "length"}}.
         parts: which submodules are quantized one by one, in the model's own code: "auto" (the largest that can be, if
             the whole can't as its sizes depend on the data, as in detectors), "none", or their names.
-        runtime: "auto", "native", "torch" or "reference".
-        device: "auto", "cpu" or "xpu".
+        runtime: "auto", "native", "triton", "torch" or "reference".
+        device: "auto", "cpu", "cuda" or "xpu".
         inplace: mode="imperative": the layers of `module` itself become int8, once all is verified; else of a copy.
         evaluation: input to compare int8 with float on; None compares on the calibration batches.
         benchmark: also time float and int8, interleaved.

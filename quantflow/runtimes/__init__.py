@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import get_num_threads, xpu
+from torch import get_num_threads
 
 from quantflow.errors import UnavailableError
 from quantflow.host.finding import Finding
@@ -18,6 +18,8 @@ from quantflow.runtimes import torch as on_torch
 from quantflow.runtimes.native import NativeRunner
 from quantflow.runtimes.native import kernel_of as native_kernel_of
 from quantflow.runtimes.runner import AbstractRunner
+from quantflow.runtimes.triton import devices as triton_devices
+from quantflow.runtimes.triton import script as triton_script
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,17 @@ RUNTIMES: dict[str, Runtime] = {
         script=on_torch.as_script,
         about=lambda: "not accelerated" if on_torch.notes() else "",
     ),
+    "triton": Runtime(
+        "triton",
+        triton_devices.build,
+        triton_devices.kernel_of,
+        triton_devices.missing,
+        ("export", "torchscript", "imperative"),
+        script=triton_script.as_script,
+        backends=lambda device: {f"triton.{device}": partial(triton_devices.build, device=device)},
+        about=lambda: "interpreted, to check its kernels",
+        findings=triton_devices.findings,
+    ),
     "reference": Runtime(
         "reference",
         lambda program, _: reference.ReferenceRunner(program),
@@ -94,11 +107,30 @@ RUNTIMES: dict[str, Runtime] = {
 }
 #: The device that every machine has.
 HOST = "cpu"
+#: In the order in which `device: auto` looks for them → what it is called, and whether the machine shows one.
+_GPUS: dict[str, tuple[str, Callable[[], bool]]] = {
+    "xpu": ("an Intel GPU", lambda: native_devices.has_intel_gpu() or triton_devices.has_card("xpu")),
+    "cuda": ("a CUDA GPU", lambda: triton_devices.has_card("cuda")),
+}
 
 
 def tested_by_itself() -> Runtime:
     """The first runtime with kernels of its own, which a self-test compares."""
     return next(runtime for runtime in RUNTIMES.values() if runtime.backends is not None)
+
+
+def choose_tested(runtime: str = "auto", device: str = "auto") -> Choice:
+    """The first runtime with kernels of its own on the device, or the one asked for by name.
+
+    Raises:
+        UnavailableError: as `choose_runtime`.
+    """
+    own = [name for name, entry in RUNTIMES.items() if entry.backends is not None]
+    names = own if runtime == "auto" or runtime not in own else [runtime]
+    if device == "auto":
+        device = next((kind for kind, (_, is_there) in _GPUS.items() if is_there()), HOST)
+    fitting = [name for name in names if RUNTIMES[name].missing(device) is None]
+    return choose_runtime((fitting or names)[0], device)
 
 
 @dataclass(frozen=True)
@@ -114,7 +146,8 @@ class Choice:
 def choose_runtime(runtime: str = "auto", device: str = "auto", mode: str = "export") -> Choice:
     """Resolve `auto`, or check that what was asked for by name exists here.
 
-    `device: auto` is an Intel GPU where there is one and a runtime of the mode can use it, else the CPU.
+    `device: auto` is the first GPU (Intel's, then CUDA's) that the machine shows and a runtime of the mode can use,
+    else the CPU.
 
     Raises:
         UnavailableError: names what was asked for, what this machine has, and what to ask for instead.
@@ -123,7 +156,8 @@ def choose_runtime(runtime: str = "auto", device: str = "auto", mode: str = "exp
     if mode not in RUNTIMES[names[0]].modes:
         fitting = ", ".join(name for name, entry in RUNTIMES.items() if mode in entry.modes)
         raise UnavailableError(f"runtime: '{runtime}' can't serve mode={mode}; legal there are {fitting}, auto")
-    wanted = [device] if device != "auto" else (["xpu", "cpu"] if native_devices.has_intel_gpu() else ["cpu"])
+    shown = [kind for kind, (_, is_there) in _GPUS.items() if is_there()] if device == "auto" else []
+    wanted = [device] if device != "auto" else [*shown, HOST]
     refused: dict[tuple[str, str], str] = {}
     for place in wanted:
         for name in names:
@@ -131,10 +165,10 @@ def choose_runtime(runtime: str = "auto", device: str = "auto", mode: str = "exp
             if reason is None:
                 return Choice(RUNTIMES[name], place, runtime, _why(runtime, device, place, refused))
             refused[name, place] = reason
-    if device == "xpu":
+    if device in _GPUS:
         found = "; ".join(f"{name}: {reason}" for (name, _), reason in refused.items())
         raise UnavailableError(
-            f"device: 'xpu' is not available; devices found: {', '.join(devices())}; {found}; "
+            f"device: '{device}' is not available; devices found: {', '.join(devices())}; {found}; "
             "use device=cpu or device=auto; task=doctor says what is missing"
         )
     (_, reason), *_ = refused.items()
@@ -145,17 +179,25 @@ def _why(runtime: str, device: str, place: str, refused: dict[tuple[str, str], s
     """Why this runtime and device, in one line."""
     parts = ["asked for by name" if runtime != "auto" else "first that can run"]
     if device == "auto":
-        parts.append("an Intel GPU was found" if place == "xpu" else "no Intel GPU was found")
+        parts.append(f"{_GPUS[place][0]} was found" if place in _GPUS else "no GPU that can be used was found")
     parts += [f"not {other} on {where}: {reason}" for (other, where), reason in refused.items()]
     return "; ".join(parts)
 
 
 def devices() -> list[str]:
     """Devices found, for error messages: PyTorch's and those that SYCL lists."""
-    found = [f"cpu ({get_num_threads()} threads)"]
-    if xpu.is_available():
-        found += [f"xpu:{i} ({xpu.get_device_name(i)})" for i in range(xpu.device_count())]
+    found = [f"cpu ({get_num_threads()} threads)", *triton_devices.listed()]
     return found + [f"SYCL {device['type']} ({device['name']})" for device in native_devices.sycl_devices()]
 
 
-__all__ = ["HOST", "RUNTIMES", "AbstractRunner", "Choice", "Runtime", "choose_runtime", "devices", "tested_by_itself"]
+__all__ = [
+    "HOST",
+    "RUNTIMES",
+    "AbstractRunner",
+    "Choice",
+    "Runtime",
+    "choose_runtime",
+    "choose_tested",
+    "devices",
+    "tested_by_itself",
+]

@@ -160,7 +160,7 @@ class NativeRunner(AbstractRunner):
     def adopt(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Take over what `tune` found on the same machine in an earlier process."""
         for row in rows:
-            if row["chosen"]:
+            if "threads" in row and row["chosen"]:
                 self.variants[row["batch"], row["asked_threads"]] = RunVariant(row["threads"], row["chunk"])
 
     def left_to_torch(self) -> dict[int, str]:

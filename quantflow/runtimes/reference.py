@@ -117,7 +117,7 @@ def unrounded(program: Program, node: Node, values: Mapping[str, Any]) -> torch.
         return None
     if (steps := _steps(program, node, values, out)) is None:
         return _real(program, node, values).to(torch.float64) / out.scale + out.zero_point
-    low, high = _bounds(node.epilogue, out)
+    low, high = bounds_in_steps(node.epilogue, out)
     return steps.to(torch.float64).clamp(low, high) + out.zero_point
 
 
@@ -260,7 +260,7 @@ def _fused_multiply_add(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> to
     return (a.to(torch.float64) * b.to(torch.float64) + c.to(torch.float64)).to(torch.float32)
 
 
-def _bounds(epilogue: Epilogue | None, out: QParams) -> tuple[float, float]:
+def bounds_in_steps(epilogue: Epilogue | None, out: QParams) -> tuple[float, float]:
     """The least and the largest number of steps that the codes and the activation allow."""
     low, high = (float(bound - out.zero_point) for bound in out.range)
     if epilogue is None or epilogue.bounds is None:
@@ -270,7 +270,7 @@ def _bounds(epilogue: Epilogue | None, out: QParams) -> tuple[float, float]:
 
 
 def _coded(steps: torch.Tensor, epilogue: Epilogue | None, out: QParams) -> torch.Tensor:
-    low, high = _bounds(epilogue, out)
+    low, high = bounds_in_steps(epilogue, out)
     return (torch.round(steps).clamp_(low, high) + out.zero_point).to(out.torch_dtype)
 
 

@@ -19,9 +19,11 @@ class AbstractRunner(ABC):
     Attributes:
         name: the runtime's, for the table of times.
         script: the ScriptModule that it runs as; None: it runs as something else.
+        kernelless: ops that the runtime has no kernel for on any machine, which PyTorch computes.
     """
 
     name: ClassVar[str]
+    kernelless: ClassVar[tuple[str, ...]] = ()
     program: Program
     script: torch.jit.ScriptModule | None = None
 

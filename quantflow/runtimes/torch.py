@@ -324,24 +324,27 @@ def _is_pointwise(unit: Unit) -> bool:
 
 
 def build_script(
-    program: Program, lowering: Lowering | None = None, *, calls_native: bool = False
+    program: Program, lowering: Lowering | None = None, *, calls_native: bool = False, moves: bool = False
 ) -> torch.jit.ScriptModule:
     """The program as a ScriptModule that holds tensors and numbers only.
 
     forward(*inputs) returns what `returned` says.
 
     Args:
-        calls_native: begin with a call of `quantflow::native`, taken where the native runtime can run.
+        calls_native: begin with a call of `quantflow::native`, taken where a runtime can run the program as a whole.
+        moves: inputs go to the device that the module is on, and outputs back to the first input's.
     """
     lowering = lowering or Lowering(program)
     holder = torch.nn.Module()
     writer = _Writer(program, holder)
     lines = [f"def forward({', '.join(['self', *(writer.define(i.name) for i in program.inputs)])}):"]
+    if moves:
+        lines += writer.moved_in()
     if calls_native:
         lines += writer.native_call()
     for index in range(len(program.nodes)):
         lines += [f"    {writer.statement(call)}" for call in lowering.calls(index)]
-    lines.append(f"    return {writer.expression(returned(program))}")
+    lines.append(f"    return {writer.expression(returned(program), moves=moves)}")
     # torch.jit.script would share one type between all programs, and a type has one `forward`.
     module = torch.jit._recursive.create_script_module(holder.eval(), lambda _: [], share_types=False)
     module.define("\n".join(lines) + "\n")
@@ -361,6 +364,8 @@ class _Writer:
         self._module = module
         self._names: dict[str, str] = {}
         self._buffers: dict[str, str] = {}
+        self._place = "torch.device('cpu')"
+        self._moves = False
 
     def define(self, value: str) -> str:
         return self._names.setdefault(value, f"v{len(self._names)}_{_identifier(value)}")
@@ -378,6 +383,14 @@ class _Writer:
             namespace, _, function = function.partition("::")
         return f"{self.define(call.output)} = torch.ops.{namespace}.{function}({', '.join(args)})"
 
+    def moved_in(self) -> list[str]:
+        """Lines that move the inputs to the module's device, which everything else is made on."""
+        first = self._buffer(next(iter(sorted(self._program.tensors))))
+        names = [self._names[i.name] for i in self._program.inputs]
+        self._place, self._moves = "place", True
+        lines = [f"    place = self.{first}.device", f"    home = {names[0]}.device"]
+        return lines + [f"    {name} = {name}.to(place)" for name in names]
+
     def native_call(self) -> list[str]:
         """Lines that run the whole program by `quantflow::native` and return, where that can run."""
         program, module = self._program, self._module
@@ -393,7 +406,7 @@ class _Writer:
                 for position, name in enumerate(dict.fromkeys(program.output_names()))
             },
         )
-        result = self.expression(returned(program))
+        result = self.expression(returned(program), moves=self._moves)
         self._names = before
         return [
             f"    if torch.ops.quantflow.native_runs({inputs[0]}):",
@@ -402,24 +415,26 @@ class _Writer:
             f"        return {result}",
         ]
 
-    def expression(self, value: Any) -> str:
+    def expression(self, value: Any, *, moves: bool = False) -> str:
+        """The value as source; `moves`: its tensors on the first input's device."""
+        back = ".to(home)" if moves else ""
         if isinstance(value, Ref):
-            return self._names[value.name]
+            return self._names[value.name] + ("" if _is_number(self._program, value.name) else back)
         if isinstance(value, TensorRef):
-            return f"self.{self._buffer(value.name)}"
+            return f"self.{self._buffer(value.name)}{back}"
         if isinstance(value, (list, tuple)):
-            items = [self.expression(v) for v in value]
+            items = [self.expression(v, moves=moves) for v in value]
             if isinstance(value, tuple) and not all(isinstance(v, (int, float)) for v in value):
                 return f"({', '.join(items)},)" if len(items) == 1 else f"({', '.join(items)})"
             return f"[{', '.join(items)}]"
         if isinstance(value, dict):
-            return "{" + ", ".join(f"{k!r}: {self.expression(v)}" for k, v in value.items()) + "}"
+            return "{" + ", ".join(f"{k!r}: {self.expression(v, moves=moves)}" for k, v in value.items()) + "}"
         if isinstance(value, float) and not math.isfinite(value):
             return f"float('{value}')"
         if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)):
             return str(value)
         if isinstance(value, torch.device):
-            return f"torch.device({value.type!r})"
+            return self._place
         return repr(value)
 
     def _buffer(self, name: str) -> str:

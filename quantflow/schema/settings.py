@@ -24,13 +24,13 @@ class ModeSettings(Settings):
 class RuntimeSettings(Settings):
     """What executes the int8 model; auto chooses and says why."""
 
-    kind: Literal["auto", "native", "torch", "reference"] = "auto"
+    kind: Literal["auto", "native", "torch", "triton", "reference"] = "auto"
 
 
 class DeviceSettings(Settings):
     """Where it runs. A device asked for by name and absent is an error, never a silent fall-back."""
 
-    kind: Literal["auto", "cpu", "xpu"] = "auto"
+    kind: Literal["auto", "cpu", "cuda", "xpu"] = "auto"
 
 
 Precision = Literal["int8", "float"]

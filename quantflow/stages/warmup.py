@@ -115,7 +115,7 @@ def warmup(
     if left := compiled.left_to_torch():
         named = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:5])
         notices += (
-            f"{len(left)} nodes run in torch, between native sections ({named}{'; …' if len(left) > 5 else ''})",
+            f"{len(left)} nodes run in torch, the runtime has no kernel ({named}{'; …' if len(left) > 5 else ''})",
         )
     with alone():
         variants = [

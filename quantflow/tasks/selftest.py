@@ -26,7 +26,7 @@ from quantflow.numerics.affine import QParams
 from quantflow.numerics.agreement import disagreement
 from quantflow.numerics.measures import sqnr_db
 from quantflow.report import Progress
-from quantflow.runtimes import AbstractRunner, choose_runtime, tested_by_itself
+from quantflow.runtimes import AbstractRunner, choose_tested, tested_by_itself
 from quantflow.runtimes.specification import Specification, handed_on, unrounded
 from quantflow.schema import ModeSettings, QConfig, Recipe
 from quantflow.sources.data import as_batches
@@ -77,7 +77,7 @@ def task(recipe: Recipe, _overrides: Sequence[str]) -> int:
         UnavailableError: the device is not here, with the devices found.
     """
     console = report.make_console(plain=recipe.report.plain)
-    choice = choose_runtime(tested_by_itself().name, recipe.device.kind)
+    choice = choose_tested(recipe.runtime.kind, recipe.device.kind)
     assert choice.runtime.backends is not None, "it is tested by itself"
     passed = True
     for backend, build in choice.runtime.backends(choice.device).items():
@@ -141,7 +141,9 @@ def _compare(row: Row, case: Case, build: Build) -> None:
     values: dict[str, Any] = {}
     Specification(case.program)(case.inputs, lambda _, seen: values.update(seen))
     _compare_node(row, case.name, case.program, runner, len(case.program.nodes) - 1, values)
-    if left := runner.left_to_torch():
+    if left := {
+        i: why for i, why in runner.left_to_torch().items() if case.program.nodes[i].op not in runner.kernelless
+    }:
         row.failures.append(f"{case.name}: has no kernel on this backend ({'; '.join(left.values())})")
 
 

@@ -1,0 +1,108 @@
+"""A card: its device, what is known about it, and its tuner. The one file that knows vendors apart."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from quantflow.host.environment import cache_folder
+from quantflow.runtimes.triton.tuner import Tuner
+
+
+@dataclass(frozen=True)
+class Card:
+    """
+    Attributes:
+        multiprocessors: how many programs run side by side at least; 0: kernels are interpreted, on the CPU.
+    """
+
+    device: torch.device
+    name: str
+    multiprocessors: int
+    tuner: Tuner
+
+    @property
+    def interface(self) -> Any:
+        """torch.cuda, torch.xpu."""
+        return getattr(torch, self.device.type)
+
+    def current(self) -> AbstractContextManager[Any]:
+        """Kernels started inside run on this card."""
+        return nullcontext() if self.device.type == "cpu" else self.interface.device(self.device)  # type: ignore[no-any-return]
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether a sequence of launches can be recorded and launched as one."""
+        return self.device.type == "cuda"
+
+
+def card_of(device: str) -> Card:
+    """A card by its place ("cuda:1"), or the current one of a kind; the CPU for kernels that are interpreted."""
+    place = torch.device(device)
+    if place.type != "cpu" and place.index is None:
+        place = torch.device(place.type, getattr(torch, place.type).current_device())
+    return _card(place)
+
+
+@cache
+def _card(place: torch.device) -> Card:
+    if place.type == "cpu":
+        return Card(place, "interpreter", 0, Tuner(None, lambda _call, _runs: [0.0]))
+    interface = getattr(torch, place.type)
+    properties = interface.get_device_properties(place)
+    name = str(properties.name)
+    count = getattr(properties, "multi_processor_count", None) or getattr(properties, "gpu_subslice_count", 64)
+    file = cache_folder() / f"triton-{re.sub(r'[^A-Za-z0-9]+', '-', name)}-{triton.__version__}.json"
+    return Card(place, name, int(count), Tuner(file, _timed_on(interface)))
+
+
+def _timed_on(interface: Any) -> Callable[[Callable[[], None], int], list[float]]:
+    def timed(call: Callable[[], None], runs: int) -> list[float]:
+        marks = [interface.Event(enable_timing=True) for _ in range(runs + 1)]
+        call()
+        marks[0].record()
+        for mark in marks[1:]:
+            call()
+            mark.record()
+        interface.synchronize()
+        return [before.elapsed_time(after) for before, after in pairwise(marks)]
+
+    return timed
+
+
+_kept = threading.local()
+
+
+@contextmanager
+def own_scratch() -> Iterator[dict[Any, tuple[Tensor, Tensor]]]:
+    """Launches of this thread that follow each other on one stream share their scratch memory."""
+    before, _kept.memory = getattr(_kept, "memory", None), {}
+    try:
+        yield _kept.memory
+    finally:
+        _kept.memory = before
+
+
+def scratch(card: Card, tiles: int, size: int) -> tuple[Tensor, Tensor]:
+    """(partial sums of every tile, programs that arrived at it): zeros, and left as zeros by who uses them."""
+    memory: dict[Any, tuple[Tensor, Tensor]] | None = getattr(_kept, "memory", None)
+    if memory is not None:
+        found = memory.get("scratch")
+        if found is not None and found[0].numel() >= tiles * size and found[1].numel() >= tiles:
+            return found
+    sums = torch.zeros(tiles * size, dtype=torch.int32, device=card.device)
+    counts = torch.zeros(tiles, dtype=torch.int32, device=card.device)
+    if memory is not None:
+        # The former stays alive: a recorded graph may hold launches that use it.
+        memory[len(memory)] = memory["scratch"] = (sums, counts)
+    return sums, counts

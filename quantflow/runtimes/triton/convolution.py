@@ -1,0 +1,185 @@
+"""Convolutions and linears of codes as one implicit GEMM over channels-last memory, and depthwise convolutions.
+
+    y[n, o, p, q, k] = finish(sum over taps and c of (x[n, o', p', q', c] - zp_x) * w[k, tap, c])
+
+Codes are summed as int8 (those of uint8 with 128 less); what the zero point adds is a constant per output channel.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from quantflow.runtimes.triton.formulas import finished
+
+
+@triton.jit
+def signed(codes):
+    """uint8 codes less 128, as int8; int8 codes as they are."""
+    if codes.dtype == tl.uint8:
+        return (codes ^ 0x80).to(tl.int8, bitcast=True)
+    else:
+        return codes
+
+
+@triton.jit
+def convolution(
+    x, w, scale, bias, correction, residual, y, work, arrived,
+    M, N, C, BLOCKS, TAPS_H, TAPS_W, ITERATIONS,
+    IN_D, IN_H, IN_W, OUT_D, OUT_H, OUT_W, X_N, X_D, X_H, X_W, W_ROW, Y_ROW,
+    STRIDE_D, STRIDE_H, STRIDE_W, PAD_D, PAD_H, PAD_W, DILATION_D, DILATION_H, DILATION_W,
+    padding_code, residual_scale, residual_zero_point, first, second, inverse_scale, low, high, zero_point,
+    IS_LINEAR: tl.constexpr, IS_DEEP: tl.constexpr, IS_PADDED: tl.constexpr, ONE_TAP: tl.constexpr,
+    EVEN_C: tl.constexpr, ZERO_PADDING: tl.constexpr, HAS_CORRECTION: tl.constexpr, IS_WIDE: tl.constexpr,
+    IN_STEPS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """One tile of BM positions by BN output channels of one group; `ITERATIONS` blocks of BK along taps and channels.
+
+    IS_LINEAR: one tap, stride 1, no padding: rows of x are rows of y. SPLIT programs share a tile's iterations: they
+    add into `work`, and the last to arrive finishes and leaves zeros behind.
+    """
+    pid, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    # Neighbours share rows of x and columns of w, so that both stay in the cache.
+    block = pid // (GROUP * columns)
+    high_rows = min(rows - block * GROUP, GROUP)
+    pm = block * GROUP + (pid % (GROUP * columns)) % high_rows
+    pn = (pid % (GROUP * columns)) // high_rows
+    om, on, ok = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN), tl.arange(0, BK)
+    # Rows beyond the last repeat it: what they give is not stored, and loads need no mask.
+    m = tl.minimum(om, M - 1)
+    if IS_WIDE:
+        m = m.to(tl.int64)
+    if IS_LINEAR:
+        base = m * X_W
+        d, h, v = m, m, m
+    else:
+        v = m % OUT_W
+        t = m // OUT_W
+        h = t % OUT_H
+        t = t // OUT_H
+        if IS_DEEP:
+            d = (t % OUT_D) * STRIDE_D - PAD_D
+            t = t // OUT_D
+        else:
+            d = m
+        v = v * STRIDE_W - PAD_W
+        h = h * STRIDE_H - PAD_H
+        base = t * X_N + h * X_H + v * X_W
+        if IS_DEEP:
+            base += d * X_D
+    base += group * C
+    n = tl.minimum(on, N - 1)
+    w_base = (group * N + n) * W_ROW
+    share = tl.cdiv(ITERATIONS, SPLIT)
+    acc = tl.zeros((BM, BN), tl.int32)
+    for i in range(split * share, min(split * share + share, ITERATIONS)):
+        if ONE_TAP:
+            c = i * BK + ok
+            x_at = base[:, None] + c[None, :]
+            w_at = w_base[None, :] + c[:, None]
+            inside = om[:, None] >= 0
+        else:
+            tap = i // BLOCKS
+            c = (i - tap * BLOCKS) * BK + ok
+            s = tap % TAPS_W
+            r = tap // TAPS_W
+            if IS_DEEP:
+                z = r // TAPS_H
+                r = r % TAPS_H
+                move = z * DILATION_D * X_D + r * DILATION_H * X_H + s * DILATION_W * X_W
+            else:
+                z = 0
+                move = r * DILATION_H * X_H + s * DILATION_W * X_W
+            x_at = (base + move)[:, None] + c[None, :]
+            w_at = (w_base + tap * C)[None, :] + c[:, None]
+            if IS_PADDED:
+                ih, iw = h + r * DILATION_H, v + s * DILATION_W
+                fits = (ih >= 0) & (ih < IN_H) & (iw >= 0) & (iw < IN_W)
+                if IS_DEEP:
+                    iz = d + z * DILATION_D
+                    fits = fits & (iz >= 0) & (iz < IN_D)
+                inside = fits[:, None]
+            else:
+                inside = om[:, None] >= 0
+        if EVEN_C:
+            b = tl.load(w + w_at)
+            if not IS_PADDED:
+                a = tl.load(x + x_at)
+            elif ZERO_PADDING:
+                a = tl.load(x + x_at, mask=inside, other=0)
+            else:
+                a = tl.load(x + x_at, mask=inside, other=padding_code)
+        else:
+            # Behind the last channel the weight is 0, whatever x holds there.
+            b = tl.load(w + w_at, mask=(c < C)[:, None], other=0)
+            a = tl.load(x + x_at, mask=inside & (c < C)[None, :], other=padding_code)
+        acc = tl.dot(signed(a), b, acc, out_dtype=tl.int32)
+    mask = (om < M)[:, None] & (on < N)[None, :]
+    offsets = om[:, None] * Y_ROW + (group * N + on)[None, :]
+    if IS_WIDE:
+        offsets = om.to(tl.int64)[:, None] * Y_ROW + (group * N + on)[None, :]
+    is_last = True
+    if SPLIT > 1:
+        tile = group * (rows * columns) + pid
+        place = work + tile.to(tl.int64) * (BM * BN) + tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+        tl.atomic_add(place, acc, sem="relaxed")
+        tl.debug_barrier()
+        is_last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLIT - 1
+        if is_last:
+            acc = tl.load(place, cache_modifier=".cg")
+            tl.store(place, tl.zeros((BM, BN), tl.int32))
+            tl.store(arrived + tile, 0)
+    if is_last:
+        if HAS_CORRECTION:
+            acc += tl.load(correction + group * N + n)[None, :]
+        value = finished(
+            acc, tl.load(scale + group * N + n)[None, :], tl.load(bias + group * N + n)[None, :],
+            residual, offsets, mask, y, residual_scale, residual_zero_point, first, second, inverse_scale, low, high,
+            zero_point, IN_STEPS, RESIDUAL, ACTIVATION,
+        )  # fmt: skip
+        tl.store(y + offsets, value, mask=mask)
+
+
+@triton.jit
+def depthwise(
+    x, w, scale, bias, correction, residual, y,
+    M, C, TAPS, TAPS_H, TAPS_W, IN_D, IN_H, IN_W, OUT_D, OUT_H, OUT_W,
+    STRIDE_D, STRIDE_H, STRIDE_W, PAD_D, PAD_H, PAD_W, DILATION_D, DILATION_H, DILATION_W,
+    padding_code, residual_scale, residual_zero_point, first, second, inverse_scale, low, high, zero_point,
+    HAS_CORRECTION: tl.constexpr, IN_STEPS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """BM positions by BN channels, each with a filter of its own; w is (taps, channels)."""
+    om, oc = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
+    m = tl.minimum(om, M - 1).to(tl.int64)
+    c = tl.minimum(oc, C - 1)
+    v = m % OUT_W
+    t = m // OUT_W
+    h = t % OUT_H
+    t = t // OUT_H
+    d = (t % OUT_D) * STRIDE_D - PAD_D
+    n = t // OUT_D
+    v = v * STRIDE_W - PAD_W
+    h = h * STRIDE_H - PAD_H
+    acc = tl.zeros((BM, BN), tl.int32)
+    for tap in range(0, TAPS):
+        s = tap % TAPS_W
+        r = (tap // TAPS_W) % TAPS_H
+        z = tap // (TAPS_W * TAPS_H)
+        iz, ih, iw = d + z * DILATION_D, h + r * DILATION_H, v + s * DILATION_W
+        fits = (iz >= 0) & (iz < IN_D) & (ih >= 0) & (ih < IN_H) & (iw >= 0) & (iw < IN_W)
+        at = (((n * IN_D + iz) * IN_H + ih) * IN_W + iw) * C
+        a = signed(tl.load(x + at[:, None] + c[None, :], mask=fits[:, None], other=padding_code))
+        b = tl.load(w + tap * C + c)
+        acc += a.to(tl.int32) * b.to(tl.int32)[None, :]
+    mask = (om < M)[:, None] & (oc < C)[None, :]
+    offsets = om.to(tl.int64)[:, None] * C + oc[None, :]
+    if HAS_CORRECTION:
+        acc += tl.load(correction + c)[None, :]
+    value = finished(
+        acc, tl.load(scale + c)[None, :], tl.load(bias + c)[None, :], residual, offsets, mask, y, residual_scale,
+        residual_zero_point, first, second, inverse_scale, low, high, zero_point, IN_STEPS, RESIDUAL, ACTIVATION,
+    )  # fmt: skip
+    tl.store(y + offsets, value, mask=mask)

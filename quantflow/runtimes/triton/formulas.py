@@ -1,0 +1,84 @@
+"""Formulas that Triton kernels share: activations, and real numbers to codes."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+#: 1.5 * 2**23: adding and taking it away rounds a float32 below 2**22 half to even, on every device alike.
+_ROUNDER = tl.constexpr(12582912.0)
+_SQRT_HALF = tl.constexpr(0.7071067811865476)
+_SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+#: Activation → its number in a kernel. Clamps are one: they take their bounds.
+NONE, CLAMP = 0, 1
+ACTIVATION_NUMBERS = {
+    "relu": CLAMP, "hardtanh": CLAMP, "hardswish": 2, "hardsigmoid": 3, "silu": 4, "sigmoid": 5, "gelu": 6,
+    "gelu_tanh": 7, "leaky_relu": 8, "tanh": 9,
+}  # fmt: skip
+
+
+@triton.jit
+def tanh(x):
+    """tanh(x) = 1 - 2 / (exp(2 x) + 1); exact at both infinities."""
+    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+
+
+@triton.jit
+def activated(r, first, second, ACTIVATION: tl.constexpr):
+    """The activation of that number; NaN stays NaN. `first` and `second` are its numbers."""
+    if ACTIVATION == 1:
+        r = tl.where(r < first, first, r)
+        r = tl.where(r > second, second, r)
+    elif ACTIVATION == 2:
+        r = r * tl.minimum(tl.maximum(r + 3.0, 0.0), 6.0) / 6.0
+    elif ACTIVATION == 3:
+        r = tl.where(r != r, r, tl.minimum(tl.maximum(r + 3.0, 0.0), 6.0) / 6.0)
+    elif ACTIVATION == 4:
+        r = r / (1.0 + tl.exp(-r))
+    elif ACTIVATION == 5:
+        r = 1.0 / (1.0 + tl.exp(-r))
+    elif ACTIVATION == 6:
+        r = 0.5 * r * (1.0 + tl.erf(r * _SQRT_HALF))
+    elif ACTIVATION == 7:
+        r = 0.5 * r * (1.0 + tanh((r + 0.044715 * r * r * r) * _SQRT_2_OVER_PI))
+    elif ACTIVATION == 8:
+        r = tl.where(r < 0.0, r * first, r)
+    elif ACTIVATION == 9:
+        r = tanh(r)
+    return r
+
+
+@triton.jit
+def to_codes(steps, low, high, zero_point):
+    """clamp(round_half_even(steps)) + zero_point as int32; NaN is high. The bounds are whole, so the order is free."""
+    steps = tl.where(steps != steps, high, tl.minimum(tl.maximum(steps, low), high))
+    return ((steps + _ROUNDER) - _ROUNDER).to(tl.int32) + zero_point
+
+
+@triton.jit
+def finished(
+    acc, scale, bias, residual, offsets, mask, y,
+    residual_scale, residual_zero_point, first, second, inverse_scale, low, high, zero_point,
+    IN_STEPS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """What y holds for exact sums: scaled, biased, the residual added, activated, and coded unless y is float32.
+
+        IN_STEPS   t = fma(acc, scale, bias);  t = fma(q_r - zp_r, residual_scale, t);  codes of t, within [low, high]
+        else       r = acc * scale + bias + residual;  codes of activation(r) * inverse_scale
+
+    RESIDUAL: 0 none, 1 codes, 2 float32.
+    """
+    r = tl.fma(acc.to(tl.float32), scale, bias)
+    if RESIDUAL == 1:
+        q = tl.load(residual + offsets, mask=mask, other=0).to(tl.int32) - residual_zero_point
+        r = tl.fma(q.to(tl.float32), residual_scale + tl.zeros_like(r), r)
+    elif RESIDUAL == 2:
+        r += tl.load(residual + offsets, mask=mask, other=0.0)
+    if not IN_STEPS:
+        r = activated(r, first, second, ACTIVATION)
+    if y.dtype.element_ty == tl.float32:
+        return r
+    else:
+        if not IN_STEPS:
+            r = r * inverse_scale
+        return to_codes(r, low, high, zero_point).to(y.dtype.element_ty)

@@ -1,0 +1,136 @@
+"""A sequence of launches recorded once per set of input shapes, and launched as one."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from quantflow.runtimes.triton.cards import Card, own_scratch
+
+#: Recorded sets of input shapes that a program keeps, each with memory of its own; the least recently used goes first.
+GRAPHS = 16
+Function = Callable[[Sequence[Tensor]], Any]
+
+
+class Recording:
+    """One set of input shapes. Calls follow each other, whichever threads and streams they come from."""
+
+    def __init__(self, card: Card, function: Function, inputs: Sequence[Tensor]) -> None:
+        """
+        Raises:
+            RuntimeError: the function does what can't be recorded: it waits for a result, or copies from the host.
+        """
+        self._card = card
+        self._inputs = [torch.empty_like(x).copy_(x) for x in inputs]
+        self._lock = threading.Lock()
+        self._done: Any = None
+        interface = card.interface
+        stream = interface.Stream()
+        stream.wait_stream(interface.current_stream())
+        self._graph = interface.CUDAGraph()
+        with own_scratch() as self._scratch, interface.stream(stream):
+            # Once outside: kernels compile, and scratch and tables are made in memory that stays.
+            function(self._inputs)
+            interface.synchronize()
+            with interface.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                self._output = function(self._inputs)
+        interface.current_stream().wait_stream(stream)
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Any:
+        """The output, in memory of its own."""
+        with self._lock:
+            stream = self._card.interface.current_stream()
+            if self._done is not None:
+                stream.wait_event(self._done)
+            for kept, x in zip(self._inputs, inputs, strict=True):
+                kept.copy_(x)
+            self._graph.replay()
+            output = _pytree.tree_map_only(Tensor, torch.clone, self._output)
+            self._done = stream.record_event()
+        return output
+
+    def replay(self) -> None:
+        """Run it again on the inputs it has, for timing."""
+        self._graph.replay()
+
+
+class Recordings:
+    """The recordings of one function. Safe to call from several threads."""
+
+    def __init__(self, card: Card, function: Function) -> None:
+        self._card, self._function = card, function
+        self._kept: OrderedDict[Any, Recording | None] = OrderedDict()
+        self._seen: OrderedDict[Any, None] = OrderedDict()
+        self._lock = threading.Lock()
+        #: Why the function can't be recorded; empty where it can.
+        self.refused = ""
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Any:
+        """The function's output, from a recording where there is one; the second call of a set of shapes makes it."""
+        if not self._card.has_graphs or self.refused:
+            return self._function(inputs)
+        key = tuple((x.shape, x.dtype, x.stride()) for x in inputs)
+        with self._lock:
+            found = self._kept.get(key)
+            if found is not None:
+                self._kept.move_to_end(key)
+            elif key not in self._seen:
+                self._seen[key] = None
+                while len(self._seen) > 4 * GRAPHS:
+                    self._seen.popitem(last=False)
+            else:
+                found = self._record(key, inputs)
+        return self._function(inputs) if found is None else found(inputs)
+
+    def _record(self, key: Any, inputs: Sequence[Tensor]) -> Recording | None:
+        try:
+            made = Recording(self._card, self._function, inputs)
+        except torch.OutOfMemoryError:
+            return None  # too large to be kept twice: it runs as it is
+        except RuntimeError as error:
+            self.refused = str(error).splitlines()[0]
+            return None
+        self._kept[key] = made
+        while len(self._kept) > GRAPHS:
+            self._kept.popitem(last=False)
+        return made
+
+    def forget(self) -> None:
+        """Record anew, since the function now launches other kernels."""
+        with self._lock:
+            self._kept.clear()
+
+
+def timed_ms(card: Card, call: Callable[[], None], repeats: int = 10) -> float:
+    """The time of one call on the card, without what the host adds: several of them recorded and launched as one."""
+    interface = card.interface
+    with own_scratch():
+        call()
+        interface.synchronize()
+        try:
+            graph = interface.CUDAGraph()
+            with interface.graph(graph, capture_error_mode="thread_local"):
+                for _ in range(repeats):
+                    call()
+            launch: Callable[[], None] = graph.replay
+        except (RuntimeError, AttributeError):
+
+            def launch() -> None:
+                for _ in range(repeats):
+                    call()
+
+        marks = [interface.Event(enable_timing=True) for _ in range(4)]
+        launch()
+        marks[0].record()
+        for mark in marks[1:]:
+            launch()
+            mark.record()
+        interface.synchronize()
+    return min(a.elapsed_time(b) for a, b in pairwise(marks)) / repeats

@@ -1,0 +1,286 @@
+"""A convolution or linear of codes as one launch: weights packed, scales folded, everything but the tensors settled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import triton
+from torch import Tensor
+
+from quantflow.ir.activations import Epilogue
+from quantflow.numerics.affine import MAX_REDUCTION, QParams
+from quantflow.runtimes.reference import bounds_in_steps
+from quantflow.runtimes.triton import convolution, formulas
+from quantflow.runtimes.triton.cards import Card, scratch
+from quantflow.runtimes.triton.tiles import SAFE, candidates
+from quantflow.runtimes.triton.tuner import Way
+
+#: Offsets of more elements than this need 64 bits.
+_WIDE = 2**31 - 2**20
+#: A depthwise tile: positions, channels, warps.
+_DEPTHWISE = (64, 64, 4)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Of a convolution, one number per spatial dimension."""
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Finish:
+    """What happens to exact sums.
+
+    Attributes:
+        x: how the operand is coded.
+        out: how the result is; None: float32.
+        residual: how what is added is; None: nothing is added, or float32 where `adds_float`.
+    """
+
+    x: QParams
+    out: QParams | None
+    residual: QParams | None = None
+    adds_float: bool = False
+    epilogue: Epilogue | None = None
+
+
+def _triple(values: Sequence[int], fill: int) -> list[int]:
+    return [fill] * (3 - len(values)) + [int(v) for v in values]
+
+
+class Layer:
+    """A convolution, or a linear where there is no geometry. Safe to call from several threads.
+
+    The reduction of a legal program is at most MAX_REDUCTION long, so that int32 holds every sum.
+    """
+
+    def __init__(
+        self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, geometry: Geometry | None, finish: Finish,
+        card: Card,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            weight: int8 codes, (out, in / groups, *kernel).
+            weight_scale: 1 or `out` float32 values.
+
+        Raises:
+            ValueError: the reduction is longer than MAX_REDUCTION.
+        """
+        if weight[0].numel() > MAX_REDUCTION:
+            raise ValueError(f"{weight[0].numel()} products in a sum exceed {MAX_REDUCTION}: int32 could overflow")
+        self.card, self.finish, self.geometry = card, finish, geometry
+        self.out_channels = out = weight.shape[0]
+        self.in_channels = weight.shape[1]
+        self.kernel = _triple(weight.shape[2:], 1)
+        self.taps = math.prod(self.kernel)
+        self.groups = 1 if geometry is None else geometry.groups
+        self.stride = _triple([] if geometry is None else geometry.stride, 1)
+        self.padding = _triple([] if geometry is None else geometry.padding, 0)
+        self.dilation = _triple([] if geometry is None else geometry.dilation, 1)
+        self.is_depthwise = self.groups > 1 and self.groups == out and self.in_channels == 1
+        device = card.device
+        packed = (
+            weight.flatten(2).movedim(1, 2) if weight.dim() > 2 else weight.unsqueeze(1)
+        )  # (out, taps, in / groups)
+        if self.is_depthwise:
+            self.weight = packed.reshape(out, self.taps).t().contiguous().to(device)
+        else:
+            self.weight = packed.contiguous().to(device)
+        x = finish.x
+        self.shift = x.zero_point - (128 if x.dtype == "uint8" else 0)
+        sums = weight.flatten(1).to(torch.int64).sum(1) * -self.shift
+        self.correction = sums.to(torch.int32).to(device)
+        self._settle(weight_scale.cpu(), None if bias is None else bias.cpu())
+
+    def _settle(self, weight_scale: Tensor, bias: Tensor | None) -> None:
+        """Scales, biases and bounds, as the reference decides between its two forms."""
+        f, out = self.finish, self.finish.out
+        scale = (weight_scale * f.x.scale).expand(self.out_channels)
+        constant = torch.zeros(self.out_channels) if bias is None else bias
+        bounds = (0.0, 0.0) if f.epilogue is None else f.epilogue.bounds
+        self.in_steps = out is not None and bounds is not None and not f.adds_float
+        if out is not None and self.in_steps:
+            factor = (scale.to(torch.float64) / out.scale).to(torch.float32)
+            shifted = (constant.to(torch.float64) / out.scale).to(torch.float32)
+            self.in_steps = bool(factor.isfinite().all() & shifted.isfinite().all())
+            if self.in_steps:
+                scale, constant = factor, shifted
+        self.scale = scale.contiguous().to(self.card.device)
+        self.bias = constant.contiguous().to(self.card.device)
+        residual_scale, residual_zero = (1.0, 0) if f.residual is None else (f.residual.scale, f.residual.zero_point)
+        low = high = inverse = 0.0
+        zero_point = 0
+        if out is not None:
+            zero_point, inverse = out.zero_point, 1.0 / out.scale
+            low, high = (float(bound - out.zero_point) for bound in out.range)
+            if self.in_steps:
+                low, high = bounds_in_steps(f.epilogue, out)
+                residual_scale = residual_scale / out.scale
+        self.activation, first, second = activation_of(f.epilogue)
+        self.finishing = (residual_scale, residual_zero, first, second, inverse, low, high, zero_point)
+        self.adds = 2 if f.adds_float else 1 if f.residual is not None else 0
+        self.out_dtype = torch.float32 if out is None else out.torch_dtype
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            x: codes, (*, in) of a linear, (batch, in, *spatial) of a convolution, in any layout.
+            residual: of the result's shape, or one that broadcasts to it.
+
+        Returns:
+            The result; a convolution's lies channels-last in memory.
+        """
+        if self.geometry is None:
+            rows = x.reshape(-1, self.in_channels).contiguous()
+            y = torch.empty(*x.shape[:-1], self.out_channels, dtype=self.out_dtype, device=x.device)
+            if y.numel():
+                added = None if residual is None else residual.expand(y.shape).contiguous()
+                sizes = [rows.shape[0], 1, 1, 1]
+                self._launch(rows, [rows.shape[0], 1, 1, 1, rows.shape[1]], sizes, added, y)
+            return y
+        x = x.movedim(1, -1).contiguous()
+        sizes = self.out_sizes(x.shape[0], _triple(x.shape[1:-1], 1))
+        shape = [sizes[0], *sizes[4 - len(self.geometry.stride) :], self.out_channels]
+        y = torch.empty(shape, dtype=self.out_dtype, device=x.device)
+        result = y.movedim(-1, 1)
+        if y.numel():
+            added = None if residual is None else residual.expand(result.shape).movedim(1, -1).contiguous()
+            self._launch(x, [x.shape[0], *_triple(x.shape[1:-1], 1), x.shape[-1]], sizes, added, y)
+        return result
+
+    def out_sizes(self, batch: int, spatial: Sequence[int]) -> list[int]:
+        """[batch, depth, height, width] of the result."""
+        return [batch, *(
+            (size + 2 * p - d * (k - 1) - 1) // s + 1
+            for size, k, s, p, d in zip(spatial, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        )]  # fmt: skip
+
+    def _launch(self, x: Tensor, shape: list[int], sizes: list[int], residual: Tensor | None, y: Tensor) -> None:
+        if self.is_depthwise:
+            self._launch_depthwise(x, shape, sizes, residual, y)
+            return
+        _, depth, height, width, channels = shape
+        is_padded = any(self.padding)
+        moves_on = self.taps == 1 and not is_padded and self.stride == [1, 1, 1]
+        strides = [depth * height * width * channels, height * width * channels, width * channels, channels]
+        self._launch_gemm(
+            x, y, residual, self.weight, self.in_channels, self.kernel, self.stride, self.padding, self.dilation,
+            [depth, height, width], sizes, strides, is_linear=moves_on or self.geometry is None, is_padded=is_padded,
+            is_deep=depth > 1 or self.padding[0] > 0 or self.kernel[0] > 1,
+        )  # fmt: skip
+
+    def _launch_gemm(
+        self, x: Tensor, y: Tensor, residual: Tensor | None, weight: Tensor, c: int, kernel: Sequence[int],
+        stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], spatial: Sequence[int],
+        sizes: Sequence[int], strides: Sequence[int], *, is_linear: bool, is_padded: bool, is_deep: bool,
+    ) -> None:  # fmt: skip
+        m, n, taps = math.prod(sizes), self.out_channels // self.groups, math.prod(kernel)
+        is_wide = max(x.numel(), y.numel()) > _WIDE
+
+        def run(way: Way) -> None:
+            bm, bn, bk, group, split, warps, stages = way
+            blocks = -(-c // bk)
+            tiles = -(-m // bm) * -(-n // bn)
+            work, arrived = scratch(self.card, tiles * self.groups, bm * bn) if split > 1 else (y, y)
+            convolution.convolution[tiles, self.groups, split](
+                x, weight, self.scale, self.bias, self.correction, y if residual is None else residual, y, work,
+                arrived, m, n, c, blocks, kernel[1], kernel[2], taps * blocks, *spatial, *sizes[1:], *strides,
+                taps * c, self.out_channels, *stride, *padding, *dilation, self.finish.x.zero_point, *self.finishing,
+                IS_LINEAR=is_linear, IS_DEEP=is_deep, IS_PADDED=is_padded, ONE_TAP=taps == 1, EVEN_C=c % bk == 0,
+                ZERO_PADDING=self.finish.x.zero_point == 0, HAS_CORRECTION=self.shift != 0, IS_WIDE=is_wide,
+                IN_STEPS=self.in_steps, RESIDUAL=self.adds, ACTIVATION=self.activation,
+                BM=bm, BN=bn, BK=bk, GROUP=group, SPLIT=split, num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+
+        if self.card.multiprocessors == 0:
+            run(SAFE)
+            return
+        kinds = f"{x.element_size()}{self.finish.x.dtype}.{self.adds}.{self.activation}.{self.out_dtype}.{is_padded:d}"
+        key = f"gemm {m}x{n}x{taps}x{c} groups {self.groups} stride {stride[-1]} {kinds}"
+        ways = partial(candidates, m, n, c, taps, self.groups, self.card.multiprocessors)
+        run(self.card.tuner.way(key, ways, run))
+
+    def _launch_depthwise(
+        self, x: Tensor, shape: list[int], sizes: list[int], residual: Tensor | None, y: Tensor
+    ) -> None:
+        m, channels = math.prod(sizes), shape[-1]
+
+        def run(way: Way) -> None:
+            bm, bn, warps = way
+            convolution.depthwise[triton.cdiv(m, bm), triton.cdiv(channels, bn)](
+                x, self.weight, self.scale, self.bias, self.correction, y if residual is None else residual, y,
+                m, channels, self.taps, self.kernel[1], self.kernel[2], *shape[1:4], *sizes[1:],
+                *self.stride, *self.padding, *self.dilation, self.finish.x.zero_point, *self.finishing,
+                HAS_CORRECTION=self.shift != 0, IN_STEPS=self.in_steps, RESIDUAL=self.adds,
+                ACTIVATION=self.activation, BM=bm, BN=bn, num_warps=warps,
+            )  # fmt: skip
+
+        if self.card.multiprocessors == 0:
+            run(_DEPTHWISE)
+            return
+        key = f"depthwise {m}x{channels}x{self.taps} stride {self.stride[-1]} {self.finish.x.dtype}.{self.adds}"
+        run(self.card.tuner.way(key, lambda: [(64, 64, 4), (32, 64, 4), (128, 32, 4), (16, 64, 2), (32, 128, 4)], run))
+
+
+def activation_of(epilogue: Epilogue | None) -> tuple[int, float, float]:
+    """(the activation's number in a kernel, its first number, its second)."""
+    if epilogue is None:
+        return formulas.NONE, 0.0, 0.0
+    numbers = epilogue.bounds if epilogue.bounds is not None else (*epilogue.values, 0.0, 0.0)
+    return formulas.ACTIVATION_NUMBERS[epilogue.kind], float(numbers[0]), float(numbers[1])
+
+
+class Stem(Layer):
+    """A first convolution of up to 4 channels and at most 8 taps in a row, on framed codes.
+
+    Four channels of a pixel are one word, so that a row of taps is one run of 32 bytes: the layer becomes one of
+    32 channels, a tap per row, with no padding to look after.
+    """
+
+    #: Bytes of a row of taps.
+    ROW = 32
+
+    def __init__(
+        self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, geometry: Geometry, finish: Finish, card: Card
+    ) -> None:
+        super().__init__(weight, weight_scale, bias, geometry, finish, card)
+        out, channels, height, width = weight.shape
+        rows = torch.zeros(out, height, self.ROW // 4, 4, dtype=torch.int8)
+        rows[:, :, :width, :channels] = weight.movedim(1, -1)
+        self.rows = rows.reshape(out, height, self.ROW).to(card.device)
+
+    @classmethod
+    def fits(cls, weight: Tensor, geometry: Geometry) -> bool:
+        """Whether a convolution can be computed so."""
+        return (
+            weight.dim() == 4 and weight.shape[1] <= 4 and weight.shape[3] <= cls.ROW // 4 and geometry.groups == 1
+            and list(geometry.dilation) == [1, 1] and weight.shape[2] * weight.shape[3] > 1
+        )  # fmt: skip
+
+    def frame(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of the framed image that the taps of every output stay inside of."""
+        _, _, rows, columns = self.out_sizes(1, [1, height, width])
+        least = (columns - 1) * self.stride[2] + self.ROW // 4
+        return (rows - 1) * self.stride[1] + self.kernel[1], max(least, width + self.padding[2])
+
+    def on_framed(self, x: Tensor, height: int, width: int) -> Tensor:
+        """
+        Args:
+            x: codes, (batch, *frame, 4), of images (batch, channels, height, width).
+        """
+        sizes = self.out_sizes(x.shape[0], [1, height, width])
+        y = torch.empty(sizes[0], *sizes[2:], self.out_channels, dtype=self.out_dtype, device=x.device)
+        strides = [x.shape[1] * x.shape[2] * 4, 0, x.shape[2] * 4, 4]
+        self._launch_gemm(
+            x, y, None, self.rows, self.ROW, [1, self.kernel[1], 1], self.stride, [0, 0, 0], [1, 1, 1],
+            [1, *x.shape[1:3]], sizes, strides, is_linear=False, is_padded=False, is_deep=False,
+        )  # fmt: skip
+        return y.movedim(-1, 1)
