@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -57,27 +57,43 @@ def card_of(device: str) -> Card:
 @cache
 def _card(place: torch.device) -> Card:
     if place.type == "cpu":
-        return Card(place, "interpreter", 0, Tuner(None, lambda _call, _runs: [0.0]))
+        return Card(place, "interpreter", 0, Tuner(None, lambda _call, _runs: 0.0))
     interface = getattr(torch, place.type)
     properties = interface.get_device_properties(place)
     name = str(properties.name)
     count = getattr(properties, "multi_processor_count", None) or getattr(properties, "gpu_subslice_count", 64)
     file = cache_folder() / f"triton-{re.sub(r'[^A-Za-z0-9]+', '-', name)}-{triton.__version__}.json"
-    return Card(place, name, int(count), Tuner(file, _timed_on(interface)))
+    return Card(place, name, int(count), Tuner(file, partial(timed_ms, interface), partial(interface.device, place)))
 
 
-def _timed_on(interface: Any) -> Callable[[Callable[[], None], int], list[float]]:
-    def timed(call: Callable[[], None], runs: int) -> list[float]:
-        marks = [interface.Event(enable_timing=True) for _ in range(runs + 1)]
+def timed_ms(interface: Any, call: Callable[[], None], repeats: int = 10) -> float:
+    """The time of one call on the current card, in ms: several of them recorded and launched as one.
+
+    Launched one by one, small kernels would show what the host takes to launch them.
+    """
+    with own_scratch():
         call()
+        interface.synchronize()
+        try:
+            graph = interface.CUDAGraph()
+            with interface.graph(graph, capture_error_mode="thread_local"):
+                for _ in range(repeats):
+                    call()
+            launch: Callable[[], None] = graph.replay
+        except (RuntimeError, AttributeError):
+
+            def launch() -> None:
+                for _ in range(repeats):
+                    call()
+
+        marks = [interface.Event(enable_timing=True) for _ in range(4)]
+        launch()
         marks[0].record()
         for mark in marks[1:]:
-            call()
+            launch()
             mark.record()
         interface.synchronize()
-        return [before.elapsed_time(after) for before, after in pairwise(marks)]
-
-    return timed
+    return min(a.elapsed_time(b) for a, b in pairwise(marks)) / repeats
 
 
 _kept = threading.local()

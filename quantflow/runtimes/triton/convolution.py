@@ -22,7 +22,14 @@ def signed(codes):
         return codes
 
 
-@triton.jit
+#: Numbers that kernels are not compiled anew for; those that tell how memory is aligned are not among them.
+_GEOMETRY = [
+    "TAPS_H", "TAPS_W", "IN_D", "IN_H", "IN_W", "OUT_D", "OUT_H", "OUT_W", "STRIDE_D", "STRIDE_H", "STRIDE_W", "PAD_D",
+    "PAD_H", "PAD_W", "DILATION_D", "DILATION_H", "DILATION_W", "padding_code", "residual_zero_point", "zero_point",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "BLOCKS", "ITERATIONS", *_GEOMETRY])
 def convolution(
     x, w, scale, bias, correction, residual, y, work, arrived,
     M, N, C, BLOCKS, TAPS_H, TAPS_W, ITERATIONS,
@@ -30,7 +37,7 @@ def convolution(
     STRIDE_D, STRIDE_H, STRIDE_W, PAD_D, PAD_H, PAD_W, DILATION_D, DILATION_H, DILATION_W,
     padding_code, residual_scale, residual_zero_point, first, second, inverse_scale, low, high, zero_point,
     IS_LINEAR: tl.constexpr, IS_DEEP: tl.constexpr, IS_PADDED: tl.constexpr, ONE_TAP: tl.constexpr,
-    EVEN_C: tl.constexpr, ZERO_PADDING: tl.constexpr, HAS_CORRECTION: tl.constexpr, IS_WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr, W_ALIGNED: tl.constexpr, EVEN_C: tl.constexpr, ZERO_PADDING: tl.constexpr, HAS_CORRECTION: tl.constexpr, IS_WIDE: tl.constexpr,
     IN_STEPS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -69,9 +76,10 @@ def convolution(
         base = t * X_N + h * X_H + v * X_W
         if IS_DEEP:
             base += d * X_D
-    base += group * C
+    # What the compiler can't see: rows begin at multiples of this, so that they are loaded in words.
+    base = tl.multiple_of(base + group * C, ALIGNED)
     n = tl.minimum(on, N - 1)
-    w_base = (group * N + n) * W_ROW
+    w_base = tl.multiple_of((group * N + n) * W_ROW, W_ALIGNED)
     share = tl.cdiv(ITERATIONS, SPLIT)
     acc = tl.zeros((BM, BN), tl.int32)
     for i in range(split * share, min(split * share + share, ITERATIONS)):
@@ -92,8 +100,8 @@ def convolution(
             else:
                 z = 0
                 move = r * DILATION_H * X_H + s * DILATION_W * X_W
-            x_at = (base + move)[:, None] + c[None, :]
-            w_at = (w_base + tap * C)[None, :] + c[:, None]
+            x_at = (base + tl.multiple_of(move, ALIGNED))[:, None] + c[None, :]
+            w_at = (w_base + tl.multiple_of(tap * C, W_ALIGNED))[None, :] + c[:, None]
             if IS_PADDED:
                 ih, iw = h + r * DILATION_H, v + s * DILATION_W
                 fits = (ih >= 0) & (ih < IN_H) & (iw >= 0) & (iw < IN_W)
@@ -129,6 +137,8 @@ def convolution(
         is_last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLIT - 1
         if is_last:
             acc = tl.load(place, cache_modifier=".cg")
+            # What one thread reads, another may clear.
+            tl.debug_barrier()
             tl.store(place, tl.zeros((BM, BN), tl.int32))
             tl.store(arrived + tile, 0)
     if is_last:
@@ -142,7 +152,7 @@ def convolution(
         tl.store(y + offsets, value, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "TAPS", *_GEOMETRY])
 def depthwise(
     x, w, scale, bias, correction, residual, y,
     M, C, TAPS, TAPS_H, TAPS_W, IN_D, IN_H, IN_W, OUT_D, OUT_H, OUT_W,

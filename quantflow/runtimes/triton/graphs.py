@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -106,31 +105,3 @@ class Recordings:
         """Record anew, since the function now launches other kernels."""
         with self._lock:
             self._kept.clear()
-
-
-def timed_ms(card: Card, call: Callable[[], None], repeats: int = 10) -> float:
-    """The time of one call on the card, without what the host adds: several of them recorded and launched as one."""
-    interface = card.interface
-    with own_scratch():
-        call()
-        interface.synchronize()
-        try:
-            graph = interface.CUDAGraph()
-            with interface.graph(graph, capture_error_mode="thread_local"):
-                for _ in range(repeats):
-                    call()
-            launch: Callable[[], None] = graph.replay
-        except (RuntimeError, AttributeError):
-
-            def launch() -> None:
-                for _ in range(repeats):
-                    call()
-
-        marks = [interface.Event(enable_timing=True) for _ in range(4)]
-        launch()
-        marks[0].record()
-        for mark in marks[1:]:
-            launch()
-            mark.record()
-        interface.synchronize()
-    return min(a.elapsed_time(b) for a, b in pairwise(marks)) / repeats

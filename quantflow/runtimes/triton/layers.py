@@ -124,7 +124,7 @@ class Layer:
             if self.in_steps:
                 low, high = bounds_in_steps(f.epilogue, out)
                 residual_scale = residual_scale / out.scale
-        self.activation, first, second = activation_of(f.epilogue)
+        self.activation, first, second = activation_of(None if self.in_steps else f.epilogue)
         self.finishing = (residual_scale, residual_zero, first, second, inverse, low, high, zero_point)
         self.adds = 2 if f.adds_float else 1 if f.residual is not None else 0
         self.out_dtype = torch.float32 if out is None else out.torch_dtype
@@ -175,12 +175,14 @@ class Layer:
             x, y, residual, self.weight, self.in_channels, self.kernel, self.stride, self.padding, self.dilation,
             [depth, height, width], sizes, strides, is_linear=moves_on or self.geometry is None, is_padded=is_padded,
             is_deep=depth > 1 or self.padding[0] > 0 or self.kernel[0] > 1,
+            aligned=math.gcd(16, channels, self.in_channels),
         )  # fmt: skip
 
     def _launch_gemm(
         self, x: Tensor, y: Tensor, residual: Tensor | None, weight: Tensor, c: int, kernel: Sequence[int],
         stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], spatial: Sequence[int],
         sizes: Sequence[int], strides: Sequence[int], *, is_linear: bool, is_padded: bool, is_deep: bool,
+        aligned: int,
     ) -> None:  # fmt: skip
         m, n, taps = math.prod(sizes), self.out_channels // self.groups, math.prod(kernel)
         is_wide = max(x.numel(), y.numel()) > _WIDE
@@ -194,7 +196,8 @@ class Layer:
                 x, weight, self.scale, self.bias, self.correction, y if residual is None else residual, y, work,
                 arrived, m, n, c, blocks, kernel[1], kernel[2], taps * blocks, *spatial, *sizes[1:], *strides,
                 taps * c, self.out_channels, *stride, *padding, *dilation, self.finish.x.zero_point, *self.finishing,
-                IS_LINEAR=is_linear, IS_DEEP=is_deep, IS_PADDED=is_padded, ONE_TAP=taps == 1, EVEN_C=c % bk == 0,
+                IS_LINEAR=is_linear, IS_DEEP=is_deep, IS_PADDED=is_padded, ONE_TAP=taps == 1,
+                ALIGNED=aligned, W_ALIGNED=math.gcd(16, c), EVEN_C=c % bk == 0,
                 ZERO_PADDING=self.finish.x.zero_point == 0, HAS_CORRECTION=self.shift != 0, IS_WIDE=is_wide,
                 IN_STEPS=self.in_steps, RESIDUAL=self.adds, ACTIVATION=self.activation,
                 BM=bm, BN=bn, BK=bk, GROUP=group, SPLIT=split, num_warps=warps, num_stages=stages,
@@ -269,7 +272,8 @@ class Stem(Layer):
         """(height, width) of the framed image that the taps of every output stay inside of."""
         _, _, rows, columns = self.out_sizes(1, [1, height, width])
         least = (columns - 1) * self.stride[2] + self.ROW // 4
-        return (rows - 1) * self.stride[1] + self.kernel[1], max(least, width + self.padding[2])
+        # Rows begin at multiples of 16 bytes.
+        return (rows - 1) * self.stride[1] + self.kernel[1], -(-least // 4) * 4
 
     def on_framed(self, x: Tensor, height: int, width: int) -> Tensor:
         """
@@ -282,5 +286,6 @@ class Stem(Layer):
         self._launch_gemm(
             x, y, None, self.rows, self.ROW, [1, self.kernel[1], 1], self.stride, [0, 0, 0], [1, 1, 1],
             [1, *x.shape[1:3]], sizes, strides, is_linear=False, is_padded=False, is_deep=False,
+            aligned=math.gcd(16, 4 * self.stride[2]),
         )  # fmt: skip
         return y.movedim(-1, 1)

@@ -12,8 +12,8 @@ from torch.utils import _pytree
 from quantflow.ir.program import Program, TensorRef, substitute
 from quantflow.runtimes.ordinary import below_autograd
 from quantflow.runtimes.runner import AbstractRunner
-from quantflow.runtimes.triton.cards import card_of
-from quantflow.runtimes.triton.graphs import Recordings, timed_ms
+from quantflow.runtimes.triton.cards import card_of, timed_ms
+from quantflow.runtimes.triton.graphs import Recordings
 from quantflow.runtimes.triton.lower import WITHOUT_KERNEL, Lowering, Step, int8_layers, last_uses
 
 #: How long `tune` may look for the fastest tiles of one batch.
@@ -126,7 +126,7 @@ class TritonRunner(AbstractRunner):
             values = self._values(self._moved(inputs))
             for index, step in enumerate(self._lowering.together):
                 values.update(zip(step.writes, step.run(values), strict=True))
-                rows.append(self._row(step, timed_ms(self.card, lambda step=step: step.run(values), runs)))  # type: ignore[misc]
+                rows.append(self._row(step, timed_ms(self.card.interface, lambda step=step: step.run(values), runs)))  # type: ignore[misc]
                 for dead in self._frees.get(index, ()):
                     values.pop(dead, None)
         return rows

@@ -39,6 +39,7 @@ def candidates(m: int, n: int, c: int, taps: int, groups: int, multiprocessors: 
             continue
         tiles = -(-m // bm) * -(-n // bn) * groups
         blocks = taps * -(-c // bk)
+        stages = min(stages, blocks + 1)
         for split in _SPLITS:
             if split > 1 and (blocks < 4 * split or tiles * split > 2 * multiprocessors):
                 continue

@@ -7,11 +7,13 @@ rows of a report.
 from __future__ import annotations
 
 import json
-import statistics
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from quantflow.store.whole_file import replace_file
 
 Way = tuple[int, ...]
 #: Measured runs of one way.
-RUNS = 5
+RUNS = 10
 
 
 class Tuner:
@@ -28,12 +30,19 @@ class Tuner:
 
     Args:
         file: where the ways are kept between processes; None: nowhere.
-        timed: (call, runs) → the time of each run in ms, on the device.
+        timed: (call, runs) → the time of one of that many runs in ms, on the device.
+        started: entered by each thread that launches, so that it launches on the right device.
     """
 
-    def __init__(self, file: Path | None, timed: Callable[[Callable[[], None], int], list[float]]) -> None:
+    def __init__(
+        self,
+        file: Path | None,
+        timed: Callable[[Callable[[], None], int], float],
+        started: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
         self._file = file
         self._timed = timed
+        self._started = started
         self._lock = lock()
         self._mine = threading.local()
         self._ways: dict[str, Way] = _read(file)
@@ -55,15 +64,8 @@ class Tuner:
 
     def _measured(self, key: str, ways: Sequence[Way], run: Callable[[Way], None], deadline: float) -> Way:
         best, best_ms = ways[0], float("inf")
-        for way in ways:
-            try:
-                run(way)  # compiles
-                ms = statistics.median(self._timed(lambda way=way: run(way), RUNS))  # type: ignore[misc]
-            except Exception as error:  # a way that the card refuses: too much memory on the chip
-                if way == ways[0]:
-                    raise
-                self._mine.refused.append(f"{key} {way}: {type(error).__name__}")
-                continue
+        for way in self._compiled(ways, run):
+            ms = self._timed(partial(run, way), RUNS)
             if ms < best_ms:
                 best, best_ms = way, ms
             if time.monotonic() > deadline:
@@ -73,10 +75,28 @@ class Tuner:
             self._ways[key] = best
         return best
 
+    def _compiled(self, ways: Sequence[Way], run: Callable[[Way], None]) -> list[Way]:
+        """Those that the card can run, each run once: compiling takes most of the time, and all cores."""
+
+        def first(way: Way) -> Exception | None:
+            try:
+                with self._started():
+                    run(way)
+            except Exception as error:  # a way that the card refuses: too much memory on the chip
+                return error
+            return None
+
+        with ThreadPoolExecutor(max_workers=min(len(ways), _cores())) as pool:
+            found = list(pool.map(first, ways))
+        fitting = [way for way, error in zip(ways, found, strict=True) if error is None]
+        if not fitting:
+            raise next(error for error in found if error is not None)
+        return fitting
+
     @contextmanager
     def measuring(self, seconds: float) -> Iterator[list[dict[str, Any]]]:
         """In this thread, measure what has no way yet, for about that long; the rows are filled with what was found."""
-        self._mine.deadline, self._mine.rows, self._mine.refused = time.monotonic() + seconds, [], []
+        self._mine.deadline, self._mine.rows = time.monotonic() + seconds, []
         rows: list[dict[str, Any]] = self._mine.rows
         try:
             yield rows
@@ -101,6 +121,10 @@ class Tuner:
             replace_file(self._file, text.encode())
         except OSError:
             return  # a cache that can't be written costs time, nothing else
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _read(file: Path | None) -> dict[str, Way]:
