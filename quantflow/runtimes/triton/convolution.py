@@ -37,8 +37,9 @@ def convolution(
     STRIDE_D, STRIDE_H, STRIDE_W, PAD_D, PAD_H, PAD_W, DILATION_D, DILATION_H, DILATION_W,
     padding_code, residual_scale, residual_zero_point, first, second, inverse_scale, low, high, zero_point,
     IS_LINEAR: tl.constexpr, IS_DEEP: tl.constexpr, IS_PADDED: tl.constexpr, ONE_TAP: tl.constexpr,
-    ALIGNED: tl.constexpr, W_ALIGNED: tl.constexpr, EVEN_C: tl.constexpr, ZERO_PADDING: tl.constexpr, HAS_CORRECTION: tl.constexpr, IS_WIDE: tl.constexpr,
-    IN_STEPS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    ALIGNED: tl.constexpr, W_ALIGNED: tl.constexpr, EVEN_C: tl.constexpr, ZERO_PADDING: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr, IS_WIDE: tl.constexpr, IS_SMALL: tl.constexpr, IN_STEPS: tl.constexpr,
+    RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """One tile of BM positions by BN output channels of one group; `ITERATIONS` blocks of BK along taps and channels.
@@ -147,24 +148,43 @@ def convolution(
         value = finished(
             acc, tl.load(scale + group * N + n)[None, :], tl.load(bias + group * N + n)[None, :],
             residual, offsets, mask, y, residual_scale, residual_zero_point, first, second, inverse_scale, low, high,
-            zero_point, IN_STEPS, RESIDUAL, ACTIVATION,
+            zero_point, IS_SMALL, IN_STEPS, RESIDUAL, ACTIVATION,
         )  # fmt: skip
         tl.store(y + offsets, value, mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "TAPS", *_GEOMETRY])
+@triton.jit
+def depthwise_tap(
+    acc, x, w, tap, n, d, h, v, c, inside, C, IN_D, IN_H, IN_W, DILATION_D, DILATION_H, DILATION_W, padding_code,
+    TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
+):  # fmt: skip
+    """The sums with one tap's products added."""
+    s = tap % TAPS_W
+    r = (tap // TAPS_W) % TAPS_H
+    z = tap // (TAPS_W * TAPS_H)
+    iz, ih, iw = d + z * DILATION_D, h + r * DILATION_H, v + s * DILATION_W
+    fits = (iz >= 0) & (iz < IN_D) & (ih >= 0) & (ih < IN_H) & (iw >= 0) & (iw < IN_W)
+    at = (((n * IN_D + iz) * IN_H + ih) * IN_W + iw) * C
+    a = signed(tl.load(x + at[:, None] + c[None, :], mask=fits[:, None] & inside[None, :], other=padding_code))
+    b = tl.load(w + tap * C + c, mask=inside, other=0)
+    return acc + a.to(tl.int32) * b.to(tl.int32)[None, :]
+
+
+@triton.jit(do_not_specialize=["M", *_GEOMETRY])
 def depthwise(
     x, w, scale, bias, correction, residual, y,
-    M, C, TAPS, TAPS_H, TAPS_W, IN_D, IN_H, IN_W, OUT_D, OUT_H, OUT_W,
+    M, C, IN_D, IN_H, IN_W, OUT_D, OUT_H, OUT_W,
     STRIDE_D, STRIDE_H, STRIDE_W, PAD_D, PAD_H, PAD_W, DILATION_D, DILATION_H, DILATION_W,
     padding_code, residual_scale, residual_zero_point, first, second, inverse_scale, low, high, zero_point,
-    HAS_CORRECTION: tl.constexpr, IN_STEPS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    TAPS: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, IS_UNROLLED: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr, IS_WIDE: tl.constexpr, IN_STEPS: tl.constexpr, RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """BM positions by BN channels, each with a filter of its own; w is (taps, channels)."""
-    om, oc = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
-    m = tl.minimum(om, M - 1).to(tl.int64)
-    c = tl.minimum(oc, C - 1)
+    om, c = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
+    m, inside = tl.minimum(om, M - 1), c < C
+    if IS_WIDE:
+        m = m.to(tl.int64)
     v = m % OUT_W
     t = m // OUT_W
     h = t % OUT_H
@@ -174,22 +194,25 @@ def depthwise(
     v = v * STRIDE_W - PAD_W
     h = h * STRIDE_H - PAD_H
     acc = tl.zeros((BM, BN), tl.int32)
-    for tap in range(0, TAPS):
-        s = tap % TAPS_W
-        r = (tap // TAPS_W) % TAPS_H
-        z = tap // (TAPS_W * TAPS_H)
-        iz, ih, iw = d + z * DILATION_D, h + r * DILATION_H, v + s * DILATION_W
-        fits = (iz >= 0) & (iz < IN_D) & (ih >= 0) & (ih < IN_H) & (iw >= 0) & (iw < IN_W)
-        at = (((n * IN_D + iz) * IN_H + ih) * IN_W + iw) * C
-        a = signed(tl.load(x + at[:, None] + c[None, :], mask=fits[:, None], other=padding_code))
-        b = tl.load(w + tap * C + c)
-        acc += a.to(tl.int32) * b.to(tl.int32)[None, :]
-    mask = (om < M)[:, None] & (oc < C)[None, :]
-    offsets = om.to(tl.int64)[:, None] * C + oc[None, :]
+    if IS_UNROLLED:
+        for tap in tl.static_range(TAPS):
+            acc = depthwise_tap(
+                acc, x, w, tap, n, d, h, v, c, inside, C, IN_D, IN_H, IN_W, DILATION_D, DILATION_H, DILATION_W,
+                padding_code, TAPS_H, TAPS_W,
+            )  # fmt: skip
+    else:
+        for tap in range(TAPS):
+            acc = depthwise_tap(
+                acc, x, w, tap, n, d, h, v, c, inside, C, IN_D, IN_H, IN_W, DILATION_D, DILATION_H, DILATION_W,
+                padding_code, TAPS_H, TAPS_W,
+            )  # fmt: skip
+    mask = (om < M)[:, None] & inside[None, :]
+    offsets = m[:, None] * C + c[None, :]
     if HAS_CORRECTION:
-        acc += tl.load(correction + c)[None, :]
+        acc += tl.load(correction + c, mask=inside, other=0)[None, :]
     value = finished(
-        acc, tl.load(scale + c)[None, :], tl.load(bias + c)[None, :], residual, offsets, mask, y, residual_scale,
-        residual_zero_point, first, second, inverse_scale, low, high, zero_point, IN_STEPS, RESIDUAL, ACTIVATION,
+        acc, tl.load(scale + c, mask=inside, other=0.0)[None, :], tl.load(bias + c, mask=inside, other=0.0)[None, :],
+        residual, offsets, mask, y, residual_scale, residual_zero_point, first, second, inverse_scale, low, high,
+        zero_point, TAPS <= 64, IN_STEPS, RESIDUAL, ACTIVATION,
     )  # fmt: skip
     tl.store(y + offsets, value, mask=mask)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantflow.runtimes.triton.formulas import activated, to_codes
+from quantflow.runtimes.triton.formulas import activated, small_to_float, to_codes
 
 
 @triton.jit
@@ -52,20 +52,23 @@ def dequantize(x, y, count, scale, zero_point, BLOCK: tl.constexpr):
     """x' = (q - zero_point) * scale, as the codes lie."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     q = tl.load(x + at, mask=at < count, other=0).to(tl.int32) - zero_point
-    tl.store(y + at, q.to(tl.float32) * scale, mask=at < count)
+    tl.store(y + at, small_to_float(q) * scale, mask=at < count)
 
 
 @triton.jit
 def pair(
     a, b, y, count, MIDDLE, INNER, A_N, A_P, A_C, B_N, B_P, B_C,
     a_scale, a_zero_point, b_scale, b_zero_point, first, second, inverse_scale, low, high, zero_point,
-    IS_PRODUCT: tl.constexpr, IS_DENSE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+    IS_PRODUCT: tl.constexpr, IS_DENSE: tl.constexpr, IS_WIDE: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """r = a + b or a * b of what the codes stand for, activated; codes, or float32. y is dense.
 
     IS_DENSE: a and b lie as y does. Else element (n, p, c) of each is at n * N + p * P + c * C; 0 repeats.
     """
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if IS_WIDE:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
     if IS_DENSE:
         a_at, b_at = at, at
@@ -76,8 +79,8 @@ def pair(
         n = t // MIDDLE
         a_at = n * A_N + p * A_P + c * A_C
         b_at = n * B_N + p * B_P + c * B_C
-    u = (tl.load(a + a_at, mask=mask, other=0).to(tl.int32) - a_zero_point).to(tl.float32) * a_scale
-    v = (tl.load(b + b_at, mask=mask, other=0).to(tl.int32) - b_zero_point).to(tl.float32) * b_scale
+    u = small_to_float(tl.load(a + a_at, mask=mask, other=0).to(tl.int32) - a_zero_point) * a_scale
+    v = small_to_float(tl.load(b + b_at, mask=mask, other=0).to(tl.int32) - b_zero_point) * b_scale
     r = u * v if IS_PRODUCT else u + v
     r = activated(r, first, second, ACTIVATION)
     if y.dtype.element_ty == tl.float32:

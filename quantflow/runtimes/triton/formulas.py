@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-#: 1.5 * 2**23: adding and taking it away rounds a float32 below 2**22 half to even, on every device alike.
+#: 1.5 * 2**23: added to a float32 below 2**22 it rounds that half to even, on every device alike.
 _ROUNDER = tl.constexpr(12582912.0)
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
@@ -50,28 +50,39 @@ def activated(r, first, second, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def to_codes(steps, low, high, zero_point):
-    """clamp(round_half_even(steps)) + zero_point as int32; NaN is high. The bounds are whole, so the order is free."""
+    """clamp(round_half_even(steps)) + zero_point in the low byte of an int32; NaN is high.
+
+    The bounds are whole, so that the order is free. Conversions are slow on every card: the sum with the rounder has
+    the whole number in its low bits.
+    """
     steps = tl.where(steps != steps, high, tl.minimum(tl.maximum(steps, low), high))
-    return ((steps + _ROUNDER) - _ROUNDER).to(tl.int32) + zero_point
+    return (steps + _ROUNDER).to(tl.int32, bitcast=True) + zero_point
+
+
+@triton.jit
+def small_to_float(i):
+    """An int32 of less than 2**22 in magnitude as float32, without a conversion."""
+    return (i + 0x4B400000).to(tl.float32, bitcast=True) - _ROUNDER
 
 
 @triton.jit
 def finished(
     acc, scale, bias, residual, offsets, mask, y,
     residual_scale, residual_zero_point, first, second, inverse_scale, low, high, zero_point,
-    IN_STEPS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    IS_SMALL: tl.constexpr, IN_STEPS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """What y holds for exact sums: scaled, biased, the residual added, activated, and coded unless y is float32.
 
         IN_STEPS   t = fma(acc, scale, bias);  t = fma(q_r - zp_r, residual_scale, t);  codes of t, within [low, high]
         else       r = acc * scale + bias + residual;  codes of activation(r) * inverse_scale
 
-    RESIDUAL: 0 none, 1 codes, 2 float32.
+    RESIDUAL: 0 none, 1 codes, 2 float32. IS_SMALL: sums are less than 2**22 in magnitude.
     """
-    r = tl.fma(acc.to(tl.float32), scale, bias)
+    sums = small_to_float(acc) if IS_SMALL else acc.to(tl.float32)
+    r = tl.fma(sums, scale, bias)
     if RESIDUAL == 1:
         q = tl.load(residual + offsets, mask=mask, other=0).to(tl.int32) - residual_zero_point
-        r = tl.fma(q.to(tl.float32), residual_scale + tl.zeros_like(r), r)
+        r = tl.fma(small_to_float(q), residual_scale + tl.zeros_like(r), r)
     elif RESIDUAL == 2:
         r += tl.load(residual + offsets, mask=mask, other=0.0)
     if not IN_STEPS:

@@ -27,6 +27,11 @@ class Recording:
             RuntimeError: the function does what can't be recorded: it waits for a result, or copies from the host.
         """
         self._card = card
+        with torch.inference_mode(False):
+            self._recorded(card, function, inputs)
+
+    def _recorded(self, card: Card, function: Function, inputs: Sequence[Tensor]) -> None:
+        """Apart from inference mode, whose tensors later calls outside of it may not change."""
         self._inputs = [torch.empty_like(x).copy_(x) for x in inputs]
         self._lock = threading.Lock()
         self._done: Any = None

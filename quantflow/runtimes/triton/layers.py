@@ -20,9 +20,12 @@ from quantflow.runtimes.triton.tiles import SAFE, candidates
 from quantflow.runtimes.triton.tuner import Way
 
 #: Offsets of more elements than this need 64 bits.
-_WIDE = 2**31 - 2**20
+WIDE = 2**31 - 2**20
+#: Taps of a depthwise kernel that are written out.
+_UNROLLED = 25
 #: A depthwise tile: positions, channels, warps.
 _DEPTHWISE = (64, 64, 4)
+_DEPTHWISE_WAYS = [(64, 64, 4), (32, 64, 4), (16, 64, 4), (32, 32, 2), (128, 32, 4), (8, 128, 4), (16, 16, 1)]
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ class Layer:
             self.weight = packed.contiguous().to(device)
         x = finish.x
         self.shift = x.zero_point - (128 if x.dtype == "uint8" else 0)
+        #: The largest magnitude of a code less its zero point.
+        self.widest = 128 + abs(self.shift)
         sums = weight.flatten(1).to(torch.int64).sum(1) * -self.shift
         self.correction = sums.to(torch.int32).to(device)
         self._settle(weight_scale.cpu(), None if bias is None else bias.cpu())
@@ -185,7 +190,7 @@ class Layer:
         aligned: int,
     ) -> None:  # fmt: skip
         m, n, taps = math.prod(sizes), self.out_channels // self.groups, math.prod(kernel)
-        is_wide = max(x.numel(), y.numel()) > _WIDE
+        is_wide = max(x.numel(), y.numel()) > WIDE
 
         def run(way: Way) -> None:
             bm, bn, bk, group, split, warps, stages = way
@@ -199,8 +204,8 @@ class Layer:
                 IS_LINEAR=is_linear, IS_DEEP=is_deep, IS_PADDED=is_padded, ONE_TAP=taps == 1,
                 ALIGNED=aligned, W_ALIGNED=math.gcd(16, c), EVEN_C=c % bk == 0,
                 ZERO_PADDING=self.finish.x.zero_point == 0, HAS_CORRECTION=self.shift != 0, IS_WIDE=is_wide,
-                IN_STEPS=self.in_steps, RESIDUAL=self.adds, ACTIVATION=self.activation,
-                BM=bm, BN=bn, BK=bk, GROUP=group, SPLIT=split, num_warps=warps, num_stages=stages,
+                IS_SMALL=taps * c * self.widest * 127 < 2**22, IN_STEPS=self.in_steps, RESIDUAL=self.adds,
+                ACTIVATION=self.activation, BM=bm, BN=bn, BK=bk, GROUP=group, SPLIT=split, num_warps=warps, num_stages=stages,
             )  # fmt: skip
 
         if self.card.multiprocessors == 0:
@@ -220,17 +225,18 @@ class Layer:
             bm, bn, warps = way
             convolution.depthwise[triton.cdiv(m, bm), triton.cdiv(channels, bn)](
                 x, self.weight, self.scale, self.bias, self.correction, y if residual is None else residual, y,
-                m, channels, self.taps, self.kernel[1], self.kernel[2], *shape[1:4], *sizes[1:],
+                m, channels, *shape[1:4], *sizes[1:],
                 *self.stride, *self.padding, *self.dilation, self.finish.x.zero_point, *self.finishing,
-                HAS_CORRECTION=self.shift != 0, IN_STEPS=self.in_steps, RESIDUAL=self.adds,
-                ACTIVATION=self.activation, BM=bm, BN=bn, num_warps=warps,
+                TAPS=self.taps, TAPS_H=self.kernel[1], TAPS_W=self.kernel[2], IS_UNROLLED=self.taps <= _UNROLLED,
+                HAS_CORRECTION=self.shift != 0, IS_WIDE=max(x.numel(), y.numel()) > WIDE, IN_STEPS=self.in_steps,
+                RESIDUAL=self.adds, ACTIVATION=self.activation, BM=bm, BN=bn, num_warps=warps,
             )  # fmt: skip
 
         if self.card.multiprocessors == 0:
             run(_DEPTHWISE)
             return
         key = f"depthwise {m}x{channels}x{self.taps} stride {self.stride[-1]} {self.finish.x.dtype}.{self.adds}"
-        run(self.card.tuner.way(key, lambda: [(64, 64, 4), (32, 64, 4), (128, 32, 4), (16, 64, 2), (32, 128, 4)], run))
+        run(self.card.tuner.way(key, lambda: _DEPTHWISE_WAYS, run))
 
 
 def activation_of(epilogue: Epilogue | None) -> tuple[int, float, float]:

@@ -13,9 +13,11 @@ from torch import Tensor
 from quantflow.ir.activations import Epilogue
 from quantflow.numerics.affine import QParams
 from quantflow.runtimes.triton import elementwise, pooling, products
-from quantflow.runtimes.triton.layers import activation_of
+from quantflow.runtimes.triton.layers import WIDE, activation_of
 
 _BLOCK = 1024
+#: Taps of a pooling kernel that are written out.
+_UNROLLED = 16
 #: Sums of that many codes fit int32, whatever their zero point.
 LONGEST_MEAN = (2**31 - 1) // 255
 
@@ -119,7 +121,7 @@ def pair(
     elementwise.pair[(triton.cdiv(y.numel(), _BLOCK),)](
         a, b, y, y.numel(), sizes[1], sizes[2], *strides[0], *strides[1], a_qparams.scale, a_qparams.zero_point,
         b_qparams.scale, b_qparams.zero_point, first, second, *_coding(out),
-        IS_PRODUCT=is_product, IS_DENSE=is_dense, ACTIVATION=activation, BLOCK=_BLOCK,
+        IS_PRODUCT=is_product, IS_DENSE=is_dense, IS_WIDE=y.numel() > WIDE, ACTIVATION=activation, BLOCK=_BLOCK,
     )  # fmt: skip
     return y
 
@@ -196,10 +198,12 @@ class Pool:
         y = torch.empty(x.shape[0], *out, x.shape[1], dtype=_dtype(qparams), device=x.device)
         if y.numel():
             m, c = y.numel() // x.shape[1], x.shape[1]
-            bm, bc = (32, 64) if c >= 64 else (64, triton.next_power_of_2(c))
+            bc = min(64, triton.next_power_of_2(c))
+            bm = max(8, (1024 if m * c < 2**20 else 4096) // bc // 2)
             pooling.pool[triton.cdiv(m, bm), triton.cdiv(c, bc)](
-                memory, y, windows, m, c, *_three(memory.shape[1:-1]), *_three(out), *step, *most, self.x.zero_point,
-                self.x.scale, *_coding(qparams), IS_MEAN=is_mean, BM=bm, BC=bc,
+                memory, y, windows, m, c, *_three(memory.shape[1:-1]), *_three(out), *step, self.x.zero_point,
+                self.x.scale, *_coding(qparams), *most, IS_UNROLLED=math.prod(most) <= _UNROLLED, IS_MEAN=is_mean,
+                IS_WIDE=max(x.numel(), y.numel()) > WIDE, BM=bm, BC=bc,
             )  # fmt: skip
         return y.movedim(-1, 1)
 

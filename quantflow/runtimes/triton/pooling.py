@@ -19,19 +19,39 @@ def mean_written(total, divisor, scale, inverse_scale, low, high, out_zero_point
 
 
 @triton.jit
+def pool_tap(
+    found, x, tap, n, d_start, d_stop, h_start, h_stop, v_start, v_stop, c, inside, C, IN_D, IN_H, IN_W,
+    STEP_D, STEP_H, STEP_W, zero_point, MOST_H: tl.constexpr, MOST_W: tl.constexpr, IS_MEAN: tl.constexpr,
+):  # fmt: skip
+    """Maxima, or sums, with one tap taken in."""
+    iw = v_start + (tap % MOST_W) * STEP_W
+    ih = h_start + ((tap // MOST_W) % MOST_H) * STEP_H
+    iz = d_start + (tap // (MOST_W * MOST_H)) * STEP_D
+    mask = ((iz < d_stop) & (ih < h_stop) & (iw < v_stop))[:, None] & inside[None, :]
+    at = (((n * IN_D + iz) * IN_H + ih) * IN_W + iw) * C
+    q = tl.load(x + at[:, None] + c[None, :], mask=mask, other=0).to(tl.int32)
+    if IS_MEAN:
+        return found + tl.where(mask, q - zero_point, 0)
+    else:
+        return tl.maximum(found, tl.where(mask, q, -128))
+
+
+@triton.jit(do_not_specialize=["M", "IN_D", "IN_H", "IN_W", "OUT_D", "OUT_H", "OUT_W", "zero_point", "out_zero_point"])
 def pool(
-    x, y, windows, M, C, IN_D, IN_H, IN_W, OUT_D, OUT_H, OUT_W, STEP_D, STEP_H, STEP_W, MOST_D, MOST_H, MOST_W,
+    x, y, windows, M, C, IN_D, IN_H, IN_W, OUT_D, OUT_H, OUT_W, STEP_D, STEP_H, STEP_W,
     zero_point, scale, inverse_scale, low, high, out_zero_point,
-    IS_MEAN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    MOST_D: tl.constexpr, MOST_H: tl.constexpr, MOST_W: tl.constexpr, IS_UNROLLED: tl.constexpr,
+    IS_MEAN: tl.constexpr, IS_WIDE: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Windows over up to three dimensions.
 
     `windows` holds for each output index of each dimension where its window starts and stops inside x, and what the
     number of its elements counts as; MOST is the most taps of a window, STEP the distance between two.
     """
-    om, oc = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BC + tl.arange(0, BC)
-    m = tl.minimum(om, M - 1).to(tl.int64)
-    c = tl.minimum(oc, C - 1)
+    om, c = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BC + tl.arange(0, BC)
+    m, inside = tl.minimum(om, M - 1), c < C
+    if IS_WIDE:
+        m = m.to(tl.int64)
     v = m % OUT_W
     t = m // OUT_W
     h = t % OUT_H
@@ -43,19 +63,20 @@ def pool(
     h_start, h_stop = tl.load(h_row), tl.load(h_row + 1)
     v_start, v_stop = tl.load(v_row), tl.load(v_row + 1)
     found = tl.full((BM, BC), 0 if IS_MEAN else -128, tl.int32)
-    for tap in range(0, MOST_D * MOST_H * MOST_W):
-        iw = v_start + (tap % MOST_W) * STEP_W
-        ih = h_start + ((tap // MOST_W) % MOST_H) * STEP_H
-        iz = d_start + (tap // (MOST_W * MOST_H)) * STEP_D
-        fits = (iz < d_stop) & (ih < h_stop) & (iw < v_stop)
-        at = (((n * IN_D + iz) * IN_H + ih) * IN_W + iw) * C
-        q = tl.load(x + at[:, None] + c[None, :], mask=fits[:, None], other=0).to(tl.int32)
-        if IS_MEAN:
-            found += tl.where(fits[:, None], q - zero_point, 0)
-        else:
-            found = tl.maximum(found, tl.where(fits[:, None], q, -128))
-    mask = (om < M)[:, None] & (oc < C)[None, :]
-    offsets = om.to(tl.int64)[:, None] * C + oc[None, :]
+    if IS_UNROLLED:
+        for tap in tl.static_range(MOST_D * MOST_H * MOST_W):
+            found = pool_tap(
+                found, x, tap, n, d_start, d_stop, h_start, h_stop, v_start, v_stop, c, inside, C, IN_D, IN_H, IN_W,
+                STEP_D, STEP_H, STEP_W, zero_point, MOST_H, MOST_W, IS_MEAN,
+            )  # fmt: skip
+    else:
+        for tap in range(MOST_D * MOST_H * MOST_W):
+            found = pool_tap(
+                found, x, tap, n, d_start, d_stop, h_start, h_stop, v_start, v_stop, c, inside, C, IN_D, IN_H, IN_W,
+                STEP_D, STEP_H, STEP_W, zero_point, MOST_H, MOST_W, IS_MEAN,
+            )  # fmt: skip
+    mask = (om < M)[:, None] & inside[None, :]
+    offsets = m[:, None] * C + c[None, :]
     if IS_MEAN:
         divisor = (tl.load(d_row + 2) * tl.load(h_row + 2) * tl.load(v_row + 2)).to(tl.float32)
         value = mean_written(

@@ -82,7 +82,7 @@ class Tuner:
             try:
                 with self._started():
                     run(way)
-            except Exception as error:  # a way that the card refuses: too much memory on the chip
+            except Exception as error:  # noqa: BLE001 a way that the card refuses: too much memory on the chip
                 return error
             return None
 
