@@ -36,6 +36,8 @@ def backends_of(device: str) -> list[str]:
 @cache
 def missing(device: str) -> str | None:
     """Why the native runtime can't use a device, with the cure; None: it can."""
+    if device not in ("cpu", "xpu"):
+        return "it runs on the CPU and on Intel GPUs"
     try:
         lib.library()
         if device == "xpu" and not any(d["type"] == "gpu" and d["onednn"] for d in sycl_devices(strict=True)):

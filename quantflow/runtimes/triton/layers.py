@@ -201,11 +201,12 @@ class Layer:
                 x, weight, self.scale, self.bias, self.correction, y if residual is None else residual, y, work,
                 arrived, m, n, c, blocks, kernel[1], kernel[2], taps * blocks, *spatial, *sizes[1:], *strides,
                 taps * c, self.out_channels, *stride, *padding, *dilation, self.finish.x.zero_point, *self.finishing,
-                IS_LINEAR=is_linear, IS_DEEP=is_deep, IS_PADDED=is_padded, ONE_TAP=taps == 1,
+                IS_LINEAR=is_linear, IS_DEEP=is_deep, IS_PADDED=is_padded, ONE_TAP=taps == 1 and not is_padded,
                 ALIGNED=aligned, W_ALIGNED=math.gcd(16, c), EVEN_C=c % bk == 0,
                 ZERO_PADDING=self.finish.x.zero_point == 0, HAS_CORRECTION=self.shift != 0, IS_WIDE=is_wide,
                 IS_SMALL=taps * c * self.widest * 127 < 2**22, IN_STEPS=self.in_steps, RESIDUAL=self.adds,
-                ACTIVATION=self.activation, BM=bm, BN=bn, BK=bk, GROUP=group, SPLIT=split, num_warps=warps, num_stages=stages,
+                ACTIVATION=self.activation, BM=bm, BN=bn, BK=bk, GROUP=group, SPLIT=split, num_warps=warps,
+                num_stages=stages,
             )  # fmt: skip
 
         if self.card.multiprocessors == 0:

@@ -1,0 +1,292 @@
+"""Every Triton kernel against the reference, in Triton's interpreter.
+
+    TRITON_INTERPRET=1 python -m pytest tests/runtimes/triton
+
+The variable must be set before anything imports Triton, so these tests have a process of their own, in `.ci/run` too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+
+from quantflow.ir.activations import ACTIVATIONS, Epilogue, tie_tolerance
+from quantflow.ir.calls import Input
+from quantflow.ir.program import Node, Program, Ref, Value
+from quantflow.numerics.affine import QParams
+from quantflow.numerics.agreement import disagreement
+from quantflow.runtimes.reference import ReferenceRunner, run_node, unrounded
+from quantflow.runtimes.triton import devices
+from quantflow.runtimes.triton import script as triton_script
+from quantflow.tasks.selftest import selftest
+
+pytestmark = [
+    pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: .ci/run installs it"),
+    pytest.mark.skipif(
+        not devices.is_interpreting(), reason="needs TRITON_INTERPRET=1 from the start: .ci/run sets it"
+    ),
+    # numpy, in which kernels are interpreted, warns where float32 overflows; a card does not.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+CODINGS = (
+    Value(QParams("int8", 0.03, 0)), Value(QParams("int8", 0.03, 0), is_nonnegative=True),
+    Value(QParams("int8", 0.03, -17)), Value(QParams("int8", 0.03, -128)), Value(QParams("int8", 0.03, 127)),
+    Value(QParams("uint8", 0.03, 128)), Value(QParams("uint8", 0.03, 0)), Value(QParams("uint8", 0.03, 255)),
+)  # fmt: skip
+EPILOGUES = (None, None, Epilogue("hardtanh", (-1.5, 2.5)), *(Epilogue(k, a.example) for k, a in ACTIVATIONS.items()))
+FILLS = ("random", "random", "lowest", "highest")
+
+
+def codes(value: Value, shape: Sequence[int], fill: str = "random") -> torch.Tensor:
+    assert value.qparams is not None
+    low, high = (0, 127) if value.is_nonnegative else value.qparams.range
+    if fill != "random":
+        return torch.full(tuple(shape), low if fill == "lowest" else high).to(value.qparams.torch_dtype)
+    return torch.randint(low, high + 1, tuple(shape)).to(value.qparams.torch_dtype)
+
+
+def program_of(
+    node: Node, values: Mapping[str, Value], tensors: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]
+) -> Program:
+    described = tuple(Input(n, None, str(x.dtype).removeprefix("torch."), tuple(x.shape)) for n, x in inputs.items())
+    return Program(described, (node,), values, tensors, Ref(node.output))
+
+
+def check(program: Program, inputs: Mapping[str, torch.Tensor], magnitude: float = 0.0) -> torch.Tensor:
+    """The last node against the reference: codes by the rule, float results within rounding of their magnitude."""
+    node = program.nodes[-1]
+    expected = run_node(program, node, inputs)
+    actual = devices.build(program, "cpu").run_node(len(program.nodes) - 1, inputs)
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    if expected.is_floating_point():
+        bound = 1e-6 * magnitude + 4e-6 * (1 + expected.abs())
+        assert ((expected - actual).abs() <= bound).all(), (expected - actual).abs().max()
+    else:
+        illegal, worst = disagreement(expected, actual, unrounded(program, node, inputs), tie_tolerance(node.epilogue))
+        assert not illegal, f"{illegal} of {expected.numel()} codes differ, up to {worst} codes from a tie"
+    return actual
+
+
+def test_the_self_test_passes() -> None:
+    rows = selftest(lambda program: devices.build(program, "cpu"))
+    assert [f"{row.kernel}: {failure}" for row in rows for failure in row.failures] == []
+
+
+def layer_case(seed: int) -> tuple[Program, dict[str, torch.Tensor], float]:
+    """A convolution or linear as hard as the seed makes it."""
+    torch.manual_seed(seed)
+    pick = random.Random(seed).choice
+    x, out = pick(CODINGS), pick((None, *CODINGS))
+    epilogue = pick(EPILOGUES)
+    if out is not None and out.is_nonnegative and not (epilogue and epilogue.is_nonnegative):
+        out = replace(out, is_nonnegative=False)
+    dims, batch = pick((0, 1, 2, 2, 3)), pick((1, 1, 2, 3))
+    groups = pick((1, 1, 2, 5)) if dims else 1
+    per, each = pick((1, 3, 4, 17, 32)), pick((1, 2, 7, 16))
+    channels, results = groups * per, groups * each
+    kernel = [pick((1, 2, 3)) for _ in range(dims)]
+    attrs: dict[str, Any] = {"weight": "w", "weight_scale": "s", "bias": pick(("b", None))}
+    if dims:
+        attrs |= {
+            "stride": [pick((1, 2, 3)) for _ in kernel], "padding": [pick((0, 1, 3)) for _ in kernel],
+            "dilation": [pick((1, 1, 2)) for _ in kernel], "groups": groups,
+        }  # fmt: skip
+        spatial = [max(pick((1, 2, 5, 9)), (k - 1) * d + 1 - 2 * p)
+                   for k, d, p in zip(kernel, attrs["dilation"], attrs["padding"], strict=True)]  # fmt: skip
+        shape = [batch, channels, *spatial]
+    else:
+        shape = [*pick(([], [3], [2, 5])), pick((1, 1, 19)), channels]
+    fill = pick(FILLS)
+    weight = torch.randint(-127, 128, (results, per, *kernel)) if fill == "random" else torch.full(
+        (results, per, *kernel), -127 if fill == "lowest" else 127
+    )  # fmt: skip
+    tensors = {"w": weight.to(torch.int8), "s": torch.rand(pick((1, results))) * 1e-3 + 1e-4, "b": torch.randn(results)}
+    inputs = {"x": codes(x, shape, fill)}
+    values = {"x": x}
+    node = Node("layer", "conv" if dims else "linear", "y", (Ref("x"), None), attrs=attrs, epilogue=epilogue)
+    result = run_node(program_of(node, values, tensors, inputs), node, inputs)
+    added = pick((None, "codes", "float", "broadcast"))
+    if added is not None:
+        r = pick(CODINGS)
+        wide = result.shape if added != "broadcast" else (1, *result.shape[1:])
+        inputs["r"] = torch.randn(result.shape) if added == "float" else codes(r, wide)
+        values |= {} if added == "float" else {"r": r}
+        node = replace(node, args=(Ref("x"), Ref("r")))
+    magnitude = float(result.abs().max()) if result.numel() else 0.0
+    if out is not None:
+        factor = pick((0.3, 1.0, 3.0))
+        scale = float(torch.tensor(max(magnitude, 1.0) / (127 * factor)))
+        assert out.qparams is not None
+        values["y"] = replace(out, qparams=replace(out.qparams, scale=scale))
+    return program_of(node, values, tensors, inputs), inputs, max(magnitude, 8.0)
+
+
+@pytest.mark.parametrize("seed", range(90))
+def test_a_layer_of_any_geometry_coding_and_epilogue(seed: int) -> None:
+    check(*layer_case(seed))
+
+
+@pytest.mark.parametrize("way", [(16, 16, 32, 4, 3, 4, 2), (16, 32, 64, 1, 5, 4, 2), (32, 16, 32, 8, 16, 4, 2)])
+def test_a_tile_that_several_programs_share(way: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    from quantflow.runtimes.triton import layers
+
+    monkeypatch.setattr(layers, "SAFE", way)
+    for seed in range(12):
+        check(*layer_case(seed))
+
+
+def test_offsets_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from quantflow.runtimes.triton import layers, operators
+
+    monkeypatch.setattr(layers, "WIDE", 0)
+    monkeypatch.setattr(operators, "WIDE", 0)
+    for seed in range(12):
+        check(*layer_case(seed))
+
+
+def test_a_sum_that_int32_could_not_hold_is_refused() -> None:
+    from quantflow.runtimes.triton.cards import card_of
+    from quantflow.runtimes.triton.layers import Finish, Layer
+
+    weight = torch.ones(1, 70_000, dtype=torch.int8)
+    finish = Finish(QParams("int8", 1.0, 0), None)
+    with pytest.raises(ValueError, match="70000 products in a sum exceed 66311"):
+        Layer(weight, torch.ones(1), None, None, finish, card_of("cpu"))
+
+
+STEMS = [
+    ((2, 3, 33, 35), (16, 3, 7, 7), [2, 2], [3, 3]), ((1, 3, 17, 16), (8, 3, 3, 3), [2, 2], [1, 1]),
+    ((1, 1, 28, 28), (6, 1, 5, 5), [1, 1], [0, 0]), ((2, 4, 9, 12), (20, 4, 2, 8), [3, 1], [1, 4]),
+    ((1, 3, 64, 64), (24, 3, 8, 8), [8, 8], [0, 0]), ((1, 2, 5, 5), (3, 2, 3, 1), [1, 2], [0, 0]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "weight", "stride", "padding"), STEMS)
+@pytest.mark.parametrize("x", [CODINGS[0], CODINGS[2], CODINGS[7]])
+def test_a_stem_on_framed_codes(
+    shape: tuple[int, ...], weight: tuple[int, ...], stride: list[int], padding: list[int], x: Value
+) -> None:
+    """In a whole run the codes of an image are framed as they are made; alone they are not."""
+    torch.manual_seed(0)
+    attrs = {"weight": "w", "weight_scale": "s", "bias": "b", "stride": stride, "padding": padding,
+             "dilation": [1, 1], "groups": 1}  # fmt: skip
+    nodes = (
+        Node("q", "quantize", "x", (Ref("image"),)),
+        Node("stem", "conv", "y", (Ref("x"), None), attrs=attrs, epilogue=Epilogue("relu")),
+    )
+    tensors = {"w": torch.randint(-127, 128, weight).to(torch.int8), "s": torch.full((1,), 1e-3),
+               "b": torch.randn(weight[0])}  # fmt: skip
+    out = Value(QParams("int8", 0.02, 0), is_nonnegative=True)
+    program = Program((Input("image", None, "float32", shape),), nodes, {"x": x, "y": out}, tensors, Ref("y"))
+    image = torch.randn(shape) * 2
+    runner = devices.build(program, "cpu")
+    expected = ReferenceRunner(program)([image])
+    illegal, _ = disagreement(expected, runner([image]), _unrounded(program, image), 1e-3)
+    assert not illegal
+    strided = image.to(memory_format=torch.channels_last)
+    assert torch.equal(runner([strided]), runner([image]))
+
+
+def _unrounded(program: Program, image: torch.Tensor) -> torch.Tensor | None:
+    return unrounded(program, program.nodes[1], {"x": run_node(program, program.nodes[0], {"image": image})})
+
+
+@pytest.mark.parametrize("op", ["add", "mul"])
+def test_pairs_of_any_shapes_and_layouts(op: str) -> None:
+    torch.manual_seed(0)
+    shapes = [
+        ((2, 5, 4, 3), (2, 5, 4, 3)), ((2, 5, 4, 3), (1, 5, 1, 1)), ((2, 5, 1, 3), (2, 1, 4, 3)), ((7,), (1,)),
+        ((3, 1, 2, 1, 4), (1, 5, 1, 3, 1)), ((), (4,)), ((0, 3), (1, 3)),
+    ]  # fmt: skip
+    for (left, right), epilogue in itertools.product(shapes, EPILOGUES[1:]):
+        a, b = random.Random(math.prod(left)).choices(CODINGS, k=2)
+        inputs = {"a": codes(a, left), "b": codes(b, right)}
+        if len(left) == 4 and epilogue is not None:
+            inputs["a"] = inputs["a"].contiguous(memory_format=torch.channels_last)
+        node = Node(op, op, "y", (Ref("a"), Ref("b")), epilogue=epilogue)
+        for out in (None, Value(QParams("uint8", 0.05, 77))):
+            values = {"a": a, "b": b} | ({} if out is None else {"y": out})
+            check(program_of(node, values, {}, inputs), inputs, 16.0)
+
+
+POOLS: list[tuple[str, tuple[int, ...], tuple[Any, ...]]] = [
+    ("max_pool1d.default", (2, 3, 11), ([3], [2], [1])),
+    ("max_pool2d.default", (2, 65, 9, 7), ([3, 2], [2, 1], [1, 0], [2, 1], True)),
+    ("max_pool2d.default", (1, 3, 12, 12), ([5, 5], [1, 1], [2, 2])),
+    ("max_pool3d.default", (1, 2, 4, 5, 6), ([2, 2, 2], [2, 1, 2])),
+    ("avg_pool1d.default", (2, 3, 11), ([3], [2], [1], True)),
+    ("avg_pool2d.default", (2, 5, 9, 7), ([3, 2], [2, 2], [1, 1], True, False)),
+    ("avg_pool2d.default", (2, 5, 9, 7), ([3, 3], [2, 2], [1, 1], True, True)),
+    ("avg_pool2d.default", (1, 4, 6, 6), ([2, 2], [2, 2], [0, 0], False, True, 7)),
+    ("avg_pool3d.default", (1, 2, 4, 5, 6), ([2, 3, 2], [1, 1, 2], [1, 1, 1], False, False)),
+    ("adaptive_avg_pool1d.default", (2, 3, 10), ([4],)),
+    ("adaptive_avg_pool2d.default", (2, 70, 7, 5), ([1, 1],)),
+    ("adaptive_avg_pool2d.default", (2, 3, 7, 5), ([3, 4],)),
+    ("mean.dim", (2, 3, 7, 5), ([2, 3],)), ("mean.dim", (2, 3, 7, 5), ([-1],)), ("mean.dim", (2, 9, 33), ([1], True)),
+    ("mean.dim", (2, 3, 4, 5), ([0, 2],)), ("mean.dim", (2, 3, 4, 5), ([1, 3], True)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("target", "shape", "args"), POOLS)
+def test_pools(target: str, shape: tuple[int, ...], args: tuple[Any, ...]) -> None:
+    torch.manual_seed(0)
+    op = "max_pool" if target.startswith("max") else "avg_pool"
+    for x, fill in itertools.product(CODINGS, ("random", "lowest", "highest")):
+        inputs = {"x": codes(x, shape, fill)}
+        outs = [x] if op == "max_pool" else [None, Value(QParams("int8", 0.021, 5))]
+        for out in outs:
+            values = {"x": x} | ({} if out is None else {"y": out})
+            check(program_of(Node("pool", op, "y", (Ref("x"), *args), target=target), values, {}, inputs), inputs)
+
+
+def test_products_of_two_activations() -> None:
+    torch.manual_seed(0)
+    shapes = [((2, 3, 9, 17), (2, 3, 17, 5)), ((70, 40), (40, 65)), ((3, 4, 8), (8, 2)), ((5, 1, 2, 8), (3, 8, 1)),
+              ((8,), (8, 3)), ((4, 8), (8,))]  # fmt: skip
+    for (left, right), (a, b) in itertools.product(shapes, itertools.combinations(CODINGS, 2)):
+        inputs = {"a": codes(a, left), "b": codes(b, right)}
+        node = Node("m", "matmul", "y", (Ref("a"), Ref("b")))
+        for out in (None, Value(QParams("int8", 0.2, 3))):
+            values = {"a": a, "b": b} | ({} if out is None else {"y": out})
+            check(program_of(node, values, {}, inputs), inputs, 500.0)
+
+
+def test_numbers_that_are_none_and_those_next_to_a_tie() -> None:
+    odd = [0.0, -0.0, 1e38, -1e38, math.inf, -math.inf, math.nan, *(0.03 * (i + 0.5) for i in range(-130, 130))]
+    for shape, value in itertools.product(((len(odd),), (1, 3, 1, 89), (2, 1, 67, 2)), CODINGS):
+        x = torch.tensor((odd * 2)[: math.prod(shape)]).reshape(shape)
+        node = Node("q", "quantize", "y", (Ref("x"),))
+        back = Node("d", "dequantize", "y", (Ref("x"),))
+        q = check(program_of(node, {"y": value}, {}, {"x": x}), {"x": x})
+        check(program_of(back, {"x": value}, {}, {"x": q}), {"x": q})
+
+
+def test_operators_of_a_script_compute_the_same() -> None:
+    """The same functions are registered for cards; here they are called on interpreted kernels."""
+    for seed in range(20):
+        program, inputs, _ = layer_case(seed)
+        (node,) = program.nodes
+        a, tensors = node.attrs, program.tensors
+        qx, qy = program.values["x"].qparams, program.values.get("y")
+        assert qx is not None
+        geometry = (a["stride"], a["padding"], a["dilation"], a["groups"]) if node.op == "conv" else ()
+        out = (1.0, 0, "float32") if qy is None or qy.qparams is None else (
+            qy.qparams.scale, qy.qparams.zero_point, qy.qparams.dtype
+        )  # fmt: skip
+        kind, numbers = ("", []) if node.epilogue is None else (node.epilogue.kind, list(node.epilogue.values))
+        residual = program.values["r"].qparams if "r" in program.values else None
+        added = (inputs.get("r"), *((1.0, 0) if residual is None else (residual.scale, residual.zero_point)), False)
+        function = triton_script.conv if node.op == "conv" else triton_script.linear
+        bias = None if a["bias"] is None else tensors[a["bias"]]
+        found = function(inputs["x"], qx.scale, qx.zero_point, False, tensors["w"], tensors["s"], bias, *geometry, *out,
+                         kind, numbers, *added)  # fmt: skip
+        assert torch.equal(found, devices.build(program, "cpu").run_node(0, inputs))
