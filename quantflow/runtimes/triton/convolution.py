@@ -44,8 +44,8 @@ def convolution(
 ):  # fmt: skip
     """One tile of BM positions by BN output channels of one group; `ITERATIONS` blocks of BK along taps and channels.
 
-    ONE_TAP: of a kernel without padding. IS_LINEAR: with stride 1, too: rows of x are rows of y. SPLIT programs share a tile's iterations: they
-    add into `work`, and the last to arrive finishes and leaves zeros behind.
+    ONE_TAP: of a kernel without padding. IS_LINEAR: with stride 1, too: rows of x are rows of y. SPLIT programs share a
+    tile's iterations: they add into `work`, and the last to arrive finishes and leaves zeros behind.
     """
     pid, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)

@@ -24,7 +24,7 @@ WIDE = 2**31 - 2**20
 #: Taps of a depthwise kernel that are written out.
 _UNROLLED = 25
 #: A depthwise tile: positions, channels, warps.
-_DEPTHWISE = (64, 64, 4)
+_DEPTHWISE = (16, 32, 4)
 _DEPTHWISE_WAYS = [(64, 64, 4), (32, 64, 4), (16, 64, 4), (32, 32, 2), (128, 32, 4), (8, 128, 4), (16, 16, 1)]
 
 

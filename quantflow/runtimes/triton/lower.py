@@ -12,13 +12,14 @@ from torch import Tensor
 from quantflow.ir.aten_policy import aten_op
 from quantflow.ir.graph import SIZE_FUNCTIONS
 from quantflow.ir.ops import LINEAR_OPS
-from quantflow.ir.program import Node, Program, Ref, TensorRef, referenced_tensors, referenced_values, substitute
+from quantflow.ir.program import Node, Program, TensorRef, referenced_tensors, substitute
 from quantflow.ir.recurrence import STATE_STEPS, initial, reach, state_codes, steps
 from quantflow.numerics.affine import QParams
 from quantflow.runtimes.reference import qparams_of
 from quantflow.runtimes.triton import operators
 from quantflow.runtimes.triton.cards import Card
-from quantflow.runtimes.triton.layers import Finish, Geometry, Layer, Stem
+from quantflow.runtimes.triton.joins import joined
+from quantflow.runtimes.triton.layers import Finish, Geometry, Layer
 from quantflow.runtimes.triton.operators import Pool
 
 Values = Mapping[str, Any]
@@ -44,19 +45,11 @@ class Step:
     run: Callable[[Values], tuple[Any, ...]]
 
 
-@dataclass(frozen=True)
-class Framed:
-    """Codes of images in a frame of zero points, for a `Stem`."""
-
-    codes: Tensor
-    height: int
-    width: int
-
-
 class Lowering:
     """A program on a card.
 
     Attributes:
+        outputs: values that the program returns.
         alone: a step per node, on values as the program defines them.
         together: the steps of a whole run.
     """
@@ -67,14 +60,15 @@ class Lowering:
         for index, node in enumerate(program.nodes):
             for name in node.refs():
                 self._readers.setdefault(name, []).append(index)
-        self._outputs = set(program.output_names())
+        self._makers = {node.output: index for index, node in enumerate(program.nodes)}
+        self.outputs = set(program.output_names())
         wanted = {name for node in program.nodes for name in referenced_tensors((node.args, dict(node.kwargs)))}
         wanted |= set(referenced_tensors(program.output))
         #: Tensors that steps and the output read as they are, on the card.
         self.tensors = {name: program.tensors[name].to(card.device) for name in sorted(wanted)}
         self._layers: dict[int, Layer] = {}
         self.alone = [self._step(index) for index in range(len(program.nodes))]
-        self.together = self._joined()
+        self.together = joined(self)
 
     def _step(self, index: int) -> Step:
         node = self.program.nodes[index]
@@ -85,13 +79,13 @@ class Lowering:
         program, out = self.program, qparams_of(self.program, node.output)
         match node.op:
             case "quantize":
-                channels_last, (x,) = self._wants_channels_last(node.output), node.args
-                return lambda values: operators.quantize(self._value(x, values), _known(out), channels_last)
+                channels_last, (x,) = self.wants_channels_last(node.output), node.args
+                return lambda values: operators.quantize(self.value(x, values), _known(out), channels_last)
             case "dequantize":
                 q, (x,) = _known(qparams_of(program, node.args[0].name)), node.args
                 return lambda values: operators.dequantize(values[x.name], q)
             case "conv" | "linear":
-                layer = self._layers[index] = self._layer(node)
+                layer = self._layers[index] = self.layer(node)
                 x, residual = node.args
                 return lambda values: layer(values[x.name], None if residual is None else values[residual.name])
             case "matmul":
@@ -111,25 +105,42 @@ class Lowering:
                 return self._recurrence(node)
             case "size" | "shape" if node.target in SIZE_FUNCTIONS:
                 function = SIZE_FUNCTIONS[node.target]
-                return lambda values: function(*self._value(node.args, values))
+                return lambda values: function(*self.value(node.args, values))
             case "shape" if "upsample" in node.target:
                 op = aten_op(node.target)
                 # PyTorch moves bytes up, but no int8.
-                return lambda values: _as_bytes(op, *self._value(node.args, values), **self._value(node.kwargs, values))
+                return lambda values: _as_bytes(op, *self.value(node.args, values), **self.value(node.kwargs, values))
             case _:
                 return self._aten(node)
 
-    def _value(self, argument: Any, values: Values) -> Any:
+    def value(self, argument: Any, values: Values) -> Any:
         return substitute(argument, lambda r: self.tensors[r.name] if isinstance(r, TensorRef) else values[r.name])
 
-    def _wants_channels_last(self, name: str) -> bool | None:
+    def wants_channels_last(self, name: str) -> bool | None:
         """How those who read codes take them."""
         ops = {self.program.nodes[reader].op for reader in self._readers.get(name, ())}
         if ops & {"conv", "max_pool"}:
             return True
         return False if "linear" in ops else None
 
-    def _layer(self, node: Node, kind: type[Layer] = Layer) -> Layer:
+    def readers(self, name: str) -> list[int]:
+        """Nodes that read a value."""
+        return self._readers.get(name, [])
+
+    def only_reader(self, name: str) -> int | None:
+        """The one node that reads a value; None: several do, or none, or whoever calls the program."""
+        found = self.readers(name)
+        return found[0] if len(found) == 1 and name not in self.outputs else None
+
+    def maker(self, name: str) -> int | None:
+        """The node that makes a value; None: it is an input."""
+        return self._makers.get(name)
+
+    def call_aten(self, node: Node, values: Values) -> Any:
+        """An op of PyTorch on given values."""
+        return aten_op(node.target)(*self.value(node.args, values), **self.value(dict(node.kwargs), values))
+
+    def layer(self, node: Node, kind: type[Layer] = Layer) -> Layer:
         program, a = self.program, node.attrs
         tensors, (x, residual) = program.tensors, node.args
         qr = None if residual is None else qparams_of(program, residual.name)
@@ -149,8 +160,8 @@ class Lowering:
         names = [argument.name for argument in aten_op(node.target)._schema.arguments[1:]]  # type: ignore[attr-defined]
 
         def run(values: Values) -> Tensor:
-            given = dict(zip(names, self._value(node.args[1:], values), strict=False))
-            return pool(values[x], given | self._value(dict(node.kwargs), values))
+            given = dict(zip(names, self.value(node.args[1:], values), strict=False))
+            return pool(values[x], given | self.value(dict(node.kwargs), values))
 
         return run
 
@@ -167,7 +178,7 @@ class Lowering:
         wide = weight if scale is None else weight.to(torch.float64)
 
         def run(values: Values) -> Tensor:
-            gates, h0, c0 = self._value(node.args, values)
+            gates, h0, c0 = self.value(node.args, values)
             h = initial(gates, a["cell"], h0)
             c = initial(gates, a["cell"], c0) if a["cell"] == "lstm" else None
             if scale is None:
@@ -191,54 +202,8 @@ class Lowering:
             if not has_tensors or kwargs.get("device") is not None:
                 kwargs["device"] = device
         if node.target in _CONVOLUTIONS:
-            return lambda values: _float_convolution(op, self._value(node.args, values), self._value(kwargs, values))
-        return lambda values: op(*self._value(node.args, values), **self._value(kwargs, values))
-
-    # -- a whole run
-
-    def _joined(self) -> list[Step]:
-        """The steps, with a stem's codes framed as they are made."""
-        program, made = self.program, list(self.alone)
-        for index, node in enumerate(program.nodes):
-            if node.op != "quantize" or node.output in self._outputs:
-                continue
-            readers = self._readers.get(node.output, [])
-            if len(readers) == 1 and self._is_stem(program.nodes[readers[0]], node.output):
-                made[index], made[readers[0]] = self._stem(index, readers[0])
-        return made
-
-    def _is_stem(self, node: Node, name: str) -> bool:
-        if node.op != "conv" or node.args[1] is not None or node.args[0].name != name:
-            return False
-        a = node.attrs
-        geometry = Geometry(a["stride"], a["padding"], a["dilation"], a["groups"])
-        return Stem.fits(self.program.tensors[a["weight"]], geometry)
-
-    def _stem(self, first: int, second: int) -> tuple[Step, Step]:
-        quantized, node = self.program.nodes[first], self.program.nodes[second]
-        layer = self._layer(node, Stem)
-        assert isinstance(layer, Stem)
-        (x,), q = quantized.args, layer.finish.x
-
-        def framed(values: Values) -> tuple[Any, ...]:
-            image = self._value(x, values)
-            if image.dim() != 4 or not image.numel():
-                return (operators.quantize(image, q, True),)
-            height, width = image.shape[2:]
-            padding = (layer.padding[1], layer.padding[2])
-            return (Framed(operators.quantize_framed(image, q, layer.frame(height, width), padding), height, width),)
-
-        def convolved(values: Values) -> tuple[Any, ...]:
-            codes = values[quantized.output]
-            if isinstance(codes, Framed):
-                return (layer.on_framed(codes.codes, codes.height, codes.width),)
-            return (layer(codes),)
-
-        reads = tuple(referenced_values(quantized.args))
-        return (
-            Step((first,), reads, (quantized.output,), framed),
-            Step((second,), (quantized.output,), (node.output,), convolved),
-        )
+            return lambda values: _float_convolution(op, self.value(node.args, values), self.value(kwargs, values))
+        return lambda values: op(*self.value(node.args, values), **self.value(kwargs, values))
 
 
 def last_uses(made: Sequence[Step], kept: set[str]) -> dict[int, list[str]]:
@@ -282,6 +247,3 @@ def _as_bytes(op: Callable[..., Any], x: Tensor, *rest: Any, **kwargs: Any) -> A
 def _known(qparams: QParams | None) -> QParams:
     assert qparams is not None, "the program was checked when it was built"
     return qparams
-
-
-__all__ = ["WITHOUT_KERNEL", "Lowering", "Ref", "Step", "int8_layers", "last_uses"]

@@ -22,7 +22,7 @@ _UNROLLED = 16
 LONGEST_MEAN = (2**31 - 1) // 255
 
 
-def _coding(out: QParams | None) -> tuple[float, float, float, int]:
+def coding(out: QParams | None) -> tuple[float, float, float, int]:
     """(1 / scale, lowest steps, highest steps, zero point), as kernels take them; anything for float32."""
     if out is None:
         return 1.0, 0.0, 0.0, 0
@@ -54,7 +54,7 @@ def quantize(x: Tensor, out: QParams, channels_last: bool | None = None) -> Tens
             bp, bc = (64, 64) if channels >= 64 else (256, triton.next_power_of_2(channels))
             grid = (triton.cdiv(positions, bp), triton.cdiv(channels, bc), x.shape[0])
             elementwise.quantize_moved[grid](
-                x, y, positions, channels, positions * channels, 1, positions, *_coding(out), BP=bp, BC=bc
+                x, y, positions, channels, positions * channels, 1, positions, *coding(out), BP=bp, BC=bc
             )
             return y.movedim(-1, 1)
         result = y.movedim(-1, 1)
@@ -65,7 +65,7 @@ def quantize(x: Tensor, out: QParams, channels_last: bool | None = None) -> Tens
             x = x.contiguous()
             result = y = torch.empty_like(x, dtype=out.torch_dtype)
     if y.numel():
-        elementwise.quantize[(triton.cdiv(y.numel(), _BLOCK),)](x, y, y.numel(), *_coding(out), BLOCK=_BLOCK)
+        elementwise.quantize[(triton.cdiv(y.numel(), _BLOCK),)](x, y, y.numel(), *coding(out), BLOCK=_BLOCK)
     return result
 
 
@@ -76,7 +76,7 @@ def quantize_framed(x: Tensor, out: QParams, frame: tuple[int, int], padding: tu
     block = min(256, triton.next_power_of_2(frame[1]))
     n, c, h, w = x.stride()
     elementwise.quantize_framed[batch * frame[0], triton.cdiv(frame[1], block)](
-        x, y, height, width, n, c, h, w, *frame, *padding, *_coding(out), CHANNELS=channels,
+        x, y, height, width, n, c, h, w, *frame, *padding, *coding(out), CHANNELS=channels,
         BLOCK=block,
     )  # fmt: skip
     return y
@@ -120,7 +120,7 @@ def pair(
     activation, first, second = activation_of(epilogue)
     elementwise.pair[(triton.cdiv(y.numel(), _BLOCK),)](
         a, b, y, y.numel(), sizes[1], sizes[2], *strides[0], *strides[1], a_qparams.scale, a_qparams.zero_point,
-        b_qparams.scale, b_qparams.zero_point, first, second, *_coding(out),
+        b_qparams.scale, b_qparams.zero_point, first, second, *coding(out),
         IS_PRODUCT=is_product, IS_DENSE=is_dense, IS_WIDE=y.numel() > WIDE, ACTIVATION=activation, BLOCK=_BLOCK,
     )  # fmt: skip
     return y
@@ -155,9 +155,9 @@ def matmul(a: Tensor, a_qparams: QParams, b: Tensor, b_qparams: QParams, out: QP
         return y
     a, b = a.expand(*batch, m, k).reshape(-1, m, k), b.expand(*batch, k, n).reshape(-1, k, n)
     blanks = [128 if q.dtype == "uint8" else 0 for q in (a_qparams, b_qparams)]
-    products.matmul[triton.cdiv(m, 64) * triton.cdiv(n, 64), a.shape[0]](
+    products.matmul[triton.cdiv(m, 32) * triton.cdiv(n, 64), a.shape[0]](
         a, b, y, m, n, k, *a.stride(), *b.stride(), *blanks, a_qparams.zero_point - blanks[0],
-        b_qparams.zero_point - blanks[1], a_qparams.scale * b_qparams.scale, *_coding(out), BM=64, BN=64, BK=32,
+        b_qparams.zero_point - blanks[1], a_qparams.scale * b_qparams.scale, *coding(out), BM=32, BN=64, BK=32,
         num_warps=4,
     )  # fmt: skip
     return y
@@ -202,7 +202,7 @@ class Pool:
             bm = max(8, (1024 if m * c < 2**20 else 4096) // bc // 2)
             pooling.pool[triton.cdiv(m, bm), triton.cdiv(c, bc)](
                 memory, y, windows, m, c, *_three(memory.shape[1:-1]), *_three(out), *step, self.x.zero_point,
-                self.x.scale, *_coding(qparams), *most, IS_UNROLLED=math.prod(most) <= _UNROLLED, IS_MEAN=is_mean,
+                self.x.scale, *coding(qparams), *most, IS_UNROLLED=math.prod(most) <= _UNROLLED, IS_MEAN=is_mean,
                 IS_WIDE=max(x.numel(), y.numel()) > WIDE, BM=bm, BC=bc,
             )  # fmt: skip
         return y.movedim(-1, 1)
@@ -272,11 +272,11 @@ class Pool:
         strides = [0] * (2 - len(outside)) + outer[0]
         count, stride = (inside[0], inner[0][0]) if inside else (1, 0)
         if y.numel():
-            bc = min(64, triton.next_power_of_2(sizes[1]))
+            bc = min(32, triton.next_power_of_2(sizes[1]))
             br = min(64, triton.next_power_of_2(count))
             pooling.mean[triton.cdiv(sizes[1], bc), sizes[0]](
                 view, y, count, sizes[1], strides[0], stride, strides[1], self.x.zero_point, self.x.scale,
-                *_coding(self.out), BR=br, BC=bc,
+                *coding(self.out), BR=br, BC=bc,
             )  # fmt: skip
         return y.reshape(shape) if given.get("keepdim", False) else y
 

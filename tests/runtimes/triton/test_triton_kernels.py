@@ -17,16 +17,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from quantflow.ir.activations import ACTIVATIONS, Epilogue, tie_tolerance
 from quantflow.ir.calls import Input
 from quantflow.ir.program import Node, Program, Ref, Value
-from quantflow.numerics.affine import QParams
+from quantflow.numerics.affine import QParams, quantize
 from quantflow.numerics.agreement import disagreement
+from quantflow.numerics.measures import sqnr_db
 from quantflow.runtimes.reference import ReferenceRunner, run_node, unrounded
 from quantflow.runtimes.triton import devices
 from quantflow.runtimes.triton import script as triton_script
-from quantflow.tasks.selftest import selftest
+from quantflow.tasks.selftest import quantized_program, selftest
 
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: .ci/run installs it"),
@@ -290,3 +292,62 @@ def test_operators_of_a_script_compute_the_same() -> None:
         found = function(inputs["x"], qx.scale, qx.zero_point, False, tensors["w"], tensors["s"], bias, *geometry, *out,
                          kind, numbers, *added)  # fmt: skip
         assert torch.equal(found, devices.build(program, "cpu").run_node(0, inputs))
+
+
+class Block(nn.Module):
+    """Pre-norm attention as torchvision has it, tokens first; the sums and a norm are read by others, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.LayerNorm(32), nn.LayerNorm(32), nn.LayerNorm(32)
+        self.qkv, self.out, self.up, self.down = (
+            nn.Linear(32, 96),
+            nn.Linear(32, 32),
+            nn.Linear(32, 64),
+            nn.Linear(64, 32),
+        )
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, width = x.shape
+        y = self.first(x).transpose(1, 0)
+        q, k, v = self.qkv(y).reshape(length, batch, 3, 2, 16).permute(2, 1, 3, 0, 4).unbind(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v).permute(2, 0, 1, 3).reshape(length * batch, width)
+        x = x + self.out(y).reshape(length, batch, width).transpose(1, 0)
+        y = self.second(x)
+        x = y + self.down(nn.functional.gelu(self.up(y))) + x
+        return self.head(self.third(x)[:, 0])
+
+
+def test_a_layer_norm_writes_codes_and_adds_what_comes_before_it() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 7, 32)
+    program = quantized_program(Block(), x)
+    runner = devices.build(program, "cpu")
+    assert sqnr_db(ReferenceRunner(program)([x]), runner([x])) > 60
+    steps = runner._lowering.together  # type: ignore[attr-defined]
+    joined = [
+        [program.nodes[i].target or program.nodes[i].op for i in step.nodes] for step in steps if len(step.nodes) > 1
+    ]
+    assert ["add.Tensor", "layer_norm.default"] in joined, "the residual's addition, whose sum is read again"
+    assert ["transpose.int", "quantize"] in joined, "codes are made before they are moved"
+    assert sum(part == ["select.int", "quantize"] or part == ["slice.Tensor", "quantize"] for part in joined) <= 1
+    assert len(steps) < len(program.nodes)
+
+
+@pytest.mark.parametrize(("shape", "order"), [((3, 5, 24), (1, 0, 2)), ((4, 1), (0, 1)), ((1, 2, 3, 8), (0, 2, 1, 3))])
+def test_a_layer_norm_of_rows_that_lie_anyhow(shape: tuple[int, ...], order: tuple[int, ...]) -> None:
+    from quantflow.runtimes.triton.joins import normalized
+
+    torch.manual_seed(0)
+    a, b = torch.randn(shape).permute(order), torch.randn([shape[i] for i in order])
+    weight, bias, q = torch.randn(shape[-1]), torch.randn(shape[-1]), QParams("uint8", 0.05, 3)
+    total, normal, found = normalized([a, b], weight, bias, 1e-5, q, True, True)
+    assert total is not None
+    assert normal is not None
+    assert torch.equal(total, a + b)
+    expected = torch.layer_norm(a + b, weight.shape, weight, bias, 1e-5)
+    assert (normal - expected).abs().max() < 1e-5
+    steps = expected.to(torch.float64) / q.scale + q.zero_point
+    illegal, _ = disagreement(quantize(expected, q), found, steps, 1e-3)
+    assert not illegal

@@ -1,0 +1,227 @@
+"""Steps of a whole run that compute several nodes: a framed stem, codes before moves, a layer norm with codes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+from torch import Tensor
+
+from quantflow.ir.program import Node, Ref, TensorRef, referenced_values
+from quantflow.numerics.affine import QParams
+from quantflow.runtimes.reference import qparams_of
+from quantflow.runtimes.triton import operators, rows
+from quantflow.runtimes.triton.layers import Geometry, Stem
+
+if TYPE_CHECKING:
+    from quantflow.runtimes.triton.lower import Lowering, Step, Values
+
+#: Ops that only move numbers, on codes as on what they stand for.
+_MOVES = ("transpose.int", "permute.default", "reshape.default", "view.default", "select.int", "squeeze.dim",
+          "unsqueeze.default", "flatten.using_ints", "slice.Tensor", "contiguous.default")  # fmt: skip
+#: The longest row that one program of the layer norm holds.
+_LONGEST_ROW = 8192
+
+
+@dataclass(frozen=True)
+class Framed:
+    """Codes of images in a frame of zero points, for a `Stem`."""
+
+    codes: Tensor
+    height: int
+    width: int
+
+
+def joined(lowering: Lowering) -> list[Step]:
+    """The steps of a whole run, in order."""
+    made: list[Step | None] = list(lowering.alone)
+    for index, node in enumerate(lowering.program.nodes):
+        if node.op == "quantize" and node.output not in lowering.outputs and isinstance(node.args[0], Ref):
+            _join_stem(lowering, made, index) or _join_moves(lowering, made, index)
+    return [step for step in made if step is not None]
+
+
+# -- a stem
+
+
+def _join_stem(lowering: Lowering, made: list[Step | None], index: int) -> bool:
+    """Frame an image's codes as they are made, where a stem alone reads them."""
+    from quantflow.runtimes.triton.lower import Step
+
+    quantized = lowering.program.nodes[index]
+    reader = lowering.only_reader(quantized.output)
+    if reader is None:
+        return False
+    node = lowering.program.nodes[reader]
+    if node.op != "conv" or node.args[1] is not None or node.args[0].name != quantized.output:
+        return False
+    a = node.attrs
+    geometry = Geometry(a["stride"], a["padding"], a["dilation"], a["groups"])
+    if not Stem.fits(lowering.program.tensors[a["weight"]], geometry):
+        return False
+    layer = lowering.layer(node, Stem)
+    assert isinstance(layer, Stem)
+    (x,), q = quantized.args, layer.finish.x
+
+    def framed(values: Values) -> tuple[Any, ...]:
+        image = lowering.value(x, values)
+        if image.dim() != 4 or not image.numel():
+            return (operators.quantize(image, q, True),)
+        height, width = image.shape[2:]
+        padding = (layer.padding[1], layer.padding[2])
+        return (Framed(operators.quantize_framed(image, q, layer.frame(height, width), padding), height, width),)
+
+    def convolved(values: Values) -> tuple[Any, ...]:
+        codes = values[quantized.output]
+        if isinstance(codes, Framed):
+            return (layer.on_framed(codes.codes, codes.height, codes.width),)
+        return (layer(codes),)
+
+    made[index] = Step((index,), tuple(referenced_values(quantized.args)), (quantized.output,), framed)
+    made[reader] = Step((reader,), (quantized.output,), (node.output,), convolved)
+    return True
+
+
+# -- codes before they are moved
+
+
+def _join_moves(lowering: Lowering, made: list[Step | None], index: int) -> bool:
+    """Quantize before what only moves numbers, a quarter of the bytes; behind a layer norm, in the same kernel."""
+    from quantflow.runtimes.triton.lower import Step
+
+    program = lowering.program
+    quantized = program.nodes[index]
+    q = qparams_of(program, quantized.output)
+    assert q is not None
+    moves: list[int] = []
+    source = quantized.args[0].name
+    while (maker := lowering.maker(source)) is not None:
+        node = program.nodes[maker]
+        moved = node.op == "aten" and node.target in _MOVES and isinstance(node.args[0], Ref)
+        if not moved or lowering.only_reader(source) is None or source in lowering.outputs:
+            break
+        moves.insert(0, maker)
+        source = node.args[0].name
+    norm = lowering.maker(source)
+    raw = f"{quantized.output}.before"
+    fused = norm is not None and _join_norm(lowering, made, norm, raw, q)
+    if not moves and not fused:
+        return False
+    channels_last = lowering.wants_channels_last(quantized.output)
+    chain = [program.nodes[i] for i in moves]
+
+    def run(values: Values) -> tuple[Any, ...]:
+        x = values[raw] if fused else operators.quantize(values[source], q)
+        for node in chain:
+            x = lowering.call_aten(node, {**_sizes(node, values), node.args[0].name: x})
+        return (x if channels_last else x.contiguous(),)
+
+    reads = [name for node in chain for name in referenced_values((node.args[1:], tuple(node.kwargs.values())))]
+    for i in moves:
+        made[i] = None
+    first = raw if fused else source
+    made[index] = Step((*moves, index), tuple(dict.fromkeys([first, *reads])), (quantized.output,), run)
+    return True
+
+
+def _sizes(node: Node, values: Values) -> Mapping[str, Any]:
+    return {name: values[name] for name in referenced_values((node.args[1:], tuple(node.kwargs.values())))}
+
+
+# -- a layer norm
+
+
+def _join_norm(lowering: Lowering, made: list[Step | None], index: int, raw: str, q: QParams) -> bool:
+    """Let the layer norm write codes, and add what an addition in front of it would."""
+    from quantflow.runtimes.triton.lower import Step
+
+    program = lowering.program
+    node = program.nodes[index]
+    if (
+        node.op != "aten"
+        or node.target != "layer_norm.default"
+        or node.kwargs
+        or made[index] is not lowering.alone[index]
+    ):
+        return False
+    x, shape, weight, bias, *rest = (*node.args, *([None] * (4 - len(node.args))))
+    plain = isinstance(x, Ref) and isinstance(weight, TensorRef) and isinstance(bias, TensorRef) and len(shape) == 1
+    if not plain or lowering.tensors[weight.name].dtype is not torch.float32:
+        return False
+    epsilon = float(rest[0]) if rest else 1e-5
+    operands: Sequence[Any] = (x,)
+    addition = lowering.maker(x.name)
+    if addition is not None and _is_sum(program.nodes[addition]) and made[addition] is lowering.alone[addition]:
+        operands = program.nodes[addition].args
+        # Who reads the sum between the addition and here would not find it.
+        if any(reader < index for reader in lowering.readers(x.name)):
+            operands = (x,)
+    adds = len(operands) == 2
+    keeps_total = adds and lowering.only_reader(x.name) is None
+    keeps_normal = lowering.only_reader(node.output) is None
+    gain, shift = lowering.tensors[weight.name], lowering.tensors[bias.name]
+
+    def run(values: Values) -> tuple[Any, ...]:
+        given = [lowering.value(operand, values) for operand in operands]
+        total, normal, codes = normalized(given, gain, shift, epsilon, q, keeps_total, keeps_normal)
+        return (*([total] if keeps_total else []), *([normal] if keeps_normal else []), codes)
+
+    writes = (*([x.name] if keeps_total else []), *([node.output] if keeps_normal else []), raw)
+    nodes: tuple[int, ...] = (index,)
+    if adds and addition is not None:
+        made[addition] = None
+        nodes = (addition, index)
+    made[index] = Step(nodes, tuple(dict.fromkeys(referenced_values(operands))), writes, run)
+    return True
+
+
+def _is_sum(node: Node) -> bool:
+    return (
+        node.op == "aten" and node.target == "add.Tensor" and not node.kwargs and len(node.args) == 2
+        and all(isinstance(a, (Ref, TensorRef)) for a in node.args)
+    )  # fmt: skip
+
+
+def normalized(
+    given: Sequence[Tensor], weight: Tensor, bias: Tensor, epsilon: float, q: QParams, keeps_total: bool,
+    keeps_normal: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+    """(the sum, its layer norm, codes of that); None for what is not kept.
+
+    Args:
+        given: one tensor, or two that are added.
+    """
+    x, added = given[0], given[-1]
+    if x.dtype is not torch.float32 or added.dtype is not torch.float32 or x.shape != added.shape or not _fits(x):
+        total = x if len(given) == 1 else x + added
+        normal = torch.layer_norm(total, weight.shape, weight, bias, epsilon)
+        return total, normal, operators.quantize(normal, q, False)
+    width = x.shape[-1]
+    views = [_rows(t) for t in (x, added)]
+    total = torch.empty(x.shape, dtype=torch.float32, device=x.device) if keeps_total else x
+    normal = torch.empty(x.shape, dtype=torch.float32, device=x.device) if keeps_normal else x
+    codes = torch.empty(x.shape, dtype=q.torch_dtype, device=x.device)
+    if codes.numel():
+        (first, inner, *strides), (second, _, *others) = views
+        rows.layer_norm[(codes.numel() // width,)](
+            first, second, weight, bias, total, normal, codes, inner, width, *strides, *others, epsilon,
+            *operators.coding(q), ADDS=len(given) == 2, WRITES_TOTAL=keeps_total, WRITES_NORMAL=keeps_normal,
+            BLOCK=triton.next_power_of_2(width),
+        )  # fmt: skip
+    return total, normal, codes
+
+
+def _fits(x: Tensor) -> bool:
+    return x.dim() > 0 and 0 < x.shape[-1] <= _LONGEST_ROW
+
+
+def _rows(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """(x or a copy, inner rows, stride of an outer row, of an inner one), the numbers of a row side by side."""
+    if x.stride(-1) != 1 or x.dim() > 3:
+        x = x.contiguous()
+    if x.dim() == 3:
+        return x, x.shape[1], x.stride(0), x.stride(1)
+    return x, x.numel() // x.shape[-1] or 1, 0, x.shape[-1] if x.dim() != 2 else x.stride(0)

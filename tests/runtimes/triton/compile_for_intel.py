@@ -1,0 +1,130 @@
+"""Compile the Triton kernels for Intel's pvc down to machine code, on a machine that has no GPU.
+
+    pip install --pre --no-deps --target DIR triton-xpu==3.3.0b1     (Python 3.11; it occupies the name `triton`)
+    PYTHONPATH=DIR python tests/runtimes/triton/compile_for_intel.py
+
+Needs `ocloc` (Debian: intel-opencl-icd). Every launch that the programs below make is compiled instead of run, with the
+tile that is safe everywhere. Fails where one does not compile, where a convolution, linear or product has no int8
+matrix instruction, or where registers spill. It stands in for a driver in two places only: where libsycl lies, and
+which device is there.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.backends.intel.driver as driver
+from triton.backends import backends
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from quantflow.runtimes.triton import devices
+from quantflow.tasks.selftest import selftest_programs
+
+driver.find_sycl = lambda include: (include, [tempfile.gettempdir()])
+DEVICE = "pvc"
+#: Kernels that multiply codes.
+PRODUCTS = ("convolution", "matmul")
+OPTIONS = {"num_warps": 8, "threads_per_warp": 16, "grf_mode": "large"}
+_TYPES = {torch.int8: "*i8", torch.uint8: "*u8", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+rows: dict[Any, dict[str, Any]] = {}
+
+
+def compile_launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:  # noqa: ARG001
+    """What a launch would compile, in place of it."""
+    names = [parameter.name for parameter in self.params]
+    given = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(self.params):
+        value = given[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(place,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = _TYPES[value.dtype]
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32"
+    key = (self.fn.__name__, *signature.values(), *map(str, constants.values()), *attributes)
+    if key not in rows:
+        source = ASTSource(fn=self, signature=signature, constexprs=constants, attrs=attributes)
+        flags = [names[place[0]] for place, value in constants.items() if value is True]
+        rows[key] = {"kernel": self.fn.__name__, "flags": " ".join(flags), **machine_code(source)}
+
+
+def machine_code(source: ASTSource) -> dict[str, Any]:
+    """{"bytes", "matrix", "spills", "error"} of one kernel."""
+    backend = backends["intel"].compiler
+    arch = type("Arch", (), {"parse_device_arch": staticmethod(lambda _: DEVICE)})
+    backend.__init__.__globals__["compile_module_from_src"] = lambda *_: arch
+    backend.device_props = {DEVICE: {}}
+    properties = dict(
+        name=DEVICE, has_subgroup_matrix_multiply_accumulate=True, has_bfloat16_conversions=True,
+        max_work_group_size=1024, max_num_sub_groups=64, sub_group_sizes=[16, 32], has_subgroup_2d_block_io=True,
+    )  # fmt: skip
+    compiled = triton.compile(source, target=GPUTarget("xpu", properties, 32), options=OPTIONS)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.spv")
+        file.write_bytes(compiled.asm["spv"])
+        command = ["ocloc", "compile", "-spirv_input", "-file", str(file), "-device", DEVICE]
+        done = subprocess.run(
+            [*command, "-options", "-cl-intel-256-GRF-per-thread"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        size = sum(path.stat().st_size for path in Path(folder).glob("*.bin"))
+    log = done.stdout + done.stderr
+    return {
+        "bytes": size,
+        "matrix": len(re.findall(r"intel_sub_group_i8_i8_matrix_mad_k32", compiled.asm["llir"])),
+        "spills": sum(map(int, re.findall(r"spilled around (\d+)", log))),
+        "error": "" if done.returncode == 0 and size else log.strip()[-300:],
+    }
+
+
+def programs(wanted: Sequence[str]) -> Mapping[str, Any]:
+    """A small program for each kernel."""
+    return {key: program for key, program in selftest_programs() if key.split()[0] in wanted or key in wanted}
+
+
+def main() -> int:
+    """0 if every kernel compiled as it must."""
+    JITFunction.run = compile_launch
+    torch.manual_seed(0)
+    wanted = ("linear", "conv", "depthwise", "fused", "quantize", "dequantize", "add", "mul", "matmul", "max_pool",
+              "avg_pool", "layer_norm", "attention")  # fmt: skip
+    for name, program in programs(wanted).items():
+        inputs = [torch.zeros([2 if s is None else s for s in i.shape], dtype=getattr(torch, i.dtype))
+                  for i in program.inputs]  # fmt: skip
+        runner = devices.build(program, "cpu")
+        try:
+            runner(inputs)
+        except Exception as error:  # noqa: BLE001 every kernel is listed
+            rows[name] = {"kernel": name, "flags": "", "bytes": 0, "matrix": 0, "spills": 0, "error": repr(error)[:300]}
+    print(f"{'kernel':24}{'bytes':>8}{'int8 matrix':>13}{'spills':>8}  flags")
+    failed = 0
+    for row in rows.values():
+        no_matrix = row["kernel"] in PRODUCTS and not row["matrix"]
+        failed += bool(row["error"] or no_matrix or row["spills"])
+        why = row["error"] or ("NO INT8 MATRIX INSTRUCTION" if no_matrix else "SPILLS" if row["spills"] else "")
+        print(f"{row['kernel']:24}{row['bytes']:8}{row['matrix']:13}{row['spills']:8}  {row['flags']} {why}")
+    print(f"{len(rows)} kernels compiled for {DEVICE}, {failed} not as they must")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
