@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from quantflow.runtimes.triton import devices
-from quantflow.tasks.selftest import selftest_programs
+from quantflow.ir.program import Program
+from quantflow.runtimes.triton import devices, layers
+from quantflow.schema import PRESETS
+from quantflow.tasks.selftest import quantized_program, selftest_programs
 
 driver.find_sycl = lambda include: (include, [tempfile.gettempdir()])
 DEVICE = "pvc"
@@ -96,25 +98,45 @@ def machine_code(source: ASTSource) -> dict[str, Any]:
     }
 
 
-def programs(wanted: Sequence[str]) -> Mapping[str, Any]:
-    """A small program for each kernel."""
-    return {key: program for key, program in selftest_programs() if key.split()[0] in wanted or key in wanted}
+class Net(torch.nn.Module):
+    """What the small programs lack: a stem on framed codes, residuals, groups, volumes, a layer norm with codes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a = torch.nn.Conv2d(3, 32, 7, 2, 3), torch.nn.Conv2d(32, 32, 3, padding=1)
+        self.b, self.c = torch.nn.Conv2d(32, 32, 3, padding=1, groups=4), torch.nn.Conv3d(1, 4, 3, padding=1)
+        self.norm, self.fc = torch.nn.LayerNorm(32), torch.nn.Linear(32, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.nn.functional.gelu(self.b(torch.relu(self.a(x) + x)) + x)
+        rows = x.flatten(2).transpose(1, 2)
+        return self.fc(self.norm(rows + rows.flip(1))).sum() + self.c(x.unsqueeze(1)).sum()
+
+
+def programs() -> Iterator[tuple[str, Program]]:
+    """A small program for each kernel, and nets in each way of coding activations."""
+    kinds = ("linear", "conv", "depthwise", "fused", "quantize", "dequantize", "add", "mul", "matmul", "max_pool",
+             "avg_pool")  # fmt: skip
+    yield from ((key, program) for key, program in selftest_programs() if key.split()[0] in kinds)
+    for name in ("sym_int8", "affine_uint8"):
+        yield name, quantized_program(Net(), torch.randn(2, 3, 32, 32), PRESETS[name])
 
 
 def main() -> int:
     """0 if every kernel compiled as it must."""
     JITFunction.run = compile_launch
     torch.manual_seed(0)
-    wanted = ("linear", "conv", "depthwise", "fused", "quantize", "dequantize", "add", "mul", "matmul", "max_pool",
-              "avg_pool", "layer_norm", "attention")  # fmt: skip
-    for name, program in programs(wanted).items():
-        inputs = [torch.zeros([2 if s is None else s for s in i.shape], dtype=getattr(torch, i.dtype))
-                  for i in program.inputs]  # fmt: skip
-        runner = devices.build(program, "cpu")
-        try:
-            runner(inputs)
-        except Exception as error:  # noqa: BLE001 every kernel is listed
-            rows[name] = {"kernel": name, "flags": "", "bytes": 0, "matrix": 0, "spills": 0, "error": repr(error)[:300]}
+    for tile in (layers.SAFE, (*layers.SAFE[:4], 4, *layers.SAFE[5:])):
+        layers.SAFE = tile
+        for name, program in programs():
+            inputs = [torch.zeros([2 if not isinstance(s, int) else s for s in i.shape], dtype=getattr(torch, i.dtype))
+                      for i in program.inputs]  # fmt: skip
+            try:
+                devices.build(program, "cpu")(inputs)
+            except Exception as error:  # noqa: BLE001 every kernel is listed
+                failure = {"bytes": 0, "matrix": 0, "spills": 0, "error": f"{type(error).__name__}: {str(error)[:300]}"}
+                rows[name] = {"kernel": name, "flags": "", **failure}
     print(f"{'kernel':24}{'bytes':>8}{'int8 matrix':>13}{'spills':>8}  flags")
     failed = 0
     for row in rows.values():
