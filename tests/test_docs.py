@@ -30,6 +30,7 @@ from quantflow.cli import command as cli
 from quantflow.cli import sweep
 from quantflow.errors import EXIT_GATE, EXIT_PASSED, EXIT_UNAVAILABLE
 from quantflow.runtimes import native_devices
+from quantflow.runtimes.triton import devices as triton_devices
 from quantflow.schema import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +47,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 #: What a block may need → whether this machine has it.
 FOUND: dict[str, Callable[[], bool]] = {
     "an Intel GPU": lambda: native_devices.missing("xpu") is None,
+    "a CUDA GPU": lambda: triton_devices.missing("cuda") is None,
     "Slurm": lambda: shutil.which("srun") is not None,
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,6 +80,20 @@ class TritonRunner(AbstractRunner):
             local = _pytree.tree_map_only(Tensor, lambda x: x.to(self.card.device), given)
             (found,) = step.run(local)
             return _pytree.tree_map_only(Tensor, lambda y: y.to(home), found)
+
+    def step(self, index: int) -> Callable[[Sequence[Tensor]], Tensor]:
+        """One node as a function of the values that it reads, which come back to where the first of them lies."""
+        made, device = self._lowering.alone[index], self.card.device
+
+        def step(values: Sequence[Tensor]) -> Tensor:
+            home = values[0].device
+            with below_autograd(), self.card.current():
+                moved = (x.detach().to(device) if isinstance(x, Tensor) else x for x in values)
+                (found,) = made.run(dict(zip(made.reads, moved, strict=True)))
+                result: Tensor = found.to(home)
+            return result
+
+        return step
 
     def int8_layers(self) -> int:
         """Convolutions and linears: each runs on kernels of exact int8 products."""

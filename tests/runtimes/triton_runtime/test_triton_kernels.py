@@ -1,6 +1,6 @@
 """Every Triton kernel against the reference, in Triton's interpreter.
 
-    TRITON_INTERPRET=1 python -m pytest tests/runtimes/triton
+    TRITON_INTERPRET=1 python -m pytest tests/runtimes/triton_runtime
 
 The variable must be set before anything imports Triton, so these tests have a process of their own, in `.ci/run` too.
 """

@@ -1,7 +1,7 @@
 """Compile the Triton kernels for Intel's pvc down to machine code, on a machine that has no GPU.
 
     pip install --pre --no-deps --target DIR triton-xpu==3.3.0b1     (Python 3.11; it occupies the name `triton`)
-    PYTHONPATH=DIR python tests/runtimes/triton/compile_for_intel.py
+    PYTHONPATH=DIR python tests/runtimes/triton_runtime/compile_for_intel.py
 
 Needs `ocloc` (Debian: intel-opencl-icd). Every launch that the programs below make is compiled instead of run, with the
 tile that is safe everywhere. Fails where one does not compile, where a convolution, linear or product has no int8
