@@ -19,7 +19,7 @@ _SHAPES = (
 )  # fmt: skip
 _SPLITS = (1, 2, 4, 8, 16)
 #: How many are measured.
-TRIED = 10
+TRIED = 8
 #: Fits where the least is known of the device: no register spills on Intel's, little shared memory.
 SAFE: Way = (64, 64, 32, 4, 1, 4, 2)
 _GROUP = 8
