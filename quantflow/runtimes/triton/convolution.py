@@ -24,12 +24,12 @@ def signed(codes):
 
 #: Numbers that kernels are not compiled anew for; those that tell how memory is aligned are not among them.
 _GEOMETRY = [
-    "TAPS_H", "TAPS_W", "IN_D", "IN_H", "IN_W", "OUT_D", "OUT_H", "OUT_W", "STRIDE_D", "STRIDE_H", "STRIDE_W", "PAD_D",
+    "IN_D", "IN_H", "IN_W", "OUT_D", "OUT_H", "OUT_W", "STRIDE_D", "STRIDE_H", "STRIDE_W", "PAD_D",
     "PAD_H", "PAD_W", "DILATION_D", "DILATION_H", "DILATION_W", "padding_code", "residual_zero_point", "zero_point",
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "BLOCKS", "ITERATIONS", *_GEOMETRY])
+@triton.jit(do_not_specialize=["M", "BLOCKS", "ITERATIONS", "TAPS_H", "TAPS_W", *_GEOMETRY])
 def convolution(
     x, w, scale, bias, correction, residual, y, work, arrived,
     M, N, C, BLOCKS, TAPS_H, TAPS_W, ITERATIONS,
@@ -81,6 +81,17 @@ def convolution(
     base = tl.multiple_of(base + group * C, ALIGNED)
     n = tl.minimum(on, N - 1)
     w_base = tl.multiple_of((group * N + n) * W_ROW, W_ALIGNED)
+    mask = (om < M)[:, None] & (on < N)[None, :]
+    offsets = om[:, None] * Y_ROW + (group * N + on)[None, :]
+    if IS_WIDE:
+        offsets = om.to(tl.int64)[:, None] * Y_ROW + (group * N + on)[None, :]
+    # What the end needs is asked for before the sums, which hide the wait.
+    scales, biases = tl.load(scale + group * N + n)[None, :], tl.load(bias + group * N + n)[None, :]
+    added = biases
+    if RESIDUAL == 1:
+        added = tl.load(residual + offsets, mask=mask, other=0)
+    elif RESIDUAL == 2:
+        added = tl.load(residual + offsets, mask=mask, other=0.0)
     share = tl.cdiv(ITERATIONS, SPLIT)
     acc = tl.zeros((BM, BN), tl.int32)
     for i in range(split * share, min(split * share + share, ITERATIONS)):
@@ -125,10 +136,6 @@ def convolution(
             b = tl.load(w + w_at, mask=(c < C)[:, None], other=0)
             a = tl.load(x + x_at, mask=inside & (c < C)[None, :], other=padding_code)
         acc = tl.dot(signed(a), b, acc, out_dtype=tl.int32)
-    mask = (om < M)[:, None] & (on < N)[None, :]
-    offsets = om[:, None] * Y_ROW + (group * N + on)[None, :]
-    if IS_WIDE:
-        offsets = om.to(tl.int64)[:, None] * Y_ROW + (group * N + on)[None, :]
     is_last = True
     if SPLIT > 1:
         tile = group * (rows * columns) + pid
@@ -146,8 +153,7 @@ def convolution(
         if HAS_CORRECTION:
             acc += tl.load(correction + group * N + n)[None, :]
         value = finished(
-            acc, tl.load(scale + group * N + n)[None, :], tl.load(bias + group * N + n)[None, :],
-            residual, offsets, mask, y, residual_scale, residual_zero_point, first, second, inverse_scale, low, high,
+            acc, scales, biases, added, y, residual_scale, residual_zero_point, first, second, inverse_scale, low, high,
             zero_point, IS_SMALL, IN_STEPS, RESIDUAL, ACTIVATION,
         )  # fmt: skip
         tl.store(y + offsets, value, mask=mask)
@@ -193,6 +199,15 @@ def depthwise(
     n = t // OUT_D
     v = v * STRIDE_W - PAD_W
     h = h * STRIDE_H - PAD_H
+    mask = (om < M)[:, None] & inside[None, :]
+    offsets = m[:, None] * C + c[None, :]
+    scales = tl.load(scale + c, mask=inside, other=0.0)[None, :]
+    biases = tl.load(bias + c, mask=inside, other=0.0)[None, :]
+    added = biases
+    if RESIDUAL == 1:
+        added = tl.load(residual + offsets, mask=mask, other=0)
+    elif RESIDUAL == 2:
+        added = tl.load(residual + offsets, mask=mask, other=0.0)
     acc = tl.zeros((BM, BN), tl.int32)
     if IS_UNROLLED:
         for tap in tl.static_range(TAPS):
@@ -206,13 +221,10 @@ def depthwise(
                 acc, x, w, tap, n, d, h, v, c, inside, C, IN_D, IN_H, IN_W, DILATION_D, DILATION_H, DILATION_W,
                 padding_code, TAPS_H, TAPS_W,
             )  # fmt: skip
-    mask = (om < M)[:, None] & inside[None, :]
-    offsets = m[:, None] * C + c[None, :]
     if HAS_CORRECTION:
         acc += tl.load(correction + c, mask=inside, other=0)[None, :]
     value = finished(
-        acc, tl.load(scale + c, mask=inside, other=0.0)[None, :], tl.load(bias + c, mask=inside, other=0.0)[None, :],
-        residual, offsets, mask, y, residual_scale, residual_zero_point, first, second, inverse_scale, low, high,
+        acc, scales, biases, added, y, residual_scale, residual_zero_point, first, second, inverse_scale, low, high,
         zero_point, TAPS <= 64, IN_STEPS, RESIDUAL, ACTIVATION,
     )  # fmt: skip
     tl.store(y + offsets, value, mask=mask)

@@ -67,7 +67,7 @@ def small_to_float(i):
 
 @triton.jit
 def finished(
-    acc, scale, bias, residual, offsets, mask, y,
+    acc, scale, bias, added, y,
     residual_scale, residual_zero_point, first, second, inverse_scale, low, high, zero_point,
     IS_SMALL: tl.constexpr, IN_STEPS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
@@ -76,15 +76,15 @@ def finished(
         IN_STEPS   t = fma(acc, scale, bias);  t = fma(q_r - zp_r, residual_scale, t);  codes of t, within [low, high]
         else       r = acc * scale + bias + residual;  codes of activation(r) * inverse_scale
 
-    RESIDUAL: 0 none, 1 codes, 2 float32. IS_SMALL: sums are less than 2**22 in magnitude.
+    RESIDUAL: 0 none, `added` is 1 codes, 2 float32. IS_SMALL: sums are less than 2**22 in magnitude.
     """
     sums = small_to_float(acc) if IS_SMALL else acc.to(tl.float32)
     r = tl.fma(sums, scale, bias)
     if RESIDUAL == 1:
-        q = tl.load(residual + offsets, mask=mask, other=0).to(tl.int32) - residual_zero_point
+        q = added.to(tl.int32) - residual_zero_point
         r = tl.fma(small_to_float(q), residual_scale + tl.zeros_like(r), r)
     elif RESIDUAL == 2:
-        r += tl.load(residual + offsets, mask=mask, other=0.0)
+        r += added
     if not IN_STEPS:
         r = activated(r, first, second, ACTIVATION)
     if y.dtype.element_ty == tl.float32:

@@ -60,7 +60,7 @@ def _join_stem(lowering: Lowering, made: list[Step | None], index: int) -> bool:
         return False
     a = node.attrs
     geometry = Geometry(a["stride"], a["padding"], a["dilation"], a["groups"])
-    if not Stem.fits(lowering.program.tensors[a["weight"]], geometry):
+    if not Stem.fits(lowering.program.tensors[a["weight"]], geometry) or lowering.layers[reader].are_patches:
         return False
     layer = lowering.layer(node, Stem)
     assert isinstance(layer, Stem)

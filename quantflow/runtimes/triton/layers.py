@@ -89,6 +89,11 @@ class Layer:
         self.padding = _triple([] if geometry is None else geometry.padding, 0)
         self.dilation = _triple([] if geometry is None else geometry.dilation, 1)
         self.is_depthwise = self.groups > 1 and self.groups == out and self.in_channels == 1
+        #: Whether windows lie side by side, of so few channels that a row of each is short.
+        self.are_patches = (
+            self.groups == 1 and self.taps > 1 and self.in_channels < 16 and self.stride == self.kernel
+            and not any(self.padding) and self.dilation == [1, 1, 1]
+        )  # fmt: skip
         device = card.device
         packed = (
             weight.flatten(2).movedim(1, 2) if weight.dim() > 2 else weight.unsqueeze(1)
@@ -151,6 +156,8 @@ class Layer:
                 sizes = [rows.shape[0], 1, 1, 1]
                 self._launch(rows, [rows.shape[0], 1, 1, 1, rows.shape[1]], sizes, added, y)
             return y
+        if self.are_patches:
+            return self._on_patches(x, residual)
         x = x.movedim(1, -1).contiguous()
         sizes = self.out_sizes(x.shape[0], _triple(x.shape[1:-1], 1))
         shape = [sizes[0], *sizes[4 - len(self.geometry.stride) :], self.out_channels]
@@ -159,6 +166,27 @@ class Layer:
         if y.numel():
             added = None if residual is None else residual.expand(result.shape).movedim(1, -1).contiguous()
             self._launch(x, [x.shape[0], *_triple(x.shape[1:-1], 1), x.shape[-1]], sizes, added, y)
+        return result
+
+    def _on_patches(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """Patches that do not overlap, side by side in memory: a linear of all their codes."""
+        dims = x.dim() - 2
+        memory, kernel = x.movedim(1, -1), self.kernel[3 - dims :]
+        counts = [size // k for size, k in zip(memory.shape[1:-1], kernel, strict=True)]
+        cut = memory[(slice(None), *(slice(n * k) for n, k in zip(counts, kernel, strict=True)))]
+        pairs = (size for pair in zip(counts, kernel, strict=True) for size in pair)
+        order = [0, *range(1, 2 * dims, 2), *range(2, 2 * dims + 1, 2), 2 * dims + 1]
+        split = cut.reshape(x.shape[0], *pairs, x.shape[1]).permute(order)
+        y = torch.empty(x.shape[0], *counts, self.out_channels, dtype=self.out_dtype, device=x.device)
+        result = y.movedim(-1, 1)
+        if y.numel():
+            added = None if residual is None else residual.expand(result.shape).movedim(1, -1).contiguous()
+            rows = split.reshape(-1, self.taps * self.in_channels)
+            m, c = rows.shape
+            self._launch_gemm(
+                rows, y, added, self.weight, c, [1, 1, 1], [1, 1, 1], [0, 0, 0], [1, 1, 1], [1, 1, 1], [m, 1, 1, 1],
+                [c, c, c, c], is_linear=True, is_padded=False, is_deep=False, aligned=math.gcd(16, c),
+            )  # fmt: skip
         return result
 
     def out_sizes(self, batch: int, spatial: Sequence[int]) -> list[int]:

@@ -66,7 +66,7 @@ class Lowering:
         wanted |= set(referenced_tensors(program.output))
         #: Tensors that steps and the output read as they are, on the card.
         self.tensors = {name: program.tensors[name].to(card.device) for name in sorted(wanted)}
-        self._layers: dict[int, Layer] = {}
+        self.layers: dict[int, Layer] = {}
         self.alone = [self._step(index) for index in range(len(program.nodes))]
         self.together = joined(self)
 
@@ -85,7 +85,7 @@ class Lowering:
                 q, (x,) = _known(qparams_of(program, node.args[0].name)), node.args
                 return lambda values: operators.dequantize(values[x.name], q)
             case "conv" | "linear":
-                layer = self._layers[index] = self.layer(node)
+                layer = self.layers[index] = self.layer(node)
                 x, residual = node.args
                 return lambda values: layer(values[x.name], None if residual is None else values[residual.name])
             case "matmul":

@@ -148,5 +148,10 @@ class TritonRunner(AbstractRunner):
     def _row(self, step: Step, ms: float) -> dict[str, Any]:
         node = self.program.nodes[step.nodes[-1]]
         what = node.target if node.op == "aten" else node.fused_name
-        origin = "torch" if node.op in ("aten", "size", "shape", "cat", "clamp", *WITHOUT_KERNEL) else self.name
+        is_joined = len(step.nodes) > 1 or step.writes[-1] != node.output
+        origin = (
+            "torch"
+            if not is_joined and node.op in ("aten", "size", "shape", "cat", "clamp", *WITHOUT_KERNEL)
+            else self.name
+        )
         return {"name": node.name, "op": node.target or node.op, "kernel": f"{origin}.{what}", "ms": ms}

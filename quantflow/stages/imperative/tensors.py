@@ -215,7 +215,8 @@ def _changes(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
     weight = args[0].plain
     if name == "copy_" or (name == "__set__" and func == torch.Tensor.data.__set__):
         given = args[1]
-        return given.dtype != weight.dtype or given.device != weight.device or not torch.equal(given, weight)
+        # The same numbers on another device are a module that is moved.
+        return given.dtype != weight.dtype or not torch.equal(given.to(weight.device), weight)
     if name in ("requires_grad_", "__setstate__"):
         return False
     return (name.endswith("_") and not name.endswith("__")) or name in (
