@@ -582,13 +582,6 @@ MODES = [
         prepare=scriptmodule,
     ),
     case(
-        "imperative of functions",
-        [*RUN, "model.entry=mine:only_functions", "mode=imperative"],
-        2,
-        "called as a function",
-        "mode=export",
-    ),
-    case(
         "script of the unscriptable",
         [*RUN, "model.entry=mine:Unscriptable", "mode.method=script"],
         2,
@@ -624,9 +617,9 @@ MODES = [
     ),
     case(
         "a runtime that can't serve the mode",
-        [*RUN, "runtime=native", "mode=imperative"],
+        [*RUN, "runtime=reference", "mode=torchscript"],
         4,
-        "runtime: 'native' can't serve mode=imperative; legal there are torch, reference, auto",
+        "runtime: 'reference' can't serve mode=torchscript; legal there are native, triton, torch, auto",
     ),
     case("a plan on a GPU that is not there", [*RUN, "task=plan", "device=xpu"], 4, "device: 'xpu' is not available"),
 ]

@@ -406,9 +406,7 @@ def test_auto_takes_it_and_says_so() -> None:
     choice = choose_runtime("auto", "cpu", "export")
     assert (choice.runtime.name, choice.device) == ("native", "cpu")
     assert choose_runtime("auto", "cpu", "torchscript").runtime.name == "native"
-    assert choose_runtime("auto", "cpu", "imperative").runtime.name == "torch"
-    with pytest.raises(UnavailableError, match="can't serve mode=imperative; legal there are torch, reference"):
-        choose_runtime("native", "cpu", "imperative")
+    assert choose_runtime("auto", "cpu", "imperative").runtime.name == "native"
 
 
 def test_no_intel_gpu_lists_the_devices_found() -> None:
