@@ -79,7 +79,7 @@ def measure(name: str, batches: list[int], rounds: int) -> list[dict[str, Any]]:
     rows = []
     for batch in batches:
         call = draw(batch)
-        runs = {k: (lambda m=m: m(**call)) for k, m in models.items() if not isinstance(m, str)}
+        runs = {k: (lambda m=m, call=call: m(**call)) for k, m in models.items() if not isinstance(m, str)}
         taken: dict[str, list[float]] = {key: [] for key in runs}
         with torch.inference_mode():
             for run in runs.values():

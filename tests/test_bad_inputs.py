@@ -615,12 +615,6 @@ MODES = [
         "device: 'xpu' is not available; devices found: cpu",
         "use device=cpu",
     ),
-    case(
-        "a runtime that can't serve the mode",
-        [*RUN, "runtime=reference", "mode=torchscript"],
-        4,
-        "runtime: 'reference' can't serve mode=torchscript; legal there are native, triton, torch, auto",
-    ),
     case("a plan on a GPU that is not there", [*RUN, "task=plan", "device=xpu"], 4, "device: 'xpu' is not available"),
 ]
 
