@@ -6,10 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import sympy
 import torch
 from torch import fx, nn
-from torch.utils._sympy.printers import PythonPrinter
 
 from quantflow.capture.place import line_of
 from quantflow.capture.sizes import Sizes, default_name
@@ -87,6 +85,8 @@ def limits_of(program: torch.export.ExportedProgram) -> Callable[[Graph], tuple[
 
     Guards that only exclude sizes 0 and 1 are left out, as are those on strides: every op takes both.
     """
+    import sympy  # half a second, which only a capture has to spend
+
     lifted = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name != "USER_INPUT"}
     nodes = [n for n in program.graph.nodes if n.op == "placeholder" and n.name not in lifted]
     values = [n.meta["val"] for n in nodes if isinstance(n.meta.get("val"), torch.Tensor)]
@@ -119,6 +119,8 @@ def limits_of(program: torch.export.ExportedProgram) -> Callable[[Graph], tuple[
 
 def _is_trivial(guard: Any) -> bool:
     """Whether it says nothing about sizes of at least two."""
+    import sympy  # half a second, which only a capture has to spend
+
     if isinstance(guard, (sympy.Ne, sympy.Ge, sympy.Gt)) and guard.args[1].is_number and guard.args[1] <= 1:
         return True
     if isinstance(guard, (sympy.Ne, sympy.Le, sympy.Lt)) and guard.args[0].is_number and guard.args[0] <= 1:
@@ -134,6 +136,9 @@ def _is_trivial(guard: Any) -> bool:
 
 def _limit(guard: Any, names: Mapping[Any, str], place: str) -> Limit | None:
     """The guard over names; None where it speaks of sizes that no input has, or says what can't be written down."""
+    import sympy  # half a second, which only a capture has to spend
+    from torch.utils._sympy.printers import PythonPrinter
+
     symbols = {symbol: sympy.Symbol(names.get(symbol, str(symbol)), integer=True) for symbol in guard.free_symbols}
     if any(symbol not in names and str(symbol) not in names.values() for symbol in symbols):
         return None
@@ -173,6 +178,8 @@ def require_dynamic(
 
 
 def _why_fixed(program: torch.export.ExportedProgram, sizes: Sizes, model: Any, size: int) -> str:
+    import sympy  # half a second, which only a capture has to spend
+
     run = model.module() if isinstance(model, torch.export.ExportedProgram) else model
     for batch in sizes.others:
         try:
