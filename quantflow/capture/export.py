@@ -16,9 +16,10 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from quantflow.capture.export_sizes import described_input, limits_of, require_dynamic
 from quantflow.capture.place import class_name, last_line, line_of, packs_sequences
 from quantflow.capture.sizes import FIXED, Sizes
-from quantflow.errors import CaptureError, first_line
+from quantflow.errors import CaptureError, DataError, first_line
 from quantflow.ir import activations
 from quantflow.ir.batch import Batch
+from quantflow.ir.binding import bind
 from quantflow.ir.calls import Input
 from quantflow.ir.graph import Graph, arguments, name_layers, op_name
 from quantflow.ir.ops import TRANSPOSED
@@ -54,6 +55,30 @@ def capture_export(
         CaptureError: torch.export refuses the model, or the model fixes a size that varies; the message carries the
             line of its code, and the other modes to try.
     """
+    graph = _captured(model, example, sizes, names)
+    if isinstance(model, torch.export.ExportedProgram):
+        return graph
+    # torch.export takes a size of 1 for a constant, also one that a varying size comes to inside the model.
+    for other in sizes.others:
+        if not _takes(graph, other):
+            again = _captured(model, other, sizes, names)
+            if all(_takes(again, batch) for batch in (example, *sizes.others)):
+                return again
+    return graph
+
+
+def _takes(graph: Graph, batch: Batch) -> bool:
+    """Whether the sizes of the batch are legal."""
+    try:
+        bind(graph, batch.args, batch.kwargs)
+    except DataError:
+        return False
+    return True
+
+
+def _captured(
+    model: nn.Module | torch.export.ExportedProgram, example: Batch, sizes: Sizes, names: Sequence[str] | None
+) -> Graph:
     if isinstance(model, torch.export.ExportedProgram):
         program = model
     else:

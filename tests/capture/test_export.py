@@ -12,6 +12,7 @@ from torch import nn
 
 from quantflow.capture import SCRIPT_S, at_least_two, capture_export, export, likely_seconds
 from quantflow.capture.export import plain_attention
+from quantflow.capture.sizes import Sizes
 from quantflow.errors import CaptureError
 from quantflow.ir.batch import Batch
 from quantflow.ir.graph import Graph, interpret, is_aten, op_name
@@ -271,3 +272,24 @@ def test_packed_sequences_are_refused_in_words_with_a_cure() -> None:
         CaptureError, match=r"Packs: it packs sequences .*test_export.py:\d+.*mode=torchscript or .*gather"
     ):
         capture_export(Packs(), batch)
+
+
+class Pyramid(nn.Module):
+    """Its smallest level is one pixel wide where the image is no wider than eight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine, self.coarse = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        fine = self.fine(x)
+        return fine + F.interpolate(self.coarse(fine), size=fine.shape[-2:])
+
+
+def test_a_size_that_comes_to_one_inside_the_first_batch_still_varies() -> None:
+    model = Pyramid().eval()
+    batches = [Batch((torch.randn(2, 3, 8, width),)) for width in (8, 24)]
+    graph = capture_export(model, batches[0], Sizes({(0, 3): "width"}, tuple(batches[1:])))
+    with torch.no_grad():
+        for batch in (*batches, Batch((torch.randn(3, 3, 8, 40),))):
+            torch.testing.assert_close(interpret(graph, batch.tensors), model(*batch.args))
