@@ -79,7 +79,10 @@ def test_a_mode_on_the_card(mode: str, made: Callable[[str], Any], net: nn.Modul
     for _ in range(3):  # eager, recorded, replayed
         there = model(x.cuda())
         assert there.device.type == "cuda"
-        assert torch.equal(there.cpu(), here)
+        if mode == "imperative":  # the module's own float32 code, moved to the card with it
+            assert sqnr_db(here, there.cpu()) > 40
+        else:
+            assert torch.equal(there.cpu(), here)
 
 
 def test_an_artifact_made_on_the_cpu_runs_on_the_card(

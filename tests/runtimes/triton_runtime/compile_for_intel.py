@@ -48,6 +48,8 @@ def compile_launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwa
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(self.params):
         value = given[parameter.name]
+        # Triton 3.6 refuses that, this one does not.
+        assert not (parameter.is_constexpr and parameter.do_not_specialize), f"{self.fn.__name__}: {parameter.name}"
         if parameter.is_constexpr:
             signature[parameter.name], constants[(place,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):

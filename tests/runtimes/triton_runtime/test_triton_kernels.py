@@ -202,6 +202,24 @@ def _unrounded(program: Program, image: torch.Tensor) -> torch.Tensor | None:
     return unrounded(program, program.nodes[1], {"x": run_node(program, program.nodes[0], {"image": image})})
 
 
+@pytest.mark.parametrize(
+    ("shape", "kernel"),
+    [((2, 3, 33, 35), (8, 8)), ((1, 1, 12), (4,)), ((2, 2, 5, 7, 4), (2, 3, 2)), ((3, 15, 6, 4), (3, 2))],
+)
+def test_patches_that_lie_side_by_side(shape: tuple[int, ...], kernel: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    attrs = {"weight": "w", "weight_scale": "s", "bias": "b", "stride": list(kernel), "padding": [0] * len(kernel),
+             "dilation": [1] * len(kernel), "groups": 1}  # fmt: skip
+    tensors = {"w": torch.randint(-127, 128, (20, shape[1], *kernel)).to(torch.int8), "s": torch.rand(20) * 1e-3,
+               "b": torch.randn(20)}  # fmt: skip
+    for x, added in itertools.product(CODINGS, (False, True)):
+        inputs = {"x": codes(x, shape)}
+        node = Node("patches", "conv", "y", (Ref("x"), Ref("r") if added else None), attrs=attrs)
+        if added:
+            inputs["r"] = torch.randn(shape[0], 20, *(n // k for n, k in zip(shape[2:], kernel, strict=True)))
+        check(program_of(node, {"x": x}, tensors, inputs), inputs, 16.0)
+
+
 @pytest.mark.parametrize("op", ["add", "mul"])
 def test_pairs_of_any_shapes_and_layouts(op: str) -> None:
     torch.manual_seed(0)

@@ -1,0 +1,104 @@
+"""Is int8 on a GPU worth having: the triton runtime beside torch.compile in bfloat16, and its products beside cuBLAS?
+
+Medians of event timings, on tensors that live on the card; bfloat16 is channels last, frozen and recorded as CUDA
+graphs.
+Weights are random: this is about speed. "sqnr_db" is int8 against float32.
+
+    python -m bench.on_a_gpu --models resnet50:1,32,128 vit_b_16:1,32 mobilenet_v2:1,128 --json gpu.json
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+
+from bench.reporting import arguments, console, show, show_machine, write
+from quantflow.errors import EXIT_PASSED, EXIT_UNAVAILABLE
+from quantflow.numerics.affine import QParams
+from quantflow.numerics.measures import sqnr_db
+from quantflow.runtimes import RUNTIMES
+from quantflow.sources.models.torchvision_zoo import import_torchvision
+from quantflow.tasks.selftest import quantized_program
+
+COLUMNS = ("model", "batch", "int8_ms", "bf16_ms", "ratio", "sqnr_db", "tiles measured")
+
+
+def main() -> int:
+    parser = arguments(__doc__)
+    parser.add_argument(
+        "--models", nargs="+", default=["resnet50:1,32,128", "mobilenet_v2:1,128"], metavar="NAME:SIZES"
+    )
+    parser.add_argument("--products", nargs="*", type=int, default=[4096, 8192], metavar="N")
+    options = parser.parse_args()
+    found = show_machine()
+    if reason := RUNTIMES["triton"].missing("cuda"):
+        console.print(f"runtime triton can't use a CUDA card here: {reason}", markup=False)
+        return EXIT_UNAVAILABLE
+    card = torch.cuda.get_device_name()
+    console.print(card)
+    models = ["resnet18:1"] if options.smoke else options.models
+    rows = [row for named in models for row in _model(*named.split(":"))]
+    show(f"int8 beside bfloat16 on {card}", rows, COLUMNS)
+    products = [_product(n) for n in ([512] if options.smoke else options.products)]
+    show("int8 products, TOPS", products, ("n", "linear with its epilogue", "torch._int_mm", "share"))
+    write(options.json, {"question": "gpu", "machine": found, "card": card, "rows": rows, "products": products})
+    return EXIT_PASSED
+
+
+def _median(call: Any) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(call, return_mode="median"))
+
+
+def _model(name: str, sizes: str) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    net = getattr(import_torchvision().models, name)(weights=None).eval()
+    x = torch.randn(2, 3, 224, 224)
+    runner = RUNTIMES["triton"].build(quantized_program(net, x), "cuda")
+    with torch.inference_mode():
+        quality = sqnr_db(net(x), runner([x]))
+    import torch._inductor.config as inductor
+
+    inductor.freezing = True
+    half = copy.deepcopy(net).to("cuda", torch.bfloat16).to(memory_format=torch.channels_last)
+    rows = []
+    for size in map(int, sizes.split(",")):
+        image = torch.randn(size, 3, 224, 224, device="cuda")
+        tiles = runner.tune([image])
+        given = image.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+        with torch.inference_mode():
+            torch._dynamo.reset()
+            compiled = torch.compile(half, mode="reduce-overhead")
+            for _ in range(3):
+                compiled(given)
+                runner([image])
+            bf16, int8 = _median(partial(compiled, given)), _median(partial(runner, [image]))
+        rows.append(
+            {"model": name, "batch": size, "int8_ms": int8, "bf16_ms": bf16, "ratio": int8 / bf16, "sqnr_db": quality,
+             "tiles measured": len(tiles)}
+        )  # fmt: skip
+        console.print(f"{name}, batch {size}: {int8:.3f} ms, bfloat16 {bf16:.3f} ms")
+    return rows
+
+
+def _product(n: int) -> dict[str, Any]:
+    from quantflow.runtimes.triton.cards import card_of
+    from quantflow.runtimes.triton.layers import Finish, Layer
+
+    a = torch.randint(-128, 128, (n, n), dtype=torch.int8, device="cuda")
+    w = torch.randint(-127, 128, (n, n), dtype=torch.int8)
+    card, finish = card_of("cuda"), Finish(QParams("int8", 0.05, 0), QParams("int8", 2.0, 0))
+    layer, other = Layer(w, torch.full((n,), 1e-3), torch.zeros(n), None, finish, card), w.cuda().t()
+    with card.tuner.measuring(60):
+        layer(a)
+    ours, cublas = (2e-9 * n**3 / _median(call) for call in (lambda: layer(a), lambda: torch._int_mm(a, other)))
+    return {"n": n, "linear with its epilogue": ours, "torch._int_mm": cublas, "share": ours / cublas}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
