@@ -15,6 +15,7 @@ from quantflow.capture.export import plain_attention
 from quantflow.capture.sizes import Sizes
 from quantflow.errors import CaptureError
 from quantflow.ir.batch import Batch
+from quantflow.ir.binding import bind
 from quantflow.ir.graph import Graph, interpret, is_aten, op_name
 from quantflow.ir.structure import plain
 from quantflow.schema import ModeSettings
@@ -292,4 +293,4 @@ def test_a_size_that_comes_to_one_inside_the_first_batch_still_varies() -> None:
     graph = capture_export(model, batches[0], Sizes({(0, 3): "width"}, tuple(batches[1:])))
     with torch.no_grad():
         for batch in (*batches, Batch((torch.randn(3, 3, 8, 40),))):
-            torch.testing.assert_close(interpret(graph, batch.tensors), model(*batch.args))
+            torch.testing.assert_close(interpret(graph, bind(graph, batch.args, batch.kwargs)), model(*batch.args))
