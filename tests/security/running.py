@@ -17,9 +17,13 @@ MARK = "@program "
 PATIENCE_S = 240
 
 
-def outcomes(programs: Sequence[dict[str, Any]]) -> list[str]:
+def outcomes(programs: Sequence[dict[str, Any]], *options: str) -> list[str]:
     """What becomes of each: "refused …", "failed …" (PyTorch refuses it as it runs), "computed", "differs …", or
-    "signal N" where it ended the process, which goes on with the next one in another."""
+    "signal N" where it ended the process, which goes on with the next one in another.
+
+    Args:
+        options: "--border" hands them to the native library as they are.
+    """
     found: dict[int, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "programs")
@@ -27,7 +31,7 @@ def outcomes(programs: Sequence[dict[str, Any]]) -> list[str]:
             left = [i for i in range(len(programs)) if i not in found]
             file.write_text("".join(f"{i} {json.dumps(programs[i])}\n" for i in left))
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, "-m", "tests.security.worker", str(file)]
+            command = [sys.executable, "-m", "tests.security.worker", str(file), *options]
             try:
                 done = subprocess.run(
                     command, capture_output=True, text=True, timeout=PATIENCE_S, env=environment, check=False
