@@ -9,13 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 
+from quantflow.ir.structure import replaced
 from quantflow.runtimes.triton.cards import Card, own_scratch
 
 #: Recorded sets of input shapes that a program keeps, each with memory of its own; the least recently used goes first.
 GRAPHS = 16
 Function = Callable[[Sequence[Tensor]], Any]
+
+
+def on_tensors(function: Callable[[Tensor], Tensor], output: Any) -> Any:
+    """An output's structure, containers of types of their own included, with each tensor replaced."""
+    return replaced(output, lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf)
 
 
 class Recording:
@@ -56,7 +61,7 @@ class Recording:
             for kept, x in zip(self._inputs, inputs, strict=True):
                 kept.copy_(x)
             self._graph.replay()
-            output = _pytree.tree_map_only(Tensor, torch.clone, self._output)
+            output = on_tensors(torch.clone, self._output)
             self._done = stream.record_event()
         return output
 
@@ -73,17 +78,17 @@ class Recordings:
         self._kept: OrderedDict[Any, Recording | None] = OrderedDict()
         self._seen: OrderedDict[Any, None] = OrderedDict()
         self._lock = threading.Lock()
-        #: Why the function can't be recorded; empty where it can.
+        #: Why the last set of shapes that can't be recorded can't be; empty where all can.
         self.refused = ""
 
     def __call__(self, inputs: Sequence[Tensor]) -> Any:
         """The function's output, from a recording where there is one; the second call of a set of shapes makes it."""
-        if not self._card.has_graphs or self.refused:
+        if not self._card.has_graphs or any(not x.numel() for x in inputs):
             return self._function(inputs)
         key = tuple((x.shape, x.dtype, x.stride()) for x in inputs)
         with self._lock:
             found = self._kept.get(key)
-            if found is not None:
+            if key in self._kept:
                 self._kept.move_to_end(key)
             elif key not in self._seen:
                 self._seen[key] = None
@@ -94,13 +99,12 @@ class Recordings:
         return self._function(inputs) if found is None else found(inputs)
 
     def _record(self, key: Any, inputs: Sequence[Tensor]) -> Recording | None:
+        """None, which is kept too: these shapes run as they come, for want of memory or as they can't be recorded."""
+        made: Recording | None = None
         try:
             made = Recording(self._card, self._function, inputs)
-        except torch.OutOfMemoryError:
-            return None  # too large to be kept twice: it runs as it is
-        except RuntimeError as error:
-            self.refused = str(error).splitlines()[0]
-            return None
+        except RuntimeError as error:  # OutOfMemoryError is one
+            self.refused = str(error).partition("\n")[0]
         self._kept[key] = made
         while len(self._kept) > GRAPHS:
             self._kept.popitem(last=False)

@@ -13,7 +13,7 @@ from quantflow.ir.program import Program, TensorRef, substitute
 from quantflow.runtimes.ordinary import below_autograd
 from quantflow.runtimes.runner import AbstractRunner
 from quantflow.runtimes.triton.cards import card_of, timed_ms
-from quantflow.runtimes.triton.graphs import Recordings
+from quantflow.runtimes.triton.graphs import Recordings, on_tensors
 from quantflow.runtimes.triton.lower import WITHOUT_KERNEL, Lowering, Step, int8_layers, last_uses
 
 #: How long `tune` may look for the fastest tiles of one batch.
@@ -45,7 +45,7 @@ class TritonRunner(AbstractRunner):
     def __call__(self, inputs: Sequence[Tensor]) -> Any:
         with below_autograd(), self.card.current():
             output = self._recordings(self._moved(inputs))
-            return _pytree.tree_map_only(Tensor, lambda y: self._given_back(y, inputs), output)
+            return on_tensors(lambda y: self._given_back(y, inputs), output)
 
     def _moved(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         return [x.detach().to(self.card.device) for x in inputs]

@@ -369,3 +369,46 @@ def test_a_layer_norm_of_rows_that_lie_anyhow(shape: tuple[int, ...], order: tup
     steps = expected.to(torch.float64) / q.scale + q.zero_point
     illegal, _ = disagreement(quantize(expected, q), found, steps, 1e-3)
     assert not illegal
+
+
+def test_recordings_are_made_once_per_set_of_shapes_and_what_can_not_be_is_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from quantflow.runtimes.triton import graphs
+
+    tried: list[int] = []
+
+    class Recorded:
+        """On a card that records whatever has no three rows."""
+
+        def __init__(self, _card: Any, function: Any, inputs: Sequence[torch.Tensor]) -> None:
+            tried.append(inputs[0].shape[0])
+            if inputs[0].shape[0] == 3:
+                raise torch.OutOfMemoryError("out of memory\nand a long story")
+            self.function = function
+
+        def __call__(self, inputs: Sequence[torch.Tensor]) -> Any:
+            return "replayed", self.function(inputs)
+
+    class Card:
+        has_graphs = True
+
+    monkeypatch.setattr(graphs, "Recording", Recorded)
+    recordings = graphs.Recordings(Card(), lambda inputs: inputs[0].shape[0])  # type: ignore[arg-type]
+    seen = [recordings([torch.zeros(rows)]) for rows in (1, 1, 1, 3, 3, 3, 0, 0, 0)]
+    assert seen == [1, ("replayed", 1), ("replayed", 1), 3, 3, 3, 0, 0, 0]
+    assert tried == [1, 3]
+    assert recordings.refused == "out of memory"
+    for rows in range(10, 10 + 2 * graphs.GRAPHS):
+        for _ in range(2):
+            recordings([torch.zeros(rows)])
+    assert len(recordings._kept) == graphs.GRAPHS
+
+
+def test_tensors_in_containers_of_any_kind_are_reached() -> None:
+    from quantflow.runtimes.triton.graphs import on_tensors
+
+    found = on_tensors(lambda x: x + 1, {"a": [torch.zeros(1), 3, None], "b": (torch.ones(2),)})
+    assert found["a"][0] == 1
+    assert found["a"][1:] == [3, None]
+    assert torch.equal(found["b"][0], torch.full((2,), 2.0))
