@@ -243,13 +243,14 @@ class NativeRunner(AbstractRunner):
                     return by_node(values)
                 values = [_dense(x) for x in values]  # type: ignore[misc]
                 try:
-                    plan = self._make_plan(section, values, threads)
+                    with self._lock:
+                        plan = self._make_plan(section, values, threads)
+                        while len(ready) >= PLANS_PER_SECTION:
+                            del ready[next(iter(ready))]
+                        ready[threads, *[(x.shape, x.stride(), x.dtype) for x in values]] = plan
                 except lib.Unsupported as refused:
                     self._leave_to_torch({refused.node: refused.reason})
                     return by_node(values)
-                while len(ready) >= PLANS_PER_SECTION:
-                    ready.pop(next(iter(ready)), None)
-                ready[threads, *[(x.shape, x.stride(), x.dtype) for x in values]] = plan
             return plan.run(values)[0]  # type: ignore[return-value]
 
         return step
