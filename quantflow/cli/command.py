@@ -49,7 +49,7 @@ TASKS: dict[Task, str] = {
     "doctor": "what this machine can run, what is missing, and the command that installs it",
     "sensitivity": "what int8 in each layer alone costs, and what float in it alone gives back",
     "tune": "the main job with a search: the fastest int8 model that keeps tune.subject_to (implied when that is set)",
-    "selftest": "every native kernel and three small models against the reference: device=cpu or device=xpu",
+    "selftest": "every kernel of our own and three small models against the reference: device=cpu, cuda or xpu",
 }
 
 _HELP = """\
