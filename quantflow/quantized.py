@@ -22,7 +22,6 @@ from torch.utils import _pytree as pytree
 
 from quantflow.errors import ArtifactError, CaptureError, UsageError, first_line
 from quantflow.host.environment import environment
-from quantflow.ir.binding import bind
 from quantflow.ir.structure import CONSTANTS
 from quantflow.report import views
 from quantflow.runtimes import choose_runtime
@@ -210,9 +209,9 @@ class QuantizedScript(_Quantized, torch.jit.RecursiveScriptModule):  # type: ign
         refuse_export()
         if torch.jit.is_tracing():
             with unrecorded():
-                inputs = bind(self.compiled.program, args, kwargs)
+                inputs = self.compiled.bound(args, kwargs)
             return super().__call__(*inputs)
-        inputs, forward = bind(self.compiled.program, args, kwargs), super().__call__
+        inputs, forward = self.compiled.bound(args, kwargs), super().__call__
         with below_autograd():
             output = self.compiled.computed(lambda given: forward(*given), untracked(inputs))
         return self.compiled.returned(output, inputs)

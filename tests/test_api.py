@@ -184,7 +184,7 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], str]] = {
         "gates.sqnr: no such setting",
     ),
     "a GPU": (lambda m: qf.quantize(m, batches(), device="xpu"), UnavailableError, "devices found: cpu"),
-    "CUDA": (lambda m: qf.quantize(m, batches(), device="cuda"), RecipeError, "device.kind: 'cuda' is not possible"),
+    "CUDA": (lambda m: qf.quantize(m, batches(), device="cuda"), UnavailableError, "'cuda' is not available"),
     "everything float": (lambda m: qf.quantize(m, batches(), layers={"*": "float"}), NothingQuantizedError, "layers"),
     "half precision on float32": (
         lambda m: qf.quantize(m.half(), batches()),

@@ -19,6 +19,7 @@ class AbstractRunner(ABC):
     Attributes:
         name: the runtime's, for the table of times.
         script: the ScriptModule that it runs as; None: it runs as something else.
+        takes: the devices on which inputs may lie.
         kernelless: ops that the runtime has no kernel for on any machine, which PyTorch computes.
     """
 
@@ -26,6 +27,7 @@ class AbstractRunner(ABC):
     kernelless: ClassVar[tuple[str, ...]] = ()
     program: Program
     script: torch.jit.ScriptModule | None = None
+    takes: tuple[str, ...] = ("cpu",)
 
     @abstractmethod
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Any:

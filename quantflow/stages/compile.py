@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -39,7 +39,7 @@ class Compiled:
             DataError: the arguments do not fit the model's inputs.
             ArtifactError: a program from a file can't be computed on them.
         """
-        inputs = bind(self.program, args, kwargs)
+        inputs = self.bound(args, kwargs)
         output = self.ordinary(self.computed(self.runner, inputs), inputs)
         return made(output) if self.has_types else output
 
@@ -55,6 +55,14 @@ class Compiled:
         except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError) as error:
             reason = first_line(error)
             raise ArtifactError(f"program.json: it can't be computed on this input ({reason})") from error
+
+    def bound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """The call's tensors in the order of the program's inputs.
+
+        Raises:
+            DataError: the arguments do not fit the model's inputs.
+        """
+        return bind(self.program, args, kwargs, self.runner.takes)
 
     def returned(self, output: Any, inputs: Sequence[torch.Tensor]) -> Any:
         """The model's output for these inputs, from what the ScriptModule of its program returns."""
@@ -76,7 +84,7 @@ class Compiled:
             UsageError: the runtime makes no scripts.
         """
         with unrecorded():
-            inputs, function = bind(self.program, args, kwargs), self._function
+            inputs, function = self.bound(args, kwargs), self._function
         return function(*inputs)
 
     @cached_property

@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 #: Devices whose kernels Triton compiles.
 CARDS = ("cuda", "xpu")
 _BUILDS = {
-    "cuda": "install PyTorch's CUDA build, which brings Triton: "
-    "pip install torch --index-url https://download.pytorch.org/whl/cu130",
-    "xpu": "install PyTorch's XPU build, which brings Triton: "
-    "pip install torch --index-url https://download.pytorch.org/whl/xpu",
+    "cuda": "install PyTorch's CUDA build, which brings Triton (pytorch.org/get-started has the command)",
+    "xpu": "install PyTorch's XPU build, which brings Triton (pytorch.org/get-started has the command)",
 }
 
 

@@ -36,6 +36,7 @@ class TritonRunner(AbstractRunner):
         """
         self.program = program
         self.card = card_of(device)
+        self.takes = tuple(dict.fromkeys(("cpu", device)))
         with self.card.current():
             self._lowering = Lowering(program, self.card)
         self._frees = last_uses(self._lowering.together, set(program.output_names()))
