@@ -29,7 +29,7 @@ public:
         for (int i = 0; i < (count > 256 ? 2 : 1); ++i) value = value << 8 | (at_ < size_ ? data_[at_++] : 0);
         return value % count;
     }
-    bool is_rare() { return next(16) == 15; }
+    bool is_rare() { return next(64) == 63; }
     bool is_over() const { return at_ >= size_; }
 
 private:
@@ -104,7 +104,7 @@ std::string program_of(Choices& c) {
         nodes = R"({"name":"q","op":"quantize","output":"q","args":[{"value":"x"}]})";
         coded = R"("q":{"dtype":"int8","scale":0.05,"zero_point":0,"is_nonnegative":false})";
     }
-    for (int i = 0; i < 6 && !c.is_over(); ++i) {
+    for (int i = 0, count = 1 + static_cast<int>(c.next(4)); i < count && !c.is_over(); ++i) {
         const std::string output = "v" + std::to_string(i);
         std::string node;
         if (is_coded && c.next(4) == 0) {

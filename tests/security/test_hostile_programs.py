@@ -138,6 +138,7 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     "cat of nothing": aten("cat.default", []),
     "cat of several integers": aten("cat.default", [tensor("ids"), tensor("small")]),
     "stack of other shapes": aten("stack.default", [X, tensor("cube")]),
+    "stack of other ranks at the end": aten("stack.default", [X, tensor("w4")], 4),
     "stack at dimension 7": aten("stack.default", [X, X], 7),
     "split into no size": aten("split.Tensor", X, 0, 1),
     "split that does not sum up": aten("split_with_sizes.default", X, [1, 1], 1),

@@ -140,11 +140,13 @@ View selected(const View& x, int at, std::int64_t index) {
 }
 
 void erase_dim(View& v, int at) {
+    if (at < 0 || at >= v.rank()) throw Error("no dimension at " + std::to_string(at));
     v.dims.erase(v.dims.begin() + at);
     v.strides.erase(v.strides.begin() + at);
 }
 
 void insert_dim(View& v, int at, std::int64_t stride) {
+    if (at < 0 || at > v.rank()) throw Error("a dimension at " + std::to_string(at));
     v.dims.insert(v.dims.begin() + at, 1);
     v.strides.insert(v.strides.begin() + at, stride);
 }

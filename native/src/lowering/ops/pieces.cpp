@@ -104,9 +104,9 @@ void cat(Context& c, const Node& n) { join(c, n, c.operands(), c.integer(1, "dim
 void stack(Context& c, const Node& n) {
     std::vector<View> parts = c.operands();
     const int at = axis(c.integer(1, "dim", 0), parts[0].rank() + 1);
-    for (View& v : parts) {
-        insert_dim(v, at, 0);
-    }
+    for (const View& v : parts)
+        if (v.dims != parts[0].dims) throw Error("stack of tensors whose shapes differ");
+    for (View& v : parts) insert_dim(v, at, 0);
     join(c, n, parts, at);
 }
 
