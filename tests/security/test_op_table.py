@@ -12,8 +12,9 @@ import torch
 from quantflow.errors import ArtifactError
 from quantflow.ir.aten_policy import aten_op, require_allowed
 from quantflow.ir.op_table import row_of, targets
+from quantflow.ir.program import Program
 from quantflow.runtimes import native_library
-from tests.security.calls import every_wrong_call
+from tests.security.calls import every_wrong_call, node, program
 from tests.security.running import outcomes
 
 #: Calls that a run of the tests takes from the 70,000: all of them with QUANTFLOW_CALLS=100000, in half an hour.
@@ -67,6 +68,13 @@ def test_the_native_library_is_built_with_the_same_table() -> None:
 def test_a_wrong_call_is_refused_or_computed_as_the_reference_does() -> None:
     every = list(every_wrong_call())
     chosen = every if len(every) <= CALLS else random.Random(0).sample(every, CALLS)
-    found = zip(chosen, outcomes([program for _, program in chosen]), strict=True)
+    found = zip(chosen, outcomes([data for _, data in chosen]), strict=True)
     wrong = [f"{what}: {outcome}" for (what, _), outcome in found if outcome.startswith(("signal", "differs"))]
     assert not wrong
+
+
+def test_an_empty_vector_among_joined_tensors_has_no_say() -> None:
+    x, empty = {"value": "x"}, {"tensor": "nothing"}
+    joined = program(node("cat.default", [[empty, x], -2]))
+    tensors = {"nothing": torch.empty(0)}
+    assert Program.from_json(joined, tensors).nodes[0].target == "cat.default"

@@ -45,12 +45,19 @@ def _check_kinds(row: Row, given: Given) -> None:
             raise ValueError(f"argument {argument.name!r} is a number, must be a tensor")
 
 
+def _of_highest_rank(parts: list[Any]) -> Any:
+    """The tensor whose dimensions a list's op names: PyTorch passes over empty vectors among others."""
+    if not parts or any(not isinstance(part, Shape) or part.dims is None for part in parts):
+        return ANY
+    return max(parts, key=lambda part: len(part.dims))
+
+
 def _check_axes(row: Row, given: Given) -> None:
     for argument in row.arguments:
         if not argument.axis_of or given.get(argument.name) is None:
             continue
         of = given.get(argument.axis_of)
-        shape = of[0] if isinstance(of, list) and of else of
+        shape = _of_highest_rank(of) if isinstance(of, list) else of
         if not isinstance(shape, Shape) or shape.dims is None:
             continue
         rank = max(1, len(shape.dims) + argument.extra)  # PyTorch takes a number for a vector of one
