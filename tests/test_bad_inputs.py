@@ -606,7 +606,7 @@ MODES = [
         [*RUN, "runtime=reference"],
         4,
         "runtime: 'reference' can't serve mode=torchscript",
-        "native, torch, auto",
+        "native, torch, triton, auto",
     ),
     case(
         "a GPU that is not there",

@@ -64,5 +64,5 @@ def test_a_runtime_of_the_schema_needs_no_file(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(recipe_file, "_written", lambda: written)
     assert recipe_file.unwritten_kinds() == {"runtime": ["torch"], "device": []}
     monkeypatch.setattr(recipe_file, "group_choices", recipe_file.group_choices.__wrapped__)
-    assert recipe_file.group_choices()["runtime"] == ["auto", "native", "reference", "torch"]
+    assert recipe_file.group_choices()["runtime"] == ["auto", "native", "reference", "torch", "triton"]
     assert recipe_file.group_choices()["mode"] == ["export", "imperative", "torchscript"]

@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import nn
 
-from quantflow import quantize
+from quantflow import api, quantize
 from quantflow.executor import measure, steps
 from quantflow.host import cores as _cores
 from quantflow.host.cores import CORES, INHERITED, Cores
+from quantflow.report import Progress
 from quantflow.runtimes.native import NativeRunner
 from quantflow.stages import warmup
 
@@ -184,6 +185,10 @@ def test_a_run_times_alone_and_computes_beside_others(monkeypatch: pytest.Monkey
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, watched(name, getattr(owner, name)))
     module = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    quantize(module, [torch.randn(4, 8)], mode="torchscript", benchmark=True)
+    assert set().union(*uses.values()) == {"none"}, "a call from Python waits for nobody"
+    uses.clear()
+    monkeypatch.setattr(api, "Progress", lambda *args, **options: Progress(*args, **{**options, "waits": True}))
     quantize(module, [torch.randn(4, 8)], mode="torchscript", benchmark=True)
     computing, timing = {"shared"}, {"alone"}
     assert uses == {

@@ -29,7 +29,6 @@ def test_the_table_tells_the_truth(kind: str) -> None:
     y = apply_epilogue(X, epilogue)
     assert epilogue.is_nonnegative == bool((y >= 0).all())
     assert epilogue.keeps_nonnegative == bool((y[X >= 0] >= 0).all())
-    assert epilogue.is_idempotent == torch.equal(apply_epilogue(y, epilogue), y)
     assert epilogue.activation.is_homogeneous == torch.equal(apply_epilogue(4 * X, epilogue), 4 * y)
     if epilogue.bounds:
         assert torch.equal(y, X.clamp(*epilogue.bounds))

@@ -381,7 +381,7 @@ def lists_itself(directory: Path) -> None:
 
 def many_files(directory: Path) -> None:
     record = {"sha256": "0" * 64, "bytes": 0}
-    edit_manifest(directory, lambda m: m["files"].update({f"f{i}": record for i in range(100)}))
+    edit_manifest(directory, lambda m: m["files"].update({f"f{i}": record for i in range(1100)}))
 
 
 def huge_json(directory: Path) -> None:
@@ -422,7 +422,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a path outside": (escape, r"lists '\.\./secret', which is not a plain file name"),
     "an absolute path": (absolute, "lists '/etc/hostname', which is not a plain file name"),
     "a manifest that lists itself": (lists_itself, "which is not a plain file name"),
-    "too many files": (many_files, "lists over 64 files"),
+    "too many files": (many_files, "lists over 1024 files"),
     "another creation date": (lambda d: edit_manifest(d, lambda m: m.update(created="x"), sign=False), "own sha256"),
     "no notices": (lambda d: edit_manifest(d, lambda m: m.pop("notices")), "lacks a field"),
     "a wrong type": (lambda d: edit_manifest(d, lambda m: m.update(files=[])), "one of the wrong type"),
