@@ -106,7 +106,9 @@ View integers_of(Context& c, const View& index) {
 
 void index(Context& c, const Node& n) {
     const View x = c.operand(0, "self");
-    const Val given = c.evaluated(n.args.at(1));
+    const Arg* indices = c.argument(1, "indices");
+    if (indices == nullptr) throw Unsupported("indexing with these arguments");
+    const Val given = c.evaluated(*indices);
     const auto* items = given.as<Vals>();
     if (items == nullptr || items->size() > x.dims.size()) throw Unsupported("indexing with these arguments");
     std::vector<Lookup> lookups;
