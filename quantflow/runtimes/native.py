@@ -71,7 +71,7 @@ class SectionPlan:
     def run(self, values: Sequence[torch.Tensor | int]) -> list[torch.Tensor | int]:
         """The outputs, in the section's order."""
         outputs = [o if isinstance(o, int) else torch.empty_strided(o[0], o[1], dtype=o[2]) for o in self.outputs]
-        lib.call("qf_plan_run", self.handle.pointer, lib.pointers(values), lib.pointers(outputs))
+        lib.run_plan(self.handle, lib.pointers(values), lib.pointers(outputs))
         return outputs
 
 

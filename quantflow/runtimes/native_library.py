@@ -161,6 +161,7 @@ class _Errors(threading.local):
 
 
 _errors = _Errors()
+_ROOM = ctypes.c_size_t(_CAPACITY)
 
 
 def call(name: str, *args: Any) -> None:
@@ -171,10 +172,24 @@ def call(name: str, *args: Any) -> None:
         ArtifactError: what the library refused, with its place.
     """
     error = _errors.buffer
-    status = getattr(library(), name)(*args, error, ctypes.c_size_t(_CAPACITY))
-    if status:
-        text = error.value.decode(errors="replace")
-        raise Unsupported(text) if status == UNSUPPORTED else ArtifactError(text)
+    if status := getattr(library(), name)(*args, error, _ROOM):
+        raise _refused(status, error.value)
+
+
+def run_plan(plan: Handle, inputs: Any, outputs: Any) -> None:
+    """`call` of qf_plan_run, which every layer of a module in imperative mode makes.
+
+    Raises:
+        Unsupported, ArtifactError: as `call`.
+    """
+    error = _errors.buffer
+    if status := library().qf_plan_run(plan.pointer, inputs, outputs, error, _ROOM):
+        raise _refused(status, error.value)
+
+
+def _refused(status: int, text: bytes) -> Exception:
+    words = text.decode(errors="replace")
+    return Unsupported(words) if status == UNSUPPORTED else ArtifactError(words)
 
 
 def make(name: str, free: str, *args: Any, keeps: Any = None) -> Handle:

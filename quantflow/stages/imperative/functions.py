@@ -373,24 +373,34 @@ _activations(
 
 @rule(*_ACTIVATIONS)
 def _activation(func: Callable[..., Any], args: Args, kwargs: Keywords) -> Any:
-    op, names, defaults = _ACTIVATIONS[func]
-    given = defaults | _named(("input", *names), args, kwargs)
-    x = given["input"]
-    if type(x) is not Coded or "out" in given:
+    if not args or type(args[0]) is not Coded or "out" in kwargs:
         return NotImplemented
-    in_place = _in_place(func, given)
+    x: Coded = args[0]
+    try:
+        found, in_place = _asked(func, args[1:], tuple(kwargs.items()))
+    except TypeError:  # bounds that are tensors
+        return NotImplemented
+    if found is None:
+        return NotImplemented
+
+    def apply(y: T) -> T:
+        return found.activation.formula(y, *found.values)
+
     pending = x.unfinished()
     if pending is not None:
-        if not isinstance(pending.next, Epilogue) or epilogue_of(op, given) != pending.next:
-            return NotImplemented
-        epilogue = pending.next
-        return _finished(x, pending.advanced(lambda y: epilogue.activation.formula(y, *epilogue.values)), in_place)
+        return NotImplemented if pending.next != found else _finished(x, pending.advanced(apply), in_place)
     call = _reader(CLAMP, x)
-    if call is None or (found := epilogue_of(op, given)) is None:
+    if call is None or epilogue_of(call.planned.unit.op, arguments(call.planned.unit.anchor)) != found:
         return NotImplemented
-    if epilogue_of(call.planned.unit.op, arguments(call.planned.unit.anchor)) != found:
-        return NotImplemented
-    return _finished(x, _run(call, (x,), lambda y: found.activation.formula(y, *found.values)), in_place)
+    return _finished(x, _run(call, (x,), apply), in_place)
+
+
+@functools.lru_cache(maxsize=1024, typed=True)
+def _asked(func: Callable[..., Any], args: Args, kwargs: tuple[tuple[str, Any], ...]) -> tuple[Epilogue | None, bool]:
+    """The activation that a function with these arguments behind the tensor computes, and whether in place."""
+    op, names, defaults = _ACTIVATIONS[func]
+    given = defaults | _named(names, args, dict(kwargs))
+    return epilogue_of(op, given), _in_place(func, given)
 
 
 # -- pools and joins
