@@ -48,6 +48,7 @@ public:
     }
     Node& node(Op op, const std::string& target, Args args, const std::optional<QParams>& q = std::nullopt) {
         Node n;
+        n.is_in_table = true;
         n.op = op;
         n.target = target;
         n.args = std::move(args);

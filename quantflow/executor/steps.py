@@ -87,7 +87,7 @@ def plan_for(run: Run, graph: Graph, example: Batch, outliers: Outliers = NO_OUT
     """The plan for a captured graph, with what this machine decides filled in."""
     recipe, runtime = run.recipe, run.choice.runtime
 
-    def plan_with(left_float: Mapping[str, str]) -> Plan:
+    def plan_with(unreachable: Mapping[str, str]) -> Plan:
         return make_plan(
             graph,
             recipe.qconfig,
@@ -96,18 +96,19 @@ def plan_for(run: Run, graph: Graph, example: Batch, outliers: Outliers = NO_OUT
             kernel_of=runtime.kernel_of,
             reduce_range=recipe.qconfig.reduce_range is True,
             recipe_name=recipe.name,
-            left_float=left_float,
+            left_float=outliers.left_float,
+            unreachable=unreachable,
             policy=recipe.policy,
         )
 
-    left_float = dict(outliers.left_float)
-    plan = plan_with(left_float)
+    unreachable: dict[str, str] = {}
+    plan = plan_with(unreachable)
     if run.swapped is not None:
         # What is left float changes what is fused with what, and so what else can be reached.
         seen = cut(example, VERIFIED_SAMPLES, graph)
-        while missing := not_reached(run.swapped, graph, plan, seen).items() - left_float.items():
-            left_float |= dict(missing)
-            plan = plan_with(left_float)
+        while missing := not_reached(run.swapped, graph, plan, seen).items() - unreachable.items():
+            unreachable |= dict(missing)
+            plan = plan_with(unreachable)
     return replace(plan, notes=(*plan.notes, *runtime.notes()))
 
 

@@ -53,6 +53,7 @@ def make_plan(
     reduce_range: bool = False,
     recipe_name: str = "custom",
     left_float: Mapping[str, str] | None = None,
+    unreachable: Mapping[str, str] | None = None,
     policy: PolicySettings = NO_POLICY,
 ) -> Plan:
     """Decide precision, fusion and shared qparams for every unit of the graph.
@@ -61,19 +62,22 @@ def make_plan(
         layers: overrides by exact name, glob or op type.
         mode: "imperative" knows no layers in two terms, and no integer recurrences.
         kernel_of: the runtime's name for the kernel that will run a unit.
-        left_float: units that measurements, or what can be reached, say must stay float, with the reason; `layers` has
-            precedence.
+        left_float: layers that measurements say must stay float, with the reason; `layers` has precedence.
+        unreachable: units that can't be int8 whoever asks for it, with the reason.
         policy: which additions, products, concatenations and matmuls may run in int8.
 
     Raises:
         RecipeError: an override matches nothing, or asks for int8 where there is no int8 form.
         NothingQuantizedError: no convolution or linear would run in int8.
     """
-    units = find_units(graph)
+    units, unreachable = find_units(graph), unreachable or {}
     overrides = Overrides(layers or {}, units, qconfig, recipe_name, policy)
-    core = {unit: _why_float(unit, graph, overrides, left_float or {}) for unit in units if unit.kind in _BY_THEMSELVES}
-    left_float = left_float or {}
-    units, int8, exact = _chosen(units, core, overrides, left_float)
+    core = {
+        unit: unreachable.get(unit.name, "") or _why_float(unit, graph, overrides, left_float or {})
+        for unit in units
+        if unit.kind in _BY_THEMSELVES
+    }
+    units, int8, exact = _chosen(units, core, overrides, unreachable)
     if mode == IMPERATIVE:
         overrides.require_one_term(unit for unit in units if unit in int8 and unit.kind == CORE)
     in_float = {unit.output for unit in int8 if unit.kind in _WRITING_FLOAT and unit.output in exact}
@@ -83,7 +87,7 @@ def make_plan(
 
     planned = []
     for unit in units:
-        reason = _reason(unit, unit in int8, core, overrides, left_float)
+        reason = _reason(unit, unit in int8, core, overrides, unreachable)
         planned.append(
             PlannedUnit(
                 unit, unit in int8, unit.output in written, overrides.qconfig(unit), reason, overrides.without(unit)
@@ -121,12 +125,12 @@ def _why_float(unit: Unit, graph: Graph, overrides: Overrides, left_float: Mappi
 
 
 def _chosen(
-    units: Sequence[Unit], core: Mapping[Unit, str], overrides: Overrides, left_float: Mapping[str, str]
+    units: Sequence[Unit], core: Mapping[Unit, str], overrides: Overrides, unreachable: Mapping[str, str]
 ) -> tuple[list[Unit], set[Unit], set[fx.Node]]:
     """The units with residuals fused, those that run on codes, and the values that no codes may stand for alone."""
     rounding: set[Unit] = set()
     while True:
-        fused, int8 = _fuse_residuals(units, _spread_int8(units, core, overrides, left_float, rounding))
+        fused, int8 = _fuse_residuals(units, _spread_int8(units, core, overrides, unreachable, rounding))
         exact = _exact(fused, int8, overrides)
         found = {unit for unit in int8 if unit.output in exact and unit.kind not in (*_WRITING_FLOAT, SHAPE)}
         if not found:
@@ -150,7 +154,7 @@ def _spread_int8(
     units: Sequence[Unit],
     core: Mapping[Unit, str],
     overrides: Overrides,
-    left_float: Mapping[str, str],
+    unreachable: Mapping[str, str],
     rounding: set[Unit],
 ) -> set[Unit]:
     """The units that run on codes: the linear ops, and what lies between them for as long as codes are at hand.
@@ -164,7 +168,7 @@ def _spread_int8(
             return False
         if unit in core:
             return core[unit] == ""
-        if unit.name in left_float and overrides.precision(unit)[0] != INT8:
+        if unit.name in unreachable:
             return False
         return unit.kind not in (FLOAT, SIZE) and not unit.float_reason and overrides.precision(unit)[0] != FLOAT32
 
@@ -256,7 +260,7 @@ def _share_qparams(planned: Sequence[PlannedUnit]) -> tuple[dict[str, str], dict
 
 
 def _reason(
-    unit: Unit, is_int8: bool, core: Mapping[Unit, str], overrides: Overrides, left_float: Mapping[str, str]
+    unit: Unit, is_int8: bool, core: Mapping[Unit, str], overrides: Overrides, unreachable: Mapping[str, str]
 ) -> str:
     if is_int8:
         folded = unit.anchor.meta.get("batch_norm")
@@ -279,8 +283,8 @@ def _reason(
         return f"the recipe says so: {pattern}"
     if unit.float_reason:
         return unit.float_reason
-    if unit.name in left_float:
-        return left_float[unit.name]
+    if unit.name in unreachable:
+        return unreachable[unit.name]
     return "no int8 op reads its result, or none of its inputs is int8"
 
 

@@ -106,6 +106,13 @@ def an_input_is_changed_behind_a_layer(s: Any, x: torch.Tensor) -> torch.Tensor:
     return s.b(torch.relu(y)) + x
 
 
+def scaled_and_added(s: Any, x: torch.Tensor) -> torch.Tensor:
+    """As ConvNeXt's blocks: the sum is written where a float product was."""
+    y = 0.5 * s.a(x)
+    y += x
+    return y
+
+
 def read_in_between(s: Any, x: torch.Tensor) -> torch.Tensor:
     y = s.a(x)
     if float(y.abs().max()) > 1e9:  # a debugger, a print
@@ -146,6 +153,9 @@ LINEARS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "one layer alone": (lambda: nn.Linear(8, 4), 1),
     "a residual of float": (lambda: Own(lambda s, x: s.b((s.a(x) + x).relu())), 2),
     "a join": (lambda: Own(lambda s, x: s.b(torch.cat([s.a(x)[:, :4].relu(), s.a(x)[:, 4:].relu()], 1))), 3),
+    "sums in place of what stays float": (
+        lambda: Own(lambda s, x: s.b(scaled_and_added(s, scaled_and_added(s, s.a(x))))), 4,
+    ),
     "a product": (lambda: Own(lambda s, x: s.b(s.a(x).relu() * s.b(x).sigmoid())), 3),
 }  # fmt: skip
 
