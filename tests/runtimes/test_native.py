@@ -147,9 +147,9 @@ def _compare_linear(
     assert runner.in_torch == {}
     assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
     if out_value is None:
-        assert torch.allclose(
-            actual, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max() if expected.numel() else 1)
-        )
+        # The far tail of an activation may be flushed to zero.
+        atol = max(1e-5 * float(expected.abs().max() if expected.numel() else 1), 1e-30)
+        assert torch.allclose(actual, expected, rtol=1e-4, atol=atol)
         return
     if (epilogue is None or epilogue.bounds) and "avx512_vnni" in isa():
         assert torch.equal(expected, actual), f"{int((expected != actual).sum())} of {expected.numel()} codes differ"
