@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from quantflow.errors import VerificationError, cause_line
-from quantflow.executor.results import judged
+from quantflow.executor.results import judged, of_run
 from quantflow.executor.run import Run
-from quantflow.host.environment import environment
 from quantflow.ir.batch import Batch
 from quantflow.ir.structure import plain
 from quantflow.quantized import Quantized, QuantizedParts, hooks_of, put_in
@@ -159,28 +158,9 @@ def results_of(
     proofs = [r["int8_proof"] for r in own.values()]
     int8, core = (sum(proof[key] for proof in proofs) for key in ("int8_layers", "core_layers"))
     core += sum(row["weights"] for row in outside)
-    recipe, choice = run.recipe, run.choice
+    recipe = run.recipe
     results: dict[str, Any] = {
-        "format": 1,
-        "recipe": {
-            "name": recipe.name,
-            "description": recipe.description,
-            "hash": recipe.hash(),
-            "overrides": list(run.overrides),
-            "settings": recipe.to_dict(),
-        },
-        "environment": environment(),
-        "model": {
-            "name": run.source.model.name,
-            "weights_requested": run.source.model.weights_requested,
-            "weights_used": run.source.model.weights_used,
-            "parameters": sum(p.numel() for p in module.parameters()),
-            "float_bytes": run.source.float_bytes(),
-        },
-        "data": run.source.data.identity,
-        "mode": recipe.mode.kind,
-        "device": choice.device,
-        "runtime": {"requested": choice.requested, "chosen": choice.runtime.name, "reason": choice.reason},
+        **of_run(run),
         "plan": [
             *(row for part in parts.values() for row in plan_rows(part)),
             *(_plan_row(row) for row in outside),

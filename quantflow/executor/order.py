@@ -71,7 +71,7 @@ def build(run: Run) -> Built:
         if outliers.left_float:
             plan = plan_for(run, graph, example, outliers)
     with stage("prepare"):
-        prepared = prepare(graph, plan, module)
+        prepared = prepare(graph, plan, module, run.stands_for)
     with stage("calibrate") as shown:
         table = calibrated(run, prepared, shown.update)
     refined, improved = refine(recipe.algorithms, prepared, table, material, stage, kept.numbers(prepared))

@@ -48,7 +48,6 @@ from quantflow.executor.source import Source
 from quantflow.ir.batch import Batch
 from quantflow.ir.binding import bind
 from quantflow.quantized import Quantized, QuantizedParts, put_in
-from quantflow.report import Progress, make_console
 from quantflow.schema import Recipe
 from quantflow.schema.settings import BenchmarkSettings, GatesSettings
 from quantflow.sources.data import Data
@@ -247,7 +246,7 @@ def _quantized(
     with without_hooks(part) as hooks:
         source = Source(LoadedModel(part, name, weights_used=run.source.model.weights_used), own)
         settings, told = _captures_best(recipe, source)
-        model, used = _executed(recipe.model_copy(update=settings), source, execute)
+        model, used = _executed(run, recipe.model_copy(update=settings), source, execute)
     notices += [f"{name}: {notice}" for notice in (*told, *model.results.get("notices", ()))]
     return Part(name, model, hooks, frozenset(matched[key] for key in used)), notices
 
@@ -290,13 +289,13 @@ def _captures_best(recipe: Recipe, source: Source) -> tuple[dict[str, Any], list
     return legal[0]
 
 
-def _executed(recipe: Recipe, source: Source, execute: Execute) -> tuple[Quantized, frozenset[str]]:
+def _executed(run: Run, recipe: Recipe, source: Source, execute: Execute) -> tuple[Quantized, frozenset[str]]:
     """The part, and the patterns of `layers` that it knows: one that matches nothing here may well do so elsewhere."""
     layers = dict(recipe.layers)
     while True:
         own = recipe.model_copy(update={"layers": layers})
         try:
-            with Progress(make_console(), quiet=True) as progress:
+            with run.progress.silent() as progress:
                 return execute(Run.of(own, source, progress)), frozenset(layers)
         except RecipeError as error:
             unknown = {p.where.removeprefix("layers.") for p in error.problems if "matches nothing" in p.message}

@@ -92,6 +92,11 @@ def finished(
 
 def opening(run: Run, plan: Plan, program: Program) -> dict[str, Any]:
     """What the results say before anything is measured."""
+    return {**of_run(run), "plan": plan.to_json()["rows"], "graph": fused_graph(program)}
+
+
+def of_run(run: Run) -> dict[str, Any]:
+    """What was asked, on what, where."""
     recipe, choice = run.recipe, run.choice
     return {
         "format": 1,
@@ -108,8 +113,6 @@ def opening(run: Run, plan: Plan, program: Program) -> dict[str, Any]:
         "mode": recipe.mode.kind,
         "device": choice.device,
         "runtime": {"requested": choice.requested, "chosen": choice.runtime.name, "reason": choice.reason},
-        "plan": plan.to_json()["rows"],
-        "graph": fused_graph(program),
     }
 
 

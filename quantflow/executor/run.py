@@ -19,7 +19,6 @@ from quantflow.ir.graph import Graph
 from quantflow.report import Progress
 from quantflow.runtimes import Choice, choose_runtime
 from quantflow.schema import Recipe
-from quantflow.stages.imperative.layers import HELD_IN
 from quantflow.store.run_folder import Work
 
 #: This process computes everything by itself.
@@ -51,13 +50,15 @@ class Run:
     @property
     def swapped(self) -> nn.Module | None:
         """The module that stays the user's own code in imperative mode; None: the captured graph is what runs."""
-        model = self.source.model
-        if self.recipe.mode.kind != "imperative" or not isinstance(model.module, nn.Module):
-            return None
-        if model.original is not None:
-            dtypes = {p.dtype for p in model.original.parameters() if p.is_floating_point()}
-            model.module.__dict__[HELD_IN] = next(iter(dtypes - {torch.float32}))
-        return model.module
+        module = self.source.model.module
+        return module if self.recipe.mode.kind == "imperative" and isinstance(module, nn.Module) else None
+
+    @property
+    def stands_for(self) -> torch.dtype:
+        """The dtype of the model that was given, of which a float32 copy is quantized."""
+        original = self.source.model.original
+        dtypes = [] if original is None else [p.dtype for p in original.parameters() if p.is_floating_point()]
+        return next((dtype for dtype in dtypes if dtype is not torch.float32), torch.float32)
 
     def material(self, graph: Graph) -> Material:
         """What accuracy algorithms look at."""

@@ -106,7 +106,7 @@ def plan_for(run: Run, graph: Graph, example: Batch, outliers: Outliers = NO_OUT
     if run.swapped is not None:
         # What is left float changes what is fused with what, and so what else can be reached.
         seen = cut(example, VERIFIED_SAMPLES, graph)
-        while missing := not_reached(run.swapped, graph, plan, seen).items() - unreachable.items():
+        while missing := not_reached(run.swapped, graph, plan, seen, run.stands_for).items() - unreachable.items():
             unreachable |= dict(missing)
             plan = plan_with(unreachable)
     return replace(plan, notes=(*plan.notes, *runtime.notes()))
@@ -143,7 +143,9 @@ def ready(run: Run, graph: Graph, converted: Converted, module: nn.Module | None
     plan, program = converted.plan, converted.program
     with run.progress.stage("compile"):
         compiled = compile_program(program, run.choice)
-        swapped = None if module is None else swap_modules(module, graph, plan, program, compiled.runner)
+        swapped = (
+            None if module is None else swap_modules(module, graph, plan, program, compiled.runner, run.stands_for)
+        )
     warm = None
     if run.workers.is_first:
         with run.progress.stage("warm up") as stage:

@@ -99,6 +99,10 @@ class Progress:
         self._waits = waits
         self._view = _bars(console) if console.is_terminal and not quiet else None
 
+    def silent(self) -> Progress:
+        """For runs inside this one: nothing is shown, and they wait for others as it does."""
+        return Progress(self._console, quiet=True, waits=self._waits)
+
     def __enter__(self) -> Self:
         if self._view is not None:
             self._view.start()

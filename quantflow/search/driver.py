@@ -15,7 +15,7 @@ from quantflow.executor.results import judged as judged_by_gates
 from quantflow.executor.run import Run
 from quantflow.executor.steps import ready
 from quantflow.quantized import Quantized, save_record
-from quantflow.report import Progress, make_console
+from quantflow.report import Progress
 from quantflow.schema import ConstraintSettings, Recipe
 from quantflow.search.bench import measurement_key, sensitivity_cache, workbench
 from quantflow.search.sensitivity import SEARCHED, measure_sensitivity
@@ -60,7 +60,7 @@ def tuned(run: Run, baseline: Mapping[str, Any] | None = None, destination: Path
     ):
         earlier_s = journal.spent_s
         with run.progress.stage("verify"):
-            shown = Progress(make_console(), quiet=True)
+            shown = run.progress.silent()
             verified = journal.measure("verify", lambda: made(bench.start, shown).verified().to_json())
         with run.progress.stage("search") as stage:
             outcome = Search(

@@ -50,8 +50,14 @@ class Prepared:
         return interpret(self.graph, inputs, lambda node, value: observed(node.name, value))
 
 
-def prepare(graph: Graph, plan: Plan, module: nn.Module | None = None) -> Prepared:
-    """Decide which values to observe; in imperative mode, put observers into a copy of `module`."""
+def prepare(
+    graph: Graph, plan: Plan, module: nn.Module | None = None, stands_for: torch.dtype = torch.float32
+) -> Prepared:
+    """Decide which values to observe; in imperative mode, put observers into a copy of `module`.
+
+    Args:
+        stands_for: the dtype of the model that the module is a float32 copy of.
+    """
     derived = {
         p.unit.output.name for p in plan.units if p.is_int8 and p.unit.kind in MOVING_OPS and not makes_values(p.unit)
     }
@@ -61,5 +67,5 @@ def prepare(graph: Graph, plan: Plan, module: nn.Module | None = None) -> Prepar
     if module is not None:
         from quantflow.stages.imperative import insert_observers
 
-        observed_module = insert_observers(module, graph, plan)
+        observed_module = insert_observers(module, graph, plan, stands_for)
     return Prepared(graph, plan, observed, layers, observed_module)

@@ -68,7 +68,7 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     "a storage exchanged": aten("set.source_Tensor", X, X),
     "an in-place op": aten("relu_.default", X),
     "a gradient": aten("embedding_dense_backward.default", X, tensor("ids"), 10, -1, False),
-    "a jit op": aten("save.default", X, "/tmp/pwned"),
+    "a jit op": aten("save.default", X, "pwned"),
     "a file": aten("from_file.default", "/etc/passwd"),
     "a segment reduction": aten("segment_reduce.default", X, "sum", lengths=tensor("ids")),
     "an internal transform": aten("_fft_r2c.default", X, [HUGE], 0, True),

@@ -393,6 +393,34 @@ def test_a_call_that_was_not_captured_is_float_and_says_so() -> None:
         assert sqnr_db(module(IMAGE), found) > 25
 
 
+def test_a_weight_is_multiplied_by_as_the_code_does_it() -> None:
+    """One weight of a square layer, as a linear's and as a factor: each call is what it says, or float."""
+    torch.manual_seed(0)
+
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, s.a.weight) if s.as_linear else x @ s.a.weight
+
+    for captured, other in ((True, False), (False, True)):
+        module: Any = Own(forward)
+        module.as_linear = captured
+        model = holds(module, X, int8=1)
+        model.module.as_linear = module.as_linear = other
+        with torch.no_grad(), pytest.warns(RuntimeWarning, match="computes in float32 in this call"):
+            assert sqnr_db(module(X), model(X)) > 100
+
+
+def test_sums_with_options_are_as_torch_has_them() -> None:
+    torch.manual_seed(0)
+
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        y = torch.add(s.a(x).relu(), x, alpha=2)
+        out = torch.empty_like(x)
+        torch.add(s.b(y), x, out=out)
+        return out
+
+    holds(Own(forward), X)
+
+
 def test_in_place_the_users_own_module_becomes_the_int8_one() -> None:
     torch.manual_seed(0)
     module = settled(Residual()).eval()

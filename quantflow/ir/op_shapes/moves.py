@@ -13,6 +13,7 @@ from quantflow.ir.op_shapes.parts import (
     Given,
     Shape,
     Size,
+    along,
     axis_of,
     broadcast,
     changed,
@@ -228,12 +229,10 @@ def _stack(_row: Row, given: Given) -> Any:
 
 
 def _slice(row: Row, given: Given) -> Any:
-    dims = first_of(row, given)
-    axis = None if dims is None else axis_of(given, "dim", len(dims))
-    if dims is None or axis is None:
+    known = along(row, given, "slices")
+    if known is None:
         return ANY
-    if not dims:
-        raise ValueError("slices a number")
+    dims, axis = known
     start, end, step, size = given.get("start"), given.get("end"), given.get("step", 1), dims[axis]
     if isinstance(step, int) and step < 1:
         raise ValueError(f"slices with step {step}")
@@ -246,12 +245,10 @@ def _slice(row: Row, given: Given) -> Any:
 
 
 def _narrow(row: Row, given: Given) -> Any:
-    dims = first_of(row, given)
-    axis = None if dims is None else axis_of(given, "dim", len(dims))
-    if dims is None or axis is None:
+    known = along(row, given, "narrows")
+    if known is None:
         return ANY
-    if not dims:
-        raise ValueError("narrows a number")
+    dims, axis = known
     length, size = given["length"], dims[axis]
     if isinstance(length, int) and size is not None and length > size:
         raise ValueError(f"takes {length} of {size}")
@@ -259,12 +256,10 @@ def _narrow(row: Row, given: Given) -> Any:
 
 
 def _select(row: Row, given: Given) -> Any:
-    dims = first_of(row, given)
-    axis = None if dims is None else axis_of(given, "dim", len(dims))
-    if dims is None or axis is None:
+    known = along(row, given, "selects from")
+    if known is None:
         return ANY
-    if not dims:
-        raise ValueError("selects from a number")
+    dims, axis = known
     index, size = given["index"], dims[axis]
     if isinstance(index, int) and size is not None and not -size <= index < size:
         raise ValueError(f"takes number {index} of {size}")
@@ -272,12 +267,10 @@ def _select(row: Row, given: Given) -> Any:
 
 
 def _split(row: Row, given: Given) -> Any:
-    dims = first_of(row, given)
-    axis = None if dims is None else axis_of(given, "dim", len(dims))
-    if dims is None or axis is None:
+    known = along(row, given, "splits")
+    if known is None:
         return None
-    if not dims:
-        raise ValueError("splits a number")
+    dims, axis = known
     value, size = given[row.arguments[1].name], dims[axis]
     if isinstance(value, (list, tuple)):
         sizes = sizes_of(value) or []
@@ -299,12 +292,10 @@ def _parts(dims: Dims, axis: int, size: int, each: int) -> Any:
 
 
 def _chunk(row: Row, given: Given) -> Any:
-    dims = first_of(row, given)
-    axis = None if dims is None else axis_of(given, "dim", len(dims))
-    if dims is None or axis is None:
+    known = along(row, given, "splits")
+    if known is None:
         return None
-    if not dims:
-        raise ValueError("splits a number")
+    dims, axis = known
     count, size = given["chunks"], dims[axis]
     if not isinstance(count, int) or size is None:
         return None
@@ -312,12 +303,10 @@ def _chunk(row: Row, given: Given) -> Any:
 
 
 def _unbind(row: Row, given: Given) -> Any:
-    dims = first_of(row, given)
-    axis = None if dims is None else axis_of(given, "dim", len(dims))
-    if dims is None or axis is None:
+    known = along(row, given, "takes apart")
+    if known is None:
         return None
-    if not dims:
-        raise ValueError("takes a number apart")
+    dims, axis = known
     size = dims[axis]
     if size is not None and size > MAX_ITEMS:
         raise ValueError(f"takes {size} parts apart; {MAX_ITEMS} are possible")

@@ -85,6 +85,21 @@ def axis_of(given: Given, name: str, rank: int, default: int = 0) -> int | None:
     return axis % max(rank, 1) if isinstance(axis, int) else None
 
 
+def along(row: Row, given: Given, verb: str) -> tuple[Dims, int] | None:
+    """The first operand's sizes and the dimension `dim` of it; None: one of the two is not known.
+
+    Raises:
+        ValueError: the operand is a number, which has no dimensions.
+    """
+    dims = first_of(row, given)
+    axis = None if dims is None else axis_of(given, "dim", len(dims))
+    if dims is None or axis is None:
+        return None
+    if not dims:
+        raise ValueError(f"{verb} a number")
+    return dims, axis
+
+
 def broadcast(shapes: Sequence[Dims]) -> Dims:
     """The shape that several have together."""
     rank = max((len(dims) for dims in shapes), default=0)

@@ -37,6 +37,7 @@ class UnitCall:
             activation.
         node: the graph's value that the complete unit gives.
         root: whose scale and zero point its codes have; empty: it gives float32.
+        is_held_transposed: of a linear: the module multiplies by its weight as it lies, x @ W.
         geometry: of a convolution: (stride, padding, dilation, groups), and output_padding behind them if transposed.
     """
 
@@ -47,6 +48,7 @@ class UnitCall:
     node: fx.Node
     root: str
     phases: Phases | None = None
+    is_held_transposed: bool = False
     geometry: tuple[Any, ...] = ()
     accepted: set[Any] = field(default_factory=set)
     shapes: dict[Any, tuple[int, ...]] = field(default_factory=dict)
@@ -153,7 +155,7 @@ def calls_of(engine: Engine, planned: PlannedUnit, codes: Mapping[str, str], fol
     elif unit.kind == CORE and unit.op != "linear":
         given, dims = arguments(unit.anchor), int(unit.op[-2])
         geometry = (*(spread(given[key], dims) for key in ("stride", "padding", "dilation")), given["groups"])
-    return UnitCall(engine, planned, tuple(operands), tuple(expects), node, root, phases, geometry)
+    return UnitCall(engine, planned, tuple(operands), tuple(expects), node, root, phases, geometry=geometry)
 
 
 def spread(value: Any, dims: int) -> tuple[int, ...]:

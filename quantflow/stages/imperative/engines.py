@@ -54,9 +54,11 @@ class Engine(ABC):
         codes: value → whose scale and zero point it has.
         readers: value → the calls of other units than convolutions and linears that read it.
         moves: value → what moves its elements, and its shape afterwards.
+        stands_for: the dtype of the model that the module is a float32 copy of.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, stands_for: torch.dtype) -> None:
+        self.stands_for = stands_for
         self.codes = dict(plan.codes)
         self.readers: dict[str, list[UnitCall]] = {}
         self.moves: dict[str, list[fx.Node]] = {}
@@ -130,8 +132,8 @@ class Engine(ABC):
         """The float32 numbers, in memory of their own."""
 
     @abstractmethod
-    def padded(self, codes: torch.Tensor, root: str, pads: Sequence[int], fill: float) -> torch.Tensor:
-        """Codes with the codes of a number around them."""
+    def padded(self, codes: torch.Tensor, root: str, pads: Sequence[int]) -> torch.Tensor:
+        """Codes with the code of 0 around them."""
 
     @abstractmethod
     def compute(self, pending: Pending) -> torch.Tensor:
@@ -141,8 +143,8 @@ class Engine(ABC):
 class Observing(Engine):
     """Codes are float32 numbers, which `on_value` sees."""
 
-    def __init__(self, plan: Plan) -> None:
-        super().__init__(plan)
+    def __init__(self, plan: Plan, stands_for: torch.dtype) -> None:
+        super().__init__(plan, stands_for)
         self.on_value: OnValue = lambda name, x: None  # noqa: ARG005
 
     def missed(self, site: Site) -> None:
@@ -155,8 +157,8 @@ class Observing(Engine):
     def decode(self, codes: torch.Tensor, root: str) -> torch.Tensor:  # noqa: ARG002
         return codes.clone()
 
-    def padded(self, codes: torch.Tensor, root: str, pads: Sequence[int], fill: float) -> torch.Tensor:  # noqa: ARG002
-        return torch.nn.functional.pad(codes, pads, value=fill)
+    def padded(self, codes: torch.Tensor, root: str, pads: Sequence[int]) -> torch.Tensor:  # noqa: ARG002
+        return torch.nn.functional.pad(codes, pads)
 
     def compute(self, pending: Pending) -> torch.Tensor:
         value, call = pending.replayed(), pending.call
@@ -168,8 +170,8 @@ class Observing(Engine):
 class Running(Engine):
     """Codes are codes, and a runner's kernels compute the program's nodes one by one."""
 
-    def __init__(self, plan: Plan, program: Program, runner: AbstractRunner) -> None:
-        super().__init__(plan)
+    def __init__(self, plan: Plan, program: Program, runner: AbstractRunner, stands_for: torch.dtype) -> None:
+        super().__init__(plan, stands_for)
         self._index = {node.output: index for index, node in enumerate(program.nodes)}
         self._program = program
         self._steps: dict[int, Step] = {}
@@ -212,9 +214,8 @@ class Running(Engine):
     def decode(self, codes: torch.Tensor, root: str) -> torch.Tensor:
         return dequantize(codes, self._qparams[root]).contiguous()
 
-    def padded(self, codes: torch.Tensor, root: str, pads: Sequence[int], fill: float) -> torch.Tensor:
-        code = int(quantize(torch.tensor(fill), self._qparams[root]))
-        return torch.nn.functional.pad(codes, pads, value=code)
+    def padded(self, codes: torch.Tensor, root: str, pads: Sequence[int]) -> torch.Tensor:
+        return torch.nn.functional.pad(codes, pads, value=self._qparams[root].zero_point)
 
     def compute(self, pending: Pending) -> torch.Tensor:
         kernel = self._kernels.get(pending.call)

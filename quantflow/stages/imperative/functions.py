@@ -6,7 +6,6 @@ A rule answers NotImplemented wherever the call is not exactly what a unit of th
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 from typing import Any
@@ -29,10 +28,10 @@ T = torch.Tensor
 
 
 def rule(*functions: Any) -> Callable[[Rule], Rule]:
-    """Let a rule stand for these functions, as far as this torch has them."""
+    """Let a rule stand for these functions."""
 
     def add(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys((f for f in functions if f is not None), function))
+        RULES.update(dict.fromkeys(functions, function))
         return function
 
     return add
@@ -56,6 +55,8 @@ def _finished(x: Coded, result: torch.Tensor, in_place: bool) -> torch.Tensor:
 
 def _about(func: Callable[..., Any], args: Args, kwargs: Keywords) -> Any:
     x = args[0]
+    if type(x) is Weight:
+        return func(x.plain, *args[1:], **kwargs)
     if type(x) is Coded and x.shown is not None:
         return func(x.shown, *args[1:], **kwargs)
     with torch._C.DisableTorchFunctionSubclass():
@@ -94,7 +95,7 @@ def _addmm(func: Callable[..., Any], args: Args, kwargs: Keywords) -> Any:
     given = _named(("input", "mat1", "mat2"), args, kwargs)
     if given.get("beta", 1) != 1 or given.get("alpha", 1) != 1 or "out" in given:
         return NotImplemented
-    return _weighted(func, args, kwargs, given["mat1"], given["mat2"], given["input"], ())
+    return _weighted(func, args, kwargs, given["mat1"], given["mat2"], given["input"], (), is_held_transposed=True)
 
 
 def _convolution(func: Callable[..., Any], args: Args, kwargs: Keywords) -> Any:
@@ -118,13 +119,22 @@ for _function in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d):
 
 
 def _weighted(
-    func: Callable[..., Any], args: Args, kwargs: Keywords, x: Any, weight: Any, bias: Any, geometry: Args
+    func: Callable[..., Any],
+    args: Args,
+    kwargs: Keywords,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    geometry: Args,
+    *,
+    is_held_transposed: bool = False,
 ) -> Any:
     """A convolution or linear, if it is the one that the plan knows."""
     if type(weight) is not Weight or not isinstance(x, T) or type(bias) in (Weight, Coded):
         return NotImplemented
     call = weight.site.call()
-    if call is None or not fits(call, x, weight, bias, geometry):
+    held = is_held_transposed
+    if call is None or call.is_held_transposed is not held or not fits(call, x, weight, bias, geometry):
         missed(weight)
         return NotImplemented
     return begun(
@@ -246,7 +256,7 @@ def normed(x: Coded, call: UnitCall | None, step: Callable[[T], T]) -> Any:
 
 @rule(torch.add, T.add, T.add_, T.__add__, T.__radd__, T.__iadd__)
 def _add(func: Callable[..., Any], args: Args, kwargs: Keywords) -> Any:
-    if len(args) != 2 or any(value != 1 for value in kwargs.values()):
+    if len(args) != 2 or kwargs.keys() - {"alpha"} or kwargs.get("alpha", 1) != 1:
         return NotImplemented
     in_place = _in_place(func, {})
     for x, other in (args, args[::-1]):
@@ -278,7 +288,7 @@ def _matmul(func: Callable[..., Any], args: Args, kwargs: Keywords) -> Any:
     if len(args) != 2 or kwargs:
         return NotImplemented
     if type(args[1]) is Weight:
-        return _weighted(func, args, kwargs, args[0], args[1], None, ())
+        return _weighted(func, args, kwargs, args[0], args[1], None, (), is_held_transposed=True)
     return _pair(MATMUL, args, False)
 
 
@@ -544,12 +554,12 @@ def _may_have(node: fx.Node, shape: tuple[int, ...]) -> bool:
 @rule(F.pad)
 def _pad(_func: Callable[..., Any], args: Args, kwargs: Keywords) -> Any:
     given = {"mode": "constant", "value": None} | _named(("input", "pad", "mode", "value"), args, kwargs)
-    x, fill = given["input"], given["value"] or 0.0
-    if type(x) is not Coded or given["mode"] != "constant" or not isinstance(fill, (int, float)):
+    x = given["input"]
+    if type(x) is not Coded or given["mode"] != "constant" or given["value"] not in (None, 0):
         return NotImplemented
-    if (codes := x.current()) is None or not math.isfinite(fill) or fill != 0:
+    if (codes := x.current()) is None:
         return NotImplemented
-    padded = x.engine.padded(codes, x.root, given["pad"], float(fill))
+    padded = x.engine.padded(codes, x.root, given["pad"])
     return Coded.of(x.engine, padded, x.root, _behind(x, padded))
 
 

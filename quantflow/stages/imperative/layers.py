@@ -33,8 +33,6 @@ from quantflow.stages.imperative.tensors import Coded, Weight, in_float, refuse_
 _LAYERS = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
-#: Attribute of a float32 copy of a module: the dtype that the module itself takes and gives.
-HELD_IN = "_quantflow_held_in"
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 NOT_REACHED = (
     "the module's own code does not call it in a way that int8 can be put behind (as an op of torch on this weight, "
@@ -45,23 +43,27 @@ NOT_REACHED = (
 def run_module(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """One forward of the module from `insert_observers` or `swap_modules`; ordinary tensors come out.
 
-    A module that stands for one in half precision takes and gives that.
+    A module that stands for one of another dtype takes and gives that.
     """
     with _engine_of(module).forward():
         return _called(module, args, kwargs)
 
 
 def _called(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    half: torch.dtype | None = module.__dict__.get(HELD_IN)
-    if half is None:
+    dtype = _engine_of(module).stands_for
+    if dtype is torch.float32:
         return numbers(module(*args, **kwargs))
-    args, kwargs = with_tensors((args, dict(kwargs)), lambda x: x.float() if x.dtype is half else x)
-    return with_tensors(module(*args, **kwargs), lambda y: y.to(half) if y.dtype is torch.float32 else y)
+    args, kwargs = with_tensors((args, dict(kwargs)), lambda x: x.float() if x.dtype is dtype else x)
+    return with_tensors(module(*args, **kwargs), lambda y: y.to(dtype) if y.dtype is torch.float32 else y)
 
 
-def insert_observers(module: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
-    """A copy of the module whose int8 units compute in float32 and show the values that become codes."""
-    return _attached(module, graph, plan, Observing(plan))
+def insert_observers(module: nn.Module, graph: Graph, plan: Plan, stands_for: torch.dtype = torch.float32) -> nn.Module:
+    """A copy of the module whose int8 units compute in float32 and show the values that become codes.
+
+    Args:
+        stands_for: the dtype of the model that the module is a float32 copy of.
+    """
+    return _attached(module, graph, plan, Observing(plan, stands_for))
 
 
 def run_observed(module: nn.Module, batch: Batch, on_value: OnValue) -> Any:
@@ -76,9 +78,11 @@ def run_observed(module: nn.Module, batch: Batch, on_value: OnValue) -> Any:
         del engine.on_value
 
 
-def not_reached(module: nn.Module, graph: Graph, plan: Plan, batch: Batch) -> dict[str, str]:
+def not_reached(
+    module: nn.Module, graph: Graph, plan: Plan, batch: Batch, stands_for: torch.dtype = torch.float32
+) -> dict[str, str]:
     """The int8 units that the module's own code does not call as the plan has them, each with the reason."""
-    observed = insert_observers(module, graph, plan)
+    observed = insert_observers(module, graph, plan, stands_for)
     with torch.no_grad(), _engine_of(observed).forward() as ran:
         _called(observed, batch.args, batch.kwargs)
     complete = {call.name for call in ran.complete}
@@ -86,9 +90,16 @@ def not_reached(module: nn.Module, graph: Graph, plan: Plan, batch: Batch) -> di
     return {unit.name: NOT_REACHED for unit in wanted if unit.name not in complete}
 
 
-def swap_modules(module: nn.Module, graph: Graph, plan: Plan, program: Program, runner: AbstractRunner) -> nn.Module:
+def swap_modules(
+    module: nn.Module,
+    graph: Graph,
+    plan: Plan,
+    program: Program,
+    runner: AbstractRunner,
+    stands_for: torch.dtype = torch.float32,
+) -> nn.Module:
     """A copy of the module in which the runner's kernels compute the int8 units."""
-    engine = Running(plan, program, runner)
+    engine = Running(plan, program, runner, stands_for)
     swapped = _attached(module, graph, plan, engine).eval()
     for layer in swapped.modules():
         if type(layer) in _LAYERS and isinstance(layer._parameters.get("weight"), Weight):
@@ -172,7 +183,7 @@ def _attached(module: nn.Module, graph: Graph, plan: Plan, engine: Engine) -> nn
             for name in dict.fromkeys(call.operands):
                 engine.readers.setdefault(name, []).append(call)
             continue
-        weight = _weight_of(planned, graph, parameters)
+        weight, call.is_held_transposed = _weight_of(planned, graph, parameters)
         if weight is None:
             continue
         biases.setdefault(id(weight), {})[call] = _bias_of(planned, parameters, modules)
@@ -193,21 +204,22 @@ def _attached(module: nn.Module, graph: Graph, plan: Plan, engine: Engine) -> nn
     return attached
 
 
-def _weight_of(planned: PlannedUnit, graph: Graph, parameters: Mapping[str, nn.Parameter]) -> nn.Parameter | None:
-    """The parameter whose calls the unit is."""
+def _weight_of(
+    planned: PlannedUnit, graph: Graph, parameters: Mapping[str, nn.Parameter]
+) -> tuple[nn.Parameter | None, bool]:
+    """The parameter whose calls the unit is, and whether it holds a linear's weight transposed."""
     anchor = planned.unit.anchor
     name, owner = str(anchor.args[1].target), str(anchor.meta["owner"])  # type: ignore[union-attr]
     value = graph.constants[name]
     exact = parameters.get(name)
     if exact is not None and exact.shape == value.shape:
-        return exact
+        return exact, False
     if "batch_norm" in anchor.meta or "transposed" in anchor.meta:
-        return parameters.get(f"{owner}.weight" if owner else "weight")
-    # A linear whose weight the module holds transposed.
+        return parameters.get(f"{owner}.weight" if owner else "weight"), False
     other = parameters.get(name.rpartition("_")[0])
     if other is not None and other.dim() == 2 and other.shape[::-1] == value.shape and torch.equal(other.t(), value):
-        return other
-    return None
+        return other, True
+    return None, False
 
 
 def _bias_of(
@@ -264,7 +276,7 @@ def _linear(self: Any, input: torch.Tensor) -> torch.Tensor:
     refuse_export()
     weight, bias = self.weight, self.bias
     call = weight.site.call() if type(weight) is Weight else None
-    if call is None or not fits(call, input, weight, bias, ()):
+    if call is None or call.is_held_transposed or not fits(call, input, weight, bias, ()):
         missed(weight)
         return nn.functional.linear(*_plain(input, weight, bias))
     return begun(call, weight, input, lambda y: in_float(nn.functional.linear, (y, weight, bias), {}))  # type: ignore[no-any-return]
