@@ -416,8 +416,8 @@ def load(
 ) -> Quantized | QuantizedParts:
     """The int8 model of an artifact, with outputs identical to those of the model that was saved.
 
-    Of a model in imperative mode it is the program alone: its float parts may round otherwise than the module's own code,
-    and what a program leaves out, such as caches, does not come back.
+    Of a model in imperative mode it is the program alone: its float parts may round otherwise than the module's own
+    code, and what a program leaves out, such as caches, does not come back.
 
     Neither the float model nor any code the recipe names is needed or touched. But a model that was quantized in parts
     is the user's own code with int8 parts in it, so that its artifact needs that model, whose parts' own weights do not
