@@ -2,12 +2,14 @@
 
 tensors     values that are codes between layers, and parameters whose calls are int8
 functions   what torch functions mean for them
+moves       and those that move elements
 calls       which unit of the plan a call belongs to
 engines     how units are computed: in float32 under observation, or in int8 by a runner
 layers      a module with observers, or with int8 layers, in place
 carried     what algorithms changed in the graph, in the module
 """
 
+from quantflow.stages.imperative import moves  # its rules
 from quantflow.stages.imperative.carried import called_modules, carry_over, fixed_constants
 from quantflow.stages.imperative.layers import (
     insert_observers,
@@ -22,6 +24,7 @@ from quantflow.stages.imperative.layers import (
 )
 
 __all__ = [
-    "called_modules", "carry_over", "fixed_constants", "insert_observers", "int8_calls", "int8_layers", "not_reached",
+    "called_modules", "carry_over", "fixed_constants", "insert_observers", "int8_calls", "int8_layers", "moves",
+    "not_reached",
     "put_in_place", "run_module", "run_observed", "swap_modules", "with_tensors",
 ]  # fmt: skip

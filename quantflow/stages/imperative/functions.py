@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx
 
 from quantflow.ir.activations import Epilogue, epilogue_of
 from quantflow.ir.graph import arguments
@@ -37,7 +36,7 @@ def rule(*functions: Any) -> Callable[[Rule], Rule]:
     return add
 
 
-def _named(names: Sequence[str], args: Args, kwargs: Keywords) -> dict[str, Any]:
+def named(names: Sequence[str], args: Args, kwargs: Keywords) -> dict[str, Any]:
     return dict(zip(names, args, strict=False)) | dict(kwargs)
 
 
@@ -86,27 +85,27 @@ RULES.update(
 
 @rule(F.linear)
 def _linear(func: Callable[..., Any], args: Args, kwargs: Keywords) -> Any:
-    given = _named(("input", "weight", "bias"), args, kwargs)
+    given = named(("input", "weight", "bias"), args, kwargs)
     return _weighted(func, args, kwargs, given["input"], given["weight"], given.get("bias"), ())
 
 
 @rule(torch.addmm, T.addmm)
 def _addmm(func: Callable[..., Any], args: Args, kwargs: Keywords) -> Any:
-    given = _named(("input", "mat1", "mat2"), args, kwargs)
+    given = named(("input", "mat1", "mat2"), args, kwargs)
     if given.get("beta", 1) != 1 or given.get("alpha", 1) != 1 or "out" in given:
         return NotImplemented
     return _weighted(func, args, kwargs, given["mat1"], given["mat2"], given["input"], (), is_held_transposed=True)
 
 
 def _convolution(func: Callable[..., Any], args: Args, kwargs: Keywords) -> Any:
-    g = _named(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), args, kwargs)
+    g = named(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), args, kwargs)
     geometry = (g.get("stride", 1), g.get("padding", 0), g.get("dilation", 1), g.get("groups", 1))
     return _weighted(func, args, kwargs, g["input"], g["weight"], g.get("bias"), geometry)
 
 
 def _transposed(func: Callable[..., Any], args: Args, kwargs: Keywords) -> Any:
     names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-    g = _named(names, args, kwargs)
+    g = named(names, args, kwargs)
     geometry = (g.get("stride", 1), g.get("padding", 0), g.get("dilation", 1), g.get("groups", 1))
     geometry = (*geometry, g.get("output_padding", 0))
     return _weighted(func, args, kwargs, g["input"], g["weight"], g.get("bias"), geometry)
@@ -239,7 +238,7 @@ def _rank(call: UnitCall, found: int) -> int:
 @rule(F.batch_norm)
 def _batch_norm(func: Callable[..., Any], args: Args, kwargs: Keywords) -> Any:
     names = ("input", "running_mean", "running_var", "weight", "bias", "training")
-    given = _named(names, args, kwargs)
+    given = named(names, args, kwargs)
     x, mean = given["input"], given["running_mean"]
     if type(x) is not Coded or given.get("training") or mean is None:
         return NotImplemented
@@ -409,7 +408,7 @@ def _activation(func: Callable[..., Any], args: Args, kwargs: Keywords) -> Any:
 def _asked(func: Callable[..., Any], args: Args, kwargs: tuple[tuple[str, Any], ...]) -> tuple[Epilogue | None, bool]:
     """The activation that a function with these arguments behind the tensor computes, and whether in place."""
     op, names, defaults = _ACTIVATIONS[func]
-    given = defaults | _named(names, args, dict(kwargs))
+    given = defaults | named(names, args, dict(kwargs))
     return epilogue_of(op, given), _in_place(func, given)
 
 
@@ -432,7 +431,7 @@ for _mean in (torch.mean, T.mean):
 @rule(*_POOLS)
 def _pool(func: Callable[..., Any], args: Args, kwargs: Keywords) -> Any:
     kind, names = _POOLS[func]
-    given = _named(("input", *names), args, kwargs)
+    given = named(("input", *names), args, kwargs)
     x = given.pop("input")
     if type(x) is not Coded or given.pop("return_indices", False) or "dtype" in given or "out" in given:
         return NotImplemented
@@ -461,7 +460,7 @@ def _alike(a: Any, b: Any) -> bool:
 
 @rule(torch.cat, torch.concat, torch.concatenate)
 def _cat(_func: Callable[..., Any], args: Args, kwargs: Keywords) -> Any:
-    given = {"dim": 0} | _named(("tensors", "dim"), args, kwargs)
+    given = {"dim": 0} | named(("tensors", "dim"), args, kwargs)
     tensors = given["tensors"]
     if "out" in given or not isinstance(tensors, (list, tuple)) or not all(isinstance(x, T) for x in tensors):
         return NotImplemented
@@ -474,119 +473,7 @@ def _cat(_func: Callable[..., Any], args: Args, kwargs: Keywords) -> Any:
     return _run(call, tensors, lambda *parts: torch.cat(parts, given["dim"]))
 
 
-# -- what moves elements
-
-
-_VIEWS = (
-    T.view, T.reshape, T.flatten, torch.flatten, torch.reshape, T.permute, torch.permute, T.transpose, torch.transpose,
-    T.t, torch.t, T.unflatten, T.squeeze, torch.squeeze, T.unsqueeze, torch.unsqueeze, T.narrow, torch.narrow,
-    T.chunk, torch.chunk, T.split, torch.split, T.unbind, torch.unbind, T.select, torch.select, T.expand, T.__getitem__,
-    T.swapaxes, torch.swapaxes, T.movedim, torch.movedim, T.mT.__get__, T.expand_as, T.view_as, torch.unflatten,
-)  # fmt: skip
-_COPIES = (
-    F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, T.roll, torch.roll, T.flip, torch.flip, T.repeat,
-    torch.pixel_shuffle, torch.pixel_unshuffle, torch.channel_shuffle,
-)  # fmt: skip
-#: Codes may lie channels-last where float32 numbers would not, and a view insists on their order.
-_INSTEAD = {T.view: T.reshape, T.view_as: T.reshape_as}
-
-
-@rule(*_VIEWS)
-def _view(func: Callable[..., Any], args: Args, kwargs: Keywords) -> Any:
-    return _moved(func, args, kwargs, is_view=True)
-
-
-@rule(*_COPIES)
-def _copy(func: Callable[..., Any], args: Args, kwargs: Keywords) -> Any:
-    return _moved(func, args, kwargs, is_view=False)
-
-
-def _moved(func: Callable[..., Any], args: Args, kwargs: Keywords, *, is_view: bool) -> Any:
-    x = args[0]
-    if type(x) is not Coded or (codes := x.current()) is None or _is_dtype(args, kwargs):
-        return NotImplemented
-    if any(isinstance(each, T) for each in (*args[1:], *kwargs.values()) if each is not x):
-        return NotImplemented
-    function = _INSTEAD.get(func, func)
-    try:
-        result = function(codes, *args[1:], **kwargs)
-    except (RuntimeError, NotImplementedError):  # nothing for codes, or not for these arguments: as float has it
-        return NotImplemented
-
-    def coded(moved: T, view: Callable[..., T]) -> Coded:
-        made = Coded.of(x.engine, moved, x.root, _behind(x, moved))
-        made.view_of = (x, view, args[1:], kwargs) if is_view else None
-        return made
-
-    if isinstance(result, T):
-        return coded(result, function)
-    parts = [coded(each, functools.partial(_part, function, at)) for at, each in enumerate(result)]
-    return type(result)(parts) if isinstance(result, (list, tuple)) else NotImplemented
-
-
-def _part(function: Callable[..., Any], at: int, *args: Any, **kwargs: Any) -> T:
-    made: T = function(*args, **kwargs)[at]
-    return made
-
-
-def _is_dtype(args: Args, kwargs: Keywords) -> bool:
-    return any(isinstance(each, torch.dtype) for each in (*args[1:], *kwargs.values()))
-
-
-def _behind(x: Coded, moved: T) -> Any:
-    """The graph's value that a moved tensor is, if only one can be."""
-    if x.node is None:
-        return None
-    if tuple(moved.shape) == tuple(x.codes.shape) and not x.engine.moves.get(x.node.name):  # type: ignore[union-attr]
-        return x.node
-    fitting = [node for node in x.engine.moves.get(x.node.name, ()) if _may_have(node, tuple(moved.shape))]
-    return fitting[0] if len(fitting) == 1 else None
-
-
-def _may_have(node: fx.Node, shape: tuple[int, ...]) -> bool:
-    """Whether a value of the graph may have that shape."""
-    known = node.meta.get("shape")
-    if known is None or len(known) != len(shape):
-        return False
-    return all(a == b or not isinstance(a, int) for a, b in zip(known, shape, strict=True))
-
-
-@rule(F.pad)
-def _pad(_func: Callable[..., Any], args: Args, kwargs: Keywords) -> Any:
-    given = {"mode": "constant", "value": None} | _named(("input", "pad", "mode", "value"), args, kwargs)
-    x = given["input"]
-    if type(x) is not Coded or given["mode"] != "constant" or given["value"] not in (None, 0):
-        return NotImplemented
-    if (codes := x.current()) is None:
-        return NotImplemented
-    padded = x.engine.padded(codes, x.root, given["pad"])
-    return Coded.of(x.engine, padded, x.root, _behind(x, padded))
-
-
-@rule(T.contiguous, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
-      torch.dropout, T.to, T.float, T.type_as, T.detach, T.clone, torch.clone)  # fmt: skip
-def _same(func: Callable[..., Any], args: Args, kwargs: Keywords) -> Any:
-    """What gives the same numbers: the tensor itself, or one that a change in place of the other leaves alone."""
-    x = args[0]
-    if type(x) is not Coded:
-        return NotImplemented
-    name = func.__name__
-    if "dropout" in name and _named(("input", "p", "training"), args, kwargs).get("training", True):
-        return NotImplemented
-    if name in ("to", "type_as"):
-        wanted = [a for a in (*args[1:], *kwargs.values()) if a is not None and a is not False]
-        same = (torch.float32, x.device, str(x.device))
-        if not all((isinstance(a, T) and a.dtype is torch.float32 and a.device == x.device) or
-                   (not isinstance(a, T) and a in same) for a in wanted):  # fmt: skip
-            return NotImplemented
-        return x
-    if name in ("clone", "detach"):
-        if (codes := x.current()) is None:
-            return NotImplemented
-        made = Coded.of(x.engine, codes, x.root, x.node)
-        made.view_of = (x, T.detach, (), {}) if name == "detach" else None
-        return made
-    return x
+# -- functions of several layers
 
 
 def _never(*_: Any) -> bool:
