@@ -245,31 +245,17 @@ void finish_tile(const Int8Output& o, const std::int32_t* sums, i64 stride, i64 
             const i64 at = first + m * o.row + c, place = (row + m) * o.sums_row + padded + c;
             const Float own = real_of(Vector::load(sums + m * stride + c), scale, bias);
             Float r = o.befores > 0 ? real_before(o, 0, place, padded + c) : own;
-            if (o.residual != nullptr) {
-                u8 codes[kLanes] = {};
-                std::memcpy(codes, o.residual + at, n);
-                r = add_residual(r, Vector::load_bytes(codes), k);
-            }
-            if (o.real_residual != nullptr) {
-                float reals[kLanes] = {};
-                std::memcpy(reals, o.real_residual + at, n * sizeof(float));
-                r = Vector::add(r, Vector::load(reals));
-            }
+            if (o.residual != nullptr) r = add_residual(r, Vector::load_bytes(o.residual + at, n), k);
+            if (o.real_residual != nullptr) r = Vector::add(r, Vector::load(o.real_residual + at, n));
             if (o.befores > 0) r = add_products(o, r, own, place, padded + c);
             r = activate<kActivation>(r, k.a, k.b);
             if (o.is_float) {
-                float reals[kLanes];
-                Vector::store(reals, r);
-                std::memcpy(static_cast<float*>(o.y) + at, reals, n * sizeof(float));
-            } else {
-                u8 codes[kLanes];
-                const Int q = code_of(r, k);
-                Vector::store_bytes(codes, q);
-                std::memcpy(static_cast<u8*>(o.y) + at, codes, n);
-                if (o.rest == nullptr) continue;
-                Vector::store_bytes(codes, rest_of(r, q, k));
-                std::memcpy(o.rest + at, codes, n);
+                Vector::store(static_cast<float*>(o.y) + at, r, n);
+                continue;
             }
+            const Int q = code_of(r, k);
+            Vector::store_bytes(static_cast<u8*>(o.y) + at, q, n);
+            if (o.rest != nullptr) Vector::store_bytes(o.rest + at, rest_of(r, q, k), n);
         }
     }
 }

@@ -78,6 +78,25 @@ struct PortableVector {
         store_bytes(p, a);
         store_bytes(p + Lanes, b);
     }
+    // The first n lanes only; the others are 0 where they are read.
+    QF_INLINE Float load(const float* p, std::int64_t n) {
+        Float v = set(0.0f);
+        std::memcpy(&v, p, static_cast<std::size_t>(n) * sizeof *p);
+        return v;
+    }
+    QF_INLINE void store(float* p, Float v, std::int64_t n) {
+        std::memcpy(p, &v, static_cast<std::size_t>(n) * sizeof *p);
+    }
+    QF_INLINE Int load_bytes(const std::uint8_t* p, std::int64_t n) {
+        std::uint8_t bytes[Lanes] = {};
+        std::memcpy(bytes, p, static_cast<std::size_t>(n));
+        return load_bytes(bytes);
+    }
+    QF_INLINE void store_bytes(std::uint8_t* p, Int v, std::int64_t n) {
+        std::uint8_t bytes[Lanes];
+        store_bytes(bytes, v);
+        std::memcpy(p, bytes, static_cast<std::size_t>(n));
+    }
 
     QF_INLINE Int add(Int a, Int b) { return (Int)((UInt)a + (UInt)b); }
     QF_INLINE Int sub(Int a, Int b) { return (Int)((UInt)a - (UInt)b); }
@@ -210,6 +229,22 @@ struct Vector256 {
         const Int w = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                          _mm_packus_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
+    }
+    // The first n lanes only; the others are 0 where they are read.
+    QF_INLINE Int first_lanes(std::int64_t n) {
+        return _mm256_cmpgt_epi32(set(static_cast<std::int32_t>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    }
+    QF_INLINE Float load(const float* p, std::int64_t n) { return _mm256_maskload_ps(p, first_lanes(n)); }
+    QF_INLINE void store(float* p, Float v, std::int64_t n) { _mm256_maskstore_ps(p, first_lanes(n), v); }
+    QF_INLINE Int load_bytes(const std::uint8_t* p, std::int64_t n) {
+        std::uint8_t bytes[8] = {};
+        std::memcpy(bytes, p, static_cast<std::size_t>(n));
+        return load_bytes(bytes);
+    }
+    QF_INLINE void store_bytes(std::uint8_t* p, Int v, std::int64_t n) {
+        std::uint8_t bytes[8];
+        store_bytes(bytes, v);
+        std::memcpy(p, bytes, static_cast<std::size_t>(n));
     }
 
     QF_INLINE Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
@@ -405,6 +440,16 @@ struct Avx512Vector {
     QF_INLINE void store_bytes(std::uint8_t* p, Int a, Int b) {
         store_bytes(p, a);
         store_bytes(p + 16, b);
+    }
+    // The first n lanes only; the others are 0 where they are read.
+    QF_INLINE __mmask16 first_lanes(std::int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+    QF_INLINE Float load(const float* p, std::int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+    QF_INLINE void store(float* p, Float v, std::int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
+    QF_INLINE Int load_bytes(const std::uint8_t* p, std::int64_t n) {
+        return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first_lanes(n), p));
+    }
+    QF_INLINE void store_bytes(std::uint8_t* p, Int v, std::int64_t n) {
+        _mm_mask_storeu_epi8(p, first_lanes(n), _mm512_cvtepi32_epi8(v));
     }
 
     QF_INLINE Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
