@@ -1,17 +1,11 @@
 #include "program.hpp"
 
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
-#include <cerrno>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <nlohmann/json.hpp>
 
 #include "op_table.hpp"
+#include "program_rules.hpp"
 
 namespace quantflow {
 namespace {
@@ -50,10 +44,6 @@ struct ActivationInfo {
 #define QF_NAMED(name, Name, aten, numbers, ...) {#name, {Activation::name, numbers}},
 const std::unordered_map<std::string, ActivationInfo> kActivationsByName = {QF_ACTIVATIONS(QF_NAMED)};
 #undef QF_NAMED
-
-[[noreturn]] void fail(const std::string& where, const std::string& what) {
-    throw Error("program.json: " + (where.empty() ? what : where + ": " + what));
-}
 
 // What a JSON value is, short enough for a message.
 std::string shown(const json& value) {
@@ -199,7 +189,7 @@ private:
             node.high = integer(field(attrs, "high", where), node.low, 255, where + ": high");
         }
         node.output = define(text(field(data, "output", where), where + ": output"), index, where);
-        check_operands(node, where);
+        check_operands(program_, node, where);
         program_.nodes.push_back(std::move(node));
     }
 
@@ -369,94 +359,6 @@ private:
                             " channels");
     }
 
-    const Value* value_of(const Arg& arg) const {
-        const Ref* ref = arg.as<Ref>();
-        return ref == nullptr ? nullptr : &program_.values[static_cast<std::size_t>(ref->value)];
-    }
-
-    // Operands that must be codes are, the others are not, and ops that pass codes on keep their meaning.
-    void check_operands(const Node& node, const std::string& where) const {
-        const Value& out = program_.values[static_cast<std::size_t>(node.output)];
-        auto codes = [&](std::size_t i) -> const Value& {
-            const Value* value = i < node.args.size() ? value_of(node.args[i]) : nullptr;
-            if (value == nullptr || !value->q) fail(where, "argument " + std::to_string(i) + " holds no int8 codes");
-            return *value;
-        };
-        auto arity = [&](std::size_t n) {
-            if (node.args.size() != n)
-                fail(where, "takes " + std::to_string(n) + " arguments, has " + std::to_string(node.args.size()));
-        };
-        auto shares = [&](const Value& in) {
-            if (!out.q || !(*out.q == *in.q) || out.is_signed != in.is_signed)
-                fail(where, "its output and its inputs must share one scale and zero point");
-        };
-        switch (node.op) {
-            case Op::quantize:
-                arity(1);
-                if (!out.q) fail(where, "its output has no scale and zero_point");
-                if (value_of(node.args[0]) == nullptr || value_of(node.args[0])->q)
-                    fail(where, "quantize reads a value that is not float");
-                break;
-            case Op::dequantize:
-                arity(1);
-                codes(0);
-                if (out.q) fail(where, "its output can't hold int8 codes");
-                break;
-            case Op::conv:
-            case Op::linear:
-                arity(2);
-                codes(0);
-                if (!node.args[1].is_none() && value_of(node.args[1]) == nullptr) fail(where, "its residual is no value");
-                break;
-            case Op::matmul:
-            case Op::add:
-            case Op::mul:
-                arity(2);
-                codes(0);
-                codes(1);
-                break;
-            case Op::clamp: {
-                arity(1);
-                shares(codes(0));
-                if (node.low < out.q->qmin || node.high > out.q->qmax)
-                    fail(where, "low and high are not codes of its output");
-                break;
-            }
-            case Op::max_pool: shares(codes(0)); break;
-            case Op::avg_pool: codes(0); break;
-            case Op::shape: {
-                const Value* in = node.args.empty() ? nullptr : value_of(node.args[0]);
-                if (in == nullptr) fail(where, "has no operand");
-                shares(codes(0));
-                break;
-            }
-            case Op::cat: {
-                const Args* items = node.args.empty() ? nullptr : node.args[0].as<Args>();
-                if (items == nullptr || items->empty()) fail(where, "has no operands");
-                for (const Arg& item : *items) {
-                    const Value* in = value_of(item);
-                    if (in == nullptr || !in->q) fail(where, "an operand holds no int8 codes");
-                    shares(*in);
-                }
-                break;
-            }
-            case Op::recurrence:
-                arity(3);
-                if (out.q) fail(where, "its output can't hold int8 codes");
-                for (const Arg& arg : node.args)
-                    if (const Value* in = value_of(arg); in != nullptr && in->q) fail(where, "reads int8 codes");
-                if (node.args[0].as<Ref>() == nullptr) fail(where, "has no gates");
-                break;
-            case Op::aten:
-                if (out.q) fail(where, "its output can't hold int8 codes");
-                if (node.target.empty()) fail(where, "names no op");
-                break;
-            case Op::size:
-                if (out.q) fail(where, "its output can't hold int8 codes");
-                break;
-        }
-    }
-
     void collect_outputs(const json& value, int depth) {
         if (depth > kMaxNesting) fail("output", "is nested deeper than " + std::to_string(kMaxNesting));
         if (value.is_array()) {
@@ -511,84 +413,5 @@ Program parse_program(const char* text_begin, std::size_t size, TensorTable tens
     }
     return program;
 }
-
-TensorTable parse_safetensors(const std::byte* data, std::size_t size) {
-    const std::string where = "weights.safetensors";
-    std::uint64_t header = 0;
-    if (size < 8) throw Error(where + ": is " + std::to_string(size) + " bytes, too short for a header");
-    std::memcpy(&header, data, 8);
-    if (header > size - 8) throw Error(where + ": its header of " + std::to_string(header) + " bytes is cut off");
-    const std::byte* begin = data + 8 + header;
-    const std::uint64_t available = size - 8 - header;
-    static const std::unordered_map<std::string, DType> kTypes = {
-        {"F32", DType::f32}, {"I8", DType::s8}, {"U8", DType::u8}, {"I32", DType::s32}, {"I64", DType::s64},
-        {"BOOL", DType::b8},
-    };
-    TensorTable table;
-    try {
-        const char* first = reinterpret_cast<const char*>(data + 8);
-        const auto limit = [&](int depth, json::parse_event_t, json&) {
-            if (depth > 4) throw Error(where + ": its header is nested too deep");
-            return true;
-        };
-        const json root = json::parse(first, first + header, limit);
-        if (!root.is_object()) throw Error(where + ": its header is not an object");
-        for (const auto& [name, entry] : root.items()) {
-            if (name == "__metadata__") continue;
-            const std::string at = where + ": tensor '" + name + "'";
-            const auto type = kTypes.find(entry.at("dtype").get<std::string>());
-            Stored stored;
-            if (type == kTypes.end()) {
-                table.emplace(name, stored);
-                continue;
-            }
-            stored.dtype = type->second;
-            for (const auto& dim : entry.at("shape")) {
-                if (!dim.is_number_integer() || dim.get<std::int64_t>() < 0 ||
-                    stored.dims.size() >= kMaxRank)
-                    throw Error(at + ": its shape is not made of sizes");
-                stored.dims.push_back(dim.get<std::int64_t>());
-            }
-            std::int64_t count = 0;
-            try {
-                count = checked_count(stored.dims);
-            } catch (const Error& error) {
-                throw Error(at + ": is " + error.what());
-            }
-            const auto& offsets = entry.at("data_offsets");
-            if (!offsets.is_array() || offsets.size() != 2 || !offsets[0].is_number_unsigned() ||
-                !offsets[1].is_number_unsigned())
-                throw Error(at + ": data_offsets are not two positions");
-            const auto from = offsets[0].get<std::uint64_t>(), to = offsets[1].get<std::uint64_t>();
-            if (from > to || to > available ||
-                to - from != static_cast<std::uint64_t>(count) * static_cast<std::uint64_t>(size_of(stored.dtype)))
-                throw Error(at + ": its bytes do not fit its shape or the file");
-            if ((reinterpret_cast<std::uintptr_t>(begin + from) % static_cast<std::uintptr_t>(size_of(stored.dtype))) != 0)
-                throw Error(at + ": its bytes are not aligned");
-            stored.data = begin + from;
-            table.emplace(name, std::move(stored));
-        }
-    } catch (const json::exception& error) {
-        throw Error(where + ": its header is damaged: " + error.what());
-    }
-    return table;
-}
-
-MappedFile::MappedFile(const std::string& path) {
-    const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    if (file < 0) throw Error("'" + path + "' can't be opened: " + std::strerror(errno));
-    struct stat info {};
-    if (::fstat(file, &info) != 0 || info.st_size <= 0) {
-        ::close(file);
-        throw Error("'" + path + "' is empty or can't be read");
-    }
-    void* memory = ::mmap(nullptr, static_cast<std::size_t>(info.st_size), PROT_READ, MAP_PRIVATE, file, 0);
-    ::close(file);
-    if (memory == MAP_FAILED) throw Error("'" + path + "' can't be mapped: " + std::strerror(errno));
-    data_ = static_cast<const std::byte*>(memory);
-    size_ = static_cast<std::size_t>(info.st_size);
-}
-
-MappedFile::~MappedFile() { ::munmap(const_cast<std::byte*>(data_), size_); }
 
 }  // namespace quantflow
