@@ -40,12 +40,14 @@ Tasks cut(const Int8Kernels& kernels, const Int8Gemm& g, i64 groups, i64 rows, i
     const i64 line_bytes = (g.out[2] * g.stride[2] + g.reach[2]) * g.pixel;
     Tasks best;
     double best_cost = std::numeric_limits<double>::infinity();
-    for (i64 row_tasks = 1; row_tasks <= units; row_tasks += 1 + row_tasks / 8) {
+    // The smallest tasks are always among those that are looked at: they are the only ones that fit where a line is long.
+    const auto next = [](i64 tasks, i64 most) { return tasks == most ? tasks + 1 : std::min(tasks + 1 + tasks / 8, most); };
+    for (i64 row_tasks = 1; row_tasks <= units; row_tasks = next(row_tasks, units)) {
         const i64 task_rows = std::min(rows, unit * divide_up(units, row_tasks));
         const i64 lines = task_rows / unit * g.stride[1] + g.reach[1] + 1;
         const i64 row_bytes = g.is_windowed ? lines * line_bytes : task_rows * (g.is_direct ? g.quads : g.chunk) * 4;
         if (task_rows > unit && row_bytes > cache) continue;
-        for (i64 panel_tasks = 1; panel_tasks <= g.panels; panel_tasks += 1 + panel_tasks / 8) {
+        for (i64 panel_tasks = 1; panel_tasks <= g.panels; panel_tasks = next(panel_tasks, g.panels)) {
             const i64 task_panels = divide_up(g.panels, panel_tasks);
             const i64 sums_bytes = task_rows * task_panels * kernels.columns * 4;
             if (!by_lines && g.chunk < g.quads && task_panels > 1 && sums_bytes > cache) continue;

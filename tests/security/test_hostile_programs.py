@@ -273,6 +273,7 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     "an int8 product whose residual is a list": linear({"value": "q"}, [1]),
     "a convolution by a weight that is none": conv(weight="w44"),
     "a convolution of huge padding": conv(weight="codes4", padding=[2**20, 2**20]),
+    "a convolution of lines longer than a task": conv(weight="codes4", stride=[2, 2], padding=[7, 65536]),
     "a recurrence of other gates": program({"name": "it", "op": "recurrence", "output": "y", "args": [X, None, None],
                                             "attrs": {"cell": "lstm", "reverse": False, "weight": "w44",
                                                       "weight_scale": None, "bias": None}}),
