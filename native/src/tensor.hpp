@@ -93,8 +93,9 @@ struct Tensor {
     }
 };
 
-// Strides of a dense tensor whose last dimension varies fastest.
+// Strides of a dense tensor whose last dimension varies fastest. Raises Error where there can be no such tensor.
 inline std::vector<std::int64_t> row_major(const std::vector<std::int64_t>& dims) {
+    checked_count(dims);
     std::vector<std::int64_t> strides(dims.size());
     std::int64_t step = 1;
     for (std::size_t i = dims.size(); i-- > 0;) {
@@ -106,6 +107,7 @@ inline std::vector<std::int64_t> row_major(const std::vector<std::int64_t>& dims
 
 // Strides of a dense tensor (batch, channels, *spatial) whose channels vary fastest.
 inline std::vector<std::int64_t> channels_last(const std::vector<std::int64_t>& dims) {
+    checked_count(dims);
     std::vector<std::int64_t> strides(dims.size());
     std::int64_t step = 1;
     auto put = [&](std::size_t i) {
