@@ -1,75 +1,78 @@
 #!/usr/bin/env bash
-# Builds the fuzz targets with the address and undefined-behaviour sanitizers into the folder $1:
-#   fuzz_program   the loader: program.json and weights.safetensors
-#   fuzz_lower     the loader, and the choice of kernels for what it lets through
+# Builds the fuzz targets with the address and undefined-behaviour sanitizers into the folder $1.
+#
+# With g++ (the default where there is no clang++): $1/fuzz, which drives all targets by itself, guided by what they
+# reach, and prints at its end what was reached of lowering and of the kernels. For an hour on two cores:
+#   $1/fuzz --seconds 3600 --jobs 2 --seed 1 native/fuzz/corpus
+# With clang++ (Debian's clang and libclang-rt-14-dev) one libFuzzer binary for each target:
 #   fuzz_calls     programs built from the table's grammar, lowered and executed, on one thread and on four
-# With clang (Debian's clang and libclang-rt-14-dev) they are driven by libFuzzer; for ten minutes:
-#   $1/fuzz_program -max_total_time=600 native/fuzz/corpus
-# With CXX=g++ only fuzz_calls is built, driven by random bytes; for an hour on each of two cores:
-#   $1/fuzz_calls 3600 1 & $1/fuzz_calls 3600 1000000000
-# Needs CMake and the Python package nlohmann_json.
+#   fuzz_lower     the loader: program.json and weights.safetensors; and the choice of kernels for what it lets through
+#   $1/fuzz_lower -max_total_time=600 native/fuzz/corpus
+# Needs CMake and the Python package nlohmann_json. About six minutes on one core.
 set -euo pipefail
 native="$(cd "$(dirname "$0")/.." && pwd)"
 out="$(mkdir -p "$1" && cd "$1" && pwd)"
 json="$("${PYTHON:-python3}" "$native/locate.py" nlohmann_json nlohmann/json.hpp)"
-compiler="${CXX:-clang++}"
+compiler="${CXX:-$(command -v clang++ || command -v g++)}"
 cmake -DFROM="$native/../quantflow/ir/aten_ops.txt" -DTO="$out/op_table_text.inc" -P "$native/embed_op_table.cmake"
-flags=(-std=c++17 -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
-       -I "$native/include" -I "$json" -I "$out")
+flags=(-std=c++17 -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+       -ffp-contract=off -I "$native/include" -I "$json" -I "$out")
 case "$compiler" in
     *clang*) driven=(-fsanitize=fuzzer) watched=(-fsanitize=fuzzer-no-link) ;;
-    *) driven=() watched=() ;;
+    *) driven=() watched=(-fsanitize-coverage=trace-pc) ;;
 esac
 avx2=(-mavx2 -mfma -mf16c -mbmi2)
 avx512=("${avx2[@]}" -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mprefer-vector-width=512)
-jobs=()
-compile() {  # SOURCE OBJECT FLAG...
-    local source="$1" object="$2"
-    shift 2
-    "$compiler" "${flags[@]}" "$@" -c "$source" -o "$object" &
-    jobs+=($!)
-    if [ "${#jobs[@]}" -ge "$(nproc)" ]; then wait "${jobs[0]}"; jobs=("${jobs[@]:1}"); fi
-}
-core=()
-for source in "$native"/src/{program,op_table,budget,lower,engine,thread_pool}.cpp "$native"/src/lowering/*.cpp \
-    "$native"/src/lowering/ops/*.cpp; do
-    object="$out/$(basename "$source" .cpp).core.o"
-    compile "$source" "$object" "${watched[@]}"
-    core+=("$object")
-done
-host=()
-for source in "$native"/host/*.cpp; do
+work=()  # SOURCE OBJECT FLAG..., a line each
+compile() { work+=("$(printf '%q ' "$compiler" "${flags[@]}" "${@:3}" -c "$1" -o "$2")"); }
+# What takes longest comes first.
+objects=()
+for source in "$native"/host/int8_gemm_isa.cpp "$native"/host/*.cpp; do
     name="$(basename "$source" .cpp)"
     case "$name" in
-        *_isa) for isa in generic avx2 avx_vnni avx512_vnni; do
+        *_isa) for isa in generic avx2 avx_vnni avx512_vnni amx_int8; do
                    case "$isa" in
                        generic) more=() ;;
                        avx2) more=("${avx2[@]}") ;;
                        avx_vnni) more=("${avx2[@]}" -mavxvnni) ;;
                        avx512_vnni) more=("${avx512[@]}") ;;
+                       amx_int8) more=("${avx512[@]}" -mamx-tile -mamx-int8) ;;
                    esac
-                   compile "$source" "$out/$name.$isa.o" "-DQF_ISA_NAMESPACE=isa_$isa" "${more[@]}"
-                   host+=("$out/$name.$isa.o")
+                   object="$out/$name.$isa.o"
+                   # AMX differs in int8 products only.
+                   if [ "$isa" = amx_int8 ] && [ "$name" != int8_gemm_isa ]; then continue; fi
+                   case " ${objects[*]} " in *" $object "*) continue ;; esac
+                   compile "$source" "$object" "${watched[@]}" "-DQF_ISA_NAMESPACE=isa_$isa" "${more[@]}"
+                   objects+=("$object")
                done ;;
-        *) compile "$source" "$out/$name.o"; host+=("$out/$name.o") ;;
+        *) compile "$source" "$out/$name.host.o" "${watched[@]}"; objects+=("$out/$name.host.o") ;;
     esac
 done
-compile "$native/host/int8_gemm_isa.cpp" "$out/int8_gemm_isa.amx_int8.o" -DQF_ISA_NAMESPACE=isa_amx_int8 "${avx512[@]}" \
-    -mamx-tile -mamx-int8
-host+=("$out/int8_gemm_isa.amx_int8.o")
-targets=(fuzz_calls)
-compile "$native/fuzz/fuzz_calls.cpp" "$out/fuzz_calls.target.o" "${driven[@]}"
-main=()
-if [ "${#driven[@]}" -gt 0 ]; then
-    targets+=(fuzz_program fuzz_lower)
-    compile "$native/fuzz/fuzz_program.cpp" "$out/fuzz_program.target.o" "${driven[@]}"
-    compile "$native/fuzz/fuzz_program.cpp" "$out/fuzz_lower.target.o" "${driven[@]}" -DQUANTFLOW_FUZZ_LOWER
-else
-    compile "$native/fuzz/random_main.cpp" "$out/random_main.o"
-    main=("$out/random_main.o")
-fi
-for job in "${jobs[@]}"; do wait "$job"; done
-for target in "${targets[@]}"; do
-    "$compiler" "${flags[@]}" "${driven[@]}" "$out/$target.target.o" "${main[@]}" "${core[@]}" "${host[@]}" -lpthread -ldl \
-        -o "$out/$target"
+for source in "$native"/src/*.cpp "$native"/src/lowering/*.cpp "$native"/src/lowering/ops/*.cpp; do
+    [ "$(basename "$source")" = capi.cpp ] && continue
+    object="$out/$(basename "$source" .cpp).core.o"
+    compile "$source" "$object" "${watched[@]}"
+    objects+=("$object")
 done
+printf '%s\n' "${work[@]}" | xargs -P "${JOBS:-$(nproc)}" -d '\n' -n 1 bash -c
+own=()
+build() {  # SOURCE FLAG...
+    local object="$out/$(basename "$1" .cpp).target.o"
+    "$compiler" "${flags[@]}" "${@:2}" -c "$1" -o "$object"
+    own+=("$object")
+}
+link() { "$compiler" "${flags[@]}" "$@" "${own[@]}" "${objects[@]}" -lpthread -ldl; }
+if [ "${#driven[@]}" -gt 0 ]; then
+    for target in calls lower; do
+        own=()
+        for source in grammar fuzz_calls fuzz_lower; do build "$native/fuzz/$source.cpp" "${watched[@]}"; done
+        build "$native/fuzz/libfuzzer.cpp" "-DQUANTFLOW_TARGET=fuzz_$target"
+        link "${driven[@]}" -o "$out/fuzz_$target"
+    done
+    exit
+fi
+for source in grammar fuzz_calls fuzz_lower driver reached; do build "$native/fuzz/$source.cpp"; done
+# At fixed addresses: where many bits of an address are random, the sanitizer's own memory may be taken.
+link -no-pie -Wl,--wrap=aligned_alloc -o "$out/fuzz"
+# Which file each of the watched places is in.
+"$out/fuzz" --places | addr2line -e "$out/fuzz" | sed "s|^.*/native/||; s|:.*||" > "$out/fuzz.places"
