@@ -70,7 +70,7 @@ def check_shapes(program: Program, inputs: Sequence[Dims] | None = None) -> Need
 def _elements(found: Any) -> int:
     if isinstance(found, list):
         return sum(map(_elements, found))
-    return found.elements if isinstance(found, Shape) and found.dims is not None else 0
+    return found.elements if isinstance(found, Shape) and found != ANY else 0
 
 
 def _is_view(node: Node) -> bool:

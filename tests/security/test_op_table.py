@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from quantflow.errors import ArtifactError
 from quantflow.ir.aten_policy import aten_op, require_allowed
-from quantflow.ir.op_table import row_of, targets
-from quantflow.ir.program import Program
+from quantflow.ir.op_shapes import ANY, Shape, result
+from quantflow.ir.op_table import Row, row_of, targets
+from quantflow.ir.program import Node, Program, Ref, TensorRef
+from quantflow.ir.program_shapes import check_shapes
 from quantflow.runtimes import native_library
-from tests.security.calls import every_wrong_call, node, program
+from quantflow.runtimes.reference import resolve
+from tests.security.calls import X, every_wrong_call, legal, node, program, tensor
 from tests.security.running import outcomes
+from tests.security.worker import inputs, stored
 
 #: Calls that a run of the tests takes from the 70,000: all of them with QUANTFLOW_CALLS=100000, in half an hour.
 CALLS = int(os.environ.get("QUANTFLOW_CALLS", "400"))
@@ -63,6 +68,72 @@ def test_the_native_library_is_built_with_the_same_table() -> None:
     if path is None:
         pytest.skip("the native library was not built")
     assert Path("quantflow/ir/aten_ops.txt").read_bytes() in path.read_bytes()
+
+
+def test_a_legal_call_gives_the_shape_that_its_rule_says() -> None:
+    tensors, given, ran, wrong = stored(), inputs(), 0, []
+    for target in targets():
+        row = row_of(target)
+        assert row is not None
+        args, kwargs = legal(row)
+        try:
+            made = Program.from_json(program(node(target, args, kwargs)), tensors)
+            call = made.nodes[0]
+            out = aten_op(target)(*resolve(made, call.args, given), **resolve(made, dict(call.kwargs), given))
+        except (ArtifactError, RuntimeError, LookupError):
+            continue  # what PyTorch refuses has no shape
+        ran += 1
+        found = result(row, _with_shapes(row, call, tensors, given))
+        results = list(out) if isinstance(out, (list, tuple)) else [out]
+        shapes = found if isinstance(found, list) else [found] * len(results)
+        if len(shapes) != len(results) or not all(map(_fits, shapes, results)):
+            wrong.append(f"{target}: {found} for {[tuple(x.shape) for x in results if isinstance(x, torch.Tensor)]}")
+    assert not wrong
+    assert ran >= 600
+
+
+def _with_shapes(
+    row: Row, call: Node, tensors: dict[str, torch.Tensor], given: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    def known(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [known(item) for item in value]
+        held = given[value.name] if isinstance(value, Ref) else value
+        held = tensors[value.name] if isinstance(value, TensorRef) else held
+        return Shape(tuple(held.shape)) if isinstance(held, torch.Tensor) else held
+
+    names = [argument.name for argument in row.arguments]
+    return {name: known(value) for name, value in (*zip(names, call.args, strict=False), *call.kwargs.items())}
+
+
+def _fits(shape: Any, found: Any) -> bool:
+    if not isinstance(shape, Shape) or not isinstance(found, torch.Tensor):
+        return True
+    if shape.dims is None:
+        return shape == ANY or found.numel() <= shape.most
+    return len(shape.dims) == found.dim() and all(a in (None, b) for a, b in zip(shape.dims, found.shape, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments", "words"),
+    [
+        ("tensor_split.sections", [X, 2**40], "makes 1099511627776 parts"),
+        ("diag.default", [tensor("w4"), 2**40], "more than 2^40 elements"),
+        ("adaptive_max_pool2d.default", [X, [2**20, 2**20]], "elements"),
+        ("fft_fft2.default", [X, [2**20, 2**20]], "elements"),
+        ("stft.default", [tensor("w66"), 2**20, 1], "elements"),
+        ("native_group_norm.default", [X, None, None, 2, 4, 37, 2, 1e-5], "takes 2 * 4 * 37 elements"),
+        ("native_group_norm.default", [X, None, None, 2, 4, 36, 0, 1e-5], "must be a whole number in [1,"),
+        ("gru_cell.default", [tensor("cube"), X, tensor("w44"), tensor("w44")], "takes (batch, features)"),
+        ("lstm.input", [tensor("block"), [tensor("state")] * 2, [tensor("w16_4")], True, 2**40, 0.0, False, False,
+                        False], "has 1099511627776 layers"),
+    ],
+)  # fmt: skip
+def test_what_would_make_too_much_is_refused(target: str, arguments: list[Any], words: str) -> None:
+    given = {**stored(), "input": inputs()["x"]}
+    with pytest.raises(ArtifactError) as caught:
+        check_shapes(Program.from_json(program(node(target, arguments)), given), [(2, 4, 6, 6)])
+    assert words in str(caught.value)
 
 
 def test_a_wrong_call_is_refused_or_computed_as_the_reference_does() -> None:

@@ -49,7 +49,9 @@ def stored() -> dict[str, torch.Tensor]:
         "codes": torch.ones(4, 4, dtype=torch.int8), "conv_codes": torch.ones(4, 4, 3, 3, dtype=torch.int8),
         "codes4": torch.ones(4, 4, 3, 3, dtype=torch.int8), "scale": torch.ones(1),
         "bytes": torch.ones(6, dtype=torch.uint8),
-        "grid": floats(2, 3, 3, 2), "cube": floats(2, 3, 6),
+        "grid": floats(2, 3, 3, 2), "cube": floats(2, 3, 6), "turned": floats(2, 6, 3), "block": floats(3, 4, 4),
+        "state": floats(1, 4, 4), "w16_4": floats(16, 4), "w16": floats(16), "w12_4": floats(12, 4), "w12": floats(12),
+        "ids4": torch.arange(4),
     }  # fmt: skip
 
 

@@ -38,6 +38,7 @@ bool repeats(const View& v) {
 }
 
 Dims dense_like(const View& v) {
+    checked_count(v.dims);
     std::vector<std::size_t> order(v.dims.size());
     std::iota(order.begin(), order.end(), std::size_t{0});
     std::stable_sort(order.begin(), order.end(),

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from quantflow.ir.op_shapes import computes, moves, windows
+from quantflow.ir.op_shapes import bounds, computes, moves, windows
 from quantflow.ir.op_shapes.computes import matmul
 from quantflow.ir.op_shapes.parts import ANY, COMPUTED, Dims, Given, Shape, Size, broadcast, check_size
 from quantflow.ir.op_shapes.windows import convolved
 from quantflow.ir.op_table import Row
 
 __all__ = ["ANY", "COMPUTED", "Dims", "Shape", "Size", "broadcast", "check_size", "convolved", "matmul", "result"]
-_RULES = computes.RULES | moves.RULES | windows.RULES
+_RULES = computes.RULES | moves.RULES | windows.RULES | bounds.RULES
 
 
 def result(row: Row, given: Given) -> Any:
@@ -26,8 +26,7 @@ def result(row: Row, given: Given) -> Any:
     """
     _check_kinds(row, given)
     _check_axes(row, given)
-    rule = _RULES.get(row.shape)
-    found = None if rule is None else rule(row, given)
+    found = _RULES[row.shape](row, given)
     for shape in found if isinstance(found, list) else [found]:
         if isinstance(shape, Shape):
             check_size(shape)

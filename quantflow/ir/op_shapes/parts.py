@@ -15,14 +15,18 @@ Dims = tuple[Size, ...]
 
 @dataclass(frozen=True)
 class Shape:
-    """A tensor, by its sizes; `dims` None: of unknown rank."""
+    """A tensor, by its sizes; `dims` None: of unknown rank.
+
+    `most`: as many elements it may have, where `dims` does not say.
+    """
 
     dims: Dims | None = None
+    most: int = 0
 
     @property
     def elements(self) -> int:
-        """How many it has at least, unless it is empty: what varies counts as 1."""
-        return math.prod(size for size in self.dims or () if size is not None and size > 0)
+        """How many it has at least, unless it is empty: what varies counts as 1. Where `most` is known, at most."""
+        return max(self.most, math.prod(size for size in self.dims or () if size is not None and size > 0))
 
 
 #: A tensor of any shape, or a value that may be anything.
