@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from quantflow.errors import ArtifactError
+from quantflow.ir.on_trust import guarded, trusts
 from quantflow.ir.op_table import row_of
-from quantflow.ir.regions import guarded
 
 #: Functional ATen ops that still reach outside the process; whatever a caller allows.
 _FORBIDDEN_ATEN = ("from_file", "_print", "_debug", "record_stream", "_nested", "cuda", "_cudnn", "_copy_from")
@@ -58,7 +58,7 @@ def aten_op(target: str) -> Callable[..., Any]:
         raise ArtifactError(f"program.json: {shown} writes to its arguments, which a program may not")
     if not _computes_with_tensors(op._schema):
         raise _not_allowed(target)
-    return guarded(name, op) if full_name in KNOWN_OPERATORS else op
+    return guarded(name, op) if trusts(full_name) else op
 
 
 def require_allowed(target: str, operators: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Boxes of images that are not there, or that are no numbers, are refused before torchvision's kernels read by them."""
+"""Boxes of images that are not there, states of other sizes: refused before kernels read by them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from quantflow.errors import ArtifactError
-from quantflow.ir.regions import guarded
+from quantflow.ir.aten_policy import aten_op
+from quantflow.ir.on_trust import guarded
 
 IMAGE = torch.arange(2 * 4 * 6 * 6, dtype=torch.float32).reshape(2, 4, 6, 6)
 BOX = [1.0, 0.0, 0.0, 4.0, 4.0]
@@ -86,3 +87,45 @@ def test_offsets_are_numbers() -> None:
     assert call("deform_conv2d", IMAGE, weight, torch.zeros(2, 18, 4, 4), mask, bias, 1) == "computed"
     with pytest.raises(ArtifactError, match="offset holds what is no finite number"):
         call("deform_conv2d", IMAGE, weight, torch.full((2, 18, 4, 4), NAN), mask, bias, 1)
+
+
+def recurrent(module: torch.nn.RNNBase, x: torch.Tensor, states: Any, sizes: torch.Tensor | None = None) -> Any:
+    """The module's own call, its operator by name."""
+    kind = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn_tanh"}[type(module).__name__]
+    more = (module.bias, module.num_layers, 0.0, False, module.bidirectional)
+    if sizes is not None:
+        return aten_op(f"{kind}.data")(x, sizes, states, module._flat_weights, *more)
+    return aten_op(f"{kind}.input")(x, states, module._flat_weights, *more, module.batch_first)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")  # PyTorch's own
+@pytest.mark.parametrize("make", [torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}, {"batch_first": True}, {"proj_size": 3}],
+    ids=str,
+)
+def test_a_recurrent_net_is_computed(make: Any, settings: dict[str, Any]) -> None:
+    if "proj_size" in settings and make is not torch.nn.LSTM:
+        pytest.skip("LSTMs alone have projections")
+    module, x = make(4, 5, **settings).eval(), torch.randn(3, 3, 4)
+    count = module.num_layers * (2 if module.bidirectional else 1)
+    h = torch.randn(count, 3, module.proj_size or 5)
+    states = [h, torch.randn(count, 3, 5)] if make is torch.nn.LSTM else h
+    wanted, _ = module(x, tuple(states) if isinstance(states, list) else states)
+    assert torch.allclose(recurrent(module, x, states)[0], wanted, atol=1e-6)
+    other = torch.randn(count, 4, 5)
+    with pytest.raises(ArtifactError, match="its states are"):
+        recurrent(module, x, [h, other] if isinstance(states, list) else other)
+    module._flat_weights[1] = torch.randn(20, 7)
+    with pytest.raises(ArtifactError, match="its weights are"):
+        recurrent(module, x, states)
+
+
+def test_a_packed_sequence_has_the_rows_of_its_steps() -> None:
+    module, states = torch.nn.GRU(4, 5).eval(), torch.zeros(1, 3, 5)
+    packed = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(4, 3, 4), torch.tensor([4, 2, 1]))
+    assert torch.equal(recurrent(module, packed.data, states, packed.batch_sizes)[0], module(packed, states)[0].data)
+    for sizes in ([3, 2, 1, 2**40], [1, 2, 3, 1], [3, 4], [], [3, 2, 2, 0], [4, 3]):
+        with pytest.raises(ArtifactError, match=r"its steps' sizes|its states are"):
+            recurrent(module, packed.data, states, torch.tensor(sizes, dtype=torch.int64))
