@@ -4,6 +4,7 @@
 # With g++ (the default where there is no clang++): $1/fuzz, which drives all targets by itself, guided by what they
 # reach, and prints at its end what was reached of lowering and of the kernels. For an hour on two cores:
 #   $1/fuzz --seconds 3600 --jobs 2 --seed 1 native/fuzz/corpus
+# What it builds is compared with the reference by native/fuzz/compare.py.
 # With clang++ (Debian's clang and libclang-rt-14-dev) one libFuzzer binary for each target:
 #   fuzz_calls     programs built from the table's grammar, lowered and executed, on one thread and on four
 #   fuzz_lower     the loader: program.json and weights.safetensors; and the choice of kernels for what it lets through
