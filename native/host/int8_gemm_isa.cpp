@@ -9,10 +9,11 @@ namespace quantflow::host::QF_ISA_NAMESPACE {
 namespace {
 
 // QF_INT8_LANES: tests compile the plain C++ code with another vector length in place of an instruction set.
+// QF_INT8_EMULATED_AMX: they define the tile instructions themselves.
 #if defined(QF_INT8_LANES)
 using Vector = PortableVector<QF_INT8_LANES>;
 constexpr char kName[] = "portable";
-#elif defined(__AMX_INT8__)
+#elif defined(__AMX_INT8__) || defined(QF_INT8_EMULATED_AMX)
 using Vector = Avx512Vector;
 constexpr char kName[] = "amx_int8";
 #define QF_INT8_AMX

@@ -1,5 +1,5 @@
-// int8 linear, convolution and matmul against naive loops, for every instruction set this CPU has, and for the code
-// that AVX512-VNNI runs, on plain vectors of its length.
+// int8 linear, convolution and matmul against naive loops, for every instruction set this CPU has, for the code that
+// AVX512-VNNI runs, on plain vectors of its length, and for that of AMX, on emulated tiles (emulated_amx.cpp).
 #pragma GCC diagnostic ignored "-Wpsabi"  // of 64-byte vectors, none of which crosses a call
 #define QF_ISA_NAMESPACE isa_portable16
 #define QF_INT8_LANES 16
@@ -17,6 +17,10 @@
 #include "../host/isa.hpp"
 #include "../host/steps.hpp"
 #include "../src/activation_formulas.hpp"
+
+namespace quantflow::host::isa_emulated_amx {
+extern const Int8Kernels int8_kernels;
+}
 
 using namespace quantflow;
 using host::StepPtr;
@@ -245,6 +249,15 @@ void test_linear() {
             c.codes = codes;
             run_case(c);
         }
+    }
+    // Weights beyond a block that stays in the L2 cache; rows and channels end within a tile.
+    for (i64 k : {2048, 2112}) {
+        Case c;
+        c.batch = 37;
+        c.in_channels = k;
+        c.out_channels = 820;
+        vary(c);
+        run_case(c);
     }
 }
 
@@ -507,11 +520,13 @@ int main() {
     if (best >= Isa::avx2) all.push_back(&host::isa_avx2::int8_kernels);
     if (best == Isa::avx_vnni) all.push_back(&host::isa_avx_vnni::int8_kernels);
     if (best >= Isa::avx512_vnni) all.push_back(&host::isa_avx512_vnni::int8_kernels);
+    if (best >= Isa::avx512_vnni) all.push_back(&host::isa_emulated_amx::int8_kernels);
     if (best == Isa::amx_int8) all.push_back(&host::isa_amx_int8::int8_kernels);
     for (const host::Int8Kernels* kernels : all) {
         host::int8_kernels_in_use() = kernels;
         random_bits.seed(7);
-        std::printf("%s, %d lanes\n", kernels->name, kernels->lanes);
+        std::printf("%s, %d lanes%s\n", kernels->name, kernels->lanes,
+                    kernels == &host::isa_emulated_amx::int8_kernels ? ", emulated tiles" : "");
         group("linear", test_linear);
         group("activations", test_activations);
         group("NaN and infinities", test_not_finite);
