@@ -25,6 +25,7 @@ Grouping merge_groups(const Int8Kernels& kernels, i64 groups, i64 in_channels, i
 }
 
 i64 chunk_of(const Int8Kernels& kernels, i64 quads) {
+    if (kernels.depth > 1) return std::max<i64>(kernels.depth, quads);  // tile registers keep their sums
     const i64 most = 20 * 1024 / (4 * (kernels.columns + 2 * kernels.rows));
     return std::max<i64>(kernels.depth, round_up(divide_up(quads, std::max<i64>(1, divide_up(quads, most))), kernels.depth));
 }
@@ -45,20 +46,26 @@ Tasks cut(const Int8Kernels& kernels, const Int8Gemm& g, i64 groups, i64 rows, i
     for (i64 row_tasks = 1; row_tasks <= units; row_tasks = next(row_tasks, units)) {
         const i64 task_rows = std::min(rows, unit * divide_up(units, row_tasks));
         const i64 lines = task_rows / unit * g.stride[1] + g.reach[1] + 1;
-        const i64 row_bytes = g.is_windowed ? lines * line_bytes : task_rows * (g.is_direct ? g.quads : g.chunk) * 4;
-        if (task_rows > unit && row_bytes > cache) continue;
+        const i64 row_quads = has_tiles || g.is_direct ? g.quads : g.chunk;
+        const i64 row_bytes = g.is_windowed ? lines * line_bytes : task_rows * row_quads * 4;
+        // Tile registers take rows in order, each through a whole block of panels.
+        if (task_rows > unit && row_bytes > cache && !(has_tiles && g.is_direct)) continue;
         for (i64 panel_tasks = 1; panel_tasks <= g.panels; panel_tasks = next(panel_tasks, g.panels)) {
             const i64 task_panels = divide_up(g.panels, panel_tasks);
             const i64 sums_bytes = task_rows * task_panels * kernels.columns * 4;
-            if (!by_lines && g.chunk < g.quads && task_panels > 1 && sums_bytes > cache) continue;
+            if (!has_tiles && !by_lines && g.chunk < g.quads && task_panels > 1 && sums_bytes > cache) continue;
             const double r = static_cast<double>(task_rows), p = static_cast<double>(task_panels);
             const double tile_rows = static_cast<double>(divide_up(task_rows, kernels.rows)) * tile_cost + r;
             const double products = tile_rows * p * quads * cycles_per_tile_row;
             const double fetching = p * quads * columns * 4 / 16;
-            const double finishing = r * p * columns * 0.5;
-            // Every panel passes over the task's rows of x and y, which lie in the L1 cache or beyond.
+            const double finishing = r * p * columns * (has_tiles ? 0.3 : 0.5);
+            // Every panel passes over the task's rows of x and y, which lie in the L1 cache or beyond; of tile registers,
+            // every block of panels.
             const double x_bytes = static_cast<double>(row_bytes) / r, y_bytes = g.output.residual_scale != 0 ? 128 : 64;
-            const double passing = r * (x_bytes + y_bytes) <= 32 * 1024 ? 0 : r * p * (x_bytes + y_bytes) / 24;
+            double passing = r * (x_bytes + y_bytes) <= 32 * 1024 ? 0 : r * p * (x_bytes + y_bytes) / 24;
+            if (has_tiles)
+                passing = r * x_bytes / 24 *
+                          static_cast<double>(divide_up(task_panels * g.quads * kernels.columns * 4, kInt8BlockBytes));
             double packing = 0;
             if (g.is_windowed)
                 packing = g.reads_in_place ? 0 : static_cast<double>(lines) * (static_cast<double>(line_bytes) / 16 + 40);

@@ -700,6 +700,7 @@ void widen_rows(const u8* from, i64 from_row, u8* to, i64 to_row, i64 rows, i64 
 
 // ---- gemm --------------------------------------------------------------------------------------------------------
 
+#if !defined(QF_INT8_AMX)
 // Scratch: packed rows, their widened form, one tile's sums, and all sums if the reduction is cut into chunks.
 struct Scratch {
     i64 packed_row, wide_row, sums_row;
@@ -781,11 +782,13 @@ void gemm_packed(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64
         }
     }
 }
+#endif
 
 // ---- gemm on lines of pixels ---------------------------------------------------------------------------------------
 
 // Rows are read where they lie, or in a copy of the input's lines with their padding, which is smaller than the rows
-// of windows by the number of taps. A piece is a tile's rows within one line of output pixels.
+// of windows by the number of taps; by tile registers, also in a copy of the rows. A piece is a tile's rows within one
+// line of output pixels.
 struct Piece {
     const u8* x;
     i64 row, height;
@@ -806,7 +809,7 @@ i64 line_bytes(const Int8Gemm& g) {
 }
 
 struct LineScratch {
-    i64 pieces, sums, bytes;
+    i64 packed_row, pieces, sums, bytes;
 };
 
 // Input lines that `lines` lines of output read.
@@ -814,12 +817,15 @@ i64 input_lines(const Int8Gemm& g, i64 lines) { return (lines - 1) * g.stride[1]
 
 LineScratch line_scratch_of(const Int8Gemm& g, i64 rows) {
     LineScratch s{};
-    i64 pieces = rows;
     if (g.is_windowed && !g.reads_in_place) {
         const i64 lines = rows / g.out[2], images = (lines + g.out[1] - 2) / g.out[1] + 1;
         s.pieces = (lines * g.stride[1] + images * (g.reach[1] + 1)) * line_bytes(g) + 64;  // copies are of whole vectors
+    } else if (!g.is_windowed && !g.is_direct) {
+        // 64 bytes more than a multiple of 64: rows a power of two apart would share a cache set.
+        s.packed_row = round_up(4 * g.quads, 64) + 64;
+        s.pieces = rows * s.packed_row + 64;
     }
-    s.sums = s.pieces + round_up(pieces * static_cast<i64>(sizeof(Piece)), 64);
+    s.sums = s.pieces + round_up(rows * static_cast<i64>(sizeof(Piece)), 64);
     s.bytes = s.sums + 2 * Tiling::kPieces * kRows * kColumns * 4;
     return s;
 }
@@ -843,14 +849,43 @@ void pad_lines(const Int8Gemm& g, i64 image, i64 line, i64 lines, u8* to) {
     }
 }
 
+// Panels that pass over a tile's rows before the next tile: as many as stay in the L2 cache, so that rows of x are read
+// and rows of y written once, in order. With vector registers one: its weights stay in the L1 cache.
+i64 panels_at_a_time(i64 panel_bytes, i64 panels) {
+    if (kDepth == 1) return 1;
+    const i64 most = panel_bytes < kInt8BlockBytes ? kInt8BlockBytes / (panel_bytes > 0 ? panel_bytes : 1) : 1;
+    const i64 blocks = (panels + most - 1) / most;
+    return (panels + blocks - 1) / blocks;
+}
+
+// What the sums of `count` pieces start from where every row has a number of its own.
+void start_rows(const Int8Gemm& g, i64 padded, const Piece* pieces, i64 count, std::int32_t* to) {
+    const Int low = Vector::load(g.start + padded), high = Vector::load(g.start + padded + kLanes);
+    for (i64 i = 0; i < count; ++i)
+        for (i64 m = 0; m < pieces[i].height; ++m, to += kColumns) {
+            const Int own = Vector::set(g.row_start[pieces[i].row + m]);
+            Vector::store(to, Vector::add(low, own));
+            Vector::store(to + kLanes, Vector::add(high, own));
+        }
+}
+
 void gemm_lines(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 panels, u8* scratch) {
     const LineScratch s = line_scratch_of(g, rows);
     const i64 width = g.is_windowed ? g.out[2] : rows, lines = rows / width;
     const PieceTiling tiling(width);
     Piece* pieces = reinterpret_cast<Piece*>(scratch + s.pieces);
-    const i64 count = lines * tiling.count, x_row = g.stride[2] * g.pixel;
+    const i64 count = lines * tiling.count;
+    i64 x_row = g.stride[2] * g.pixel;
     u8* padded_lines = scratch;
     const u8* x = g.x + row * g.pixel + group * g.in_channels;
+    if (s.packed_row > 0) {
+        Copier copier(g);
+        if (g.quads > 0)
+            (g.is_pointwise ? pack_pixels : pack_windows)(copier, g, group, row, rows, 0, g.runs * g.run_length, scratch,
+                                                          s.packed_row);
+        x = scratch;
+        x_row = s.packed_row;
+    }
     i64 left_in_image = 0;  // output lines
     for (i64 line = 0, i = 0; line < lines; ++line) {
         if (g.is_windowed) {
@@ -887,36 +922,50 @@ void gemm_lines(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 
     job.x_row = x_row;
     job.offsets = g.is_windowed ? g.window_offset : kNoOffset;
     job.runs = g.is_windowed ? g.runs : 1;
-    job.steps = g.quads / job.runs;
     job.sums_row = kColumns;
-    // The tiles of one panel together fetch the next one.
-    const i64 panel_bytes = g.quads * 4 * kColumns;
-    job.ahead_step = (4 * kColumns + count - 1) / count;
+    job.steps = g.quads / job.runs;
+    const i64 panel_bytes = g.quads * 4 * kColumns, block = panels_at_a_time(panel_bytes, panels);
     std::int32_t* sums = reinterpret_cast<std::int32_t*>(scratch + s.sums);
     Pending pending{};
     bool is_second = false;
-    for (i64 p = 0; p < panels; ++p) {
-        const i64 padded = (group * g.panels + panel + p) * kColumns;
-        const i64 channels = smaller(kColumns, g.channels - (panel + p) * kColumns);
-        job.w = reinterpret_cast<const u8*>(g.weights) + (group * g.panels + panel + p) * g.quads * 4 * kColumns;
-        job.start = g.start + padded;
+    for (i64 begin = 0; begin < panels; begin += block)
         for (i64 i = 0; i < count; i += Tiling::kPieces) {
-            const i64 together = smaller(Tiling::kPieces, count - i);
+            const i64 together = smaller(Tiling::kPieces, count - i), height = together * pieces[i].height;
+            const i64 end = smaller(begin + block, panels);
             job.x = pieces[i].x;
             job.x_high = pieces[i + together - 1].x;
             job.low_rows = pieces[i].height;
-            job.ahead = job.w + panel_bytes + panel_bytes * i / count;
-            job.sums = sums + (is_second ? Tiling::kPieces * kRows * kColumns : 0);
-            is_second = !is_second;
-            const i64 height = together * pieces[i].height;
-            piece_tile(height, together, channels)(job);
-            finish_pending(pending);
-            pending = {job.sums, pieces + i, together, padded, group * g.channels + (panel + p) * kColumns, channels};
+            for (i64 p = begin; p < end; ++p) {
+                const i64 padded = (group * g.panels + panel + p) * kColumns;
+                const i64 channel = (panel + p) * kColumns, channels = smaller(kColumns, g.channels - channel);
+                job.w = reinterpret_cast<const u8*>(g.weights) + (group * g.panels + panel + p) * panel_bytes;
+                job.start = g.start + padded;
+                job.sums = sums + (is_second ? Tiling::kPieces * kRows * kColumns : 0);
+                is_second = !is_second;
+                if constexpr (kDepth == 1) {
+                    // The tiles of one panel together fetch the next one.
+                    job.ahead = job.w + panel_bytes + panel_bytes * i / count;
+                    job.ahead_step = (4 * kColumns + count - 1) / count;
+                } else if (g.row_start != nullptr) {
+                    start_rows(g, padded, pieces + i, together, job.sums);
+                    job.start = job.sums;
+                    job.start_row = kColumns;
+                }
+                piece_tile(height, together, channels)(job);
+                finish_pending(pending);
+                pending = {job.sums, pieces + i, together, padded, group * g.channels + channel, channels};
+            }
         }
-    }
     finish_pending(pending);
 }
 
+#if defined(QF_INT8_AMX)
+void gemm(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 panels, u8* scratch) {
+    gemm_lines(g, group, row, rows, panel, panels, scratch);
+}
+
+i64 gemm_scratch(const Int8Gemm& g, i64 rows, i64) { return line_scratch_of(g, rows).bytes; }
+#else
 bool goes_by_lines(const Int8Gemm& g) { return g.is_windowed || (g.is_direct && g.row_start == nullptr); }
 
 void gemm(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 panels, u8* scratch) {
@@ -926,6 +975,7 @@ void gemm(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 panels
 i64 gemm_scratch(const Int8Gemm& g, i64 rows, i64 panels) {
     return goes_by_lines(g) ? line_scratch_of(g, rows).bytes : scratch_of(g, rows, panels).bytes;
 }
+#endif
 
 // ---- depthwise ---------------------------------------------------------------------------------------------------
 

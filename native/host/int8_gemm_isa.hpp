@@ -89,7 +89,8 @@ struct Int8Gemm {
     const std::int32_t* start = nullptr;  // what sums start from, per padded channel: -zero * (sum of weights)
     const std::int32_t* row_start = nullptr;  // per row, added to `start`; null: none
     std::int64_t channels = 0, panels = 0;  // per group
-    std::int64_t quads = 0, chunk = 0;      // chunk: quads summed at a time, so that operands stay in the L1 cache
+    // chunk: quads summed at a time, so that operands stay in the L1 cache. Tile registers sum all of them.
+    std::int64_t quads = 0, chunk = 0;
     Int8Output output;
 };
 
@@ -124,6 +125,9 @@ struct Int8Winograd {
     std::int64_t channels = 0, panels = 0;
     Int8Output output;
 };
+
+// Weights that tile registers pass over a tile's rows before the next tile: they stay in the L2 cache beside the rows.
+constexpr std::int64_t kInt8BlockBytes = 768 * 1024;
 
 struct Int8Kernels {
     const char* name;
