@@ -788,12 +788,15 @@ void gemm_packed(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64
 
 // Rows are read where they lie, or in a copy of the input's lines with their padding, which is smaller than the rows
 // of windows by the number of taps; by tile registers, also in a copy of the rows. A piece is a tile's rows within one
-// line of output pixels.
+// line of output pixels, or where it spans lines, of positions in the copy of several lines: those in the padding between
+// them are multiplied in vain.
 struct Piece {
     const u8* x;
     i64 row, height;
-    i64 skip;  // first rows, which the piece before has as well
+    i64 skip, end;  // rows before `skip` the piece before has as well, at `end` and beyond there are none
+    i64 first;      // position of its first row, counted from the one of output row `row`
 };
+constexpr i64 kSpan = 16;  // positions of a piece that spans lines
 
 // What is done with a tile's sums while the next tile is computed.
 struct Pending {
@@ -802,8 +805,20 @@ struct Pending {
     i64 count, padded, channel, channels;
 };
 
+// Positions from one line to the next where pieces span lines.
+i64 line_pitch(const Int8Gemm& g) { return g.out[2] + g.reach[2]; }
+i64 positions(const Int8Gemm& g, i64 lines) { return (lines - 1) * line_pitch(g) + g.out[2]; }
+
+// A tile register's time does not depend on its rows: lines of 7 pixels one by one would use less than half of it.
+bool spans_lines(const Int8Gemm& g) {
+    if (kDepth == 1 || !g.is_windowed || g.reads_in_place || g.stride[1] != 1 || g.stride[2] != 1) return false;
+    return g.out[2] >= 4 && g.reach[2] <= g.out[2] &&  // there is room for no more pieces than rows
+           (positions(g, g.out[1]) + kSpan - 1) / kSpan < g.out[1] * ((g.out[2] + 15) / 16);
+}
+
 i64 line_bytes(const Int8Gemm& g) {
     if (g.reads_in_place) return g.in[2] * g.pixel;
+    if (spans_lines(g)) return line_pitch(g) * g.pixel;
     // The last row's run may be padded beyond the line.
     return round_up(((g.out[2] - 1) * g.stride[2] + g.reach[2] + 1) * g.pixel, 64) + 64;
 }
@@ -820,6 +835,8 @@ LineScratch line_scratch_of(const Int8Gemm& g, i64 rows) {
     if (g.is_windowed && !g.reads_in_place) {
         const i64 lines = rows / g.out[2], images = (lines + g.out[1] - 2) / g.out[1] + 1;
         s.pieces = (lines * g.stride[1] + images * (g.reach[1] + 1)) * line_bytes(g) + 64;  // copies are of whole vectors
+        if (spans_lines(g)) s.pieces += kSpan * g.pixel;  // the last piece may read beyond
+        s.pieces = round_up(s.pieces, 64);
     } else if (!g.is_windowed && !g.is_direct) {
         // 64 bytes more than a multiple of 64: rows a power of two apart would share a cache set.
         s.packed_row = round_up(4 * g.quads, 64) + 64;
@@ -850,9 +867,8 @@ void pad_lines(const Int8Gemm& g, i64 image, i64 line, i64 lines, u8* to) {
 }
 
 // Panels that pass over a tile's rows before the next tile: as many as stay in the L2 cache, so that rows of x are read
-// and rows of y written once, in order. With vector registers one: its weights stay in the L1 cache.
+// and rows of y written once, in order.
 i64 panels_at_a_time(i64 panel_bytes, i64 panels) {
-    if (kDepth == 1) return 1;
     const i64 most = panel_bytes < kInt8BlockBytes ? kInt8BlockBytes / (panel_bytes > 0 ? panel_bytes : 1) : 1;
     const i64 blocks = (panels + most - 1) / most;
     return (panels + blocks - 1) / blocks;
@@ -872,9 +888,10 @@ void start_rows(const Int8Gemm& g, i64 padded, const Piece* pieces, i64 count, s
 void gemm_lines(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 panels, u8* scratch) {
     const LineScratch s = line_scratch_of(g, rows);
     const i64 width = g.is_windowed ? g.out[2] : rows, lines = rows / width;
-    const PieceTiling tiling(width);
+    const bool spans = kDepth > 1 && spans_lines(g);
+    const PieceTiling tiling(spans ? kSpan : width);
     Piece* pieces = reinterpret_cast<Piece*>(scratch + s.pieces);
-    const i64 count = lines * tiling.count;
+    i64 count = 0;
     i64 x_row = g.stride[2] * g.pixel;
     u8* padded_lines = scratch;
     const u8* x = g.x + row * g.pixel + group * g.in_channels;
@@ -887,7 +904,7 @@ void gemm_lines(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 
         x_row = s.packed_row;
     }
     i64 left_in_image = 0;  // output lines
-    for (i64 line = 0, i = 0; line < lines; ++line) {
+    for (i64 line = 0; line < lines; ++line) {
         if (g.is_windowed) {
             if (left_in_image == 0) {
                 const i64 first = row / width + line, image = first / g.out[1], y = first % g.out[1];
@@ -899,23 +916,38 @@ void gemm_lines(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 
                     pad_lines(g, image, y * g.stride[1], input_lines(g, left_in_image), padded_lines);
                     padded_lines += input_lines(g, left_in_image) * line_bytes(g);
                 }
+                if (spans) {
+                    const i64 all = positions(g, left_in_image);
+                    for (i64 at = 0; at < all; at += kSpan) {
+                        const i64 first = all < kSpan ? 0 : smaller(at, all - kSpan);
+                        pieces[count++] = {x + first * x_row, row + line * width, kSpan, at - first,
+                                           smaller(kSpan, all - first), first};
+                    }
+                }
             } else {
                 x += g.stride[1] * line_bytes(g);
             }
             --left_in_image;
         }
-        for (i64 t = 0; t < tiling.count; ++t, ++i)
-            pieces[i] = {x + tiling.first(t) * x_row, row + line * width + tiling.first(t), tiling.height(t),
-                         tiling.slot(t) - tiling.first(t)};
+        for (i64 t = 0; !spans && t < tiling.count; ++t)
+            pieces[count++] = {x + tiling.first(t) * x_row, row + line * width + tiling.first(t), tiling.height(t),
+                               tiling.slot(t) - tiling.first(t), tiling.height(t), 0};
     }
 
     const FinishTile finish = finisher(g.output);
     const auto finish_pending = [&](const Pending& done) {
         for (i64 i = 0; i < done.count; ++i) {
             const Piece& piece = done.pieces[i];
-            const i64 first = (i == 0 ? 0 : done.pieces[0].height) + piece.skip;
-            finish(g.output, done.sums + first * kColumns, kColumns, piece.row + piece.skip,
-                   piece.height - piece.skip, done.padded, done.channel, done.channels);
+            const std::int32_t* own = done.sums + (i == 0 ? 0 : done.pieces[0].height) * kColumns;
+            for (i64 m = piece.skip; m < piece.end;) {
+                const i64 line = spans ? (piece.first + m) / line_pitch(g) : 0;
+                const i64 column = piece.first + m - line * line_pitch(g);
+                const i64 n = spans ? smaller(piece.end - m, width - column) : piece.end - m;
+                if (n > 0)
+                    finish(g.output, own + m * kColumns, kColumns, piece.row + line * width + column, n, done.padded,
+                           done.channel, done.channels);
+                m += n > 0 ? n : line_pitch(g) - column;
+            }
         }
     };
     TileJob job;
@@ -924,7 +956,8 @@ void gemm_lines(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 
     job.runs = g.is_windowed ? g.runs : 1;
     job.sums_row = kColumns;
     job.steps = g.quads / job.runs;
-    const i64 panel_bytes = g.quads * 4 * kColumns, block = panels_at_a_time(panel_bytes, panels);
+    // With vector registers one panel after the other: its weights stay in the L1 cache.
+    const i64 panel_bytes = g.quads * 4 * kColumns, block = kDepth > 1 ? panels_at_a_time(panel_bytes, panels) : 1;
     std::int32_t* sums = reinterpret_cast<std::int32_t*>(scratch + s.sums);
     Pending pending{};
     bool is_second = false;
