@@ -24,6 +24,7 @@ from quantflow.config import app
 from quantflow.config.recipe_file import config_dirs, group_choices, recipe_description, recipe_files
 from quantflow.errors import EXIT_CRASH, EXIT_GATE, EXIT_INTERRUPTED, EXIT_PASSED, QuantflowError, UsageError
 from quantflow.schema import Recipe, Task
+from quantflow.store.whole_file import disk_trouble
 
 #: What --force stands for: Hydra knows no options of ours.
 _FORCED = "resume=false"
@@ -120,7 +121,9 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted", style="red")
         return EXIT_INTERRUPTED
-    except Exception:  # noqa: BLE001 the last resort: a traceback and the exit code of a crash
+    except Exception as error:  # noqa: BLE001 the last resort: a traceback and the exit code of a crash
+        if told := disk_trouble(error):
+            return _complain(UsageError(told))
         traceback.print_exc()
         return EXIT_CRASH
     return endings[0].exit_code if endings else EXIT_PASSED
@@ -138,6 +141,8 @@ def run_job(job: app.Job) -> Ending:
     except QuantflowError as error:
         return Ending(_complain(error), str(error))
     except Exception as error:  # noqa: BLE001 the last resort: a traceback and the exit code of a crash
+        if told := disk_trouble(error):
+            return Ending(_complain(UsageError(told)), told)
         traceback.print_exc()
         return Ending(EXIT_CRASH, f"crashed with {type(error).__name__}: {error}")
 

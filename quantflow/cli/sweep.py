@@ -19,6 +19,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -49,7 +50,7 @@ from quantflow.host.cores import CORES, INHERITED
 from quantflow.host.environment import distribution_version
 from quantflow.schema import Recipe
 from quantflow.store.artifact import MANIFEST, RESULTS
-from quantflow.store.whole_file import replace_file
+from quantflow.store.whole_file import disk_trouble, read_regular, replace_file
 
 WORK = ".work"
 #: How often a job may take its launcher's process down with it.
@@ -380,8 +381,9 @@ def _launch(arguments: Sequence[str], sweep: Sweep) -> str:
                 if not before[0]:
                     _require_slurm(arguments)
                     raise
-                traceback.print_exc()
-                return f"the launcher failed: {first_line(error)}"
+                if not disk_trouble(error):
+                    traceback.print_exc()
+                return f"the launcher failed: {disk_trouble(error) or first_line(error)}"
             print(f"the launcher failed and is started again for what is left: {first_line(error)}", file=sys.stderr)
 
 
@@ -428,10 +430,15 @@ def _progress(sweep: Sweep) -> tuple[int, int]:
 def _running(sweep: Sweep, *, is_forced: bool) -> Iterator[None]:
     """Nobody else runs this sweep; attempts start at 0; nothing is left where nothing was done."""
     created = [path for path in (sweep.work, *sweep.work.parents) if not path.exists()]
+    if sweep.work.is_symlink() or (created[:1] != [sweep.work] and not sweep.work.is_dir()):
+        raise UsageError(f"sweep: '{sweep.work}' is in the way: it is no folder of ours; remove it")
     sweep.work.mkdir(parents=True, exist_ok=True)
     with _locked(sweep):
-        for file in sweep.work.glob("*.attempts"):
-            file.write_text("")
+        for file in sweep.work.iterdir():
+            if not _is_regular(file):  # nothing of ours
+                shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
+            elif file.suffix == ".attempts":
+                file.write_text("")
         if is_forced:
             for file in sweep.path.glob("[0-9]*.json"):
                 file.unlink()
@@ -484,7 +491,7 @@ def _report(arguments: Sequence[str], sweep: Sweep, trouble: str) -> dict[str, A
 
 def _results(path: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError):
-        return report.from_json(path.read_bytes())
+        return report.from_json(read_regular(path))
     return {}
 
 
@@ -496,16 +503,22 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return None
 
 
+def _is_regular(path: Path) -> bool:
+    return stat.S_ISREG(path.lstat().st_mode)
+
+
 def _write_outcome(sweep: Sweep, outcome: JobOutcome) -> None:
     replace_file(sweep.path / f"{outcome.number}.json", report.to_json(asdict(outcome)))
 
 
 def _read_outcome(path: Path) -> JobOutcome | None:
     try:
-        record = report.from_json(path.read_bytes())
-        return JobOutcome(**{**record, "overrides": tuple(record["overrides"])})
-    except (OSError, ValueError, TypeError, KeyError):
+        record = report.from_json(read_regular(path))
+        outcome = JobOutcome(**{**record, "overrides": tuple(record["overrides"])})
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
+    is_one = type(outcome.number) is int and type(outcome.exit_code) is int and isinstance(outcome.figures, dict)
+    return outcome if is_one else None
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
@@ -513,8 +526,8 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    with suppress(OSError, ValueError):
-        content = json.loads(path.read_bytes())
+    with suppress(OSError, ValueError, RecursionError):
+        content = json.loads(read_regular(path))
         return content if isinstance(content, dict) else None
     return None
 

@@ -140,7 +140,11 @@ class Cores:
 
 
 def _cores() -> Cores:
-    folder = Path(tempfile.gettempdir(), f"quantflow-{os.getuid()}")
+    try:
+        temporary = tempfile.gettempdir()
+    except OSError:  # a full disk: Python finds no place to write in, but locks that are there need no room
+        temporary = "/tmp"
+    folder = Path(temporary, f"quantflow-{os.getuid()}")
     with suppress(ValueError, OSError):
         inherited = int(os.environ.pop(INHERITED, ""))
         os.set_inheritable(inherited, False)

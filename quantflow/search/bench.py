@@ -79,7 +79,7 @@ def workbench(run: Run, *, judges: bool = False) -> Workbench:
 def sensitivity_cache(run: Run, bench: Workbench) -> Journal:
     """The journal of a model's sensitivities, in the user's cache: later runs on the same model and data read it."""
     key = measurement_key(run, bench, {"last_samples": run.recipe.sensitivity.samples})
-    return Journal(cache_folder() / "sensitivity" / f"{key[:32]}.jsonl", key)
+    return Journal(cache_folder() / "sensitivity" / f"{key[:32]}.jsonl", key, is_cache=True)
 
 
 def measurement_key(run: Run, bench: Workbench, more: Mapping[str, Any]) -> str:

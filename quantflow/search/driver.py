@@ -76,7 +76,7 @@ def tuned(run: Run, baseline: Mapping[str, Any] | None = None, destination: Path
                 progress=stage.update,
             ).run(bench.start)
         found = replace(run, recipe=_found_recipe(recipe, outcome.best.setting), work=None)
-        notices = [journal.notice] if journal.notice else []
+        notices = [each.notice for each in (journal, cache) if each.notice]
         section, content = _section(recipe, outcome, journal), journal.content()
         built = made(outcome.best.setting, run.progress)
         if found.recipe.algorithms:

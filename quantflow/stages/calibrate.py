@@ -25,7 +25,7 @@ from safetensors.torch import save as save_tensors
 from quantflow.errors import ArtifactError, CalibrationError, DataError, cause_line
 from quantflow.numerics.observers import AbstractObserver, extremes, flat, make_observer
 from quantflow.schema import ActivationSpec
-from quantflow.store.whole_file import write_whole
+from quantflow.store.whole_file import read_regular, write_whole
 
 if TYPE_CHECKING:
     from quantflow.ir.batch import Batch
@@ -372,7 +372,7 @@ def _decode(data: bytes, where: str) -> tuple[CalibrationTable, str]:
             observers[name] = make_observer(ActivationSpec.model_validate(spec))
             observers[name].load_state(states[name])
         table = CalibrationTable(observers, content["batches"], content["samples"], content["data_sha256"])
-    except (SafetensorError, ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (SafetensorError, ValidationError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(
             f"{where}: not a calibration table, or a damaged one ({cause_line(error)}); {cure}"
         ) from error
@@ -385,7 +385,7 @@ def _checksum(content: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -
 
 def _read(path: Path) -> tuple[CalibrationTable, str]:
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
     except OSError as error:
         raise ArtifactError(
             f"{path}: the calibration table can't be read ({error.strerror}); calibrate again"

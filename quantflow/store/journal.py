@@ -11,11 +11,13 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Self
 
-from quantflow.errors import UsageError
+from quantflow.errors import ArtifactError, UsageError
 from quantflow.store.json_values import decoded, encoded
+from quantflow.store.whole_file import require_regular
 
 FORMAT = 1
 
@@ -32,11 +34,12 @@ class Journal:
         notice: what the user should hear about the file that was found, or "".
     """
 
-    def __init__(self, path: Path | None, key: str) -> None:
+    def __init__(self, path: Path | None, key: str, *, is_cache: bool = False) -> None:
         """
         Args:
             path: None keeps the records in memory only.
             key: a file with another key, or none that can be read, is started anew.
+            is_cache: the job can do without the file: where that can't be used, a notice says so.
 
         Raises:
             UsageError: another process writes this journal, or the file can't be opened.
@@ -44,9 +47,19 @@ class Journal:
         self.path = path
         self.records: dict[str, dict[str, Any]] = {}
         self.notice = ""
-        self._file = None if path is None else _locked(path)
+        self._file, self._is_cache = None, is_cache
+        try:
+            self._file = None if path is None else _locked(path)
+        except UsageError as error:
+            if not is_cache:
+                raise
+            self._do_without(error)
         if self._file is not None:
-            self._read(key)
+            try:
+                self._read(key)
+            except BaseException:
+                self.__exit__()
+                raise
         self.resumed = len(self.records)
 
     def __enter__(self) -> Self:
@@ -54,7 +67,8 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # what was not written has been told
+                self._file.close()
 
     @property
     def spent_s(self) -> float:
@@ -101,17 +115,42 @@ class Journal:
     def _append(self, entry: Mapping[str, Any]) -> None:
         if self._file is None:
             return
-        self._file.write(json.dumps(encoded(entry), allow_nan=False).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.write(json.dumps(encoded(entry), allow_nan=False).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            problem = ArtifactError(
+                f"journal '{self.path}' can't be written ({error.strerror}); free some space, or choose another output="
+            )
+            if not self._is_cache:
+                raise problem from error
+            with suppress(OSError):  # what it holds back can't be written either
+                self._file.close()
+            self._do_without(problem)
+
+    def _do_without(self, problem: Exception) -> None:
+        """A cache that can't be used: measurements stay in memory."""
+        self.notice = f"measurements are not kept for later runs: {str(problem).partition(';')[0]}"
+        self.path = self._file = None
 
 
 def _locked(path: Path) -> IO[bytes]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+b")
+        # O_NONBLOCK: opening a named pipe must not wait for its other end.
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        try:
+            require_regular(descriptor, path)
+            file: IO[bytes] = os.fdopen(descriptor, "a+b")
+        except OSError:
+            os.close(descriptor)
+            raise
     except OSError as error:
-        raise UsageError(f"journal '{path}' can't be opened ({error.strerror}); choose another output=") from error
+        raise UsageError(
+            f"journal '{path}' can't be opened ({error.strerror or error}); move what is there, or choose another "
+            "output="
+        ) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -128,6 +167,6 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         return None
     try:
         entry = decoded(json.loads(line))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return entry if isinstance(entry, dict) else None

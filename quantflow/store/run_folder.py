@@ -21,7 +21,7 @@ from typing import Any
 from quantflow.host.environment import distribution_version
 from quantflow.store.json_values import from_json, to_json
 from quantflow.store.places import is_mounted
-from quantflow.store.whole_file import write_whole
+from quantflow.store.whole_file import read_regular, write_whole
 
 FORMAT = 1
 #: Files in the folder that are ours.
@@ -74,13 +74,13 @@ class Work:
             return None
         tensors = b""
         try:
-            record = from_json(path.read_bytes())
+            record = from_json(read_regular(path))
             reason = self._misfit(record, inputs)
             content = record.get("content")
             if not reason and record["tensors"] is not None:
-                tensors = path.with_suffix(".safetensors").read_bytes()
+                tensors = read_regular(path.with_suffix(".safetensors"))
                 reason = "" if hashlib.sha256(tensors).hexdigest() == record["tensors"] else _DAMAGED
-        except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
             reason, content = f"it can't be read ({' '.join(str(error).split())})", None
         if reason or not isinstance(content, dict):
             self.notices.append(f"{word} is computed again: '{path}' does not fit, {reason or 'it holds no product'}")

@@ -13,7 +13,7 @@ from quantflow.report import Progress, stage_times
 from quantflow.schema import Recipe
 from quantflow.store.artifact import RESULTS
 from quantflow.store.json_values import from_json, to_json
-from quantflow.store.whole_file import write_whole
+from quantflow.store.whole_file import read_regular, write_whole
 
 
 def earlier_times(recipe: Recipe, directory: Path) -> dict[str, float]:
@@ -24,7 +24,7 @@ def earlier_times(recipe: Recipe, directory: Path) -> dict[str, float]:
     times: dict[str, float] = {}
     for file in (_file(recipe), directory / RESULTS):
         with contextlib.suppress(OSError, ValueError, RecursionError):
-            times |= stage_times(from_json(file.read_bytes()))
+            times |= stage_times(from_json(read_regular(file)))
     return times
 
 

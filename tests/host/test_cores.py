@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -166,6 +167,15 @@ def test_without_a_place_for_locks_everything_goes_on(tmp_path: Path) -> None:
         assert descriptor is None
     assert cores.holders() == []
     assert time.monotonic() - start < 60
+
+
+def test_a_full_temporary_folder_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp', '/var/tmp']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", full)
+    with _cores._cores().shared():
+        pass
 
 
 def test_a_run_times_alone_and_computes_beside_others(monkeypatch: pytest.MonkeyPatch) -> None:

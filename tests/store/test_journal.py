@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import math
+import os
 from pathlib import Path
 
 import pytest
 
-from quantflow.errors import UsageError
+from quantflow.errors import ArtifactError, UsageError
 from quantflow.store.journal import Journal
 
 
@@ -83,3 +86,43 @@ def test_in_memory_only() -> None:
         assert journal.measure("a", lambda: {"value": 1})["value"] == 1
         assert journal.measure("a", dict)["value"] == 1
         assert journal.content() == b""
+
+
+@pytest.mark.parametrize("place", ["a folder", "a loop", "a pipe", "below a file", "in use", "no room"])
+def test_a_cache_that_cannot_be_used_is_done_without(
+    tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "j.jsonl"
+    with contextlib.ExitStack() as stack:
+        match place:
+            case "a folder":
+                path.mkdir()
+            case "a loop":
+                path.symlink_to(path.name)
+            case "a pipe":
+                os.mkfifo(path)
+            case "below a file":
+                (tmp_path / "file").touch()
+                path = tmp_path / "file" / "j.jsonl"
+            case "in use":
+                stack.enter_context(Journal(path, "k"))
+            case "no room":
+
+                def full(_: int) -> None:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+
+                monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises((UsageError, ArtifactError), match=r"journal '.*j\.jsonl' (can't be|is in use)"):
+            Journal(path, "k")
+        with Journal(path, "k", is_cache=True) as journal:
+            assert journal.measure("a", lambda: {"value": 1.0})["value"] == 1.0
+            assert journal.measure("a", dict)["value"] == 1.0
+            assert "not kept for later runs: journal" in journal.notice
+
+
+def test_nesting_that_no_parser_follows_is_no_record(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    filled(path)
+    path.write_bytes(path.read_bytes() + b"[" * 100_000 + b"\n")
+    with Journal(path, "k") as journal:
+        assert list(journal.records) == list(VALUES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,3 +106,18 @@ def test_each_worker_has_its_checkpoint(tmp_path: Path) -> None:
     mine = Work(tmp_path / "art", "key")
     names = [mine.checkpoint(rank, count).name for rank, count in ((0, 1), (0, 2), (1, 2))]
     assert names == ["calibration.safetensors", "calibration-0-of-2.safetensors", "calibration-1-of-2.safetensors"]
+
+
+@pytest.mark.parametrize("what", ["deep", "pipe", "loop", "folder"])
+def test_no_garbage_stands_in_the_way(tmp_path: Path, what: str) -> None:
+    work = Work(tmp_path / "art", "k")
+    work.put("accuracy", "i", {"a": 1})
+    path = work.folder / "accuracy.json"
+    path.unlink()
+    {
+        "deep": lambda: path.write_bytes(b"[" * 100_000),
+        "pipe": lambda: os.mkfifo(path),
+        "loop": lambda: path.symlink_to(path.name),
+        "folder": path.mkdir,
+    }[what]()
+    assert work.get("accuracy", "i") is None

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from quantflow.errors import ArtifactError
-from quantflow.store.whole_file import replace_file, write_whole
+from quantflow.store.whole_file import disk_trouble, read_regular, replace_file, write_whole
 
 
 def names(folder: Path) -> list[str]:
@@ -57,3 +57,23 @@ def test_the_error_says_what_to_do(tmp_path: Path) -> None:
         ArtifactError, match=r"b\.json' can't be written \(.+\); free some space, or choose another out"
     ):
         write_whole(tmp_path / "file" / "b.json", b"")
+
+
+def test_only_files_are_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"1")
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
+    assert read_regular(tmp_path / "file") == b"1"
+    for name in ("loop", "pipe", "absent", "."):
+        with pytest.raises(OSError):  # noqa: PT011 each has its own reason
+            read_regular(tmp_path / name)
+
+
+def test_what_the_disk_refuses_is_told_from_what_is_wrong() -> None:
+    full = OSError(28, "No space left on device", "out/0.json")
+    assert disk_trouble(full).startswith("'out/0.json' can't be used (No space left on device); free some space")
+    wrapped = RuntimeError("Hydra's own")
+    wrapped.__cause__ = full
+    assert disk_trouble(wrapped) == disk_trouble(full)
+    assert disk_trouble(ValueError("ours")) == ""
+    assert disk_trouble(FileNotFoundError(2, "No such file", "x")) == ""
