@@ -12,6 +12,7 @@ from torch import fx
 from quantflow.analysis.baseline import beside
 from quantflow.analysis.fused_graph import fused_graph
 from quantflow.analysis.joins import join_notices
+from quantflow.analysis.poor_output import poor_output_notices
 from quantflow.errors import NothingQuantizedError
 from quantflow.executor.built import Built
 from quantflow.executor.measure import measure
@@ -68,6 +69,7 @@ def finished(
     results |= measure(run, built.compiled, built.graph, built.call)
     results["notices"] = [
         *run.source.notices,
+        *poor_output_notices(results.get("accuracy")),
         *built.plan.notes,
         *built.outliers.notices,
         *join_notices(built.joins),

@@ -34,6 +34,7 @@ from quantflow.stages.warmup import warmup
 VERIFIED_SAMPLES = 2
 #: Variants of larger batches are not tried: that takes longer than a user would wait.
 MOST_TUNED_SAMPLES = 64
+NO_JOINS: Mapping[str, str] = {}
 
 
 def captured(run: Run, example: Batch) -> Graph:
@@ -83,8 +84,14 @@ def rewritten(
     return graph, applied, None if module is None else carry_over(module, original, graph)
 
 
-def plan_for(run: Run, graph: Graph, example: Batch, outliers: Outliers = NO_OUTLIERS) -> Plan:
-    """The plan for a captured graph, with what this machine decides filled in."""
+def plan_for(
+    run: Run, graph: Graph, example: Batch, outliers: Outliers = NO_OUTLIERS, joins: Mapping[str, str] = NO_JOINS
+) -> Plan:
+    """The plan for a captured graph, with what this machine decides filled in.
+
+    Args:
+        joins: additions and concatenations that measurements say must stay float, with the reason.
+    """
     recipe, runtime = run.recipe, run.choice.runtime
 
     def plan_with(unreachable: Mapping[str, str]) -> Plan:
@@ -96,7 +103,7 @@ def plan_for(run: Run, graph: Graph, example: Batch, outliers: Outliers = NO_OUT
             kernel_of=runtime.kernel_of,
             reduce_range=recipe.qconfig.reduce_range is True,
             recipe_name=recipe.name,
-            left_float=outliers.left_float,
+            left_float={**outliers.left_float, **joins},
             unreachable=unreachable,
             policy=recipe.policy,
         )

@@ -77,6 +77,7 @@ def make_plan(
         for unit in units
         if unit.kind in _BY_THEMSELVES
     }
+    unreachable = {**_joins_left_float(units, overrides, left_float or {}), **unreachable}
     units, int8, exact = _chosen(units, core, overrides, unreachable)
     if mode == IMPERATIVE:
         overrides.require_one_term(unit for unit in units if unit in int8 and unit.kind == CORE)
@@ -122,6 +123,13 @@ def _why_float(unit: Unit, graph: Graph, overrides: Overrides, left_float: Mappi
     if reduction > MAX_REDUCTION:
         return f"its reduction of {reduction} products could overflow int32; at most {MAX_REDUCTION} are safe"
     return ""
+
+
+def _joins_left_float(units: Sequence[Unit], overrides: Overrides, left_float: Mapping[str, str]) -> dict[str, str]:
+    """Those that measurements say must stay float, unless `layers` asks for int8."""
+    joins = (unit for unit in units if unit.kind in (ADD, CAT) and unit.name in left_float)
+    asked = {unit.name for unit in units if overrides.precision(unit)[1].startswith("layers.")}
+    return {unit.name: left_float[unit.name] for unit in joins if unit.name not in asked}
 
 
 def _chosen(
