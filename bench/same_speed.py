@@ -3,9 +3,10 @@
     python -m bench.same_speed --other-python OLD/bin/python --threads 2
 
 Both sides take turns, in processes of their own that stay alive: the time to import quantflow (a fresh process each),
-to load a saved ResNet-50 and get its first result, and the latency of int8 ResNet-50, MobileNetV2 and of a small
-SqueezeNet, where the call itself counts. Each side makes its own models, with random weights, and what a round
-measures is the ratio of the two in that round. quantflow's public names are all it needs, so that modules may move.
+to load a saved ResNet-50 and MiniLM and get their first results, and the latency of int8 ResNet-50, MobileNetV2, MiniLM
+and of a small SqueezeNet, where the call itself counts. Each side makes its own models, with random weights, and what a
+round measures is the ratio of the two in that round. quantflow's public names are all it needs, so that modules may
+move.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ from typing import Any
 
 #: torchvision model → side of the image.
 MODELS = {"resnet50": 224, "mobilenet_v2": 224, "squeezenet1_1": 64}
+#: And a text model: its name → tokens.
+TEXT = {"minilm": 128}
+#: What is loaded from a file and called once.
+LOADED = ("resnet50", "minilm")
 IMPORT = "import time; start = time.perf_counter(); import quantflow; print(time.perf_counter() - start)"
 
 
@@ -34,13 +39,16 @@ def main() -> int:
     parser.add_argument("--other-python", default=sys.executable, help="the interpreter of the other installation")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--only-load", action="store_true", help="load ResNet-50 and MiniLM, and nothing else")
     options = parser.parse_args()
     found = show_machine()
-    models = {"squeezenet1_1": 32} if options.smoke else MODELS
+    models = {"squeezenet1_1": 32} if options.smoke else {**MODELS, **TEXT}
+    if options.only_load:
+        models = {name: models[name] for name in LOADED}
     rounds = 3 if options.smoke else options.rounds
     with tempfile.TemporaryDirectory() as folder:
         sides = {
-            name: Side(python, Path(folder, name), options.threads, models)
+            name: Side(python, Path(folder, name), options.threads, models, only_load=options.only_load)
             for name, python in (("this", sys.executable), ("other", options.other_python))
         }
         taken: dict[str, dict[str, list[float]]] = {name: {} for name in sides}
@@ -51,7 +59,17 @@ def main() -> int:
         for side in sides.values():
             side.close()
     rows = [_row(question, taken["this"][question], taken["other"][question]) for question in taken["this"]]
-    show(f"{options.threads} threads, {rounds} rounds", rows, ("question", "this_ms", "other_ms", "ratio", "spread"))
+    columns = (
+        "question",
+        "this_ms",
+        "other_ms",
+        "ratio",
+        "least_this_ms",
+        "least_other_ms",
+        "ratio_of_least",
+        "spread",
+    )
+    show(f"{options.threads} threads, {rounds} rounds", rows, columns)
     write(options.json, {"question": "same_speed", "machine": found, "rows": rows})
     return 0
 
@@ -64,6 +82,9 @@ def _row(question: str, this: list[float], other: list[float]) -> dict[str, Any]
         "this_ms": statistics.median(this),
         "other_ms": statistics.median(other),
         "ratio": statistics.median(ratios),
+        "least_this_ms": min(this),
+        "least_other_ms": min(other),
+        "least_ratio": min(this) / min(other),
         "spread": f"{ratios[quarter]:.3f} to {ratios[-1 - quarter]:.3f}",
     }
 
@@ -71,20 +92,24 @@ def _row(question: str, this: list[float], other: list[float]) -> dict[str, Any]
 class Side:
     """One installation: a process that has its models ready and times them when it is told to."""
 
-    def __init__(self, python: str, folder: Path, threads: int, models: dict[str, int]) -> None:
+    def __init__(
+        self, python: str, folder: Path, threads: int, models: dict[str, int], *, only_load: bool = False
+    ) -> None:
         folder.mkdir()
-        self._python, self._folder = python, folder
+        self._python, self._folder, self._only_load = python, folder, only_load
         self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "XDG_CACHE_HOME": str(folder)}
         self._environment.pop("PYTHONPATH", None)
         # Started by its path and from elsewhere, so that the installation's quantflow is what it imports.
         self._process = subprocess.Popen(
-            [python, str(Path(__file__).resolve()), json.dumps(models)],
+            [python, str(Path(__file__).resolve()), json.dumps(models), "load" if only_load else "all"],
             cwd=folder, env=self._environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self._ask()
 
     def round(self) -> dict[str, float]:
         """Question → seconds."""
+        if self._only_load:
+            return self._ask()
         done = subprocess.run(
             [self._python, "-c", IMPORT],
             cwd=self._folder, env=self._environment, capture_output=True, text=True, check=True,
@@ -105,7 +130,7 @@ class Side:
         return seconds
 
 
-def answer(models: dict[str, int]) -> None:
+def answer(models: dict[str, int], *, only_load: bool) -> None:
     """Runs in the other process: a round for every line of standard input."""
     # Only here: the process that compares times nothing of its own.
     import torch
@@ -114,35 +139,46 @@ def answer(models: dict[str, int]) -> None:
 
     ready, saved = {}, {}
     for name, size in models.items():
-        small = [f"data.size={size}", "data.calibration=4", "data.evaluation=4", "evaluate=disabled", "gates=none"]
-        asked = ["model=torchvision", f"model.name={name}", "model.weights=random", "data=photos", *small]
+        small = ["data.calibration=4", "data.evaluation=4", "evaluate=disabled", "gates=none", "model.weights=random"]
+        recipe, asked = "template", ["model=torchvision", f"model.name={name}", "data=photos", f"data.size={size}"]
+        if name in TEXT:
+            recipe, asked = f"{name}_sym_int8", []
         quiet = ["benchmark=disabled", "report=quiet", "runtime=native", f"output={name}"]
         with contextlib.redirect_stdout(io.StringIO()):  # standard output is for answers
-            model = quantflow.run(quantflow.load_recipe("template", [*asked, *quiet]))
-        batches = [torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))]
-        ready[name], saved[name] = (model, batches[0][:1].clone()), Path(f"{name}.int8")
+            model = quantflow.run(quantflow.load_recipe(recipe, [*asked, *small, *quiet]))
+        given: Any = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))[:1].clone()
+        if name in TEXT:
+            given = {each.name: torch.ones(1, size).long() for each in model.record.program.inputs}
+        ready[name], saved[name] = (model, given), Path(f"{name}.int8")
         model.save(saved[name])
     with torch.inference_mode():
         for _ in sys.stdin:
-            print(json.dumps(_times(quantflow, ready, saved)), flush=True)
+            print(json.dumps(_times(quantflow, ready, saved, only_load=only_load)), flush=True)
 
 
-def _times(quantflow: Any, ready: dict[str, Any], saved: dict[str, Path]) -> dict[str, float]:
-    first = next(iter(saved))
-    start = time.perf_counter()
-    quantflow.load(saved[first])(ready[first][1])
-    seconds = {f"load {first} to its first result": time.perf_counter() - start}
-    for name, (model, x) in ready.items():
+def _times(
+    quantflow: Any, ready: dict[str, Any], saved: dict[str, Path], *, only_load: bool = False
+) -> dict[str, float]:
+    seconds = {}
+    for name in [name for name in LOADED if name in saved] or list(saved):
+        start = time.perf_counter()
+        _called(quantflow.load(saved[name]), ready[name][1])
+        seconds[f"load {name} to its first result"] = time.perf_counter() - start
+    for name, (model, x) in ready.items() if not only_load else ():
         calls, began = 0, time.perf_counter()
         while time.perf_counter() - began < 0.2:
-            model(x)
+            _called(model, x)
             calls += 1
         seconds[f"{name}, batch 1"] = (time.perf_counter() - began) / calls
     return seconds
 
 
+def _called(model: Any, given: Any) -> Any:
+    return model(**given) if isinstance(given, dict) else model(given)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
-        answer(json.loads(sys.argv[1]))
+    if len(sys.argv) == 3 and sys.argv[1].startswith("{"):
+        answer(json.loads(sys.argv[1]), only_load=sys.argv[2] == "load")
     else:
         raise SystemExit(main())

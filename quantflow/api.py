@@ -74,8 +74,10 @@ def quantize(
         progress: show progress on the terminal.
 
     Returns:
-        A callable that takes and returns torch tensors like the module: a QuantizedModel, a real ScriptModule
-        (torchscript), a module with int8 layers swapped in (imperative), or one with int8 parts put in (detectors).
+        A callable that takes what the module takes, as tensors in the sizes that `dynamic` leaves open (all others are
+        the first batch's) and with the same values for what is no tensor, and returns what it returns in the same
+        structure, without a cache: a QuantizedModel, a real ScriptModule (torchscript), a module with int8 layers
+        swapped in (imperative), or one with int8 parts put in (detectors).
         `model.save(folder)` writes an artifact and `model.results` holds every figure.
 
     Raises:

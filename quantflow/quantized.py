@@ -414,10 +414,12 @@ def load(
     device: str = "auto",
     operators: Sequence[str] = (),
 ) -> Quantized | QuantizedParts:
-    """The int8 model of an artifact, with outputs identical to those of the model that was saved.
+    """The int8 model of an artifact: the program that was saved, on the runtime that it was made with or another.
 
-    Of a model in imperative mode it is the program alone: its float parts may round otherwise than the module's own
-    code, and what a program leaves out, such as caches, does not come back.
+    On the same runtime and machine its outputs are those of the model that was saved, but in imperative mode: of such a
+    model the artifact holds the program alone, whose float parts may round otherwise than the module's own code. It
+    takes the sizes of the captured program, returns its structure, and what a program leaves out, such as caches, does
+    not come back. Another runtime may differ by single codes.
 
     Neither the float model nor any code the recipe names is needed or touched. But a model that was quantized in parts
     is the user's own code with int8 parts in it, so that its artifact needs that model, whose parts' own weights do not

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -34,6 +36,8 @@ _FRESH = frozenset(
         "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "pad", "constant_pad_nd", "sym_size",
     ]
 )  # fmt: skip
+#: What may take a model that torch.export refuses.
+OTHER_MODES = "; try mode=torchscript (traces one path through the code) or mode=imperative"
 #: And those whose result may be their operand's own memory.
 _VIEWS = frozenset(["flatten", "view", "reshape", "permute", "transpose", "contiguous", "dropout"])
 
@@ -119,7 +123,7 @@ def _export(model: nn.Module, batch: Batch, sizes: Sizes = FIXED) -> torch.expor
         raise CaptureError(
             f"mode: torch.export can't capture {class_name(model)}: {first_line(error)}"
             + (f" (at {where})" if where else "")
-            + "; try mode=torchscript (traces one path through the code) or mode=imperative"
+            + OTHER_MODES
         ) from error
 
 
@@ -216,11 +220,21 @@ def plain_attention() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_noise() -> Iterator[None]:
-    """torch.export warns of its own doings: copies of its tree specs, and attributes, which are put back."""
-    with warnings.catch_warnings():
+    """torch.export tells of its own doings: copies of its tree specs, attributes, which are put back, half a graph.
+
+    What it can't do is in its error.
+    """
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), contextlib.ExitStack() as stack:
+        logger.addFilter(_is_no_warning)
+        stack.callback(logger.removeFilter, _is_no_warning)
         warnings.filterwarnings("ignore", message=".*(was|were) assigned during export.*", category=UserWarning)
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         yield
+
+
+def _is_no_warning(record: logging.LogRecord) -> bool:
+    return record.levelno != logging.WARNING
 
 
 def at_least_two(batch: Batch) -> Batch:

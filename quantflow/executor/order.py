@@ -20,7 +20,7 @@ from quantflow.executor.built import Built, Converted
 from quantflow.executor.parts import execute_in_parts, why_after_all, why_in_parts
 from quantflow.executor.results import finished
 from quantflow.executor.run import Run
-from quantflow.executor.steps import calibrated, captured, plan_for, ready, rewritten
+from quantflow.executor.steps import calibrated, captured, leading_on, plan_for, ready, rewritten
 from quantflow.host.memory import reused_memory
 from quantflow.ir.batch import Batch
 from quantflow.ir.graph import Graph
@@ -46,10 +46,10 @@ def execute(run: Run, baseline: Mapping[str, Any] | None = None) -> Quantized | 
     if not why:
         try:
             return as_a_whole(run, baseline)
-        except CaptureError:
+        except CaptureError as error:
             why = why_after_all(run)
             if not why:
-                raise
+                raise leading_on(run, error) from error
     return execute_in_parts(run, why, as_a_whole, baseline)
 
 

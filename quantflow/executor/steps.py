@@ -12,7 +12,8 @@ from torch import nn
 from quantflow.algorithms import NO_OUTLIERS, Applied, Outliers, rewrite
 from quantflow.algorithms.kept import KeptAlgorithms
 from quantflow.capture import capture, find_sizes, likely_seconds, shorter
-from quantflow.errors import CaptureError, DataError
+from quantflow.capture.export import OTHER_MODES
+from quantflow.errors import CaptureError, DataError, QuantflowError
 from quantflow.executor.built import Built, Converted
 from quantflow.executor.parts import why_in_parts
 from quantflow.executor.run import Run
@@ -22,6 +23,7 @@ from quantflow.ir.binding import bind
 from quantflow.ir.graph import Graph
 from quantflow.ir.passes.int8_embeddings import int8_embeddings
 from quantflow.ir.plan import Plan
+from quantflow.schema import ModeSettings
 from quantflow.stages.benchmark import resized
 from quantflow.stages.calibrate import CalibrationTable, calibrate, require_complete
 from quantflow.stages.compile import compile_program
@@ -65,6 +67,22 @@ def graph_of(run: Run, example: Batch) -> Graph:
         original=source.model.original,
     )
     return int8_embeddings(graph) if run.recipe.policy.embedding == "int8" else graph
+
+
+def leading_on(run: Run, error: CaptureError) -> CaptureError:
+    """The error, which names other modes only where they take the model: both of them take a trace's graph."""
+    before, names_others, _ = str(error).partition(OTHER_MODES)
+    if not names_others:
+        return error
+    traced = run.recipe.model_copy(update={"mode": ModeSettings(kind="torchscript")})
+    try:
+        graph_of(replace(run, recipe=traced), run.source.first_batch)
+    except QuantflowError as other:
+        return CaptureError(
+            f"{before}; a trace, which mode=torchscript and mode=imperative take, fails as well: {other}. Quantize "
+            "submodules that can be captured: parts=[…], or model.part = quantflow.quantize(model.part, its inputs)"
+        )
+    return error
 
 
 def rewritten(

@@ -29,7 +29,7 @@ LEAST_WHOLE_DB = 20.0
 #: A float32 result may differ by this share of the tensor's largest magnitude.
 FLOAT_TOLERANCE = 1e-4
 #: Which codes are moved to see whether a model amplifies single steps.
-STEP_EVERY = 997
+STEP_EVERY = 97
 
 
 @dataclass(frozen=True)

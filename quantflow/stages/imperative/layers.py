@@ -143,10 +143,10 @@ def with_tensors(value: Any, of: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
 
 def int8_calls(module: nn.Module, batch: Batch) -> int:
-    """Calls of int8 layers in one forward of a swapped module."""
+    """Int8 layers that run in one forward of a swapped module; one that computes the same several times counts once."""
     with torch.inference_mode(), _engine_of(module).forward() as ran:
         _called(module, batch.args, batch.kwargs)
-    return sum(call.planned.unit.kind == CORE for call in ran.complete)
+    return len({call.planned.unit.name for call in ran.complete if call.planned.unit.kind == CORE})
 
 
 def int8_layers(module: nn.Module) -> int:
