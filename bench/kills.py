@@ -39,8 +39,8 @@ NOBODY = 65534
 #: Imports everything once, then forks a child for each line: a start costs milliseconds. What a change to the model
 #: costs is fixed, so that two searches decide alike. The parent never computes: its children inherit no threads.
 NURSERY = """
-import json, os, signal, sys, time
-from quantflow.cli import command as cli
+import ctypes, json, os, signal, sys, time
+from quantflow.cli import command as cli, job, sweep
 import quantflow.tasks.table, quantflow.executor.order, quantflow.analysis.compare
 import quantflow.sources.models.user_model
 import torch, torch.export
@@ -51,6 +51,29 @@ def cost_ms(setting):
 Workbench.latency = lambda self, setting, rounds=1: {
     "ms": 10 + cost_ms(setting), "start_ms": 10.0, "relative": 1 + cost_ms(setting) / 10}
 Workbench.added_ms = lambda self, setting, changed: cost_ms(changed) - cost_ms(setting)
+def forked(request, sweep, log):
+    # As `sweep.start_process`, without a new interpreter; launchers with processes of their own start real ones.
+    child = os.fork()
+    if child == 0:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        if log:
+            file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+        try:
+            code = job.run_request(request)
+        except KeyboardInterrupt:
+            code = 130
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    except BaseException:
+        os.kill(child, signal.SIGINT)
+        os.waitpid(child, 0)
+        raise
+sweep.start_process = forked
 def backwards(now=[time.time()]):
     now[0] -= 3600
     return now[0]
@@ -116,7 +139,7 @@ EXACT = {"program.json", "weights.safetensors", "calibration.safetensors", "plan
 #: What differs from run to run in a results file.
 CLOCKS = re.compile(
     r".*(_ms|_s|_share)$|seconds|stages|benchmark|environment|warmup|resumed.*|host|created|notices|reused_from|speedup|"
-    r"trials|measurements|versions|layer_times|size_bytes|figures|arguments|pareto|times|text"
+    r"run|trials|measurements|versions|layer_times|size_bytes|figures|arguments|pareto|times|text"
 )
 #: Folders in the temporary one that stay: the locks on the cores, and PyTorch's own.
 LOCKS_AND_TORCH = ("quantflow-", "torchinductor_")
@@ -548,12 +571,13 @@ def _row(house: House, name: str, trouble: str, expected: dict[str, Any], option
     try:
         for each in globals()[trouble](house, JOBS[name], expected, options):
             done[each] = done.get(each, 0) + 1
+            print(".", end="", flush=True)
     except Found as what:
         found = str(what)
     except PermissionError as error:
         skipped = f"; not done: {error}"
     counted = ", ".join(f"{count} x {each}" for each, count in done.items())
-    print(f"{name}, {trouble}: {counted}{skipped} {found}", flush=True)
+    print(f" {name}, {trouble}: {counted}{skipped} {found}", flush=True)
     return {"job": name, "trouble": trouble, "done": counted + skipped, "found": found}
 
 
