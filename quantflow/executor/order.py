@@ -11,20 +11,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from quantflow.algorithms import Outliers, find_outliers, refine
-from quantflow.algorithms.drowned import drowned, drowned_notice
-from quantflow.algorithms.outcome import Material
+from quantflow.algorithms import find_outliers, refine
 from quantflow.analysis.joins import join_costs
 from quantflow.errors import CaptureError
 from quantflow.executor.built import Built, Converted
 from quantflow.executor.parts import execute_in_parts, why_after_all, why_in_parts
 from quantflow.executor.results import finished
 from quantflow.executor.run import Run
-from quantflow.executor.steps import calibrated, captured, leading_on, plan_for, ready, rewritten
+from quantflow.executor.steps import calibrated, captured, leading_on, plan_for, ready, rewritten, without_drowned
 from quantflow.host.memory import reused_memory
-from quantflow.ir.batch import Batch
-from quantflow.ir.graph import Graph
-from quantflow.ir.plan import Plan
 from quantflow.quantized import Quantized, QuantizedParts
 from quantflow.stages.convert import convert
 from quantflow.stages.prepare import prepare
@@ -75,7 +70,7 @@ def build(run: Run) -> Built:
         outliers = find_outliers(recipe.outliers, graph, plan, replace(material, update=shown.update))
         if outliers.left_float:
             plan = plan_for(run, graph, example, outliers)
-        plan = _without_drowned(run, graph, example, plan, outliers, material)
+        plan, _ = without_drowned(run, graph, example, plan, material, outliers)
     with stage("prepare"):
         prepared = prepare(graph, plan, module, run.stands_for)
     with stage("calibrate") as shown:
@@ -88,14 +83,3 @@ def build(run: Run) -> Built:
         program = convert(prepared, table, refined)
     built = ready(run, graph, Converted(plan, table, program, (*applied, *improved)), module, example)
     return replace(built, outliers=outliers, joins=joins)
-
-
-def _without_drowned(
-    run: Run, graph: Graph, example: Batch, plan: Plan, outliers: Outliers, material: Material
-) -> Plan:
-    """The plan with joins that would lose an operand left float; what these share a scale with is looked at again."""
-    left: dict[str, str] = {}
-    while found := {layer: why for layer, why in drowned(graph, plan, material).items() if layer not in left}:
-        left |= found
-        plan = plan_for(run, graph, example, outliers, left)
-    return replace(plan, notes=(*plan.notes, *drowned_notice(left)))

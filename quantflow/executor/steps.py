@@ -10,7 +10,9 @@ from dataclasses import replace
 from torch import nn
 
 from quantflow.algorithms import NO_OUTLIERS, Applied, Outliers, rewrite
+from quantflow.algorithms.drowned import drowned, drowned_notice
 from quantflow.algorithms.kept import KeptAlgorithms
+from quantflow.algorithms.outcome import Material
 from quantflow.capture import capture, find_sizes, likely_seconds, shorter
 from quantflow.capture.export import OTHER_MODES
 from quantflow.errors import CaptureError, DataError, QuantflowError
@@ -135,6 +137,20 @@ def plan_for(
             unreachable |= dict(missing)
             plan = plan_with(unreachable)
     return replace(plan, notes=(*plan.notes, *runtime.notes()))
+
+
+def without_drowned(
+    run: Run, graph: Graph, example: Batch, plan: Plan, material: Material, outliers: Outliers = NO_OUTLIERS
+) -> tuple[Plan, dict[str, str]]:
+    """The plan with joins that would lose an operand left float, and these with the reason.
+
+    What they share a scale with is looked at again.
+    """
+    left: dict[str, str] = {}
+    while found := {layer: why for layer, why in drowned(graph, plan, material).items() if layer not in left}:
+        left |= found
+        plan = plan_for(run, graph, example, outliers, left)
+    return replace(plan, notes=(*plan.notes, *drowned_notice(left))), left
 
 
 def calibrated(run: Run, prepared: Prepared, update: Update) -> CalibrationTable:

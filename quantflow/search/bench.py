@@ -10,7 +10,7 @@ from typing import Any
 
 from quantflow.algorithms import refine
 from quantflow.executor.run import Run
-from quantflow.executor.steps import captured, plan_for, rewritten
+from quantflow.executor.steps import captured, plan_for, rewritten, without_drowned
 from quantflow.host.environment import cache_folder, environment
 from quantflow.ir.batch import Batch
 from quantflow.schema import Algorithm
@@ -43,6 +43,7 @@ def workbench(run: Run, *, judges: bool = False) -> Workbench:
         asked = replace(run, recipe=recipe.model_copy(update={"algorithms": algorithms}))
         graph, applied, module = rewritten(asked, original, example, kept)
         material = run.material(graph)
+        _, joins = without_drowned(asked, graph, example, plan_for(asked, graph, example), material)
         variants = Variants(
             graph,
             source.data.calibration,
@@ -50,6 +51,7 @@ def workbench(run: Run, *, judges: bool = False) -> Workbench:
                 replace(asked, recipe=asked.recipe.model_copy(update={"qconfig": qconfig, "layers": dict(layers)})),
                 graph,
                 example,
+                joins=joins,
             ),
             lambda prepared, table: refine(algorithms, prepared, table, material, stages, kept.numbers(prepared)),
             rewritten=applied,

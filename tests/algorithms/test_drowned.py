@@ -78,3 +78,9 @@ def test_where_nobody_gains_it_stays_int8(op: str, read: str, scale: float) -> N
     model = quantized(Joins(op, read, scale))
     assert row(model, op)["precision"] == "int8" if op == "cat" else "float" not in row(model, "b")["precision"]
     assert not any("overrules" in notice for notice in model.results["notices"])
+
+
+def test_a_search_leaves_it_float_too() -> None:
+    """So that the recipe it finds makes the same model."""
+    module, tune = Joins("cat", "itself"), {"subject_to": {"min_sqnr_db": 1.0}, "algorithms": [], "time_budget_s": 5}
+    assert row(quantized(module, tune=tune), "cat")["precision"] == "float"
