@@ -33,10 +33,11 @@ void take_inputs(Context& c, const std::vector<InputForm>& forms) {
         view.buffer = c.new_buffer(Storage::input, view.count() * size_of(form.dtype));
         c.result.input_cells.push_back(view.buffer);
         if (v.q) {
-            const auto [dtype, q] = outside(v);
+            const StoredAs stored = c.graph.stored_as(inputs[i]);
+            const bool is_stored = c.graph.hands_on_stored() && form.dtype == stored.dtype;
+            const auto [dtype, q] = is_stored ? std::pair(stored.dtype, stored.q) : outside(v);
             if (form.dtype != dtype) throw Error("input '" + v.name + "' is not the int8 codes it should be");
             view.q = q;
-            const StoredAs stored = c.graph.stored_as(inputs[i]);
             if (stored.dtype != dtype || !(stored.q == q))
                 view = c.copied(view, dense_like(view), stored.dtype, stored.q);
         }
@@ -63,12 +64,14 @@ void give_outputs(Context& c) {
         View target;
         target.dtype = view->q ? DType::f32 : view->dtype;
         if (program_value.q) {
-            const auto [dtype, q] = outside(program_value);
+            const StoredAs stored = c.graph.stored_as(index);
+            const auto [dtype, q] =
+                c.graph.hands_on_stored() ? std::pair(stored.dtype, stored.q) : outside(program_value);
             target.dtype = dtype;
             target.q = q;
         }
         target.dims = view->dims;
-        const bool is_channels_last = c.graph.section().is_step && view->rank() >= 3;
+        const bool is_channels_last = c.graph.section().is_step && program_value.q && view->rank() >= 3;
         target.strides = is_channels_last ? channels_last(view->dims) : row_major(view->dims);
         const std::int64_t bytes = target.count() * size_of(target.dtype);
         const bool same = view->dtype == target.dtype && view->q == target.q && view->offset == 0 &&

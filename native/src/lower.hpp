@@ -19,7 +19,8 @@ struct InputForm {
     std::int64_t number = 0;
 };
 
-// What leaves: a dense row-major tensor in the program's own codes or plain numbers, or a number.
+// What leaves: a dense row-major tensor in the program's own codes or plain numbers, or a number. Codes leave a step
+// channels-last and as the backend stores them, if it stores all in one way.
 struct OutputForm {
     DType dtype = DType::f32;
     std::vector<std::int64_t> dims;
@@ -78,7 +79,7 @@ struct Section {
     int first = 0, last = 0;   // nodes [first, last)
     std::vector<int> inputs;   // value indices
     std::vector<int> outputs;  // value indices
-    bool is_step = false;      // its outputs go on to other sections: channels-last
+    bool is_step = false;      // codes come from and go on to other steps, see OutputForm
 };
 
 // Raises Unsupported (its text begins with "node INDEX: ") or Error.

@@ -142,8 +142,9 @@ struct Result {
 };
 
 inline Result lowered(const Build& b, const std::vector<InputForm>& forms, const std::vector<int>& outputs,
-                      recording::RecordingBackend backend = {}) {
+                      recording::RecordingBackend backend = {}, bool is_step = false) {
     Section section;
+    section.is_step = is_step;
     section.last = static_cast<int>(b.program.nodes.size());
     section.inputs = b.program.inputs;
     section.outputs = outputs;

@@ -38,6 +38,27 @@ void activations_are_absorbed() {
            "bounds that are tensors: " + refused.error);
 }
 
+void steps_hand_on_codes_as_they_are_stored() {
+    Build b;
+    const int y = b.conv(b.input(kQ), 3, 4, 3, kQ);
+    const auto made = [&](DType dtype, bool is_step, bool stores_unsigned) {
+        recording::RecordingBackend backend;
+        backend.unsigned_codes = stores_unsigned;
+        InputForm given = form({2, 3, 8, 8}, dtype);
+        given.is_channels_last = true;
+        return lowered(b, {given}, {y}, backend, is_step);
+    };
+    const Result step = made(DType::u8, true, true);
+    expect_steps(step, "conv", "a step takes and gives codes as they are stored");
+    expect(step.lowered.outputs[0].dtype == DType::u8 && step.lowered.outputs[0].is_channels_last, "and says so");
+    expect_steps(made(DType::s8, true, true), "copy conv", "a step takes the program's own codes too");
+    expect_steps(made(DType::s8, false, true), "copy conv copy", "a section takes and gives the program's own codes");
+    const std::string refusal = "input 'v0' is not the int8 codes it should be";
+    expect(made(DType::u8, false, true).error == refusal, "and no others: " + made(DType::u8, false, true).error);
+    expect(made(DType::u8, true, false).error == refusal, "nor does a step where what is stored depends on the value");
+    expect(made(DType::s8, true, false).lowered.outputs[0].dtype == DType::s8, "which gives the program's own");
+}
+
 void borders_are_left_to_convolutions() {
     const auto padded = [](Int left, double value, bool is_read_twice) {
         Build b;
@@ -222,6 +243,7 @@ void registry() {
 
 int main() {
     activations_are_absorbed();
+    steps_hand_on_codes_as_they_are_stored();
     borders_are_left_to_convolutions();
     terms();
     quantize_is_folded();

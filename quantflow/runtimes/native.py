@@ -30,7 +30,7 @@ from quantflow.runtimes import native_library as lib
 from quantflow.runtimes.ordinary import below_autograd
 from quantflow.runtimes.reference import resolve
 from quantflow.runtimes.reference import run_node as run_in_torch
-from quantflow.runtimes.runner import AbstractRunner
+from quantflow.runtimes.runner import AbstractRunner, lowered
 
 #: Plans kept per section, one per set of input shapes; the least recently used is dropped.
 PLANS_PER_SECTION = 16
@@ -44,7 +44,11 @@ _runners: weakref.WeakSet[NativeRunner] = weakref.WeakSet()
 
 @dataclass(frozen=True)
 class Section:
-    """Nodes [first, last) of a program, with the values that enter and leave; `is_step`: they leave channels-last."""
+    """Nodes [first, last) of a program, with the values that enter and leave.
+
+    Attributes:
+        is_step: codes leave, and may enter, as the kernels hold them.
+    """
 
     first: int
     last: int
@@ -229,11 +233,13 @@ class NativeRunner(AbstractRunner):
 
     def step(self, index: int) -> Callable[[Sequence[torch.Tensor]], torch.Tensor]:
         """One node as a function of the values that it reads; plans are kept per set of shapes."""
-        node, by_node = self.program.nodes[index], super().step(index)
-        is_codes = node.output in self.program.values
-        section = Section(index, index + 1, tuple(dict.fromkeys(node.refs())), (node.output,), is_step=is_codes)
+        node, in_own_codes = self.program.nodes[index], super().step(index)
+        section = Section(index, index + 1, tuple(dict.fromkeys(node.refs())), (node.output,), is_step=True)
         ready: dict[Any, SectionPlan] = {}
         self._ready.append(ready)
+
+        def by_node(values: Sequence[torch.Tensor]) -> torch.Tensor:
+            return in_own_codes([self._own_codes(n, x) for n, x in zip(section.inputs, values, strict=True)])
 
         def step(values: Sequence[torch.Tensor]) -> torch.Tensor:
             threads = self._threads()
@@ -254,6 +260,12 @@ class NativeRunner(AbstractRunner):
             return plan.run(values)[0]  # type: ignore[return-value]
 
         return step
+
+    def _own_codes(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """A value as the program has it, of what a step gave."""
+        form = self.program.values.get(name)
+        is_raised = form is not None and form.qparams is not None and form.qparams.torch_dtype is not x.dtype
+        return lowered(x) if is_raised else x
 
     def int8_layers(self) -> int:
         """Layers that native int8 kernels compute."""

@@ -13,6 +13,11 @@ import torch
 from quantflow.ir.program import Program
 
 
+def lowered(raised: torch.Tensor) -> torch.Tensor:
+    """q = raised - 128: int8 codes of uint8 ones that stand 128 higher."""
+    return raised.bitwise_xor(128).view(torch.int8)
+
+
 class AbstractRunner(ABC):
     """A compiled program. Safe to call from several threads.
 
@@ -40,7 +45,8 @@ class AbstractRunner(ABC):
     def step(self, index: int) -> Callable[[Sequence[torch.Tensor]], torch.Tensor]:
         """One node as a function of the values that it reads, each once, for a caller that goes through the program.
 
-        What it gives may lie channels-last.
+        What it gives may lie channels-last, and int8 codes may be given as uint8, 128 higher (see `lowered`), as the
+        runtime's kernels hold them; it takes both.
         """
         names = tuple(dict.fromkeys(self.program.nodes[index].refs()))
 

@@ -32,6 +32,7 @@ from quantflow.runtimes import RUNTIMES, choose_runtime, native, native_devices
 from quantflow.runtimes import native_library as lib
 from quantflow.runtimes.native import PLANS_PER_SECTION, NativeRunner
 from quantflow.runtimes.reference import ReferenceRunner, run_node, unrounded
+from quantflow.runtimes.runner import lowered
 from quantflow.schema import PRESETS, WeightSpec
 from quantflow.tasks.selftest import quantized_program, selftest
 
@@ -209,6 +210,28 @@ def test_whole_equals_node_by_node(convolutions: Program) -> None:
     for index, node in enumerate(convolutions.nodes):
         values[node.output] = runner.run_node(index, values)
     assert torch.equal(values[convolutions.output_names()[0]], runner([x]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("in_torch", [False, True])
+def test_steps_hand_codes_on_as_the_kernels_hold_them(convolutions: Program, in_torch: bool) -> None:
+    x = torch.randn(2, 3, 16, 16)
+    runner = NativeRunner(convolutions)
+    if in_torch:  # every second node has a kernel
+        runner.in_torch.update(dict.fromkeys(range(1, len(convolutions.nodes), 2), "asked for"))
+    expected = dict(ReferenceRunner(convolutions).trace([x]))
+    values: dict[str, Any] = {convolutions.inputs[0].name: x}
+    raised = 0
+    for index, node in enumerate(convolutions.nodes):
+        if node.op == "size":
+            values[node.output] = expected[index]
+            continue
+        given = [values[name] for name in dict.fromkeys(node.refs())]
+        made = values[node.output] = runner.step(index)(given)
+        form = convolutions.values.get(node.output)
+        if form is not None and form.qparams is not None and form.qparams.torch_dtype is not made.dtype:
+            made, raised = lowered(made), raised + 1
+        assert torch.equal(made, expected[index]), node.output
+    assert raised > 1
 
 
 def test_what_has_no_kernel_runs_in_torch_between_sections() -> None:

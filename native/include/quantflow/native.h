@@ -73,8 +73,8 @@ void qf_engine_free(qf_engine*);
 int32_t qf_plan_create(const qf_engine*, int32_t first, int32_t last, const char* const* input_names,
                        const qf_form* inputs, size_t input_count, const char* const* output_names, size_t output_count,
                        qf_plan** plan, char* error, size_t capacity);
-/* As qf_plan_create, for a caller that hands outputs on to other sections: those of three or more dimensions are
- * channels-last, as the kernels write them. */
+/* As qf_plan_create, for a caller that hands codes on to other steps, as the kernels write them: those of three or more
+ * dimensions are channels-last, and on the host's backend int8 codes leave, and may enter, as QF_U8, 128 higher. */
 int32_t qf_step_create(const qf_engine*, int32_t first, int32_t last, const char* const* input_names,
                        const qf_form* inputs, size_t input_count, const char* const* output_names, size_t output_count,
                        qf_plan** plan, char* error, size_t capacity);

@@ -43,6 +43,8 @@ public:
     bool feeds_conv(int value) const;
 
     StoredAs stored_as(int value) const;
+    // Whether codes go from step to step as the backend stores them: only where that doesn't depend on the value.
+    bool hands_on_stored() const { return section_.is_step && stores_unsigned_; }
     // Where all that a float value's readers do, past moves, is quantize it to the same codes, it is written as these.
     Form form_of(int value) const;
 

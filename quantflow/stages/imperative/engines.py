@@ -7,6 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -212,10 +213,15 @@ class Running(Engine):
         return self._step(index)([x])
 
     def decode(self, codes: torch.Tensor, root: str) -> torch.Tensor:
-        return dequantize(codes, self._qparams[root]).contiguous()
+        return dequantize(codes, self._form(codes, root)).contiguous()
 
     def padded(self, codes: torch.Tensor, root: str, pads: Sequence[int]) -> torch.Tensor:
-        return torch.nn.functional.pad(codes, pads, value=self._qparams[root].zero_point)
+        return torch.nn.functional.pad(codes, pads, value=self._form(codes, root).zero_point)
+
+    def _form(self, codes: torch.Tensor, root: str) -> QParams:
+        """What these codes mean: a runner's step may have made them 128 higher."""
+        q = self._qparams[root]
+        return q if codes.dtype is q.torch_dtype else replace(q, dtype="uint8", zero_point=q.zero_point + 128)
 
     def compute(self, pending: Pending) -> torch.Tensor:
         kernel = self._kernels.get(pending.call)
