@@ -78,6 +78,15 @@ class SectionPlan:
         lib.run_plan(self.handle, lib.pointers(values), lib.pointers(outputs))
         return outputs
 
+    def made(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The one output of tensors, which is a tensor: `run` in less time."""
+        ((shape, strides, dtype),) = self.outputs  # type: ignore[misc]
+        output = torch.empty_strided(shape, strides, dtype=dtype)
+        lib.run_plan(
+            self.handle, lib.ADDRESSES[len(values)](*[x.data_ptr() for x in values]), lib.ONE(output.data_ptr())
+        )
+        return output
+
 
 class NativeRunner(AbstractRunner):
     """Executes a program on the native library. Safe to call from several threads."""
@@ -257,7 +266,7 @@ class NativeRunner(AbstractRunner):
                 except lib.Unsupported as refused:
                     self._leave_to_torch({refused.node: refused.reason})
                     return by_node(values)
-            return plan.run(values)[0]  # type: ignore[return-value]
+            return plan.made(values)
 
         return step
 

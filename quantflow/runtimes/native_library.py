@@ -301,6 +301,18 @@ def profile(plan: Handle, inputs: Any, outputs: Any, runs: int) -> list[dict[str
         room = needed.value + 1
 
 
+class _Addresses(dict[int, Any]):
+    """Count → the type of as many addresses; finding a type takes longer than making one of it."""
+
+    def __missing__(self, count: int) -> Any:
+        made = self[count] = ctypes.c_void_p * count
+        return made
+
+
+ADDRESSES = _Addresses()
+ONE = ADDRESSES[1]
+
+
 def pointers(values: Sequence[torch.Tensor | int]) -> Any:
     """Addresses of tensors' data as the library takes them; numbers have none."""
-    return (ctypes.c_void_p * len(values))(*(None if isinstance(v, int) else v.data_ptr() for v in values))
+    return ADDRESSES[len(values)](*(None if isinstance(v, int) else v.data_ptr() for v in values))

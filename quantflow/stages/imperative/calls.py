@@ -66,7 +66,7 @@ class UnitCall:
         return self.planned.unit.output.name
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Pending:
     """A unit that was called in part.
 
@@ -97,11 +97,17 @@ class Pending:
             value = step(value)
         return value
 
+    def went_on(self, *steps: Callable[[torch.Tensor], torch.Tensor]) -> Pending:
+        """With the next expected calls done, each given as what it does to float tensors."""
+        return Pending(
+            self.call, self.operands, self.done + len(steps), (*self.replay, *steps), self.shape, self.device
+        )
+
     def advanced(self, step: Callable[[torch.Tensor], torch.Tensor], **operands: torch.Tensor) -> torch.Tensor:
         """The result of the expected call: what the complete unit gives, or what waits on."""
-        done = Pending(
-            self.call, {**self.operands, **operands}, self.done + 1, (*self.replay, step), self.shape, self.device
-        )
+        done = self.went_on(step)
+        if operands:
+            done.operands = {**self.operands, **operands}
         return done.completed()
 
     def completed(self) -> torch.Tensor:

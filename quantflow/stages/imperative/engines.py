@@ -114,8 +114,11 @@ class Engine(ABC):
         call = pending.call
         if self._forward.ran is not None:
             self._forward.ran.complete.append(call)
-        with below_autograd():
+        if torch.is_inference_mode_enabled():  # below autograd already
             value = self.compute(pending)
+        else:
+            with below_autograd():
+                value = self.compute(pending)
         if call.root:
             return Coded.of(self, value, call.root, call.node)
         return value

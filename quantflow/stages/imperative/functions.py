@@ -155,18 +155,28 @@ def _is(each: Any, x: Any, y: Any) -> Any:
 
 def begun(call: UnitCall, weight: Weight, x: T, apply: Callable[[T], T]) -> Any:
     """The first call of a unit, on an input that it can take; `apply` is the call in float32."""
+    tracked = is_tracked(x)
+    result = opened(call, weight, x, apply).completed()
+    if tracked:
+        return ordinary(result.as_float() if type(result) is Coded else result, (x,))
+    return result
+
+
+def is_tracked(x: T) -> bool:
+    """Whether a gradient is asked for."""
+    return type(x) is not Coded and x.requires_grad and torch.is_grad_enabled()
+
+
+def opened(call: UnitCall, weight: Weight, x: T, apply: Callable[[T], T]) -> Pending:
+    """`begun` up to what may follow."""
     engine, name = call.engine, call.operands[0]
     shape, device = _form(x)
-    tracked = type(x) is not Coded and x.requires_grad and torch.is_grad_enabled()
     codes = engine.coded(x, name)
     made = () if not call.expects else call.shapes.get(shape)
     if made is None:
         made = call.shapes[shape] = _shape(call, weight, shape)
     replay = lambda: apply(engine.decode(codes, engine.codes[name]))  # noqa: E731
-    result = Pending(call, {name: codes}, 0, (replay,), made, device).completed()
-    if tracked:
-        return ordinary(result.as_float() if type(result) is Coded else result, (x,))
-    return result
+    return Pending(call, {name: codes}, 0, (replay,), made, device)
 
 
 def _shape(call: UnitCall, weight: Weight, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -386,7 +396,7 @@ def _activation(func: Callable[..., Any], args: Args, kwargs: Keywords) -> Any:
         return NotImplemented
     x: Coded = args[0]
     try:
-        found, in_place = _asked(func, args[1:], tuple(kwargs.items()))
+        found, in_place = asked(func, args[1:], tuple(kwargs.items()))
     except TypeError:  # bounds that are tensors
         return NotImplemented
     if found is None:
@@ -405,7 +415,9 @@ def _activation(func: Callable[..., Any], args: Args, kwargs: Keywords) -> Any:
 
 
 @functools.lru_cache(maxsize=1024, typed=True)
-def _asked(func: Callable[..., Any], args: Args, kwargs: tuple[tuple[str, Any], ...]) -> tuple[Epilogue | None, bool]:
+def asked(
+    func: Callable[..., Any], args: Args = (), kwargs: tuple[tuple[str, Any], ...] = ()
+) -> tuple[Epilogue | None, bool]:
     """The activation that a function with these arguments behind the tensor computes, and whether in place."""
     op, names, defaults = _ACTIVATIONS[func]
     given = defaults | named(names, args, dict(kwargs))

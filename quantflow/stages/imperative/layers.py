@@ -25,9 +25,10 @@ from quantflow.ir.program import Program
 from quantflow.ir.units import CORE, SHAPE
 from quantflow.runtimes import AbstractRunner
 from quantflow.runtimes.ordinary import outside_compilers, refuse_export
-from quantflow.stages.imperative.calls import Site, UnitCall, calls_of
+from quantflow.stages.imperative.calls import Pending, Site, UnitCall, calls_of
+from quantflow.stages.imperative.chains import NORMS, STARTS, chained_class, has_chains
 from quantflow.stages.imperative.engines import Engine, Observing, OnValue, Running
-from quantflow.stages.imperative.functions import begun, fits, missed, normed
+from quantflow.stages.imperative.functions import begun, fits, is_tracked, missed, normed, opened
 from quantflow.stages.imperative.tensors import Coded, Weight, in_float, refuse_pickling
 
 _LAYERS = (
@@ -106,6 +107,9 @@ def swap_modules(
             layer.__class__ = _int8_class(type(layer))
         elif type(layer) in _NORMS and getattr(layer.running_mean, "folded_into", None) is not None:
             layer.__class__ = _folded_class(type(layer))
+    for layer in swapped.modules():
+        if has_chains(layer):
+            layer.__class__ = chained_class(type(layer), tuple(_COPIED.items()))
     for parameter in swapped.parameters():
         parameter.requires_grad_(False)
     return swapped
@@ -268,7 +272,10 @@ def _int8_class(base: type[nn.Module]) -> type[nn.Module]:
         made["forward"] = _linear
     elif base in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         made["forward"] = _convolution
-    return type(f"Int8{base.__name__}", (base,), made)
+    swapped = type(f"Int8{base.__name__}", (base,), made)
+    if "forward" in made:
+        STARTS[swapped] = _started
+    return swapped
 
 
 @outside_compilers
@@ -296,6 +303,21 @@ def _convolution(self: Any, input: torch.Tensor) -> torch.Tensor:
     return begun(call, weight, input, lambda y: self._conv_forward(*_plain(y, weight, bias)))  # type: ignore[no-any-return]
 
 
+def _started(self: Any, x: Any) -> Pending | None:
+    """A layer's call of its weight, if it has but one and this is it."""
+    weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+    if type(weight) is not Weight or len(weight.site.calls) != 1 or not isinstance(x, torch.Tensor) or is_tracked(x):
+        return None
+    call, is_linear = weight.site.calls[0], isinstance(self, nn.Linear)
+    if call.is_held_transposed or not (is_linear or self.padding_mode == "zeros"):
+        return None
+    if not fits(call, x, weight, bias, () if is_linear else (self.stride, self.padding, self.dilation, self.groups)):
+        return None
+    if is_linear:
+        return opened(call, weight, x, lambda y: nn.functional.linear(*_plain(y, weight, bias)))
+    return opened(call, weight, x, lambda y: self._conv_forward(*_plain(y, weight, bias)))
+
+
 def _plain(*tensors: Any) -> Sequence[Any]:
     """As ordinary tensors: the call was counted, and must not be again."""
     return [t.as_float() if type(t) is Coded else t.plain if type(t) is Weight else t for t in tensors]
@@ -319,4 +341,6 @@ def _folded_class(base: type[nn.Module]) -> type[nn.Module]:
                 return result  # type: ignore[no-any-return]
         return super(type(self), self).forward(input)  # type: ignore[no-any-return]
 
-    return type(f"Folded{base.__name__}", (base,), {"forward": forward, "__module__": __name__, **_COPIED})
+    folded = type(f"Folded{base.__name__}", (base,), {"forward": forward, "__module__": __name__, **_COPIED})
+    NORMS[folded] = base
+    return folded

@@ -46,30 +46,28 @@ class Coded(torch.Tensor):
     """
 
     engine: Engine
-    codes: torch.Tensor | None
-    root: str
-    node: fx.Node | None
-    pending: Pending | None
+    codes: torch.Tensor | None = None
+    root: str = ""
+    node: fx.Node | None = None
+    pending: Pending | None = None
     sizes: tuple[int, ...]
     place: torch.device
-    shown: torch.Tensor | None
+    shown: torch.Tensor | None = None
     version: int
-    view_of: tuple[Coded, Callable[..., Any], tuple[Any, ...], Mapping[str, Any]] | None
+    view_of: tuple[Coded, Callable[..., Any], tuple[Any, ...], Mapping[str, Any]] | None = None
 
     @staticmethod
     def of(engine: Engine, codes: torch.Tensor, root: str, node: fx.Node | None) -> Coded:
         """A tensor of the codes' shape."""
         made = _wrapped(tuple(codes.shape), codes.device)
         made.engine, made.codes, made.root, made.node = engine, codes, root, node
-        made.pending = made.shown = made.view_of = None
         return made
 
     @staticmethod
     def waiting(pending: Pending) -> Coded:
         """The result of a call that is not complete."""
         made = _wrapped(pending.shape, pending.device)
-        made.engine, made.codes, made.root, made.node = pending.call.engine, None, "", None
-        made.pending, made.shown, made.view_of = pending, None, None
+        made.engine, made.pending = pending.call.engine, pending
         return made
 
     def current(self) -> torch.Tensor | None:
