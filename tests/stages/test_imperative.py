@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from own_models import Own
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.overrides import TorchFunctionMode
 
 import quantflow as qf
 from quantflow.errors import UsageError
@@ -302,6 +304,79 @@ def test_watching_changes_nothing() -> None:
         child.register_forward_hook(lambda _, __, y: watched.append(y.sum().item()))
     assert torch.equal(model(IMAGE), plain)
     assert len(watched) > 10
+
+
+class Block(nn.Sequential):
+    """A Sequential of the user's, as torchvision's Conv2dNormActivation."""
+
+
+def in_a_row() -> nn.Sequential:
+    return nn.Sequential(
+        Block(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU6(inplace=True)),
+        nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.Hardswish(),
+        nn.Conv2d(8, 8, 1), nn.GELU(), nn.Dropout(0.5), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.Flatten(),
+        nn.Linear(8 * 64, 8), nn.ReLU(), nn.Linear(8, 4),
+    )  # fmt: skip
+
+
+def test_a_sequential_in_fewer_calls_computes_the_same() -> None:
+    torch.manual_seed(0)
+    module = settled(in_a_row()).eval()
+    model = holds(module, IMAGE, least_db=20, int8=6)
+    assert str(type(model.module[0])) == str(Block)
+    assert isinstance(model.module[0], Block)
+    plain, called = model(IMAGE), []
+    for other in (copy.deepcopy(model), qf.quantize(module, [IMAGE], mode="imperative", device="cpu", inplace=True)):
+        assert torch.equal(other(IMAGE), plain)
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        assert torch.equal(model(IMAGE), plain)
+    assert F.hardswish in called
+    assert F.gelu in called
+
+    lines, before = [], sys.gettrace()
+    sys.settrace(lambda frame, *_: lines.append(frame.f_code.co_qualname))
+    try:
+        assert torch.equal(model(IMAGE), plain)
+    finally:
+        sys.settrace(before)
+    assert {"ReLU.forward", "Hardswish.forward", "GELU.forward"} <= set(lines)
+
+    with nn.modules.module.register_module_forward_hook(lambda m, *_: called.append(type(m).__name__)):
+        assert torch.equal(model(IMAGE), plain)
+    assert {"ReLU6", "Hardswish", "GELU", "FoldedBatchNorm2d"} <= set(map(str, called))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m[0].__setitem__(2, nn.Identity()),
+        lambda m: setattr(m[0][2], "max_val", 1.0),
+        lambda m: m[0][1].train(),
+        lambda m: setattr(m[0][1], "running_mean", torch.ones(8)),
+        lambda m: setattr(m[3], "forward", torch.neg),
+        lambda m: m[5].register_forward_hook(lambda _, __, y: y * 2),
+        lambda m: m[1].register_forward_pre_hook(lambda _, x: (x[0] + 1,)),
+        lambda m: setattr(m[4], "forward", torch.neg),
+        lambda m: m.pop(-1),
+    ],
+)
+def test_a_sequential_that_was_changed_computes_what_its_modules_do(change: Callable[[Any], Any]) -> None:
+    torch.manual_seed(0)
+    model = quantized(settled(in_a_row()), IMAGE)
+    plain = model(IMAGE)
+    change(model.module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        found = model(IMAGE)
+        with nn.modules.module.register_module_forward_hook(lambda *_: None):
+            assert torch.equal(model(IMAGE), found)
+        assert not torch.equal(found, plain)
 
 
 def test_a_layer_looks_like_what_it_stands_for() -> None:

@@ -39,6 +39,7 @@ class UnitCall:
         root: whose scale and zero point its codes have; empty: it gives float32.
         is_held_transposed: of a linear: the module multiplies by its weight as it lies, x @ W.
         geometry: of a convolution: (stride, padding, dilation, groups), and output_padding behind them if transposed.
+        accepted: (shape of the input, geometry as it was passed) of the calls that were found to be this one.
     """
 
     engine: Engine
@@ -55,6 +56,13 @@ class UnitCall:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> UnitCall:
         return self
+
+    def accepts(self, sizes: tuple[int, ...], geometry: tuple[Any, ...]) -> bool:
+        """Whether a float32 input of these sizes was taken before."""
+        try:
+            return (sizes, geometry) in self.accepted
+        except TypeError:  # lists
+            return False
 
     @property
     def name(self) -> str:
@@ -150,7 +158,7 @@ def calls_of(engine: Engine, planned: PlannedUnit, codes: Mapping[str, str], fol
         operands.append(unit.residual.name)
         expects.append(ADD)
     if unit.epilogue is not None:
-        expects.append(unit.epilogue)
+        expects.append(one_of(unit.epilogue))
     phases: Phases | None = unit.anchor.meta.get("transposed")
     for _ in phases.moves() if phases is not None else ():
         (node,) = node.users
@@ -162,6 +170,14 @@ def calls_of(engine: Engine, planned: PlannedUnit, codes: Mapping[str, str], fol
         given, dims = arguments(unit.anchor), int(unit.op[-2])
         geometry = (*(spread(given[key], dims) for key in ("stride", "padding", "dilation")), given["groups"])
     return UnitCall(engine, planned, tuple(operands), tuple(expects), node, root, phases, geometry=geometry)
+
+
+_EPILOGUES: dict[Epilogue, Epilogue] = {}
+
+
+def one_of(epilogue: Epilogue) -> Epilogue:
+    """The one object that stands for all equal ones, which are compared in every call."""
+    return _EPILOGUES.setdefault(epilogue, epilogue)
 
 
 def spread(value: Any, dims: int) -> tuple[int, ...]:

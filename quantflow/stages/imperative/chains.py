@@ -1,7 +1,7 @@
 """A Sequential's layers, each with the modules behind it that its kernel computes too, in one step.
 
-A convolution, its BatchNorm and its activation are three modules and one unit. Calling the modules one by one costs more
-than a small layer's kernel, so it is done only where somebody could see the calls: a hook, a debugger, a tracer, a mode.
+A convolution, its BatchNorm and its activation are three modules and one unit. Calling the modules one by one costs
+more than a small layer's kernel, so it is done only where somebody could see it: a hook, a debugger, a tracer, a mode.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,16 +18,17 @@ from torch import nn
 from torch.nn.modules import module as calling
 
 from quantflow.ir.activations import Epilogue
-from quantflow.stages.imperative.calls import ADD, BATCH_NORM, Pending, UnitCall
+from quantflow.stages.imperative.calls import BATCH_NORM, Pending, UnitCall
 from quantflow.stages.imperative.functions import asked
 
 T = torch.Tensor
-#: The class of a swapped layer → its first call: (module, input) → what waits, or None where it is not the captured one.
+#: The class of a swapped layer → its call: (module, input) → what waits, or None where it is not the captured one.
 STARTS: dict[type[nn.Module], Callable[[Any, Any], Pending | None]] = {}
 #: The class of a BatchNorm that was folded → what it was.
 NORMS: dict[type[nn.Module], type[nn.Module]] = {}
+_RELU = asked(F.relu)[0]
 _ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Epilogue | None]] = {
-    nn.ReLU: lambda _: asked(F.relu)[0],
+    nn.ReLU: lambda _: _RELU,
     nn.ReLU6: lambda m: asked(F.hardtanh, (m.min_val, m.max_val))[0],
     nn.Hardtanh: lambda m: asked(F.hardtanh, (m.min_val, m.max_val))[0],
     nn.Hardswish: lambda _: asked(F.hardswish)[0],
@@ -40,7 +42,7 @@ def has_chains(module: nn.Module) -> bool:
     if getattr(type(module), "forward", None) is not nn.Sequential.forward:
         return False
     kinds = [type(child) for child in module.children()]
-    return any(a in STARTS and (b in NORMS or b in _ACTIVATIONS) for a, b in zip(kinds, kinds[1:], strict=False))
+    return any(a in STARTS and (b in NORMS or b in _ACTIVATIONS) for a, b in pairwise(kinds))
 
 
 @cache
@@ -63,8 +65,8 @@ def chained_class(base: type[nn.Module], members: tuple[tuple[str, Any], ...]) -
                 input = module(input)
                 continue
             steps: list[Callable[[T], T]] = []
-            for expected in pending.call.expects:
-                step = _step(modules[at], expected, pending.call) if expected is not ADD and at < len(modules) else None
+            for module, expected in zip(modules[at:], pending.call.expects, strict=False):
+                step = _step(module, expected, pending.call)
                 if step is None:
                     break
                 steps.append(step)
@@ -109,7 +111,9 @@ def _step(module: Any, expected: str | Epilogue, call: UnitCall) -> Callable[[T]
     kind = type(module)
     if expected is BATCH_NORM:
         base = NORMS.get(kind)
-        fits = base is not None and not module.training and module.running_mean.folded_into is call
-        return partial(base.forward, module) if fits and _is_plain(module) else None  # type: ignore[union-attr]
+        if base is None or module.training or not _is_plain(module):
+            return None
+        is_its_own = getattr(module._buffers.get("running_mean"), "folded_into", None) is call
+        return partial(base.forward, module) if is_its_own else None
     of = _ACTIVATIONS.get(kind)
-    return module.forward if of is not None and of(module) == expected and _is_plain(module) else None
+    return module.forward if of is not None and of(module) is expected and _is_plain(module) else None

@@ -18,7 +18,7 @@ from quantflow.ir.graph import arguments
 from quantflow.ir.units import ADD as ADD_UNIT
 from quantflow.ir.units import AVG_POOL, CAT, CLAMP, MATMUL, MAX_POOL, MUL
 from quantflow.runtimes.ordinary import ordinary
-from quantflow.stages.imperative.calls import ADD, BATCH_NORM, Pending, UnitCall, spread
+from quantflow.stages.imperative.calls import ADD, BATCH_NORM, Pending, UnitCall, one_of, spread
 from quantflow.stages.imperative.tensors import RULES, Coded, Rule, Weight, in_float
 
 Args = tuple[Any, ...]
@@ -208,32 +208,33 @@ def fits(call: UnitCall, x: T, weight: Weight, bias: Any, geometry: Args) -> boo
     if bias is not weight.biases[call]:
         return False
     held, (sizes, device) = weight.plain, _form(x)
+    if type(x) is Coded and held.device == device and call.accepts(sizes, geometry):
+        return True  # as it did before
     if held.dtype is not torch.float32 or (type(x) is not Coded and x.dtype is not torch.float32) or 0 in sizes:
         return False
     if held.device != device or (not geometry) != (not call.geometry):
         return False
     if not geometry:
-        return len(sizes) == _rank(call, len(sizes)) > 0
+        if not len(sizes) == _rank(call, len(sizes)) > 0:
+            return False
+        call.accepted.add((sizes, geometry))
+        return True
     if len(geometry) != len(call.geometry) or len(sizes) != held.dim():
         return False
-    try:
-        if geometry in call.accepted:
-            return True
-    except TypeError:  # lists
-        geometry = tuple(tuple(g) if isinstance(g, list) else g for g in geometry)
+    geometry = tuple(tuple(g) if isinstance(g, list) else g for g in geometry)
     dims = held.dim() - 2
     stride, padding, dilation, groups, *rest = geometry
     if padding == "same":
-        sizes = [d * (k - 1) for d, k in zip(spread(dilation, dims), held.shape[2:], strict=True)]
-        if any(size % 2 for size in sizes):
+        reach = [d * (k - 1) for d, k in zip(spread(dilation, dims), held.shape[2:], strict=True)]
+        if any(size % 2 for size in reach):
             return False
-        padding = tuple(size // 2 for size in sizes)
+        padding = tuple(size // 2 for size in reach)
     elif padding == "valid":
         padding = 0
     found = (*(spread(each, dims) for each in (stride, padding, dilation)), groups, *(spread(r, dims) for r in rest))
     if found != call.geometry:
         return False
-    call.accepted.add(geometry)
+    call.accepted.add((sizes, geometry))
     return True
 
 
@@ -407,7 +408,7 @@ def _activation(func: Callable[..., Any], args: Args, kwargs: Keywords) -> Any:
 
     pending = x.unfinished()
     if pending is not None:
-        return NotImplemented if pending.next != found else _finished(x, pending.advanced(apply), in_place)
+        return NotImplemented if pending.next is not found else _finished(x, pending.advanced(apply), in_place)
     call = _reader(CLAMP, x)
     if call is None or epilogue_of(call.planned.unit.op, arguments(call.planned.unit.anchor)) != found:
         return NotImplemented
@@ -421,7 +422,8 @@ def asked(
     """The activation that a function with these arguments behind the tensor computes, and whether in place."""
     op, names, defaults = _ACTIVATIONS[func]
     given = defaults | named(names, args, dict(kwargs))
-    return epilogue_of(op, given), _in_place(func, given)
+    found = epilogue_of(op, given)
+    return None if found is None else one_of(found), _in_place(func, given)
 
 
 # -- pools and joins

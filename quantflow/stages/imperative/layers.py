@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -281,7 +281,7 @@ def _int8_class(base: type[nn.Module]) -> type[nn.Module]:
 @outside_compilers
 def _linear(self: Any, input: torch.Tensor) -> torch.Tensor:
     refuse_export()
-    weight, bias = self.weight, self.bias
+    weight, bias = _own(self)
     call = weight.site.call() if type(weight) is Weight else None
     if call is None or call.is_held_transposed or not fits(call, input, weight, bias, ()):
         missed(weight)
@@ -292,7 +292,7 @@ def _linear(self: Any, input: torch.Tensor) -> torch.Tensor:
 @outside_compilers
 def _convolution(self: Any, input: torch.Tensor) -> torch.Tensor:
     refuse_export()
-    weight, bias = self.weight, self.bias
+    weight, bias = _own(self)
     if self.padding_mode != "zeros" or type(weight) is not Weight:
         return self._conv_forward(input, weight, bias)  # type: ignore[no-any-return]
     call = weight.site.call()
@@ -303,9 +303,17 @@ def _convolution(self: Any, input: torch.Tensor) -> torch.Tensor:
     return begun(call, weight, input, lambda y: self._conv_forward(*_plain(y, weight, bias)))  # type: ignore[no-any-return]
 
 
+def _own(self: Any) -> tuple[Any, Any]:
+    """The layer's weight and bias; what is no parameter now by the longer way."""
+    parameters = self._parameters
+    if "weight" in parameters and "bias" in parameters:
+        return parameters["weight"], parameters["bias"]
+    return self.weight, self.bias
+
+
 def _started(self: Any, x: Any) -> Pending | None:
     """A layer's call of its weight, if it has but one and this is it."""
-    weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+    weight, bias = _own(self)
     if type(weight) is not Weight or len(weight.site.calls) != 1 or not isinstance(x, torch.Tensor) or is_tracked(x):
         return None
     call, is_linear = weight.site.calls[0], isinstance(self, nn.Linear)
@@ -335,8 +343,8 @@ def _extra_repr(self: Any) -> str:
 def _folded_class(base: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
         if type(input) is Coded and not self.training:
-            plain = super(type(self), self).forward
-            result = normed(input, getattr(self.running_mean, "folded_into", None), plain)
+            mean = self._buffers.get("running_mean")
+            result = normed(input, getattr(mean, "folded_into", None), partial(base.forward, self))
             if result is not NotImplemented:
                 return result  # type: ignore[no-any-return]
         return super(type(self), self).forward(input)  # type: ignore[no-any-return]

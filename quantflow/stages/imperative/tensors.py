@@ -72,11 +72,17 @@ class Coded(torch.Tensor):
 
     def current(self) -> torch.Tensor | None:
         """The codes, unless the tensor was changed in place since."""
-        return self.codes if self.codes is not None and self._is_unchanged() else None
+        codes = self.codes
+        return codes if codes is None or self._is_untouched() or self._is_unchanged() else None
 
     def unfinished(self) -> Pending | None:
         """The call that waits, unless the tensor was changed in place since."""
-        return self.pending if self.pending is not None and self._is_unchanged() else None
+        pending = self.pending
+        return pending if pending is None or self._is_untouched() or self._is_unchanged() else None
+
+    def _is_untouched(self) -> bool:
+        """Whether nobody has looked at it, nor is it part of another: most are, and this is told fastest."""
+        return self.shown is None and self.view_of is None
 
     def _is_unchanged(self) -> bool:
         if self.shown is not None and not self.shown.is_inference() and self.shown._version != self.version:
