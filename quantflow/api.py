@@ -12,6 +12,7 @@ from torch import nn
 from quantflow.errors import Problem, RecipeError, UsageError, nearest
 from quantflow.executor.run import Run
 from quantflow.executor.source import Source
+from quantflow.host.place import CPU
 from quantflow.quantized import Quantized, QuantizedModule, QuantizedParts
 from quantflow.report import Progress, make_console
 from quantflow.schema import PRESETS, Recipe
@@ -210,7 +211,7 @@ def _batches(batches: Iterable[Any], name: str, module: Module | None = None) ->
         raise UsageError(f"{name}: is one tensor; pass an iterable of batches, such as [x] or x.split(16)")
     if isinstance(batches, Iterable) and isinstance(module, nn.Module):
         batches = _with_lists_as_one(batches, module)
-    return list(as_batches(batches))
+    return [batch.at(CPU) for batch in as_batches(batches)]
 
 
 def _with_lists_as_one(batches: Iterable[Any], module: nn.Module) -> Iterable[Any]:

@@ -59,7 +59,7 @@ def activation_scale(
         if root in closed:
             continue
         old, spec = refined.qparams[root], plan.specs[root]
-        fit, held_out = ([(seen[p.unit.name][part], _rows(prepared, p)) for p in units] for part in (0, 1))
+        fit, held_out = ([(seen[p.unit.name][part], _rows(prepared, p, material)) for p in units] for part in (0, 1))
         qscheme = spec.qscheme if old.dtype == spec.dtype else "affine"  # the other dtype: made unsigned before
         ranged = partial(activation_qparams, dtype=old.dtype, qscheme=qscheme, reduce_range=plan.reduce_range)
         best = _searched(settings, old, qscheme == "symmetric", ranged, fit)
@@ -112,15 +112,15 @@ def _error(layers: Layers, qparams: QParams) -> float:
     return total
 
 
-def _rows(prepared: Prepared, planned: PlannedUnit) -> torch.Tensor:
-    return grouped(planned, float_numbers(prepared.graph, planned)[0])
+def _rows(prepared: Prepared, planned: PlannedUnit, material: Material) -> torch.Tensor:
+    return grouped(planned, float_numbers(prepared.graph, planned)[0]).to(material.place)
 
 
 def _seen(
     settings: ActivationScaleAlgorithm, prepared: Prepared, units: list[PlannedUnit], material: Material
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Windows of every unit's float input: those to fit on, and those of the last batches."""
-    graph, generator = prepared.graph, torch.Generator().manual_seed(material.seed)
+    graph, generator = prepared.graph.at(material.place), torch.Generator().manual_seed(material.seed)
     batches = material.first(settings.samples)
     parts: dict[str, list[torch.Tensor]] = {p.unit.name: [] for p in units}
     read: dict[fx.Node, list[PlannedUnit]] = {}

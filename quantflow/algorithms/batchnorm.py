@@ -54,15 +54,17 @@ def batchnorm(
         rho = torch.nan_to_num(rho, nan=1.0, posinf=1.0).clamp(1 / MOST, MOST)
         if before.scale.numel() == 1:
             rho = torch.ones_like(rho)
-        bias = torch.zeros_like(rho) if before.bias is None else before.bias
+        bias = torch.zeros_like(rho) if before.bias is None else before.bias.to(rho.device)
         bias = (bias - mean_found.flatten()) * rho + mean.flatten()
         signal = float(real.square().sum())
         after = (found - mean_found) * rho.unsqueeze(1) + mean
         was, now = (float((real - y).square().sum()) for y in (found, after))
         changes.append(Change(layer.name, db(signal, was), db(signal, min(was, now))))
-        return replace(before, scale=before.scale * rho[: before.scale.numel()], bias=bias) if now < was else None
+        if not now < was:
+            return None
+        return replace(before, scale=before.scale * rho[: before.scale.numel()].cpu(), bias=bias.cpu())
 
-    result = walk(prepared, refined, material.first(settings.samples), on_layer, material.update)
+    result = walk(prepared, refined, material.first(settings.samples), on_layer, material.update, material.place)
     return result, Outcome("SQNR of the layer's output, dB", tuple(changes), tuple(skipped))
 
 

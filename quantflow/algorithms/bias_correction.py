@@ -62,16 +62,17 @@ def _full(
         if layer.name not in names:
             return None
         axis, numbers = layer.channel_axis(), refined.layers[layer.name]
-        shift, count = torch.zeros(numbers.codes.shape[0], dtype=torch.float64), 0
+        shift = torch.zeros(numbers.codes.shape[0], dtype=torch.float64, device=material.place)
+        count = 0
         for real, found in zip(layer.float_outputs, layer.run(numbers), strict=True):
             rows = (real - found).movedim(axis, 0).flatten(1)
             shift += rows.sum(1, dtype=torch.float64)
             count += rows.shape[1]
-        corrected, change = _shifted(layer.name, numbers, shift / max(count, 1))
+        corrected, change = _shifted(layer.name, numbers, shift.cpu() / max(count, 1))
         changes.append(change)
         return corrected
 
-    return walk(prepared, refined, material.first(settings.samples), on_layer, material.update), changes
+    return walk(prepared, refined, material.first(settings.samples), on_layer, material.update, material.place), changes
 
 
 def _fast(
@@ -81,7 +82,7 @@ def _fast(
     material: Material,
     allowed: list[PlannedUnit],
 ) -> tuple[Refined, list[Change]]:
-    graph = prepared.graph
+    graph = prepared.graph.at(material.place)
     axes = {p.unit.inputs[0]: -1 if p.unit.op == "linear" else 1 for p in allowed}
     sums: dict[fx.Node, torch.Tensor] = {}
     counts: dict[fx.Node, int] = {}
@@ -101,8 +102,8 @@ def _fast(
     changes = []
     for planned in allowed:
         node, numbers = planned.unit.inputs[0], refined.layers[planned.unit.name]
-        mean = sums[node] / max(counts[node], 1)
-        weight, bias = float_numbers(graph, planned)
+        mean = sums[node].cpu() / max(counts[node], 1)
+        weight, bias = float_numbers(prepared.graph, planned)
         lost = (weight.double() - numbers.weight().double()).reshape(*weight.shape[:2], -1).sum(2)
         groups = arguments(planned.unit.anchor).get("groups", 1)
         per_group = lost.reshape(groups, -1, lost.shape[1]) @ mean.reshape(groups, -1, 1)

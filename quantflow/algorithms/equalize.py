@@ -126,9 +126,13 @@ class _Measured:
         batches: Sequence[Batch],
         material: Material,
     ) -> None:
-        self.ranges = {id(s): torch.zeros(s.size, dtype=torch.float64) for s in sets}
-        self.power = {id(s): torch.zeros(s.size, dtype=torch.float64) for s in sets}
-        self.clipped = {clip: torch.zeros(s.size, dtype=torch.float64) for s in sets for clip in s.clips}
+        def nothing(s: ChannelSet) -> torch.Tensor:
+            return torch.zeros(s.size, dtype=torch.float64, device=material.place)
+
+        self.ranges = {id(s): nothing(s) for s in sets}
+        self.power = {id(s): nothing(s) for s in sets}
+        self.clipped = {clip: nothing(s) for s in sets for clip in s.clips}
+        placed = graph.at(material.place)
         owner = {v: s for s in sets for v in s.values if v.name in plan.codes and v.meta["shape"][axes[v]] == s.size}
         clamped: dict[fx.Node, list[fx.Node]] = {}
         for clip in self.clipped:
@@ -149,8 +153,10 @@ class _Measured:
 
         with torch.inference_mode():
             for done, batch in enumerate(batches, start=1):
-                interpret(graph, bind(graph, batch.args, batch.kwargs), on_value)
+                interpret(placed, bind(graph, batch.args, batch.kwargs), on_value)
                 material.update(done, len(batches))
+        for found in (self.ranges, self.power, self.clipped):
+            found.update({of: values.cpu() for of, values in found.items()})  # type: ignore[misc,attr-defined]
 
 
 @dataclass(frozen=True)

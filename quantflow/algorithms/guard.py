@@ -83,7 +83,8 @@ class Guard:
             graph: computes the float model.
             material: all of the calibration data; the guard's own `material` is what algorithms may see of it.
         """
-        self._graph = graph
+        self._graph = graph.at(material.place)
+        self._place = material.place
         is_needed = any(settings.guard for settings in algorithms)
         self._batches, self.material = _held_out(material) if is_needed else ([], material)
         self.samples = sum(batch.size for batch in self._batches)
@@ -101,7 +102,7 @@ class Guard:
 
         def judged(candidate: Graph) -> float:
             prepared = prepare(candidate, plan_of(candidate))
-            recorded = _Recorded(prepared, [])
+            recorded = _Recorded(prepared.at(self._place), [])
             table = calibrate(recorded, self._batches)
             # All candidates are the same float model up to rounding.
             self._float = self._float or recorded.outputs
@@ -157,10 +158,11 @@ class Guard:
             graph = self._graph
             with torch.inference_mode():
                 self._float = [_outputs(graph, batch) for batch in self._batches]
+        placed = prepared.at(self._place)
         signal, noise = ([0.0] * len(self._float[0]) for _ in range(2))
         for batch, wanted in zip(self._batches, self._float, strict=True):
             simulated = floating_outputs(
-                prepared.graph, lambda on_value, batch=batch: simulate(prepared, refined, batch, on_value)
+                placed.graph, lambda on_value, batch=batch: simulate(placed, refined, batch, on_value)
             )
             for o, (y, found) in enumerate(zip(wanted, simulated, strict=True)):
                 masked = y.isinf() & (y == found)

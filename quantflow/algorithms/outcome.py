@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from quantflow.ir.batch import Batch
-from quantflow.ir.graph import Graph
+from quantflow.ir.graph import HOST, Graph
 
 Update = Callable[[int, int | None], None]
 
@@ -76,6 +78,7 @@ class Material:
         update: called with (done, total).
         fixed: constants that may not change: imperative mode can't carry all of them over to the user's module.
         may_insert: whether the graph may get new ops, which imperative mode has no place for.
+        place: where float models and simulated ones are computed.
     """
 
     batches: Sequence[Batch]
@@ -84,6 +87,7 @@ class Material:
     update: Update = lambda done, total: None  # noqa: ARG005
     fixed: frozenset[str] = frozenset()
     may_insert: bool = True
+    place: torch.device = HOST
 
     def first(self, samples: int) -> list[Batch]:
         """The first `samples` samples, in whole batches where these can't be cut."""

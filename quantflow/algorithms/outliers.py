@@ -133,7 +133,7 @@ def find_outliers(settings: OutlierSettings, graph: Graph, plan: Plan, material:
             inputs.setdefault(x, _Input([], observer)).readers.append(planned)
     if not inputs or not settings.samples:
         return NO_OUTLIERS
-    batches = material.first(settings.samples)
+    batches, placed = material.first(settings.samples), graph.at(material.place)
     generator = torch.Generator().manual_seed(material.seed)
 
     def on_value(node: fx.Node, value: Any) -> None:
@@ -142,7 +142,7 @@ def find_outliers(settings: OutlierSettings, graph: Graph, plan: Plan, material:
 
     with torch.inference_mode():
         for done, batch in enumerate(batches, start=1):
-            interpret(graph, bind(graph, batch.args, batch.kwargs), on_value)
+            interpret(placed, bind(graph, batch.args, batch.kwargs), on_value)
             material.update(done, len(batches))
         found = [each for seen in inputs.values() if seen.rows for each in _judged(settings, graph, plan, seen)]
     return Outliers(tuple(found))
@@ -161,9 +161,10 @@ def _judged(settings: OutlierSettings, graph: Graph, plan: Plan, seen: _Input) -
     rounded = on_grid(x, qparams)
     found = []
     for planned in seen.readers:
-        weight, _ = float_numbers(graph, planned)
+        weight = float_numbers(graph, planned)[0].to(x.device)
+        coded = nearest_codes(graph, planned).weight().to(x.device)
         read = rounded if planned.qconfig.input_terms == 1 else with_second_term(x, rounded, qparams)
-        y, error = x @ weight.t(), read @ nearest_codes(graph, planned).weight().t()
+        y, error = x @ weight.t(), read @ coded.t()
         signal = (y - y.median(0).values).square().sum(1)
         noise = (y - error).square().sum(1).clamp_min(1e-30)
         kept = float(10 * (signal / noise).median().clamp_min(1e-30).log10())

@@ -63,8 +63,10 @@ def round_layers(
         fit = gram_of(layer, layer.inputs[:-judges] or layer.inputs, generator)
         held_out = gram_of(layer, layer.inputs[-judges:], generator)
         whole, bias = float_numbers(prepared.graph, planned)
-        weight, codes = grouped(planned, whole), grouped(planned, before.codes).to(torch.float32)
-        scale = before.scale.expand(whole.shape[0]).reshape(*weight.shape[:2], 1)
+        where = fit.h.device
+        weight = grouped(planned, whole).to(where)
+        codes = grouped(planned, before.codes).to(where, torch.float32)
+        scale = before.scale.to(where).expand(whole.shape[0]).reshape(*weight.shape[:2], 1)
         found = solve(fit.h, weight, scale, codes)
         signal, was, now = (
             float(form(held_out.h, w).sum()) for w in (weight, codes * scale - weight, found * scale - weight)
@@ -77,7 +79,7 @@ def round_layers(
             found = solve(fit.h, weight, scale, found)
         return _with_bias(before, found, found * scale - weight, fit, bias) if kept else None
 
-    result = walk(prepared, refined, material.first(limits.samples), on_layer, material.update)
+    result = walk(prepared, refined, material.first(limits.samples), on_layer, material.update, material.place)
     stopped = f"{name}: stopped after max_seconds={limits.max_seconds:g}; {len(late)} layers keep the codes they had"
     return result, Outcome(MEASURE, tuple(changes), tuple(skipped), (stopped,) if late else ())
 
@@ -86,8 +88,8 @@ def _with_bias(
     before: LayerNumbers, codes: torch.Tensor, difference: torch.Tensor, gram: Gram, bias: torch.Tensor | None
 ) -> LayerNumbers:
     """b' = b - (w' - w) mean(x)."""
-    shift = -(difference * gram.mean.unsqueeze(1)).sum(2).reshape(-1)
-    codes = codes.reshape(before.codes.shape).to(torch.int8)
+    shift = -(difference * gram.mean.unsqueeze(1)).sum(2).reshape(-1).cpu()
+    codes = codes.reshape(before.codes.shape).to(torch.int8).cpu()
     return replace(before, codes=codes, bias=shift if bias is None else bias + shift)
 
 
@@ -109,7 +111,7 @@ def form(h: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
 def damped(h: torch.Tensor, damping: float) -> torch.Tensor:
     """H + damping mean(diag H) I: inputs that were never seen to vary still have a weight."""
     level = damping * h.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
-    return h + level.reshape(-1, 1, 1) * torch.eye(h.shape[1], dtype=h.dtype)
+    return h + level.reshape(-1, 1, 1) * torch.eye(h.shape[1], dtype=h.dtype, device=h.device)
 
 
 def nearest(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch import fx
 
 from quantflow.ir.batch import Batch
 from quantflow.ir.binding import bind
-from quantflow.ir.graph import arguments, laid_out, last_uses
+from quantflow.ir.graph import HOST, Graph, arguments, call, laid_out, last_uses
 from quantflow.ir.plan import Plan, PlannedUnit
 from quantflow.ir.units import CORE
 from quantflow.numerics.affine import QParams
@@ -46,9 +46,10 @@ class Layer:
 
     def run(self, numbers: LayerNumbers) -> Iterator[torch.Tensor]:
         """The linear op on its quantized inputs with these numbers, batch by batch."""
-        weight = numbers.weight()
+        weight, bias = numbers.weight(), numbers.bias
         for x in self.inputs:
-            yield linear_op(self.planned.unit.anchor, x, weight, numbers.bias)
+            weight, bias = _beside(x, weight, bias)
+            yield linear_op(self.planned.unit.anchor, x, weight, bias)
 
     def channel_axis(self) -> int:
         """The outputs' axis of channels."""
@@ -61,16 +62,17 @@ def walk(
     batches: Sequence[Batch],
     on_layer: Callable[[Layer], LayerNumbers | None],
     update: Callable[[int, int | None], None] = lambda done, total: None,  # noqa: ARG005
+    place: torch.device = HOST,
 ) -> Refined:
-    """Run both streams; `on_layer` sees every int8 linear op in order and may return other numbers for it.
+    """Run both streams on a device; `on_layer` sees every int8 linear op in order and may return other numbers for it.
 
     Returns:
         The numbers with what `on_layer` returned in place.
     """
-    graph, plan = prepared.graph, prepared.plan
+    graph, plan = prepared.graph.at(place), prepared.plan
     unit_of = {node: planned for planned in plan.units for node in planned.unit.nodes}
     total = plan.int8_products
-    streams = [_Stream(graph.constants, bind(graph, b.args, b.kwargs)) for b in batches]
+    streams = [_Stream(graph, bind(graph, b.args, b.kwargs)) for b in batches]
     frees, done = last_uses(graph.fx), 0
     with torch.inference_mode():
         for node in graph.fx.nodes:
@@ -116,7 +118,7 @@ def simulate(
     batch: Batch,
     on_value: Callable[[fx.Node, Any], None] | None = None,
 ) -> Any:
-    """What the int8 model returns for a batch: the second stream of `walk` alone.
+    """What the int8 model returns for a batch: the second stream of `walk` alone, where the graph computes.
 
     Args:
         on_value: called with every node and its value.
@@ -133,19 +135,19 @@ def simulate(
             if node.op == "output":
                 break
             if node.op == "placeholder":
-                values[node] = laid_out(next(inputs))
+                values[node] = laid_out(next(inputs).to(graph.place))
             elif node.op == "get_attr":
                 values[node] = graph.constants[str(node.target)]
             elif planned is None:
-                values[node] = _call(node, values.__getitem__)
+                values[node] = call(node, values.__getitem__, graph.place)
             else:
                 _code_operands(node, planned, plan.codes, refined.qparams, values, coded)
                 if planned.unit.kind == CORE and node is planned.unit.anchor:
                     weight, bias = _weight_and_bias(prepared, planned, refined)
                     x = _linear_input(planned, plan, refined, values, coded)
-                    values[node] = linear_op(node, x, weight, bias)
+                    values[node] = linear_op(node, x, *_beside(x, weight, bias))
                 else:
-                    values[node] = _call(node, _reader(planned, values, coded))
+                    values[node] = call(node, _reader(planned, values, coded), graph.place)
                 if node is planned.unit.output and planned.writes_codes:
                     _write_codes(node, refined.qparams[plan.codes[node.name]], node.name in plan.exact, values, coded)
             if on_value is not None:
@@ -178,7 +180,7 @@ def _linear_input(planned: PlannedUnit, plan: Plan, refined: Refined, values: Va
 def _write_codes(node: fx.Node, qparams: QParams, is_exact: bool, values: Values, coded: Values) -> None:
     """Round what a unit computed from codes. A value that is exact, too, is the same data movement on exact ones."""
     coded[node] = _rounded(values[node], qparams)
-    values[node] = _call(node, values.__getitem__) if is_exact else coded[node]
+    values[node] = call(node, values.__getitem__) if is_exact else coded[node]
 
 
 def _code_operands(
@@ -208,8 +210,8 @@ def _reader(planned: PlannedUnit, values: Values, coded: Values) -> Callable[[fx
 class _Stream:
     """The values of one batch that are still needed."""
 
-    def __init__(self, constants: Mapping[str, torch.Tensor], inputs: Sequence[torch.Tensor]) -> None:
-        self.constants = constants
+    def __init__(self, graph: Graph, inputs: Sequence[torch.Tensor]) -> None:
+        self.constants, self.place = graph.constants, graph.place
         self.inputs = iter(inputs)
         self.float: Values = {}
         self.simulated: Values = {}
@@ -227,23 +229,26 @@ class _Stream:
         elif node.op == "call_function":
             read = _reader(planned, self.simulated, self.coded) if planned else self.simulated.__getitem__
             same = all(read(n) is self.float[n] for n in node.all_input_nodes)
-            self.simulated[node] = self.float[node] if same else _call(node, read)
+            self.simulated[node] = self.float[node] if same else call(node, read, self.place)
 
     def run_float(self, node: fx.Node) -> None:
         if node.op == "placeholder":
-            self.float[node] = laid_out(next(self.inputs))
+            self.float[node] = laid_out(next(self.inputs).to(self.place))
         elif node.op == "get_attr":
             self.float[node] = self.constants[str(node.target)]
         elif node.op == "call_function":
-            self.float[node] = _call(node, self.float.__getitem__)
+            self.float[node] = call(node, self.float.__getitem__, self.place)
 
     def forget(self, node: fx.Node) -> None:
         for values in (self.float, self.simulated, self.coded):
             values.pop(node, None)
 
 
-def _call(node: fx.Node, read: Callable[[fx.Node], Any]) -> Any:
-    return node.target(*fx.map_arg(node.args, read), **fx.map_arg(node.kwargs, read))  # type: ignore[operator]
+def _beside(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A layer's numbers where its input is."""
+    return weight.to(x.device), None if bias is None else bias.to(x.device)
 
 
 def _rounded(x: Any, qparams: QParams) -> Any:

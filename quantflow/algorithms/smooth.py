@@ -144,7 +144,7 @@ def smooth(settings: SmoothAlgorithm, graph: Graph, plan: Plan, material: Materi
         skipped += [(group.name, obstacle) for group in groups if sources[group.x] is None]
         groups = [group for group in groups if sources[group.x] is not None]
     if groups:
-        _observe(groups, graph, batches, settings.rows, material.seed)
+        _observe(groups, graph.at(material.place), batches, settings.rows, material.seed)
     parts: list[_Part] = []
     changes: list[Change] = []
     for done, group in enumerate(groups, start=1):
@@ -242,7 +242,8 @@ def _observe(groups: Sequence[_Group], graph: Graph, batches: Sequence[Batch], m
 
 def _search(settings: SmoothAlgorithm, graph: Graph, group: _Group, source: _Source | None) -> _Choice:
     x = torch.cat(group.rows)
-    weights = [graph.constants[str(linear.args[1].target)] for linear in group.linears]  # type: ignore[union-attr]
+    constants = [graph.constants[str(linear.args[1].target)] for linear in group.linears]  # type: ignore[union-attr]
+    weights = [weight.to(x.device) for weight in constants]
     outputs = [x @ weight.t() for weight in weights]
     assert group.low is not None
     assert group.high is not None
@@ -270,7 +271,7 @@ def _search(settings: SmoothAlgorithm, graph: Graph, group: _Group, source: _Sou
         s = s / s.log().mean().exp()
         return s if source is None else s[source.channels]
 
-    plain = torch.ones(x.shape[1])
+    plain = torch.ones(x.shape[1], device=x.device)
     with torch.inference_mode():
         before = error(plain)
         found = [(before, "", plain)]
@@ -283,7 +284,7 @@ def _search(settings: SmoothAlgorithm, graph: Graph, group: _Group, source: _Sou
             octave, after = _best(lambda octave: error(by_floor(2**-octave)), OCTAVES, settings.refinements)
             found.append((after, f"phi {2**-octave:.2g}", by_floor(2**-octave)))
         after, how, factors = min(found, key=lambda each: each[0])
-        return _Choice(how, factors.clone(), db(1.0, before), db(1.0, after))
+        return _Choice(how, factors.clone().cpu(), db(1.0, before), db(1.0, after))
 
 
 def _best(error: Callable[[float], float], grid: Sequence[float], refinements: int) -> tuple[float, float]:
@@ -300,8 +301,8 @@ def _best(error: Callable[[float], float], grid: Sequence[float], refinements: i
 
 def _per_source(values: torch.Tensor, source: _Source) -> torch.Tensor:
     """The largest of the values that share one channel of the source; channels that x does not show get 0."""
-    found = torch.zeros(source.size)
-    return found.scatter_reduce(0, source.channels, values, "amax")
+    found = torch.zeros(source.size, device=values.device)
+    return found.scatter_reduce(0, source.channels.to(values.device), values, "amax")
 
 
 def _rounded_input(x: torch.Tensor, group: _Group, factors: torch.Tensor) -> torch.Tensor:

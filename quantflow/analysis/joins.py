@@ -19,7 +19,7 @@ from torch import fx
 
 from quantflow.ir.batch import Batch
 from quantflow.ir.binding import bind
-from quantflow.ir.graph import interpret
+from quantflow.ir.graph import HOST, interpret
 from quantflow.ir.plan import PlannedUnit
 from quantflow.ir.units import ADD, CAT, MUL
 from quantflow.numerics.affine import dequantize, quantize
@@ -42,14 +42,16 @@ class Join:
     saved_conversions: int
 
 
-def join_costs(prepared: Prepared, refined: Refined, batches: Sequence[Batch]) -> tuple[Join, ...]:
-    """Measure every int8 add, mul and cat of the plan on float batches, in execution order."""
+def join_costs(
+    prepared: Prepared, refined: Refined, batches: Sequence[Batch], place: torch.device = HOST
+) -> tuple[Join, ...]:
+    """Measure every int8 add, mul and cat of the plan on float batches, in execution order, on a device."""
     plan = prepared.plan
     written = {p.unit.output.name for p in plan.units if p.is_int8 and p.writes_codes}
     places = {_place(p): p for p in plan.units if p.is_int8 and _operands(p)}
     if not places or prepared.observed_module is not None:
         return ()
-    errors = {node: ErrorSum() for node in places}
+    errors, graph = {node: ErrorSum() for node in places}, prepared.graph.at(place)
     for batch in batches:
         kept: dict[fx.Node, torch.Tensor] = {}
         wanted = {operand for p in places.values() for operand in _operands(p)}
@@ -63,7 +65,7 @@ def join_costs(prepared: Prepared, refined: Refined, batches: Sequence[Batch]) -
                 errors[node].add(value, _rounded(node, places[node], kept, prepared, refined))
 
         with torch.inference_mode():
-            interpret(prepared.graph, bind(prepared.graph, batch.args, batch.kwargs), on_value)
+            interpret(graph, bind(graph, batch.args, batch.kwargs), on_value)
     joins = []
     for node, planned in places.items():
         saved = sum(operand.name in written for operand in _operands(planned)) + planned.writes_codes

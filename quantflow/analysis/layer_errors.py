@@ -31,7 +31,8 @@ def own_errors(
     """Each int8 layer's own error, and histograms of the worst layers.
 
     Args:
-        graph: the float model that `compiled` was made from; all its values of the batch are held at once.
+        graph: the float model that `compiled` was made from; all its values of the batch are held at once, where it
+            computes.
         progress: called with (nodes done, nodes) after each node.
 
     Returns:
@@ -44,6 +45,8 @@ def own_errors(
         for index, node in enumerate(program.nodes):
             if node.op in COMPUTING_OPS and all(_source(name) in floats for name in (*node.refs(), node.output)):
                 values = {name: _held(floats[_source(name)], _qparams(compiled, name)) for name in node.refs()}
+                if graph.place.type not in compiled.runner.takes:
+                    values = {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in values.items()}
                 found = compiled.value(node, compiled.runner.run_node(index, values))
                 expected = floats[node.output]
                 if isinstance(expected, torch.Tensor) and expected.shape == found.shape:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import nn
 
 from quantflow.algorithms import NO_OUTLIERS, Applied, Outliers
 from quantflow.analysis.joins import Join
+from quantflow.host.place import CPU
 from quantflow.ir.graph import Graph
 from quantflow.ir.plan import Plan
 from quantflow.ir.program import Program
@@ -34,7 +37,10 @@ class Converted:
 
 @dataclass(frozen=True)
 class Built:
-    """The int8 side: every product of the stages up to warm-up, which only the first worker goes through."""
+    """The int8 side: every product of the stages up to warm-up, which only the first worker goes through.
+
+    `place`: where what is not int8 was computed.
+    """
 
     graph: Graph
     plan: Plan
@@ -46,10 +52,18 @@ class Built:
     algorithms: tuple[Applied, ...] = ()
     outliers: Outliers = NO_OUTLIERS
     joins: tuple[Join, ...] = ()
+    place: torch.device = CPU
 
     def call(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
         """What the user will run: the swapped module in imperative mode, else the compiled program."""
         return run_module(self.module, args, kwargs) if self.module is not None else self.compiled(*args, **kwargs)
+
+    def call_at(self, place: torch.device) -> Callable[..., Any]:
+        """`call`, for inputs on a device: a module of the user's own is copied there."""
+        if self.module is None or place == CPU:
+            return self.call
+        module = copy.deepcopy(self.module).to(place)
+        return lambda *args, **kwargs: run_module(module, args, kwargs)
 
     def verified(self) -> Warmup:
         """What warm-up found."""

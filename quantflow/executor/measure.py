@@ -1,4 +1,4 @@
-"""Float beside int8: the accuracy of the whole and of each layer, and the time that both take."""
+"""Float beside int8: the accuracy of the whole and of each layer; the time that both take is `contest`'s."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Any
 import torch
 
 from quantflow.analysis.layer_errors import own_errors
+from quantflow.executor.contest import benchmark
 from quantflow.executor.run import Run
-from quantflow.executor.source import Source, Update, cut, takes
+from quantflow.executor.source import Source, Update, cut
 from quantflow.host.environment import environment
+from quantflow.host.place import exact_float32
 from quantflow.ir.batch import Batch
 from quantflow.ir.binding import bind
 from quantflow.ir.graph import Graph, interpret
 from quantflow.ir.program import Program
-from quantflow.stages import benchmark as timing
 from quantflow.stages.compile import Compiled
 from quantflow.stages.evaluate import compare_layers, judge, tally
 from quantflow.stages.record import weights_bytes
@@ -27,9 +28,6 @@ from quantflow.store.run_folder import Work
 LAYER_SAMPLES = 8
 #: And what a layer adds by itself on this many: all of the model's values are held at once.
 OWN_SAMPLES = 4
-#: Each layer is timed this often, or as often as fits in about this time.
-MOST_REPEATS = 10
-PER_LAYER_MS = 2000.0
 
 Call = Callable[..., Any]
 
@@ -40,11 +38,11 @@ def measure(run: Run, compiled: Compiled, graph: Graph | None, call: Call) -> di
     recipe, work, program = run.recipe, run.work, compiled.program
     inputs = "" if work is None else _inputs(program, run.source)
     if recipe.evaluate.enabled:
-        sections["accuracy"] = evaluated(run, program, call)
+        sections["accuracy"] = evaluated(run, compiled, call)
         if recipe.evaluate.per_layer and graph is not None:
             with run.progress.stage("layers") as stage:
                 update = stage.update
-                layers = _kept(work, "layers", inputs, lambda: _layer_errors(graph, compiled, run.source, update))
+                layers = _kept(work, "layers", inputs, lambda: _layer_errors(run, graph, compiled, update))
             sections["accuracy"] = {**sections["accuracy"], **layers}
     if recipe.benchmark.enabled:
         with run.progress.stage("benchmark", alone=True) as stage:
@@ -52,28 +50,33 @@ def measure(run: Run, compiled: Compiled, graph: Graph | None, call: Call) -> di
                 work,
                 "benchmark",
                 inputs + json.dumps(environment()),
-                lambda: _benchmark(run, compiled, call, stage.update),
+                lambda: benchmark(run, compiled, call, stage.update),
             )
     return sections
 
 
-def evaluated(run: Run, program: Program, call: Call) -> dict[str, Any]:
-    """The comparison with float over all batches, each worker taking its part."""
+@exact_float32()
+def evaluated(run: Run, compiled: Compiled, call: Call) -> dict[str, Any]:
+    """The comparison with float over all batches, each worker taking its part.
+
+    `call` takes its inputs where `run.int8_place` says.
+    """
     source, work, workers = run.source, run.work, run.workers
     part = workers.part(source.data.evaluation)
-    inputs = "" if work is None else _inputs(program, source)
+    inputs = "" if work is None else _inputs(compiled.program, source)
     with run.progress.stage("evaluate") as stage:
         known = None if work is None else workers.from_first(lambda: work.get("accuracy", inputs))
         if known is not None:
             return known
         tallies = workers.gather(
             lambda: tally(
-                source.float_model(),
+                source.float_model(run.place),
                 call,
                 part,
                 metric=source.data.metric,
                 outputs=source.model.outputs,
                 first=part.first,
+                places=(run.place, run.int8_place(compiled.runner)),
                 progress=stage.update,
             )
         )
@@ -101,10 +104,11 @@ def _inputs(program: Program, source: Source) -> str:
     return digest.hexdigest()
 
 
-def _layer_errors(graph: Graph, compiled: Compiled, source: Source, update: Update) -> dict[str, Any]:
+@exact_float32()
+def _layer_errors(run: Run, graph: Graph, compiled: Compiled, update: Update) -> dict[str, Any]:
     """`per_layer`: each layer's error with those before it, and its own; `histograms` of the worst layers."""
-    batch = cut(next(iter(source.data.evaluation)), LAYER_SAMPLES, graph)
-    program = compiled.program
+    batch = cut(next(iter(run.source.data.evaluation)), LAYER_SAMPLES, graph)
+    program, graph, place = compiled.program, graph.at(run.place), run.int8_place(compiled.runner)
     names = {node.name: str(node.meta.get("layer", node.name)) for node in graph.fx.nodes}
     computed = {
         node.output: node.name for node in program.nodes if node.op not in ("quantize", "dequantize", "size", "shape")
@@ -120,7 +124,7 @@ def _layer_errors(graph: Graph, compiled: Compiled, source: Source, update: Upda
         )
 
     def int8_run(batch: Batch, on_value: Callable[[str, torch.Tensor], None]) -> None:
-        for done, (name, value) in enumerate(compiled.trace(bind(program, batch.args, batch.kwargs)), start=1):
+        for done, (name, value) in enumerate(compiled.trace(_bound(compiled, batch, place)), start=1):
             update(done, 2 * len(program.nodes))
             if name in computed and name in names and _is_real(value):
                 on_value(computed[name], value)
@@ -138,46 +142,10 @@ def _layer_errors(graph: Graph, compiled: Compiled, source: Source, update: Upda
     return {"per_layer": rows, "histograms": histograms}
 
 
+def _bound(compiled: Compiled, batch: Batch, place: torch.device) -> list[torch.Tensor]:
+    given = batch.at(place)
+    return compiled.bound(given.args, given.kwargs)
+
+
 def _is_real(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
-def _benchmark(run: Run, compiled: Compiled, call: Call, update: Update) -> dict[str, Any]:
-    settings, program, float_model = run.recipe.benchmark, compiled.program, run.source.float_model()
-    first = next(iter(run.source.data.evaluation))
-    sizes = [size for size in settings.batch_sizes if program.batch_is_dynamic and takes(program, first, size)]
-    sizes = sizes or [first.size]
-    total, configs = len(sizes) * settings.rounds, []
-    with timing.threads(settings.threads) as threads, torch.inference_mode():
-        for done, size in enumerate(sizes):
-            batch = timing.resized(first, size)
-            timings = timing.interleaved(
-                {
-                    "float": lambda b=batch: float_model(*b.args, **b.kwargs),  # type: ignore[misc]
-                    "int8": lambda b=batch: call(*b.args, **b.kwargs),  # type: ignore[misc]
-                },
-                rounds=settings.rounds,
-                min_round_ms=settings.min_round_ms,
-                progress=lambda r, _, done=done: update(done * settings.rounds + r, total),  # type: ignore[misc]
-            )
-            configs.append(timing.comparison(size, timings))
-        per_layer = None
-        if settings.per_layer:
-            batch = timing.resized(first, sizes[0])
-            repeats = int(PER_LAYER_MS / max(configs[0]["int8"]["median_ms"], 1e-3))
-            inputs = bind(program, batch.args, batch.kwargs)
-            per_layer = compiled.runner.profile(inputs, max(1, min(MOST_REPEATS, repeats)))
-    int8_bytes, float_bytes = len(weights_bytes(program)), run.source.float_bytes()
-    section = {
-        "threads": threads,
-        "rounds": settings.rounds,
-        "float": "torch float32, eager",
-        "configs": configs,
-        "size": {
-            "float_bytes": float_bytes,
-            "int8_bytes": int8_bytes,
-            "ratio": int8_bytes / float_bytes if float_bytes else None,
-        },
-        "peak_memory_bytes": timing.peak_memory_bytes(),
-    }
-    return section | ({"per_layer": per_layer} if per_layer is not None else {})

@@ -16,10 +16,12 @@ from quantflow.analysis.joins import join_costs
 from quantflow.errors import CaptureError
 from quantflow.executor.built import Built, Converted
 from quantflow.executor.parts import execute_in_parts, why_after_all, why_in_parts
+from quantflow.executor.placed import placed
 from quantflow.executor.results import finished
 from quantflow.executor.run import Run
 from quantflow.executor.steps import calibrated, captured, leading_on, plan_for, ready, rewritten, without_drowned
 from quantflow.host.memory import reused_memory
+from quantflow.host.place import exact_float32
 from quantflow.quantized import Quantized, QuantizedParts
 from quantflow.stages.convert import convert
 from quantflow.stages.prepare import prepare
@@ -50,10 +52,12 @@ def execute(run: Run, baseline: Mapping[str, Any] | None = None) -> Quantized | 
 
 def as_a_whole(run: Run, baseline: Mapping[str, Any] | None = None) -> Quantized:
     """Every stage on a loaded source, as one program."""
-    return finished(run, build(run), baseline)
+    built = build(run)
+    return finished(replace(run, place=built.place), built, baseline)
 
 
 @reused_memory()
+@exact_float32()
 def build(run: Run) -> Built:
     """Every stage up to warm-up.
 
@@ -61,7 +65,7 @@ def build(run: Run) -> Built:
     """
     recipe, stage = run.recipe, run.progress.stage
     example, kept = run.source.first_batch, run.kept_algorithms()
-    original = captured(run, example)
+    run, original = placed(run, captured(run, example), example)
     graph, applied, module = rewritten(run, original, example, kept)
     material = run.material(graph)
     with stage("plan"):
@@ -78,8 +82,8 @@ def build(run: Run) -> Built:
     refined, improved = refine(recipe.algorithms, prepared, table, material, stage, kept.numbers(prepared))
     joins = ()
     if recipe.evaluate.enabled and recipe.evaluate.per_layer:
-        joins = join_costs(prepared, refined, material.first(JOIN_SAMPLES))
+        joins = join_costs(prepared, refined, material.first(JOIN_SAMPLES), run.place)
     with stage("convert"):
         program = convert(prepared, table, refined)
     built = ready(run, graph, Converted(plan, table, program, (*applied, *improved)), module, example)
-    return replace(built, outliers=outliers, joins=joins)
+    return replace(built, outliers=outliers, joins=joins, place=run.place)

@@ -15,6 +15,7 @@ from quantflow.analysis.joins import join_notices
 from quantflow.analysis.poor_output import poor_output_notices
 from quantflow.errors import NothingQuantizedError
 from quantflow.executor.built import Built
+from quantflow.executor.contest import notices_of
 from quantflow.executor.measure import measure
 from quantflow.executor.run import Run
 from quantflow.executor.source import Source, cut
@@ -25,6 +26,7 @@ from quantflow.ir.graph import interpret
 from quantflow.ir.plan import Plan
 from quantflow.ir.program import Program
 from quantflow.quantized import Quantized, as_script
+from quantflow.runtimes import card
 from quantflow.schema import Recipe
 from quantflow.stages import benchmark as timing
 from quantflow.stages.evaluate import evaluate
@@ -66,7 +68,7 @@ def finished(
     }
     results["int8_proof"] = _int8_proof(built, run.source)
     results |= added.sections
-    results |= measure(run, built.compiled, built.graph, built.call)
+    results |= measure(run, built.compiled, built.graph, built.call_at(run.int8_place(built.compiled.runner)))
     results["notices"] = [
         *run.source.notices,
         *poor_output_notices(results.get("accuracy")),
@@ -77,6 +79,7 @@ def finished(
         *(notice for applied in built.algorithms for notice in applied.outcome.notices),
         *warm.notices,
         *timing.unsteady(timed(results)),
+        *notices_of(results.get("benchmark") or {}),
         *([] if run.work is None else run.work.notices),
         *added.notices,
     ]
@@ -115,7 +118,13 @@ def of_run(run: Run) -> dict[str, Any]:
         "mode": recipe.mode.kind,
         "device": choice.device,
         "runtime": {"requested": choice.requested, "chosen": choice.runtime.name, "reason": choice.reason},
-    }
+    } | _card(run)
+
+
+def _card(run: Run) -> dict[str, Any]:
+    """The `card` section, where the run is on one."""
+    found = card(run.choice.device)
+    return {"card": {**found, "calibration, evaluation and float on": str(run.place)}} if found else {}
 
 
 def judged(recipe: Recipe, results: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from torch import nn
 from quantflow.algorithms import Material
 from quantflow.algorithms.kept import NOTHING_KEPT, KeptAlgorithms
 from quantflow.executor.source import Source
+from quantflow.host.place import CPU
 from quantflow.host.workers import Workers
 from quantflow.ir.graph import Graph
 from quantflow.report import Progress
-from quantflow.runtimes import Choice, choose_runtime
+from quantflow.runtimes import AbstractRunner, Choice, choose_runtime
 from quantflow.schema import Recipe
 from quantflow.store.run_folder import Work
 
@@ -27,7 +28,11 @@ ONLY = Workers()
 
 @dataclass(frozen=True)
 class Run:
-    """One run: what was asked, on what, where; who is told of its progress, what is kept of it, who shares the work."""
+    """One run: what was asked, on what, where; who is told of its progress, what is kept of it, who shares the work.
+
+    Attributes:
+        place: where torch computes what is not int8; the CPU until `placed` has tried the device.
+    """
 
     recipe: Recipe
     source: Source
@@ -36,6 +41,7 @@ class Run:
     work: Work | None = None
     workers: Workers = ONLY
     overrides: Sequence[str] = ()
+    place: torch.device = CPU
 
     @classmethod
     def of(cls, recipe: Recipe, source: Source, progress: Progress, **others: Any) -> Run:
@@ -53,6 +59,10 @@ class Run:
         module = self.source.model.module
         return module if self.recipe.mode.kind == "imperative" and isinstance(module, nn.Module) else None
 
+    def int8_place(self, runner: AbstractRunner) -> torch.device:
+        """Where the int8 model is given its inputs when it is measured: where float's lie, if it takes them there."""
+        return self.place if self.place.type in runner.takes else CPU
+
     @property
     def stands_for(self) -> torch.dtype:
         """The dtype of the model that was given, of which a float32 copy is quantized."""
@@ -62,13 +72,15 @@ class Run:
 
     def material(self, graph: Graph) -> Material:
         """What accuracy algorithms look at."""
-        return Material(self.source.data.calibration, graph.batch_is_dynamic, self.recipe.seed)
+        batches, seed = self.source.data.calibration, self.recipe.seed
+        return Material(batches, graph.batch_is_dynamic, seed, place=self.place)
 
     def kept_algorithms(self) -> KeptAlgorithms:
         """What an interrupted run's algorithms have finished. Every worker reads it; the first one writes."""
         if self.work is None or not (self.workers.is_first or self.recipe.resume):
             return NOTHING_KEPT
-        inputs = json.dumps([self.choice.runtime.name, self.choice.device, self.source.data.identity], sort_keys=True)
+        where = [self.choice.runtime.name, self.choice.device, self.place.type]
+        inputs = json.dumps([*where, self.source.data.identity], sort_keys=True)
         return KeptAlgorithms(self.work, inputs, writes=self.workers.is_first)
 
     def checkpoint(self) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from quantflow.errors import DataError, UsageError
+from quantflow.host.place import CPU
 from quantflow.ir.batch import Batch
 from quantflow.ir.binding import sizes_of
 from quantflow.ir.calls import BATCH, fitting
@@ -47,11 +49,21 @@ class Source:
             raise DataError("calibration data: there are no samples; calibrate on some that look like the real input")
         return example
 
-    def float_model(self) -> Callable[..., Any]:
-        """The float model as a callable whose output has plain structure."""
-        module = self.model.original or self.model.module
-        run = module.module() if isinstance(module, torch.export.ExportedProgram) else module
+    def float_model(self, place: torch.device = CPU) -> Callable[..., Any]:
+        """The float model as a callable whose output has plain structure; on a card, a copy of it there."""
+        run = self.float_module(place)
         return lambda *args, **kwargs: plain(run(*args, **kwargs))
+
+    def float_module(self, place: torch.device = CPU) -> nn.Module:
+        """The float model itself, in the dtype it was given in; on a card, a copy of it there."""
+        module = self.model.original or self.model.module
+        if isinstance(module, torch.export.ExportedProgram):
+            if place != CPU:
+                from torch.export.passes import move_to_device_pass
+
+                module = move_to_device_pass(copy.deepcopy(module), place)
+            return module.module()
+        return module if place == CPU else copy.deepcopy(module).to(place)
 
     def float_bytes(self) -> int:
         """Of the float model's parameters and buffers."""

@@ -72,6 +72,10 @@ class Batch:
         """The same call with every tensor changed."""
         return self.replaced(map(function, self.tensors))
 
+    def at(self, place: torch.device) -> Batch:
+        """The same call with its tensors on a device; labels stay."""
+        return self if all(x.device == place for x in self.tensors) else self.mapped(lambda x: x.to(place))
+
     def head(self, size: int) -> Batch:
         """The first `size` samples; the batch itself where its inputs do not share a first dimension."""
         return self._cut(slice(size))

@@ -18,6 +18,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from quantflow.ir.calls import Arguments, Input, Limit
 _WEIGHTED = (
     "conv1d", "conv2d", "conv3d", "linear", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "batch_norm",
 )  # fmt: skip
+#: Where a graph's constants lie unless it was moved.
+HOST = torch.device("cpu")
 #: Functions on sizes that may appear in a graph; the loader of a program accepts no others.
 SIZE_FUNCTIONS: dict[str, Callable[..., Any]] = {
     name: getattr(operator, name)
@@ -55,6 +58,7 @@ class Graph:
         arguments: where the inputs lie among the model's arguments; None: they are these.
         limits: what the sizes of a call must fulfil.
         structure: what the model returns, as a tree over the graph's outputs (`ir.structure`); None: these, as nested.
+        place: where the constants lie, and where it computes.
     """
 
     fx: fx.Graph
@@ -65,6 +69,13 @@ class Graph:
     arguments: Arguments | None = None
     limits: tuple[Limit, ...] = ()
     structure: Any = None
+    place: torch.device = HOST
+
+    def at(self, place: torch.device) -> Graph:
+        """The same nodes, computed on another device."""
+        if place == self.place:
+            return self
+        return replace(self, constants={name: x.to(place) for name, x in self.constants.items()}, place=place)
 
     def with_notes(self, *notes: str) -> Graph:
         return replace(self, notes=(*self.notes, *notes))
@@ -149,7 +160,7 @@ def interpret(
     """Run the graph in float, freeing each value after its last use.
 
     Args:
-        inputs: one tensor per placeholder, in order.
+        inputs: one tensor per placeholder, in order, on whatever device.
         on_value: called with every computed node and its value.
 
     Returns:
@@ -160,20 +171,38 @@ def interpret(
     remaining = iter(inputs)
     for node in graph.fx.nodes:
         if node.op == "placeholder":
-            values[node] = laid_out(next(remaining))
+            values[node] = laid_out(next(remaining).to(graph.place))
         elif node.op == "get_attr":
             values[node] = graph.constants[node.target]
         elif node.op == "output":
             return fx.map_arg(node.args[0], values.__getitem__)
         else:
-            args = fx.map_arg(node.args, values.__getitem__)
-            kwargs = fx.map_arg(node.kwargs, values.__getitem__)
-            values[node] = node.target(*args, **kwargs)
+            values[node] = call(node, values.__getitem__, graph.place)
         if on_value is not None:
             on_value(node, values[node])
         for dead in frees.get(node, ()):
             del values[dead]
     raise ValueError("the graph has no output node")
+
+
+def call(node: fx.Node, read: Callable[[fx.Node], Any], place: torch.device = HOST) -> Any:
+    """What a node computes from the values that it reads, on the device where they lie."""
+    args, kwargs = fx.map_arg(node.args, read), dict(fx.map_arg(node.kwargs, read))
+    if place != HOST:  # capture wrote down the CPU
+        args = tuple(place if isinstance(value, torch.device) else value for value in args)
+        kwargs |= {name: place for name, value in kwargs.items() if isinstance(value, torch.device)}
+        if _makes_from_nothing(node.target):
+            kwargs["device"] = place
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+@cache
+def _makes_from_nothing(target: Any) -> bool:
+    """Whether an op has no tensor whose device it could take."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    schema = target._schema.arguments
+    return any(a.name == "device" for a in schema) and not any("Tensor" in str(a.type) for a in schema)
 
 
 def laid_out(x: torch.Tensor) -> torch.Tensor:

@@ -361,6 +361,11 @@ def _benchmark(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         cells = [latency(_section(config, name)) for name in ("float", "int8")]
         speedup = f"{number(config.get('speedup'), 3)}x as fast" if _is_number(config.get("speedup")) else MISSING
         yield f"latency, batch {_text(config.get('batch_size'))}", *cells, speedup
+        half = _section(config, "bfloat16")
+        if half:
+            beside = config.get("speedup_bfloat16")
+            compared = f"{number(beside, 3)}x as fast" if _is_number(beside) else MISSING
+            yield f"bfloat16, compiled, batch {_text(config.get('batch_size'))}", latency(half), cells[1], compared
         rates = [_section(config, name).get("throughput_per_s") for name in ("float", "int8")]
         if any(map(_is_number, rates)):
             yield "samples per second", *(number(rate) for rate in rates), ""
@@ -368,6 +373,8 @@ def _benchmark(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     if disk:
         ratio = f"{number(disk.get('ratio'), 3)} of float" if _is_number(disk.get("ratio")) else MISSING
         yield "size on disk", size(disk.get("float_bytes")), size(disk.get("int8_bytes")), ratio
+    if benchmark.get("card_memory_bytes"):
+        yield "peak memory of the card", "", size(benchmark["card_memory_bytes"]), "by torch, float and int8"
     if benchmark.get("peak_memory_bytes"):
         yield "peak memory", "", size(benchmark["peak_memory_bytes"]), "whole process"
 
@@ -402,7 +409,8 @@ def _conditions(results: Mapping[str, Any]) -> str:
         parts.append(f"accuracy: {_text(accuracy.get('samples'))} samples{margin}")
     if _list(benchmark, "configs"):
         threads, rounds = _text(benchmark.get("threads")), _text(benchmark.get("rounds"))
-        parts.append(f"latency: {threads} threads, median of {rounds} interleaved rounds +- interquartile range")
+        where = f"events on {_text(benchmark['on'])}" if benchmark.get("on") else f"{threads} threads"
+        parts.append(f"latency: {where}, median of {rounds} interleaved rounds +- interquartile range")
     return "; ".join(parts)
 
 
@@ -455,6 +463,8 @@ def _settings(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "runtime", f"{_text(runtime.get('chosen'))} (asked for: {_text(runtime.get('requested'))}){reason}"
     if results.get("device"):
         yield "device", _text(results["device"])
+    for key, value in _section(results, "card").items():
+        yield f"card: {_text(key)}", _text(value)
     if calibration:
         resumed = ", resumed" if calibration.get("resumed") else ""
         amount = f"{_text(calibration.get('samples'))} samples in {_text(calibration.get('batches'))} batches"

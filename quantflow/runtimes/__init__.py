@@ -184,6 +184,11 @@ def _why(runtime: str, device: str, place: str, refused: dict[tuple[str, str], s
     return "; ".join(parts)
 
 
+def card(device: str) -> dict[str, str]:
+    """What is known of the card behind a device, for the results; nothing where PyTorch computes on none."""
+    return triton_devices.described(device)
+
+
 def devices() -> list[str]:
     """Devices found, for error messages: PyTorch's and those that SYCL lists."""
     found = [f"cpu ({get_num_threads()} threads)", *triton_devices.listed()]
@@ -196,6 +201,7 @@ __all__ = [
     "AbstractRunner",
     "Choice",
     "Runtime",
+    "card",
     "choose_runtime",
     "choose_tested",
     "devices",

@@ -88,7 +88,8 @@ class EvaluateSettings(Settings):
 class BenchmarkSettings(Settings):
     """Float beside int8, interleaved. `threads`: None leaves torch's choice; `rounds` medians of >= `min_round_ms`.
 
-    `per_layer` also times each layer, which takes about 2 s at most.
+    `per_layer` also times each layer, which takes about 2 s at most. `compiled`: on a GPU also bfloat16 under
+    torch.compile, what int8 must beat there; compiling takes up to a minute per batch size.
     """
 
     enabled: bool = True
@@ -97,6 +98,7 @@ class BenchmarkSettings(Settings):
     rounds: Annotated[int, Field(ge=1, le=10_000)] = 7
     min_round_ms: Annotated[float, Field(gt=0, le=600_000)] = 200.0
     per_layer: bool = True
+    compiled: bool = True
 
     @field_validator("batch_sizes")
     @classmethod

@@ -9,9 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 from quantflow.algorithms import refine
+from quantflow.executor.placed import placed
 from quantflow.executor.run import Run
 from quantflow.executor.steps import captured, plan_for, rewritten, without_drowned
 from quantflow.host.environment import cache_folder, environment
+from quantflow.host.place import exact_float32
 from quantflow.ir.batch import Batch
 from quantflow.schema import Algorithm
 from quantflow.search.sensitivity import measure_sensitivity
@@ -33,11 +35,12 @@ def analyse(run: Run) -> dict[str, Any]:
     return {"recipe": run.recipe.name, "samples": run.recipe.sensitivity.samples, "resumed": journal.resumed, **found}
 
 
+@exact_float32()
 def workbench(run: Run, *, judges: bool = False) -> Workbench:
     """capture → calibrate, for any number of settings. `judges`: float also runs over the evaluation data."""
     recipe, source, stages = run.recipe, run.source, run.progress.stage
     example, kept = source.first_batch, run.kept_algorithms()
-    original = captured(run, example)
+    run, original = placed(run, captured(run, example), example)
 
     def variants_of(algorithms: tuple[Algorithm, ...]) -> Variants:
         asked = replace(run, recipe=recipe.model_copy(update={"algorithms": algorithms}))
@@ -60,6 +63,7 @@ def workbench(run: Run, *, judges: bool = False) -> Workbench:
             checkpoint=run.checkpoint() if algorithms == recipe.algorithms else None,
             checkpoint_every_s=recipe.calibrate.checkpoint_every_s,
             resume=recipe.calibrate.resume,
+            place=run.place,
         )
         with stages("calibrate") as stage:
             variants.calibrate(recipe.qconfig, recipe.layers, stage.update)

@@ -82,6 +82,7 @@ def tuned(run: Run, baseline: Mapping[str, Any] | None = None, destination: Path
         if found.recipe.algorithms:
             built, differing = _as_rerun(found, recipe.tune.subject_to, bench, built)
             notices += differing
+        found = replace(found, place=built.place)
         return finished(found, built, baseline, Addition({"tune": section}, notices, {TUNE_JOURNAL: content}))
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from quantflow.algorithms import Applied
 from quantflow.executor.built import Converted
 from quantflow.ir.batch import Batch
-from quantflow.ir.graph import Graph
+from quantflow.ir.graph import HOST, Graph
 from quantflow.ir.plan import Plan
 from quantflow.ir.units import find_units
 from quantflow.numerics.observers import AbstractObserver
@@ -58,6 +58,7 @@ class Variants:
         checkpoint: Path | None = None,
         checkpoint_every_s: float = 5.0,
         resume: bool = True,
+        place: torch.device = HOST,
     ) -> None:
         """
         Args:
@@ -67,8 +68,10 @@ class Variants:
             rewritten: those that acted on the graph.
             imperative: imperative mode: the module that computes what the graph does.
             key, checkpoint, checkpoint_every_s, resume: as in `calibrate`, for the first pass.
+            place: where the float model computes.
         """
         self.graph = graph
+        self._place = place
         self.imperative = imperative
         self._batches = batches
         self._plan_of = plan_of
@@ -127,7 +130,7 @@ class Variants:
         missing = [found for found in ranges if found not in self._measured]
         if not missing:
             return
-        table = calibrate(_Pass(self.graph, missing), self._batches, progress=progress, **self._options)
+        table = calibrate(_Pass(self.graph.at(self._place), missing), self._batches, progress=progress, **self._options)
         self._options = {}
         self._data = self._data or replace(table, observers={})
         self._measured |= {found: table.observers[str(index)] for index, found in enumerate(missing)}

@@ -25,6 +25,10 @@ UNSTEADY = 0.5
 UNSTEADY_NOTICE = "benchmark: "
 
 
+#: (call, how often) → milliseconds of all of them.
+Clock = Callable[[Callable[[], Any], int], float]
+
+
 @dataclass(frozen=True)
 class Timing:
     """Milliseconds per call of one callable.
@@ -49,29 +53,32 @@ def interleaved(
     *,
     rounds: int = 7,
     min_round_ms: float = 200.0,
+    clock: Clock | None = None,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> dict[str, Timing]:
     """Times callables against each other.
 
     In each round every callable runs for at least about `min_round_ms`; the order is rotated from round to
     round, so that a machine that slows down or heats up does so for all of them. Two calls of each before
-    the first round are not counted. A callable must return only when its work is done.
+    the first round are not counted. On the processor's clock a callable must return only when its work is done.
 
     Args:
         callables: name → a call without arguments.
         rounds: how often each takes its turn, >= 1.
+        clock: (call, calls) → what that many calls take together in ms; None: the processor's.
         progress: called with (rounds done, rounds) after each round.
     """
     if not callables or rounds < 1:
         raise ValueError(f"nothing to time: {len(callables)} callables, {rounds} rounds")
     names = list(callables)
-    calls = {name: _calls_for(callables[name], min_round_ms) for name in names}
+    clock = clock or _time_ms
+    calls = {name: _calls_for(callables[name], min_round_ms, clock) for name in names}
     taken: dict[str, list[float]] = {name: [] for name in names}
     with _no_garbage_collection():
         for turn in range(rounds):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
-                taken[name].append(_time_ms(callables[name], calls[name]) / calls[name])
+                taken[name].append(clock(callables[name], calls[name]) / calls[name])
             if progress is not None:
                 progress(turn + 1, rounds)
     return {name: _timing(taken[name], calls[name]) for name in names}
@@ -86,8 +93,23 @@ def comparison(batch_size: int, timings: Mapping[str, Timing]) -> dict[str, Any]
         name: {**dataclasses.asdict(timing), "throughput_per_s": throughput(batch_size, timing)}
         for name, timing in timings.items()
     }
+    others = {
+        f"speedup_{name}": timing.median_ms / timings["int8"].median_ms
+        for name, timing in timings.items()
+        if name not in ("float", "int8")
+    }
     speedup = timings["float"].median_ms / timings["int8"].median_ms
-    return {"batch_size": batch_size, **measured, "speedup": speedup}
+    return {"batch_size": batch_size, **measured, "speedup": speedup, **others}
+
+
+def not_worth_it(configs: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """A notice for each of `comparison`'s entries in which compiled bfloat16 is at least as fast as int8."""
+    return tuple(
+        f"benchmark: int8 takes {1 / config['speedup_bfloat16']:.2f} times as long as bfloat16 under torch.compile at "
+        f"batch {config['batch_size']}: on this card an int8 model of it is not worth having for its speed"
+        for config in configs
+        if config.get("speedup_bfloat16") is not None and config["speedup_bfloat16"] <= 1
+    )
 
 
 def unsteady(configs: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -100,6 +122,30 @@ def unsteady(configs: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
         for name in ("float", "int8")
         if config[name]["spread_ms"] > UNSTEADY * config[name]["median_ms"]
     )
+
+
+def clock_of(place: torch.device) -> Clock:
+    """The clock of a device: a card's own, by events around calls that follow each other; else the processor's."""
+    if place.type == "cpu":
+        return _time_ms
+    interface = getattr(torch, place.type)
+
+    def by_events(call: Callable[[], Any], calls: int) -> float:
+        begin, end = (interface.Event(enable_timing=True) for _ in range(2))
+        interface.synchronize()
+        begin.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        interface.synchronize()
+        return float(begin.elapsed_time(end))
+
+    return by_events
+
+
+def card_memory_bytes(place: torch.device) -> int:
+    """The most memory that torch has ever held on a card."""
+    return int(getattr(torch, place.type).max_memory_allocated(place))
 
 
 def throughput(batch_size: int, timing: Timing) -> float:
@@ -151,10 +197,10 @@ def current_memory_bytes() -> int | None:
     return pages * resource.getpagesize()
 
 
-def _calls_for(call: Callable[[], Any], min_round_ms: float) -> int:
+def _calls_for(call: Callable[[], Any], min_round_ms: float, clock: Clock) -> int:
     """How many calls fill a round; the first call may build kernels, so the second one is timed."""
     call()
-    return max(1, math.ceil(min_round_ms / max(_time_ms(call, 1), 1e-4)))
+    return max(1, math.ceil(min_round_ms / max(clock(call, 1), 1e-4)))
 
 
 def _time_ms(call: Callable[[], Any], calls: int) -> float:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,7 +24,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from quantflow.errors import ArtifactError, CalibrationError, DataError, cause_line
-from quantflow.numerics.observers import AbstractObserver, extremes, flat, make_observer
+from quantflow.numerics.observers import AbstractObserver, Sketch, extremes, flat, make_observer, require_finite
 from quantflow.schema import ActivationSpec
 from quantflow.store.whole_file import read_regular, write_whole
 
@@ -156,17 +157,19 @@ def calibrate(
     if progress is not None and table.batches:
         progress(table.batches, total)
     last_save = time.monotonic()
-    for batch in remaining:
-        index = (first or 0) + table.batches
-        _require_finite(batch, index, is_inf_legal=True)
-        _observe(prepared, batch, index, table, first_shapes)
-        first_shapes = first_shapes or _shapes(batch)
-        table = _counted(table, batch)
-        if progress is not None:
-            progress(table.batches, total)
-        if checkpoint is not None and time.monotonic() - last_save >= checkpoint_every_s:
-            write_whole(checkpoint, _encode(table, key))
-            last_save = time.monotonic()
+    with ThreadPoolExecutor(1) as beside:
+        for batch in remaining:
+            index = (first or 0) + table.batches
+            digest = beside.submit(_digest, batch)
+            _require_finite(batch, index, is_inf_legal=True)
+            _observe(prepared, batch, index, table, first_shapes)
+            first_shapes = first_shapes or _shapes(batch)
+            table = _counted(table, batch, digest.result())
+            if progress is not None:
+                progress(table.batches, total)
+            if checkpoint is not None and time.monotonic() - last_save >= checkpoint_every_s:
+                write_whole(checkpoint, _encode(table, key))
+                last_save = time.monotonic()
     if first is None:
         require_complete(table, prepared.layers)
     if checkpoint is not None:
@@ -178,9 +181,9 @@ def _start(prepared: ObservedModel) -> CalibrationTable:
     return CalibrationTable({name: make_observer(spec) for name, spec in prepared.observed.items()}, 0, 0, "0" * 64)
 
 
-def _counted(table: CalibrationTable, batch: Batch) -> CalibrationTable:
-    digest = _added(table.data_sha256, _digest(batch))
-    return replace(table, batches=table.batches + 1, samples=table.samples + batch.size, data_sha256=digest)
+def _counted(table: CalibrationTable, batch: Batch, digest: str) -> CalibrationTable:
+    data_sha256 = _added(table.data_sha256, digest)
+    return replace(table, batches=table.batches + 1, samples=table.samples + batch.size, data_sha256=data_sha256)
 
 
 # --- resuming ---
@@ -207,7 +210,7 @@ def _resume(
         else:
             seen, shapes = replace(start, observers=table.observers), ""
             while seen.batches < table.batches and (batch := next(iterator, None)) is not None:
-                seen, shapes = _counted(seen, batch), shapes or _shapes(batch)
+                seen, shapes = _counted(seen, batch, _digest(batch)), shapes or _shapes(batch)
             if seen == table:
                 notice = f"calibration resumed: {table.batches} batches were taken from the checkpoint {checkpoint}"
                 return replace(table, resumed_batches=table.batches, notices=(notice,)), iterator, shapes
@@ -229,7 +232,16 @@ def _specs(table: CalibrationTable) -> dict[str, ActivationSpec]:
 
 
 def _observe(prepared: ObservedModel, batch: Batch, index: int, table: CalibrationTable, first_shapes: str) -> None:
+    sketches: list[tuple[str, Sketch]] = []
+
     def on_value(name: str, x: torch.Tensor) -> None:
+        if not x.is_cpu:  # what a card has found is fetched once for all values
+            if x.numel():
+                sketches.append((name, table.observers[name].sketch(x)))
+            return
+        observe(name, x)
+
+    def observe(name: str, x: torch.Tensor) -> None:
         try:
             table.observers[name].observe(x)
         except ValueError as error:
@@ -242,6 +254,8 @@ def _observe(prepared: ObservedModel, batch: Batch, index: int, table: Calibrati
     try:
         with torch.inference_mode():
             prepared.run(batch, on_value)
+            if sketches and not _taken(sketches, table):
+                prepared.run(batch, observe)  # value by value, to say which one it is
     except CalibrationError:
         _require_finite(batch, index, is_inf_legal=False)
         raise
@@ -256,6 +270,21 @@ def _observe(prepared: ObservedModel, batch: Batch, index: int, table: Calibrati
             f"calibration data: the model refuses {place}: {cause_line(error)}; found {found} per sample, {expected}; "
             "give every sample a shape that the model takes"
         ) from error
+
+
+def _taken(sketches: Sequence[tuple[str, Sketch]], table: CalibrationTable) -> bool:
+    """Hand the observers what was found; False, and nothing is handed over, where a value holds NaN or Inf."""
+    extremes = torch.stack([sketch.extremes for _, sketch in sketches]).tolist()
+    try:
+        for low, high in extremes:
+            require_finite(low, high)
+    except ValueError:
+        return False
+    counted = [sketch.counts for _, sketch in sketches if sketch.counts is not None]
+    counts = iter(torch.stack(counted).cpu() if counted else ())
+    for (name, sketch), (low, high) in zip(sketches, extremes, strict=True):
+        table.observers[name].take(low, high, None if sketch.counts is None else next(counts))
+    return True
 
 
 def _require_finite(batch: Batch, index: int, *, is_inf_legal: bool) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from quantflow.errors import DataError, ModelError, VerificationError, first_line
 from quantflow.ir.batch import Batch
+from quantflow.ir.graph import HOST
 from quantflow.ir.structure import Typed, plain
 from quantflow.numerics import measures
 
@@ -71,15 +72,20 @@ def tally(
     metric: str | None = None,
     outputs: str = "other",
     first: int = 0,
+    places: tuple[torch.device, torch.device] = (HOST, HOST),
     progress: Callable[[int, int | None], None] | None = None,
 ) -> list[Tally]:
-    """Each batch's comparison by itself, as `evaluate`; the batches may be a part that begins with number `first`."""
+    """Each batch's comparison by itself, as `evaluate`; the batches may be a part that begins with number `first`.
+
+    `places`: where float_fn and int8_fn take their inputs; outputs are compared where float's are.
+    """
     count, tallies = _length(batches), []
     with torch.inference_mode():
         for done, batch in enumerate(batches):
             tallies.append(Tally(metric, outputs))
-            float_output = _float_output(float_fn, batch, first + done)
-            tallies[-1].add(batch, float_output, int8_fn(*batch.args, **batch.kwargs), first + done)
+            float_output = _float_output(float_fn, batch.at(places[0]), first + done)
+            given = batch.at(places[1])
+            tallies[-1].add(batch, float_output, int8_fn(*given.args, **given.kwargs), first + done)
             if progress is not None:
                 progress(done + 1, count)
     return tallies
@@ -140,7 +146,7 @@ class ErrorSum:
     def add(self, reference: torch.Tensor, actual: torch.Tensor) -> None:
         """Both of one shape, any dtype."""
         reference = reference.detach().flatten().to(torch.float64)
-        actual = actual.detach().flatten().to(torch.float64)
+        actual = actual.detach().flatten().to(reference.device, torch.float64)
         error = reference - actual
         if not math.isfinite(error.dot(error).item()):  # one pass finds every NaN and infinity
             finite_float, finite_int8 = torch.isfinite(reference), torch.isfinite(actual)
@@ -254,7 +260,8 @@ class Tally:
                     )
                 continue
             self.errors.setdefault(path, ErrorSum()).add(reference, actual)
-        self._add_headline(batch, expected[self.headline], found[self.headline])
+        reference = expected[self.headline]
+        self._add_headline(batch, reference, found[self.headline].to(reference.device))
         self.batches += 1
         self.samples += batch.size
         self.ids += batch.ids or (None,) * batch.size
@@ -267,7 +274,7 @@ class Tally:
             self.agreeing += int((reference == actual).sum())
             self.classified += reference.numel()
         elif reference.dim() > 1 and reference[0].numel() > 1:
-            self.cosines.append(_cosine(reference, actual))
+            self.cosines.append(_cosine(reference, actual).cpu())
         if not self.is_embedding and (axis := _class_axis(reference)) is not None:
             same = _same_class(reference.argmax(axis), actual, axis)
             self.agreeing += int(same.sum())
@@ -379,8 +386,8 @@ class _Spearman:
                 "spearman needs embeddings (batch, width) and a row of ratings per sample (batch, samples); found "
                 f"{tuple(reference.shape)} and {tuple(batch.labels.shape)}"
             )
-        self.float_rows.append(reference)
-        self.int8_rows.append(actual)
+        self.float_rows.append(reference.cpu())
+        self.int8_rows.append(actual.cpu())
         self.ratings.append(batch.labels)
 
     def merge(self, other: _Spearman) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from quantflow.ir.batch import Batch
 from quantflow.ir.binding import bind
-from quantflow.ir.graph import Graph, interpret
+from quantflow.ir.graph import HOST, Graph, interpret
 from quantflow.ir.ops import MOVING_OPS
 from quantflow.ir.plan import Plan
 from quantflow.ir.units import makes_values
@@ -27,6 +27,7 @@ class Prepared:
             bring numbers of their own: what stands around a padded tensor, or a clamp's bound.
         layers: value name → layer name, for messages.
         observed_module: imperative mode: the user's module with observers in place; None runs the graph.
+        place: where it computes.
     """
 
     graph: Graph
@@ -34,6 +35,17 @@ class Prepared:
     observed: Mapping[str, ActivationSpec]
     layers: Mapping[str, str]
     observed_module: nn.Module | None = None
+    place: torch.device = HOST
+
+    def at(self, place: torch.device) -> Prepared:
+        """The same, computed on another device; the module is moved there."""
+        module = self.observed_module
+        return replace(
+            self,
+            graph=self.graph.at(place) if module is None else self.graph,
+            observed_module=None if module is None else module.to(place),
+            place=place,
+        )
 
     def run(self, batch: Batch, on_value: Callable[[str, torch.Tensor], None]) -> Any:
         """One float forward; `on_value` sees every observed value."""
@@ -45,7 +57,7 @@ class Prepared:
         if self.observed_module is not None:
             from quantflow.stages.imperative import run_observed
 
-            return run_observed(self.observed_module, batch, observed)
+            return run_observed(self.observed_module, batch.at(self.place), observed)
         inputs = bind(self.graph, batch.args, batch.kwargs)
         return interpret(self.graph, inputs, lambda node, value: observed(node.name, value))
 

@@ -14,7 +14,9 @@ from quantflow.analysis.baseline import beside
 from quantflow.config.compose import overlay
 from quantflow.config.overrides import key_of
 from quantflow.errors import EXIT_GATE, EXIT_PASSED, ArtifactError, UsageError, VerificationError, first_line
+from quantflow.executor.contest import notices_of
 from quantflow.executor.measure import measure
+from quantflow.executor.placed import with_place
 from quantflow.executor.results import judged, timed
 from quantflow.executor.run import Run
 from quantflow.executor.source import load_source
@@ -57,7 +59,8 @@ def measure_again(recipe: Recipe, overrides: Sequence[str]) -> int:
                 device=stored.device.kind,
                 operators=sorted(_defined() - before),
             ).compiled
-        run, graph = Run(stored, source, compiled.choice, progress), None
+        run, note = with_place(Run(stored, source, compiled.choice, progress), source.first_batch)
+        graph = None
         if recipe.task == "evaluate" and stored.evaluate.per_layer:
             example = source.first_batch
             graph, _, _ = rewritten(run, captured(run, example), example, run.kept_algorithms())
@@ -69,7 +72,8 @@ def measure_again(recipe: Recipe, overrides: Sequence[str]) -> int:
             ) from error
     results = {**record.results, **fresh, "environment": environment()}
     earlier = (n for n in record.results.get("notices", ()) if not n.startswith(timing.UNSTEADY_NOTICE))
-    results["notices"] = [*earlier, *timing.unsteady(timed(results))]
+    told = [*([note] if note else []), *notices_of(results.get("benchmark") or {})]
+    results["notices"] = [*earlier, *timing.unsteady(timed(results)), *told]
     results |= judged(stored, results)
     if (baseline := named_baseline(recipe)) is not None:
         results["baseline"] = beside(baseline, results)

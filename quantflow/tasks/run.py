@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,4 +127,4 @@ def _assist(recipe: Recipe, workers: Workers) -> None:
         whole = Run.of(recipe, source, progress, work=work, workers=workers)
         built = build(whole)
         if recipe.evaluate.enabled:
-            evaluated(whole, built.program, built.call)
+            evaluated(replace(whole, place=built.place), built.compiled, built.call)

@@ -26,7 +26,7 @@ from quantflow.numerics.affine import QParams
 from quantflow.numerics.agreement import disagreement
 from quantflow.numerics.measures import sqnr_db
 from quantflow.report import Progress
-from quantflow.runtimes import AbstractRunner, choose_tested, tested_by_itself
+from quantflow.runtimes import AbstractRunner, card, choose_tested, tested_by_itself
 from quantflow.runtimes.specification import Specification, handed_on, unrounded
 from quantflow.schema import ModeSettings, QConfig, Recipe
 from quantflow.sources.data import as_batches
@@ -83,7 +83,8 @@ def task(recipe: Recipe, _overrides: Sequence[str]) -> int:
     for backend, build in choice.runtime.backends(choice.device).items():
         with Progress(console, quiet=recipe.report.quiet) as progress, progress.stage(f"selftest {backend}") as stage:
             rows = selftest(build, stage.update)
-        report.print_selftest(console, backend, rows)
+        about = card(choice.device)
+        report.print_selftest(console, f"{backend} on {about['name']}" if about else backend, rows)
         passed = passed and all(row.passed for row in rows)
     return EXIT_PASSED if passed else EXIT_GATE
 

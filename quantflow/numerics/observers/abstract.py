@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -14,6 +15,19 @@ if TYPE_CHECKING:
 
 #: Values per pass: the second look at a chunk finds it in the cache, which makes large tensors 5 times faster.
 CHUNK = 2**20
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """What an observer takes in of one tensor, on the tensor's device: many are fetched at once.
+
+    Attributes:
+        extremes: float32 (2,): minimum and maximum; NaN in both where there is one.
+        counts: int32, the bins of `distribution`; None for observers that only look at the extremes.
+    """
+
+    extremes: torch.Tensor
+    counts: torch.Tensor | None = None
 
 
 class AbstractObserver(ABC):
@@ -41,6 +55,14 @@ class AbstractObserver(ABC):
         Raises:
             ValueError: "NaN" or "Inf" when x holds one; the observer is then unchanged.
         """
+
+    def sketch(self, x: torch.Tensor) -> Sketch:
+        """What `take` needs of a non-empty tensor, computed where it lies and without waiting for it."""
+        return Sketch(extremes_of(flat(x)))
+
+    @abstractmethod
+    def take(self, low: float, high: float, counts: torch.Tensor | None) -> None:
+        """Take in a tensor by its `sketch`, as `observe` the tensor itself; counts on the CPU."""
 
     @abstractmethod
     def merge(self, other: Self) -> Self:
@@ -106,13 +128,25 @@ def extremes(row: torch.Tensor) -> tuple[float, float]:
     Raises:
         ValueError: "NaN" or "Inf" when it holds one.
     """
+    low, high = extremes_of(row).tolist()
+    require_finite(low, high)
+    return low, high
+
+
+def extremes_of(row: torch.Tensor) -> torch.Tensor:
+    """[min, max] of a non-empty float32 row where it lies, (2,); NaN where it holds one."""
+    if not row.is_cpu:
+        return torch.stack(torch.aminmax(row))
     both = torch.stack([torch.stack(torch.aminmax(chunk)) for chunk in torch.split(row, CHUNK)])
-    low, high = both[:, 0].amin().item(), both[:, 1].amax().item()
+    return torch.stack((both[:, 0].amin(), both[:, 1].amax()))
+
+
+def require_finite(low: float, high: float) -> None:
+    """Raises ValueError: "NaN" or "Inf" where the extremes hold one."""
     if low != low:
         raise ValueError("NaN")
     if low == -float("inf") or high == float("inf"):
         raise ValueError("Inf")
-    return low, high
 
 
 def require_state(state: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[torch.dtype, list[int]]]) -> None:

@@ -21,7 +21,14 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from quantflow.numerics.affine import SYMMETRIC
-from quantflow.numerics.observers.abstract import AbstractObserver, extremes, flat, require_state
+from quantflow.numerics.observers.abstract import (
+    AbstractObserver,
+    Sketch,
+    extremes,
+    extremes_of,
+    flat,
+    require_state,
+)
 
 if TYPE_CHECKING:
     from quantflow.schema import ActivationSpec
@@ -34,6 +41,8 @@ BINS = 2 * ZERO_BIN + 1
 MIN_EXPONENT = -112
 #: Values per pass: the temporary codes stay in the L2 cache.
 CHUNK = 2**18
+#: And on a card, whose bins are float32: each stays an exact integer.
+CARD_CHUNK = 2**23
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,30 @@ class Distribution:
             counts += torch.bincount((chunk * per_unit).to(torch.int16).add_(ZERO_BIN), minlength=BINS).cpu()
         return cls(exponent, counts, low, high)
 
+    @classmethod
+    def sketch(cls, x: torch.Tensor) -> Sketch:
+        """The extremes and counts of a non-empty floating-point tensor, without waiting for them.
+
+        Of one that holds NaN or Inf the counts mean nothing.
+        """
+        row = flat(x)
+        ends = extremes_of(row)
+        # As `_exponent`: frexp gives the smallest k with max|x| < 2^k; 0 for 0, which any k holds.
+        largest = ends.abs().amax()
+        exponent = torch.where(largest > 0, torch.frexp(largest).exponent, MIN_EXPONENT).clamp_min(MIN_EXPONENT)
+        # 2^(12 - k) to the bit, which a card's exp2 does not promise.
+        per_unit = ((1023 + 12 - exponent).to(torch.int64) << 52).view(torch.float64)
+        counts = torch.zeros(BINS, dtype=torch.int32, device=x.device)
+        for chunk in torch.split(row, CARD_CHUNK):
+            bins = (chunk * per_unit).trunc_()
+            counts += torch.histc(bins, BINS, -ZERO_BIN - 0.5, ZERO_BIN + 0.5).to(torch.int32)
+        return Sketch(ends, counts)
+
+    @classmethod
+    def of_sketch(cls, low: float, high: float, counts: torch.Tensor) -> Distribution:
+        """The distribution of the tensor behind a sketch."""
+        return cls(_exponent(max(-low, high)), counts.to(torch.int64), low, high)
+
     @property
     def width(self) -> float:
         """Bin width, in the unit of x."""
@@ -148,6 +181,13 @@ class AbstractDistributionObserver(AbstractObserver):
     def observe(self, x: torch.Tensor) -> None:
         if x.numel():
             self.distribution = self.distribution.merged(Distribution.of(x))
+
+    def sketch(self, x: torch.Tensor) -> Sketch:
+        return Distribution.sketch(x)
+
+    def take(self, low: float, high: float, counts: torch.Tensor | None) -> None:
+        assert counts is not None, "its sketch has them"
+        self.distribution = self.distribution.merged(Distribution.of_sketch(low, high, counts))
 
     def merge(self, other: Self) -> Self:
         self._require_mergeable(other)

@@ -27,7 +27,9 @@ class MinMaxObserver(AbstractObserver):
     def observe(self, x: torch.Tensor) -> None:
         if x.numel() == 0:
             return
-        low, high = extremes(flat(x))
+        self.take(*extremes(flat(x)), None)
+
+    def take(self, low: float, high: float, counts: torch.Tensor | None) -> None:  # noqa: ARG002 only the extremes
         self._low, self._high = min(self._low, low), max(self._high, high)
 
     def merge(self, other: Self) -> Self:

@@ -33,7 +33,10 @@ class MovingAverageObserver(AbstractObserver):
 
     def observe(self, x: torch.Tensor) -> None:
         if x.numel():
-            self._ranges.append(extremes(flat(x)))
+            self.take(*extremes(flat(x)), None)
+
+    def take(self, low: float, high: float, counts: torch.Tensor | None) -> None:  # noqa: ARG002 only the extremes
+        self._ranges.append((low, high))
 
     def merge(self, other: Self) -> Self:
         self._require_mergeable(other)

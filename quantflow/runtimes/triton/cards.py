@@ -43,7 +43,28 @@ class Card:
     @property
     def has_graphs(self) -> bool:
         """Whether a sequence of launches can be recorded and launched as one."""
-        return self.device.type == "cuda"
+        return _graph_class(self.interface) is not None if self.device.type != "cpu" else False
+
+    @contextmanager
+    def recording(self, stream: Any) -> Iterator[Any]:
+        """What is launched inside is recorded into the graph that this gives."""
+        with recording(self.interface, stream) as graph:
+            yield graph
+
+
+def _graph_class(interface: Any) -> Any:
+    """PyTorch's recorded graphs; None where this PyTorch has none for the device."""
+    return getattr(interface, "CUDAGraph", None) or getattr(interface, "XPUGraph", None)
+
+
+@contextmanager
+def recording(interface: Any, stream: Any = None) -> Iterator[Any]:
+    """A graph of what is launched inside, on a stream of its own."""
+    graph = _graph_class(interface)()
+    # Other threads may allocate meanwhile; XPU's graphs have no such setting.
+    mode = {"capture_error_mode": "thread_local"} if hasattr(interface, "CUDAGraph") else {}
+    with interface.graph(graph, stream=stream, **mode):
+        yield graph
 
 
 def card_of(device: str) -> Card:
@@ -75,12 +96,11 @@ def timed_ms(interface: Any, call: Callable[[], None], repeats: int = 10) -> flo
         call()
         interface.synchronize()
         try:
-            graph = interface.CUDAGraph()
-            with interface.graph(graph, capture_error_mode="thread_local"):
+            with recording(interface) as graph:
                 for _ in range(repeats):
                     call()
             launch: Callable[[], None] = graph.replay
-        except (RuntimeError, AttributeError):
+        except (RuntimeError, AttributeError, TypeError):
 
             def launch() -> None:
                 for _ in range(repeats):

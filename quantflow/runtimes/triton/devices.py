@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,19 +80,44 @@ def kernel_of(planned: PlannedUnit) -> str:
 
 
 def findings() -> list[Finding]:
-    """Triton's version and every card that PyTorch finds, for task=doctor."""
+    """Triton's version, every card that PyTorch finds and what runs on it, for task=doctor."""
     rows = []
     for device in CARDS:
         reason = missing(device)
         if not has_card(device):
             continue
-        interface: Any = getattr(torch, device)
-        for index in range(interface.device_count()):
-            properties = interface.get_device_properties(index)
-            memory = f"{properties.total_memory / 2**30:.1f} GiB"
-            versions = f"{device} {getattr(torch.version, device, None)}, triton {_triton() or 'not installed'}"
-            rows.append(Finding(f"{device}:{index}", f"{properties.name}, {memory}, {versions}", reason or ""))
+        for index in range(getattr(torch, device).device_count()):
+            about = described(device, index)
+            found = f"{about.pop('name')}, {', '.join(f'{what} {value}' for what, value in about.items())}"
+            rows.append(Finding(f"{device}:{index}", found, reason or ""))
+        runs = "the float model, calibration, algorithms and evaluation in torch"
+        if reason is None:
+            runs = f"int8 on runtime triton in every mode; {runs}"
+        rows.append(Finding(f"device={device}", runs))
     return rows
+
+
+def described(device: str, index: int | None = None) -> dict[str, str]:
+    """A card (None: the current one): its name and memory, driver and versions; nothing where PyTorch finds none."""
+    if device not in CARDS or not has_card(device):
+        return {}
+    interface: Any = getattr(torch, device)
+    properties = interface.get_device_properties(interface.current_device() if index is None else index)
+    return {
+        "name": str(properties.name),
+        "memory": f"{properties.total_memory / 2**30:.1f} GiB",
+        "driver": getattr(properties, "driver_version", None) or _nvidia_driver() or "unknown",
+        device: str(getattr(torch.version, device, None)),
+        "triton": _triton() or "not installed",
+    }
+
+
+def _nvidia_driver(file: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    try:
+        found = re.search(r"(\d+\.\d+(?:\.\d+)?)", file.read_text().partition("Module")[2])
+    except OSError:
+        return None
+    return found and found.group(1)
 
 
 def _triton() -> str | None:

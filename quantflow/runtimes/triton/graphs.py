@@ -43,12 +43,11 @@ class Recording:
         interface = card.interface
         stream = interface.Stream()
         stream.wait_stream(interface.current_stream())
-        self._graph = interface.CUDAGraph()
         with own_scratch() as self._scratch, interface.stream(stream):
             # Once outside: kernels compile, and scratch and tables are made in memory that stays.
             function(self._inputs)
             interface.synchronize()
-            with interface.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            with card.recording(stream) as self._graph:
                 self._output = function(self._inputs)
         interface.current_stream().wait_stream(stream)
 

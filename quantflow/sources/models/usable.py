@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +30,7 @@ def usable(model: LoadedModel) -> LoadedModel:
         ModelError: weights in another dtype that can't be copied to float32.
     """
     module, notices = _unwrapped(model.module)
+    module = _on_the_cpu(module, notices)
     original = None
     if isinstance(module, nn.Module) and not isinstance(module, torch.jit.ScriptModule):
         dtypes = {p.dtype for p in module.parameters() if p.is_floating_point() and not p.is_meta}
@@ -39,6 +41,24 @@ def usable(model: LoadedModel) -> LoadedModel:
                 "the dtypes that the model does"
             )
     return replace(model, module=module, original=original, notices=(*model.notices, *notices))
+
+
+def _on_the_cpu(module: Any, notices: list[str]) -> Any:
+    """The module, or a copy where capture can look into it."""
+    if not isinstance(module, nn.Module):
+        return module
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    places = sorted({str(x.device) for x in tensors if x.device.type not in ("cpu", "meta")})
+    if not places:
+        return module
+    try:
+        copied = copy.deepcopy(module).to("cpu")
+    except Exception as error:  # whatever the module holds may refuse in its own way
+        raise ModelError(
+            f"model: it is on {', '.join(places)} and can't be copied to the CPU ({error}); call model.cpu()"
+        ) from error
+    notices.append(f"the model is on {', '.join(places)}: a copy of it on the CPU was quantized")
+    return copied
 
 
 def _unwrapped(module: Any) -> tuple[Any, list[str]]:
