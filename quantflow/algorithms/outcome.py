@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from quantflow.host.place import CPU
 from quantflow.ir.batch import Batch
-from quantflow.ir.graph import HOST, Graph
+from quantflow.ir.graph import Graph
 
 Update = Callable[[int, int | None], None]
 
@@ -87,7 +88,7 @@ class Material:
     update: Update = lambda done, total: None  # noqa: ARG005
     fixed: frozenset[str] = frozenset()
     may_insert: bool = True
-    place: torch.device = HOST
+    place: torch.device = CPU
 
     def first(self, samples: int) -> list[Batch]:
         """The first `samples` samples, in whole batches where these can't be cut."""

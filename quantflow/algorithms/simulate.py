@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from quantflow.host.place import CPU
 from quantflow.ir.batch import Batch
 from quantflow.ir.binding import bind
-from quantflow.ir.graph import HOST, Graph, arguments, call, laid_out, last_uses
+from quantflow.ir.graph import Graph, arguments, call, laid_out, last_uses
 from quantflow.ir.plan import Plan, PlannedUnit
 from quantflow.ir.units import CORE
 from quantflow.numerics.affine import QParams
@@ -62,7 +63,7 @@ def walk(
     batches: Sequence[Batch],
     on_layer: Callable[[Layer], LayerNumbers | None],
     update: Callable[[int, int | None], None] = lambda done, total: None,  # noqa: ARG005
-    place: torch.device = HOST,
+    place: torch.device = CPU,
 ) -> Refined:
     """Run both streams on a device; `on_layer` sees every int8 linear op in order and may return other numbers for it.
 

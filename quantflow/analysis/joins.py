@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from quantflow.host.place import CPU
 from quantflow.ir.batch import Batch
 from quantflow.ir.binding import bind
-from quantflow.ir.graph import HOST, interpret
+from quantflow.ir.graph import interpret
 from quantflow.ir.plan import PlannedUnit
 from quantflow.ir.units import ADD, CAT, MUL
 from quantflow.numerics.affine import dequantize, quantize
@@ -43,7 +44,7 @@ class Join:
 
 
 def join_costs(
-    prepared: Prepared, refined: Refined, batches: Sequence[Batch], place: torch.device = HOST
+    prepared: Prepared, refined: Refined, batches: Sequence[Batch], place: torch.device = CPU
 ) -> tuple[Join, ...]:
     """Measure every int8 add, mul and cat of the plan on float batches, in execution order, on a device."""
     plan = prepared.plan

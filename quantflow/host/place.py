@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-CPU = torch.device("cpu")
+#: Where tensors lie when nothing else is said.
+CPU = torch.empty(0).cpu().device
 
 
 def place_of(device: str) -> torch.device:

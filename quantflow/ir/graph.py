@@ -24,14 +24,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from quantflow.host.place import CPU
 from quantflow.ir.calls import Arguments, Input, Limit
 
 #: Ops whose weight, their second argument, names them.
 _WEIGHTED = (
     "conv1d", "conv2d", "conv3d", "linear", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "batch_norm",
 )  # fmt: skip
-#: Where a graph's constants lie unless it was moved.
-HOST = torch.device("cpu")
 #: Functions on sizes that may appear in a graph; the loader of a program accepts no others.
 SIZE_FUNCTIONS: dict[str, Callable[..., Any]] = {
     name: getattr(operator, name)
@@ -69,7 +68,7 @@ class Graph:
     arguments: Arguments | None = None
     limits: tuple[Limit, ...] = ()
     structure: Any = None
-    place: torch.device = HOST
+    place: torch.device = CPU
 
     def at(self, place: torch.device) -> Graph:
         """The same nodes, computed on another device."""
@@ -185,10 +184,10 @@ def interpret(
     raise ValueError("the graph has no output node")
 
 
-def call(node: fx.Node, read: Callable[[fx.Node], Any], place: torch.device = HOST) -> Any:
+def call(node: fx.Node, read: Callable[[fx.Node], Any], place: torch.device = CPU) -> Any:
     """What a node computes from the values that it reads, on the device where they lie."""
     args, kwargs = fx.map_arg(node.args, read), dict(fx.map_arg(node.kwargs, read))
-    if place != HOST:  # capture wrote down the CPU
+    if place != CPU:  # capture wrote down the CPU
         args = tuple(place if isinstance(value, torch.device) else value for value in args)
         kwargs |= {name: place for name, value in kwargs.items() if isinstance(value, torch.device)}
         if _makes_from_nothing(node.target):

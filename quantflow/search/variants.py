@@ -16,8 +16,9 @@ from torch import nn
 
 from quantflow.algorithms import Applied
 from quantflow.executor.built import Converted
+from quantflow.host.place import CPU
 from quantflow.ir.batch import Batch
-from quantflow.ir.graph import HOST, Graph
+from quantflow.ir.graph import Graph
 from quantflow.ir.plan import Plan
 from quantflow.ir.units import find_units
 from quantflow.numerics.observers import AbstractObserver
@@ -58,7 +59,7 @@ class Variants:
         checkpoint: Path | None = None,
         checkpoint_every_s: float = 5.0,
         resume: bool = True,
-        place: torch.device = HOST,
+        place: torch.device = CPU,
     ) -> None:
         """
         Args:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from quantflow.host.place import CPU, interface_of
 from quantflow.ir.batch import Batch
 
 #: A spread beyond this share of the median comes from other work on the machine, not from the model.
@@ -126,9 +127,9 @@ def unsteady(configs: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
 
 def clock_of(place: torch.device) -> Clock:
     """The clock of a device: a card's own, by events around calls that follow each other; else the processor's."""
-    if place.type == "cpu":
+    if place == CPU:
         return _time_ms
-    interface = getattr(torch, place.type)
+    interface = interface_of(place)
 
     def by_events(call: Callable[[], Any], calls: int) -> float:
         begin, end = (interface.Event(enable_timing=True) for _ in range(2))
@@ -145,7 +146,7 @@ def clock_of(place: torch.device) -> Clock:
 
 def card_memory_bytes(place: torch.device) -> int:
     """The most memory that torch has ever held on a card."""
-    return int(getattr(torch, place.type).max_memory_allocated(place))
+    return int(interface_of(place).max_memory_allocated(place))
 
 
 def throughput(batch_size: int, timing: Timing) -> float:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from quantflow.errors import DataError, ModelError, VerificationError, first_line
+from quantflow.host.place import CPU
 from quantflow.ir.batch import Batch
-from quantflow.ir.graph import HOST
 from quantflow.ir.structure import Typed, plain
 from quantflow.numerics import measures
 
@@ -72,7 +72,7 @@ def tally(
     metric: str | None = None,
     outputs: str = "other",
     first: int = 0,
-    places: tuple[torch.device, torch.device] = (HOST, HOST),
+    places: tuple[torch.device, torch.device] = (CPU, CPU),
     progress: Callable[[int, int | None], None] | None = None,
 ) -> list[Tally]:
     """Each batch's comparison by itself, as `evaluate`; the batches may be a part that begins with number `first`.

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantflow.host.place import CPU
 from quantflow.ir.batch import Batch
 from quantflow.ir.binding import bind
-from quantflow.ir.graph import HOST, Graph, interpret
+from quantflow.ir.graph import Graph, interpret
 from quantflow.ir.ops import MOVING_OPS
 from quantflow.ir.plan import Plan
 from quantflow.ir.units import makes_values
@@ -35,7 +36,7 @@ class Prepared:
     observed: Mapping[str, ActivationSpec]
     layers: Mapping[str, str]
     observed_module: nn.Module | None = None
-    place: torch.device = HOST
+    place: torch.device = CPU
 
     def at(self, place: torch.device) -> Prepared:
         """The same, computed on another device; the module is moved there."""

@@ -1,4 +1,4 @@
-"""Calibration, accuracy algorithms and evaluation on another device than the CPU: nothing of it meets the CPU's tensors."""
+"""Calibration, algorithms and evaluation on another device than the CPU: nothing there meets the CPU's tensors."""
 
 from __future__ import annotations
 

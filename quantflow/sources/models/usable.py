@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from quantflow.errors import ModelError
+from quantflow.host.place import CPU
 from quantflow.sources.models.loaded import LoadedModel
 
 #: Attribute that holds the model itself → wrapper, by the name of its class.
@@ -48,11 +49,11 @@ def _on_the_cpu(module: Any, notices: list[str]) -> Any:
     if not isinstance(module, nn.Module):
         return module
     tensors = itertools.chain(module.parameters(), module.buffers())
-    places = sorted({str(x.device) for x in tensors if x.device.type not in ("cpu", "meta")})
+    places = sorted({str(x.device) for x in tensors if x.device.type not in (CPU.type, "meta")})
     if not places:
         return module
     try:
-        copied = copy.deepcopy(module).to("cpu")
+        copied = copy.deepcopy(module).to(CPU)
     except Exception as error:  # whatever the module holds may refuse in its own way
         raise ModelError(
             f"model: it is on {', '.join(places)} and can't be copied to the CPU ({error}); call model.cpu()"
