@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from quantflow.algorithms import find_outliers, refine
 from quantflow.analysis.joins import join_costs
-from quantflow.errors import CaptureError
+from quantflow.errors import CaptureError, UnavailableError, first_line
 from quantflow.executor.built import Built, Converted
 from quantflow.executor.parts import execute_in_parts, why_after_all, why_in_parts
 from quantflow.executor.placed import placed
@@ -37,8 +39,19 @@ def execute(run: Run, baseline: Mapping[str, Any] | None = None) -> Quantized | 
         baseline: another artifact's figures, for the report.
 
     Raises:
-        QuantflowError: any stage's own error.
+        QuantflowError: any stage's own error; UnavailableError where a card's memory does not do.
     """
+    try:
+        return _executed(run, baseline)
+    except torch.OutOfMemoryError as error:
+        device, stage = run.choice.device, run.progress.stages[-1]["name"] if run.progress.stages else "load"
+        raise UnavailableError(
+            f"device: {device} has too little memory, after the stage '{stage}' ({first_line(error)}); use smaller "
+            "batches (data.batch_size, benchmark.batch_sizes), fewer samples for the algorithms, or device=cpu"
+        ) from error
+
+
+def _executed(run: Run, baseline: Mapping[str, Any] | None) -> Quantized | QuantizedParts:
     why = why_in_parts(run)
     if not why:
         try:

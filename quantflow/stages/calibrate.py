@@ -259,6 +259,8 @@ def _observe(prepared: ObservedModel, batch: Batch, index: int, table: Calibrati
     except CalibrationError:
         _require_finite(batch, index, is_inf_legal=False)
         raise
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         place, found = _place(batch, index), _shapes(batch)
         if found == first_shapes:

@@ -460,6 +460,8 @@ def _ranks(x: torch.Tensor) -> torch.Tensor:
 def _float_output(float_fn: Callable[..., Any], batch: Batch, index: int) -> Any:
     try:
         return float_fn(*batch.args, **batch.kwargs)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # the user's code may raise anything
         reason = first_line(error)
         shapes = ", ".join(str(list(x.shape)) for x in batch.tensors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
@@ -14,7 +14,9 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.errors import TritonError
 
+from quantflow.errors import UnavailableError, cause_line
 from quantflow.host.environment import cache_folder
 from quantflow.runtimes.triton.tuner import Tuner
 
@@ -36,9 +38,22 @@ class Card:
         """torch.cuda, torch.xpu."""
         return getattr(torch, self.device.type)
 
-    def current(self) -> AbstractContextManager[Any]:
-        """Kernels started inside run on this card."""
-        return nullcontext() if self.device.type == "cpu" else self.interface.device(self.device)  # type: ignore[no-any-return]
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Kernels started inside run on this card.
+
+        Raises:
+            UnavailableError: Triton can't build one of them for it.
+        """
+        try:
+            with nullcontext() if self.device.type == "cpu" else self.interface.device(self.device):
+                yield
+        except TritonError as error:
+            raise UnavailableError(
+                f"runtime triton: a kernel can't be built for {self.name} ({type(error).__name__}: {cause_line(error)})"
+                "; run the model with another runtime (runtime=torch device=cpu), and report this with what task=doctor "
+                "prints"
+            ) from error
 
     @property
     def has_graphs(self) -> bool:
