@@ -15,6 +15,7 @@ from quantflow.executor.measure import evaluated
 from quantflow.executor.order import build, execute
 from quantflow.executor.run import ONLY, Run
 from quantflow.executor.source import load_source
+from quantflow.host.place import current, place_of
 from quantflow.host.workers import Workers, joined, rank_and_count
 from quantflow.numerics.seed import seeded
 from quantflow.quantized import Quantized, QuantizedParts, save_record
@@ -36,7 +37,8 @@ def task(recipe: Recipe, overrides: Sequence[str]) -> int:
     """The first worker runs the job; the others take their parts of it."""
     if recipe.tune.subject_to.is_set and rank_and_count()[1] > 1:
         raise UsageError("tune: a search measures time and runs in one process; start it without torchrun")
-    with joined() as workers:
+    device = choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind).device
+    with joined() as workers, current(place_of(device)):
         if not workers.is_first:
             _assist(recipe, workers)
             return EXIT_PASSED

@@ -51,8 +51,8 @@ class Card:
         except TritonError as error:
             raise UnavailableError(
                 f"runtime triton: a kernel can't be built for {self.name} ({type(error).__name__}: {cause_line(error)})"
-                "; run the model with another runtime (runtime=torch device=cpu), and report this with what task=doctor "
-                "prints"
+                "; run the model with another runtime (runtime=torch device=cpu), and report this with what "
+                "task=doctor prints"
             ) from error
 
     @property

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import nn
 
+from quantflow.errors import UnavailableError
 from quantflow.ir.activations import ACTIVATIONS, Epilogue, tie_tolerance
 from quantflow.ir.calls import Input
 from quantflow.ir.program import Node, Program, Ref, Value
@@ -412,3 +413,23 @@ def test_tensors_in_containers_of_any_kind_are_reached() -> None:
     assert found["a"][0] == 1
     assert found["a"][1:] == [3, None]
     assert torch.equal(found["b"][0], torch.full((2,), 2.0))
+
+
+def test_a_kernel_that_can_not_be_built_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.errors import TritonError
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 8)
+    program = quantized_program(nn.Sequential(nn.Linear(8, 8)), x)
+    runner = devices.build(program, "cpu")
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise TritonError("PTXAS error: unknown instruction\nmore of it")
+
+    monkeypatch.setattr("quantflow.runtimes.triton.operators.quantize", broken)
+    with pytest.raises(
+        UnavailableError, match=r"can't be built for interpreter \(TritonError: PTXAS error.*runtime=torch"
+    ) as e:
+        runner([x])
+    assert e.value.exit_code == 4
+    assert ReferenceRunner(program)([x]).shape == (2, 8)
