@@ -286,7 +286,7 @@ def _first(name: str) -> list[dict[str, Any]]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         images = [torch.randn(2, 3, 224, 224) for _ in range(2)]
-        qf.quantize(_net(name), images, device="cpu", runtime="reference").save(f"{folder}/artifact")
+        qf.quantize(_net(name), images, device="cpu", runtime="torch").save(f"{folder}/artifact")
         # Libraries are read from the disk once before anything is timed.
         caches = {"TRITON_CACHE_DIR": f"{folder}/triton", "XDG_CACHE_HOME": f"{folder}/cache"}
         subprocess.run([sys.executable, "-c", "import torch, quantflow; torch.ones(1).cuda()"], check=True)
