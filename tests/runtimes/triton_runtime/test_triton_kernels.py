@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
@@ -433,3 +434,33 @@ def test_a_kernel_that_can_not_be_built_is_one_message(monkeypatch: pytest.Monke
         runner([x])
     assert e.value.exit_code == 4
     assert ReferenceRunner(program)([x]).shape == (2, 8)
+
+
+def test_runs_are_recorded_with_the_graphs_that_the_devices_torch_has() -> None:
+    from quantflow.runtimes.triton.cards import Card, recording
+    from quantflow.runtimes.triton.tuner import Tuner
+
+    seen: list[Any] = []
+
+    class Interface:
+        """As torch.xpu and torch.cuda are, as far as recording goes."""
+
+        @contextmanager
+        def graph(self, graph: Any, **settings: Any) -> Iterator[None]:
+            seen.append((type(graph).__name__, settings))
+            yield
+
+    class XPU(Interface):
+        XPUGraph = type("XPUGraph", (), {})
+
+    class CUDA(Interface):
+        CUDAGraph = type("CUDAGraph", (), {})
+
+    for interface in (XPU(), CUDA()):
+        with recording(interface, "a stream") as graph:
+            assert type(graph).__name__ == seen[-1][0]
+    assert seen[0] == ("XPUGraph", {"stream": "a stream"})
+    assert seen[1] == ("CUDAGraph", {"stream": "a stream", "capture_error_mode": "thread_local"})
+    tuner = Tuner(None, lambda *_: 0.0)
+    assert not Card(torch.device("cpu"), "interpreter", 0, tuner).has_graphs
+    assert Card(torch.device("xpu", 0), "a card", 64, tuner).has_graphs is hasattr(torch.xpu, "XPUGraph")
