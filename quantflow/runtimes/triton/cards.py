@@ -13,12 +13,41 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.errors import TritonError
 
 from quantflow.errors import UnavailableError, cause_line
 from quantflow.host.environment import cache_folder
 from quantflow.runtimes.triton.tuner import Tuner
+
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # a Triton for other cards, or an older one
+    gdc_launch_dependents = gdc_wait = None
+#: CUDA cards from this capability on start a kernel before the one in front of it has finished.
+_CHAINING = 9
+
+
+@triton.jit
+def await_earlier(CHAINED: tl.constexpr):
+    """Comes before whatever a kernel reads and writes: here it waits for the kernels in front of it.
+
+    CHAINED: it may have been started while they ran, and so may the next one be from now on.
+    """
+    if CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@cache
+def launch_options(device: torch.device) -> dict[str, Any]:
+    """What every launch of a kernel that calls `await_earlier` is given."""
+    if torch.version.cuda is None or device.type != "cuda" or gdc_wait is None:
+        return {"CHAINED": False}
+    if torch.cuda.get_device_capability(device)[0] < _CHAINING:
+        return {"CHAINED": False}
+    return {"CHAINED": True, "launch_pdl": True}
 
 
 @dataclass(frozen=True)

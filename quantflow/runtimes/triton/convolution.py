@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quantflow.runtimes.triton.cards import await_earlier
 from quantflow.runtimes.triton.formulas import finished
 
 
@@ -36,15 +37,17 @@ def convolution(
     IN_D, IN_H, IN_W, OUT_D, OUT_H, OUT_W, X_N, X_D, X_H, X_W, W_ROW, Y_ROW,
     STRIDE_D, STRIDE_H, STRIDE_W, PAD_D, PAD_H, PAD_W, DILATION_D, DILATION_H, DILATION_W,
     padding_code, residual_scale, residual_zero_point, first, second, inverse_scale, low, high, zero_point,
-    IS_LINEAR: tl.constexpr, IS_DEEP: tl.constexpr, IS_PADDED: tl.constexpr, ONE_TAP: tl.constexpr,
+    IS_LINEAR: tl.constexpr, IS_DEEP: tl.constexpr, IS_PADDED: tl.constexpr, ONE_TAP: tl.constexpr, RUN: tl.constexpr,
     ALIGNED: tl.constexpr, W_ALIGNED: tl.constexpr, EVEN_C: tl.constexpr, ZERO_PADDING: tl.constexpr,
     HAS_CORRECTION: tl.constexpr, IS_WIDE: tl.constexpr, IS_SMALL: tl.constexpr, IN_STEPS: tl.constexpr,
     RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
+    IS_CENTERED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One tile of BM positions by BN output channels of one group; `ITERATIONS` blocks of BK along taps and channels.
 
-    ONE_TAP: of a kernel without padding. IS_LINEAR: with stride 1, too: rows of x are rows of y. SPLIT programs share a
+    ONE_TAP: of a kernel without padding. RUN: taps of so many channels each lie behind each other in a block, C counts
+    all of them, and there is no padding. IS_LINEAR: with stride 1, too: rows of x are rows of y. SPLIT programs share a
     tile's iterations: they add into `work`, and the last to arrive finishes and leaves zeros behind.
     """
     pid, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -87,6 +90,7 @@ def convolution(
         offsets = om.to(tl.int64)[:, None] * Y_ROW + (group * N + on)[None, :]
     # What the end needs is asked for before the sums, which hide the wait.
     scales, biases = tl.load(scale + group * N + n)[None, :], tl.load(bias + group * N + n)[None, :]
+    await_earlier(CHAINED)
     added = biases
     if RESIDUAL == 1:
         added = tl.load(residual + offsets, mask=mask, other=0)
@@ -95,7 +99,14 @@ def convolution(
     share = tl.cdiv(ITERATIONS, SPLIT)
     acc = tl.zeros((BM, BN), tl.int32)
     for i in range(split * share, min(split * share + share, ITERATIONS)):
-        if ONE_TAP:
+        if RUN > 0:
+            c = i * BK + ok
+            tap = c // RUN
+            move = (tap // TAPS_W) * DILATION_H * X_H + (tap % TAPS_W) * DILATION_W * X_W
+            x_at = base[:, None] + (tl.multiple_of(move, ALIGNED) + c % RUN)[None, :]
+            w_at = w_base[None, :] + c[:, None]
+            inside = om[:, None] >= 0
+        elif ONE_TAP:
             c = i * BK + ok
             x_at = base[:, None] + c[None, :]
             w_at = w_base[None, :] + c[:, None]
@@ -154,7 +165,7 @@ def convolution(
             acc += tl.load(correction + group * N + n)[None, :]
         value = finished(
             acc, scales, biases, added, y, residual_scale, residual_zero_point, first, second, inverse_scale, low, high,
-            zero_point, IS_SMALL, IN_STEPS, RESIDUAL, ACTIVATION,
+            zero_point, IS_SMALL, IN_STEPS, RESIDUAL, ACTIVATION, IS_CENTERED,
         )  # fmt: skip
         tl.store(y + offsets, value, mask=mask)
 
@@ -184,9 +195,10 @@ def depthwise(
     padding_code, residual_scale, residual_zero_point, first, second, inverse_scale, low, high, zero_point,
     TAPS: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, IS_UNROLLED: tl.constexpr,
     HAS_CORRECTION: tl.constexpr, IS_WIDE: tl.constexpr, IN_STEPS: tl.constexpr, RESIDUAL: tl.constexpr,
-    ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ACTIVATION: tl.constexpr, IS_CENTERED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """BM positions by BN channels, each with a filter of its own; w is (taps, channels)."""
+    await_earlier(CHAINED)
     om, c = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
     m, inside = tl.minimum(om, M - 1), c < C
     if IS_WIDE:
@@ -225,6 +237,6 @@ def depthwise(
         acc += tl.load(correction + c, mask=inside, other=0)[None, :]
     value = finished(
         acc, scales, biases, added, y, residual_scale, residual_zero_point, first, second, inverse_scale, low, high,
-        zero_point, TAPS <= 64, IN_STEPS, RESIDUAL, ACTIVATION,
+        zero_point, TAPS <= 64, IN_STEPS, RESIDUAL, ACTIVATION, IS_CENTERED,
     )  # fmt: skip
     tl.store(y + offsets, value, mask=mask)

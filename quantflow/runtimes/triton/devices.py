@@ -55,11 +55,11 @@ def has_card(device: str) -> bool:
     return bool(getattr(torch, device).is_available())
 
 
-def build(program: Program, device: str) -> AbstractRunner:
-    """A runner on the device's current card."""
+def build(program: Program, device: str, floats: str = "float32") -> AbstractRunner:
+    """A runner on the device's current card; `floats` is how it holds what is no code, where that is tolerated."""
     from quantflow.runtimes.triton.runner import TritonRunner
 
-    return TritonRunner(program, device)
+    return TritonRunner(program, device, floats)
 
 
 def kernel_of(planned: PlannedUnit) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quantflow.runtimes.triton.cards import await_earlier
 from quantflow.runtimes.triton.formulas import activated, small_to_float, to_codes
 
 
 @triton.jit
-def quantize(x, y, count, inverse_scale, low, high, zero_point, BLOCK: tl.constexpr):
+def quantize(x, y, count, inverse_scale, low, high, zero_point, BLOCK: tl.constexpr, CHAINED: tl.constexpr):
     """Codes of `count` numbers that lie as their codes shall lie."""
+    await_earlier(CHAINED)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     r = tl.load(x + at, mask=at < count, other=0.0).to(tl.float32)
     tl.store(y + at, to_codes(r * inverse_scale, low, high, zero_point).to(y.dtype.element_ty), mask=at < count)
@@ -19,9 +21,10 @@ def quantize(x, y, count, inverse_scale, low, high, zero_point, BLOCK: tl.conste
 @triton.jit
 def quantize_moved(
     x, y, POSITIONS, CHANNELS, X_N, X_P, X_C, inverse_scale, low, high, zero_point,
-    BP: tl.constexpr, BC: tl.constexpr,
+    BP: tl.constexpr, BC: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Codes of (outer, POSITIONS, CHANNELS), dense, of numbers with any strides: NCHW to channels-last."""
+    await_earlier(CHAINED)
     outer = tl.program_id(2).to(tl.int64)
     p, c = tl.program_id(0) * BP + tl.arange(0, BP), tl.program_id(1) * BC + tl.arange(0, BC)
     mask = (p < POSITIONS)[:, None] & (c < CHANNELS)[None, :]
@@ -33,9 +36,10 @@ def quantize_moved(
 @triton.jit
 def quantize_framed(
     x, y, IN_H, IN_W, X_N, X_C, X_H, X_W, OUT_H, OUT_W, PAD_H, PAD_W, inverse_scale, low, high, zero_point,
-    CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Codes of images of up to 4 channels, padded to 4 and framed by the zero point: (n, OUT_H, OUT_W, 4)."""
+    await_earlier(CHAINED)
     row, c = tl.program_id(0), tl.arange(0, 4)
     w = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     n, iw = (row // OUT_H).to(tl.int64), w - PAD_W
@@ -48,8 +52,9 @@ def quantize_framed(
 
 
 @triton.jit
-def dequantize(x, y, count, scale, zero_point, BLOCK: tl.constexpr):
-    """x' = (q - zero_point) * scale, as the codes lie."""
+def dequantize(x, y, count, scale, zero_point, BLOCK: tl.constexpr, CHAINED: tl.constexpr):
+    """x' = (q - zero_point) * scale, as the codes lie, in the type of y."""
+    await_earlier(CHAINED)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     q = tl.load(x + at, mask=at < count, other=0).to(tl.int32) - zero_point
     tl.store(y + at, small_to_float(q) * scale, mask=at < count)
@@ -60,12 +65,13 @@ def pair(
     a, b, y, count, MIDDLE, INNER, A_N, A_P, A_C, B_N, B_P, B_C,
     a_scale, a_zero_point, b_scale, b_zero_point, first, second, inverse_scale, low, high, zero_point,
     IS_PRODUCT: tl.constexpr, IS_DENSE: tl.constexpr, IS_WIDE: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """r = a + b or a * b of what the codes stand for, activated; codes, or float32. y is dense.
+    """r = a + b or a * b of what the codes stand for, activated; codes, or floats. y is dense.
 
     IS_DENSE: a and b lie as y does. Else element (n, p, c) of each is at n * N + p * P + c * C; 0 repeats.
     """
+    await_earlier(CHAINED)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if IS_WIDE:
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -83,7 +89,7 @@ def pair(
     v = small_to_float(tl.load(b + b_at, mask=mask, other=0).to(tl.int32) - b_zero_point) * b_scale
     r = u * v if IS_PRODUCT else u + v
     r = activated(r, first, second, ACTIVATION)
-    if y.dtype.element_ty == tl.float32:
+    if y.dtype.element_ty.is_floating():
         tl.store(y + at, r, mask=mask)
     else:
         tl.store(y + at, to_codes(r * inverse_scale, low, high, zero_point).to(y.dtype.element_ty), mask=mask)

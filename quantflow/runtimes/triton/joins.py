@@ -1,9 +1,12 @@
-"""Steps of a whole run that compute several nodes: a framed stem, codes before moves, a layer norm with codes."""
+"""Steps of a whole run that compute several nodes: a framed stem, codes before moves, a layer norm with codes, linears
+of the same codes; attention is `attending`'s.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,18 +15,24 @@ from torch import Tensor
 
 from quantflow.ir.program import Node, Ref, TensorRef, referenced_values
 from quantflow.numerics.affine import QParams
-from quantflow.runtimes.reference import qparams_of
 from quantflow.runtimes.triton import operators, rows
-from quantflow.runtimes.triton.layers import Geometry, Stem
+from quantflow.runtimes.triton.attending import join_attention, moves_of
+from quantflow.runtimes.triton.cards import launch_options
+from quantflow.runtimes.triton.layers import Geometry, Layer, Stem
+from quantflow.runtimes.triton.layouts import MOVES, Move, placed
 
 if TYPE_CHECKING:
     from quantflow.runtimes.triton.lower import Lowering, Step, Values
 
-#: Ops that only move numbers, on codes as on what they stand for.
-_MOVES = ("transpose.int", "permute.default", "reshape.default", "view.default", "select.int", "squeeze.dim",
-          "unsqueeze.default", "flatten.using_ints", "slice.Tensor", "contiguous.default")  # fmt: skip
 #: The longest row that one program of the layer norm holds.
 _LONGEST_ROW = 8192
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Codes that lie where the moves behind them would put them."""
+
+    codes: Tensor
 
 
 @dataclass(frozen=True)
@@ -37,11 +46,59 @@ class Framed:
 
 def joined(lowering: Lowering) -> list[Step]:
     """The steps of a whole run, in order."""
-    made: list[Step | None] = list(lowering.alone)
+    made: list[Step | None] = list(lowering.whole)
+    _join_siblings(lowering, made)
     for index, node in enumerate(lowering.program.nodes):
         if node.op == "quantize" and node.output not in lowering.outputs and isinstance(node.args[0], Ref):
             _join_stem(lowering, made, index) or _join_moves(lowering, made, index)
     return [step for step in made if step is not None]
+
+
+def chain_before(lowering: Lowering, name: str) -> tuple[str, list[int]]:
+    """(what a value is before it is only moved, the moves); nobody else reads what lies between."""
+    moves: list[int] = []
+    while (maker := lowering.maker(name)) is not None:
+        node = lowering.program.nodes[maker]
+        moved = node.op == "aten" and node.target in MOVES and not node.kwargs and isinstance(node.args[0], Ref)
+        if not moved or lowering.only_reader(name) is None:
+            break
+        moves.insert(0, maker)
+        name = node.args[0].name
+    return name, moves
+
+
+# -- linears of the same codes
+
+
+def _join_siblings(lowering: Lowering, made: list[Step | None]) -> None:
+    """One product for linears that read the same codes and write floats, such as those of queries, keys and values."""
+    from quantflow.runtimes.triton.lower import Step
+
+    program = lowering.program
+    groups: dict[Any, list[int]] = {}
+    for index, node in enumerate(program.nodes):
+        if (
+            node.op == "linear"
+            and node.args[1] is None
+            and node.epilogue is None
+            and node.output not in lowering.outputs
+        ):
+            value = program.values.get(node.output)
+            if value is None or value.qparams is None:
+                groups.setdefault((node.args[0].name, lowering.halves.of(node)), []).append(index)
+    for (name, held), group in groups.items():
+        if len(group) < 2:
+            continue
+        layers = [lowering.layers[i] for i in group]
+        layer = layers[0].beside(layers[1:])
+        run = partial(_split, layer, name, held, [each.out_channels for each in layers])
+        made[group[0]] = Step(tuple(group), (name,), tuple(program.nodes[i].output for i in group), run)
+        for i in group[1:]:
+            made[i] = None
+
+
+def _split(layer: Layer, name: str, held: torch.dtype, sizes: list[int], values: Values) -> tuple[Tensor, ...]:
+    return layer(values[name], None, held).split(sizes, -1)
 
 
 # -- a stem
@@ -94,27 +151,22 @@ def _join_moves(lowering: Lowering, made: list[Step | None], index: int) -> bool
 
     program = lowering.program
     quantized = program.nodes[index]
-    q = qparams_of(program, quantized.output)
-    assert q is not None
-    moves: list[int] = []
-    source = quantized.args[0].name
-    while (maker := lowering.maker(source)) is not None:
-        node = program.nodes[maker]
-        moved = node.op == "aten" and node.target in _MOVES and isinstance(node.args[0], Ref)
-        if not moved or lowering.only_reader(source) is None or source in lowering.outputs:
-            break
-        moves.insert(0, maker)
-        source = node.args[0].name
+    q = lowering.qparams(quantized.output)
+    source, moves = chain_before(lowering, quantized.args[0].name)
+    if join_attention(lowering, made, index, source, moves):
+        return True
     norm = lowering.maker(source)
     raw = f"{quantized.output}.before"
-    fused = norm is not None and _join_norm(lowering, made, norm, raw, q)
+    chain = [program.nodes[i] for i in moves]
+    channels_last = lowering.wants_channels_last(quantized.output)
+    fused = norm is not None and _join_norm(lowering, made, norm, raw, q, () if channels_last else chain)
     if not moves and not fused:
         return False
-    channels_last = lowering.wants_channels_last(quantized.output)
-    chain = [program.nodes[i] for i in moves]
 
     def run(values: Values) -> tuple[Any, ...]:
         x = values[raw] if fused else operators.quantize(values[source], q)
+        if isinstance(x, Placed):
+            return (x.codes,)
         for node in chain:
             x = lowering.call_aten(node, {**_sizes(node, values), node.args[0].name: x})
         return (x if channels_last else x.contiguous(),)
@@ -134,8 +186,14 @@ def _sizes(node: Node, values: Values) -> Mapping[str, Any]:
 # -- a layer norm
 
 
-def _join_norm(lowering: Lowering, made: list[Step | None], index: int, raw: str, q: QParams) -> bool:
-    """Let the layer norm write codes, and add what an addition in front of it would."""
+def _join_norm(
+    lowering: Lowering, made: list[Step | None], index: int, raw: str, q: QParams, chain: Sequence[Node]
+) -> bool:
+    """Let the layer norm write codes, and add what an addition in front of it would.
+
+    Args:
+        chain: moves behind it; where strides can say what they do, codes are written as they would lie.
+    """
     from quantflow.runtimes.triton.lower import Step
 
     program = lowering.program
@@ -144,7 +202,7 @@ def _join_norm(lowering: Lowering, made: list[Step | None], index: int, raw: str
         node.op != "aten"
         or node.target != "layer_norm.default"
         or node.kwargs
-        or made[index] is not lowering.alone[index]
+        or made[index] is not lowering.whole[index]
     ):
         return False
     x, shape, weight, bias, *rest = (*node.args, *([None] * (4 - len(node.args))))
@@ -154,7 +212,7 @@ def _join_norm(lowering: Lowering, made: list[Step | None], index: int, raw: str
     epsilon = float(rest[0]) if rest else 1e-5
     operands: Sequence[Any] = (x,)
     addition = lowering.maker(x.name)
-    if addition is not None and _is_sum(program.nodes[addition]) and made[addition] is lowering.alone[addition]:
+    if addition is not None and _is_sum(program.nodes[addition]) and made[addition] is lowering.whole[addition]:
         operands = program.nodes[addition].args
         # Who reads the sum between the addition and here would not find it.
         if any(reader < index for reader in lowering.readers(x.name)):
@@ -163,10 +221,12 @@ def _join_norm(lowering: Lowering, made: list[Step | None], index: int, raw: str
     keeps_total = adds and lowering.only_reader(x.name) is None
     keeps_normal = lowering.only_reader(node.output) is None
     gain, shift = lowering.tensors[weight.name], lowering.tensors[bias.name]
+    held = lowering.halves.of(node)
 
     def run(values: Values) -> tuple[Any, ...]:
         given = [lowering.value(operand, values) for operand in operands]
-        total, normal, codes = normalized(given, gain, shift, epsilon, q, keeps_total, keeps_normal)
+        moves = moves_of(lowering, chain, values)
+        total, normal, codes = normalized(given, gain, shift, epsilon, q, keeps_total, keeps_normal, held, moves)
         return (*([total] if keeps_total else []), *([normal] if keeps_normal else []), codes)
 
     writes = (*([x.name] if keeps_total else []), *([node.output] if keeps_normal else []), raw)
@@ -174,7 +234,8 @@ def _join_norm(lowering: Lowering, made: list[Step | None], index: int, raw: str
     if adds and addition is not None:
         made[addition] = None
         nodes = (addition, index)
-    made[index] = Step(nodes, tuple(dict.fromkeys(referenced_values(operands))), writes, run)
+    reads = [*referenced_values(operands), *referenced_values([node.args[1:] for node in chain])]
+    made[index] = Step(nodes, tuple(dict.fromkeys(reads)), writes, run)
     return True
 
 
@@ -187,31 +248,38 @@ def _is_sum(node: Node) -> bool:
 
 def normalized(
     given: Sequence[Tensor], weight: Tensor, bias: Tensor, epsilon: float, q: QParams, keeps_total: bool,
-    keeps_normal: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+    keeps_normal: bool, held: torch.dtype = torch.float32, moves: Sequence[Move] = (),
+) -> tuple[Tensor | None, Tensor | None, Tensor | Placed]:  # fmt: skip
     """(the sum, its layer norm, codes of that); None for what is not kept.
 
     Args:
         given: one tensor, or two that are added.
+        held: the type of the sum and the norm.
+        moves: what happens to the codes; `Placed` codes lie as they would behind that.
     """
-    x, added = given[0], given[-1]
-    if x.dtype is not torch.float32 or added.dtype is not torch.float32 or x.shape != added.shape or not _fits(x):
-        total = x if len(given) == 1 else x + added
+    legal = all(t.dtype in (torch.float32, held) for t in given)
+    shape = torch.broadcast_shapes(*(t.shape for t in given))
+    x, added = given[0].expand(shape), given[-1].expand(shape)
+    if not legal or not _fits(x):
+        total = (x if len(given) == 1 else x + added).to(torch.float32)
         normal = torch.layer_norm(total, weight.shape, weight, bias, epsilon)
-        return total, normal, operators.quantize(normal, q, False)
+        return total.to(held), normal.to(held), operators.quantize(normal, q, False)
     width = x.shape[-1]
-    views = [_rows(t) for t in (x, added)]
-    total = torch.empty(x.shape, dtype=torch.float32, device=x.device) if keeps_total else x
-    normal = torch.empty(x.shape, dtype=torch.float32, device=x.device) if keeps_normal else x
-    codes = torch.empty(x.shape, dtype=q.torch_dtype, device=x.device)
+    (first, inner, *strides), (second, _, *others) = (_rows(t) for t in (x, added))
+    total = torch.empty(x.shape, dtype=held, device=x.device) if keeps_total else x
+    normal = torch.empty(x.shape, dtype=held, device=x.device) if keeps_normal else x
+    where = placed(x.shape, moves) if moves and x.dim() == 3 else None
+    if where is not None and where[1][-1] != 1:
+        where = None
+    codes = torch.empty(x.shape if where is None else where[0], dtype=q.torch_dtype, device=x.device)
+    written = [inner * width, width] if where is None else where[1][:2]
     if codes.numel():
-        (first, inner, *strides), (second, _, *others) = views
         rows.layer_norm[(codes.numel() // width,)](
-            first, second, weight, bias, total, normal, codes, inner, width, *strides, *others, epsilon,
+            first, second, weight, bias, total, normal, codes, inner, width, *strides, *others, *written, epsilon,
             *operators.coding(q), ADDS=len(given) == 2, WRITES_TOTAL=keeps_total, WRITES_NORMAL=keeps_normal,
-            BLOCK=triton.next_power_of_2(width),
+            BLOCK=triton.next_power_of_2(width), **launch_options(x.device),
         )  # fmt: skip
-    return total, normal, codes
+    return total, normal, codes if where is None else Placed(codes)
 
 
 def _fits(x: Tensor) -> bool:

@@ -15,7 +15,7 @@ from quantflow.ir.activations import Epilogue
 from quantflow.numerics.affine import MAX_REDUCTION, QParams
 from quantflow.runtimes.reference import bounds_in_steps
 from quantflow.runtimes.triton import convolution, formulas
-from quantflow.runtimes.triton.cards import Card, scratch
+from quantflow.runtimes.triton.cards import Card, launch_options, scratch
 from quantflow.runtimes.triton.tiles import SAFE, candidates
 from quantflow.runtimes.triton.tuner import Way
 
@@ -44,8 +44,8 @@ class Finish:
 
     Attributes:
         x: how the operand is coded.
-        out: how the result is; None: float32.
-        residual: how what is added is; None: nothing is added, or float32 where `adds_float`.
+        out: how the result is; None: floats.
+        residual: how what is added is; None: nothing is added, or floats where `adds_float`.
     """
 
     x: QParams
@@ -80,6 +80,7 @@ class Layer:
         if weight[0].numel() > MAX_REDUCTION:
             raise ValueError(f"{weight[0].numel()} products in a sum exceed {MAX_REDUCTION}: int32 could overflow")
         self.card, self.finish, self.geometry = card, finish, geometry
+        self._given = (weight, weight_scale, bias)
         self.out_channels = out = weight.shape[0]
         self.in_channels = weight.shape[1]
         self.kernel = _triple(weight.shape[2:], 1)
@@ -137,38 +138,50 @@ class Layer:
         self.activation, first, second = activation_of(None if self.in_steps else f.epilogue)
         self.finishing = (residual_scale, residual_zero, first, second, inverse, low, high, zero_point)
         self.adds = 2 if f.adds_float else 1 if f.residual is not None else 0
-        self.out_dtype = torch.float32 if out is None else out.torch_dtype
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def beside(self, others: Sequence[Layer]) -> Layer:
+        """The linear whose results are this one's and the others', of the same codes, side by side."""
+        given = [each._given for each in (self, *others)]
+        scales = [scale.expand(weight.shape[0]) for weight, scale, _ in given]
+        biases = [torch.zeros(len(weight)) if bias is None else bias.cpu() for weight, _, bias in given]
+        weights = torch.cat([weight for weight, _, _ in given])
+        return Layer(weights, torch.cat(scales), torch.cat(biases), None, self.finish, self.card)
+
+    def out_dtype(self, held: torch.dtype) -> torch.dtype:
+        """The result's type, where floats are held so."""
+        return held if self.finish.out is None else self.finish.out.torch_dtype
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None, held: torch.dtype = torch.float32) -> Tensor:
         """
         Args:
             x: codes, (*, in) of a linear, (batch, in, *spatial) of a convolution, in any layout.
             residual: of the result's shape, or one that broadcasts to it.
+            held: the type of a float result.
 
         Returns:
             The result; a convolution's lies channels-last in memory.
         """
         if self.geometry is None:
             rows = x.reshape(-1, self.in_channels).contiguous()
-            y = torch.empty(*x.shape[:-1], self.out_channels, dtype=self.out_dtype, device=x.device)
+            y = torch.empty(*x.shape[:-1], self.out_channels, dtype=self.out_dtype(held), device=x.device)
             if y.numel():
                 added = None if residual is None else residual.expand(y.shape).contiguous()
                 sizes = [rows.shape[0], 1, 1, 1]
                 self._launch(rows, [rows.shape[0], 1, 1, 1, rows.shape[1]], sizes, added, y)
             return y
         if self.are_patches:
-            return self._on_patches(x, residual)
+            return self._on_patches(x, residual, held)
         x = x.movedim(1, -1).contiguous()
         sizes = self.out_sizes(x.shape[0], _triple(x.shape[1:-1], 1))
         shape = [sizes[0], *sizes[4 - len(self.geometry.stride) :], self.out_channels]
-        y = torch.empty(shape, dtype=self.out_dtype, device=x.device)
+        y = torch.empty(shape, dtype=self.out_dtype(held), device=x.device)
         result = y.movedim(-1, 1)
         if y.numel():
             added = None if residual is None else residual.expand(result.shape).movedim(1, -1).contiguous()
             self._launch(x, [x.shape[0], *_triple(x.shape[1:-1], 1), x.shape[-1]], sizes, added, y)
         return result
 
-    def _on_patches(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _on_patches(self, x: Tensor, residual: Tensor | None, held: torch.dtype) -> Tensor:
         """Patches that do not overlap, side by side in memory: a linear of all their codes."""
         dims = x.dim() - 2
         memory, kernel = x.movedim(1, -1), self.kernel[3 - dims :]
@@ -177,7 +190,7 @@ class Layer:
         pairs = (size for pair in zip(counts, kernel, strict=True) for size in pair)
         order = [0, *range(1, 2 * dims, 2), *range(2, 2 * dims + 1, 2), 2 * dims + 1]
         split = cut.reshape(x.shape[0], *pairs, x.shape[1]).permute(order)
-        y = torch.empty(x.shape[0], *counts, self.out_channels, dtype=self.out_dtype, device=x.device)
+        y = torch.empty(x.shape[0], *counts, self.out_channels, dtype=self.out_dtype(held), device=x.device)
         result = y.movedim(-1, 1)
         if y.numel():
             added = None if residual is None else residual.expand(result.shape).movedim(1, -1).contiguous()
@@ -215,9 +228,10 @@ class Layer:
         self, x: Tensor, y: Tensor, residual: Tensor | None, weight: Tensor, c: int, kernel: Sequence[int],
         stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], spatial: Sequence[int],
         sizes: Sequence[int], strides: Sequence[int], *, is_linear: bool, is_padded: bool, is_deep: bool,
-        aligned: int,
+        aligned: int, run_of: int = 0,
     ) -> None:  # fmt: skip
-        m, n, taps = math.prod(sizes), self.out_channels // self.groups, math.prod(kernel)
+        """`run_of`: a tap is so short that several are one block; `c` counts those of all taps."""
+        m, n, taps = math.prod(sizes), self.out_channels // self.groups, 1 if run_of else math.prod(kernel)
         is_wide = max(x.numel(), y.numel()) > WIDE
 
         def run(way: Way) -> None:
@@ -230,17 +244,21 @@ class Layer:
                 arrived, m, n, c, blocks, kernel[1], kernel[2], taps * blocks, *spatial, *sizes[1:], *strides,
                 taps * c, self.out_channels, *stride, *padding, *dilation, self.finish.x.zero_point, *self.finishing,
                 IS_LINEAR=is_linear, IS_DEEP=is_deep, IS_PADDED=is_padded, ONE_TAP=taps == 1 and not is_padded,
+                RUN=run_of,
                 ALIGNED=aligned, W_ALIGNED=math.gcd(16, c), EVEN_C=c % bk == 0,
                 ZERO_PADDING=self.finish.x.zero_point == 0, HAS_CORRECTION=self.shift != 0, IS_WIDE=is_wide,
                 IS_SMALL=taps * c * self.widest * 127 < 2**22, IN_STEPS=self.in_steps, RESIDUAL=self.adds,
-                ACTIVATION=self.activation, BM=bm, BN=bn, BK=bk, GROUP=group, SPLIT=split, num_warps=warps,
-                num_stages=stages,
+                ACTIVATION=self.activation, IS_CENTERED=self.finishing[-1] == 0,
+                BM=bm, BN=bn, BK=bk, GROUP=group, SPLIT=split, num_warps=warps,
+                num_stages=stages, **launch_options(y.device),
             )  # fmt: skip
 
         if self.card.multiprocessors == 0:
             run(SAFE)
             return
-        kinds = f"{x.element_size()}{self.finish.x.dtype}.{self.adds}.{self.activation}.{self.out_dtype}.{is_padded:d}"
+        kinds = (
+            f"{x.element_size()}{self.finish.x.dtype}.{self.adds}.{self.activation}.{y.dtype}.{is_padded:d}.{run_of}"
+        )
         key = f"gemm {m}x{n}x{taps}x{c} groups {self.groups} stride {stride[-1]} {kinds}"
         ways = partial(candidates, m, n, c, taps, self.groups, self.card.multiprocessors)
         run(self.card.tuner.way(key, ways, run))
@@ -258,7 +276,8 @@ class Layer:
                 *self.stride, *self.padding, *self.dilation, self.finish.x.zero_point, *self.finishing,
                 TAPS=self.taps, TAPS_H=self.kernel[1], TAPS_W=self.kernel[2], IS_UNROLLED=self.taps <= _UNROLLED,
                 HAS_CORRECTION=self.shift != 0, IS_WIDE=max(x.numel(), y.numel()) > WIDE, IN_STEPS=self.in_steps,
-                RESIDUAL=self.adds, ACTIVATION=self.activation, BM=bm, BN=bn, num_warps=warps,
+                RESIDUAL=self.adds, ACTIVATION=self.activation, IS_CENTERED=self.finishing[-1] == 0,
+                BM=bm, BN=bn, num_warps=warps, **launch_options(y.device),
             )  # fmt: skip
 
         if self.card.multiprocessors == 0:
@@ -310,17 +329,18 @@ class Stem(Layer):
         # Rows begin at multiples of 16 bytes.
         return (rows - 1) * self.stride[1] + self.kernel[1], -(-least // 4) * 4
 
-    def on_framed(self, x: Tensor, height: int, width: int) -> Tensor:
+    def on_framed(self, x: Tensor, height: int, width: int, held: torch.dtype = torch.float32) -> Tensor:
         """
         Args:
             x: codes, (batch, *frame, 4), of images (batch, channels, height, width).
+            held: the type of a float result.
         """
         sizes = self.out_sizes(x.shape[0], [1, height, width])
-        y = torch.empty(sizes[0], *sizes[2:], self.out_channels, dtype=self.out_dtype, device=x.device)
+        y = torch.empty(sizes[0], *sizes[2:], self.out_channels, dtype=self.out_dtype(held), device=x.device)
         strides = [x.shape[1] * x.shape[2] * 4, 0, x.shape[2] * 4, 4]
         self._launch_gemm(
-            x, y, None, self.rows, self.ROW, [1, self.kernel[1], 1], self.stride, [0, 0, 0], [1, 1, 1],
+            x, y, None, self.rows, self.kernel[1] * self.ROW, [1, self.kernel[1], 1], self.stride, [0, 0, 0], [1, 1, 1],
             [1, *x.shape[1:3]], sizes, strides, is_linear=False, is_padded=False, is_deep=False,
-            aligned=math.gcd(16, 4 * self.stride[2]),
+            aligned=math.gcd(16, 4 * self.stride[2]), run_of=self.ROW,
         )  # fmt: skip
         return y.movedim(-1, 1)

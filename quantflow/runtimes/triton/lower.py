@@ -21,6 +21,7 @@ from quantflow.runtimes.triton.cards import Card
 from quantflow.runtimes.triton.joins import joined
 from quantflow.runtimes.triton.layers import Finish, Geometry, Layer
 from quantflow.runtimes.triton.operators import Pool
+from quantflow.runtimes.triton.precision import Halves
 
 Values = Mapping[str, Any]
 #: Ops that have no kernel → why PyTorch computes them.
@@ -51,10 +52,15 @@ class Lowering:
     Attributes:
         outputs: values that the program returns.
         alone: a step per node, on values as the program defines them.
-        together: the steps of a whole run.
+        whole: a step per node of a whole run, which may hold floats in half precision.
+        together: the steps of a whole run, neighbours joined.
     """
 
-    def __init__(self, program: Program, card: Card) -> None:
+    def __init__(self, program: Program, card: Card, held: torch.dtype = torch.float32) -> None:
+        """
+        Args:
+            held: how a whole run holds floats where that is tolerated.
+        """
         self.program, self.card = program, card
         self._readers: dict[str, list[int]] = {}
         for index, node in enumerate(program.nodes):
@@ -67,7 +73,12 @@ class Lowering:
         #: Tensors that steps and the output read as they are, on the card.
         self.tensors = {name: program.tensors[name].to(card.device) for name in sorted(wanted)}
         self.layers: dict[int, Layer] = {}
-        self.alone = [self._step(index) for index in range(len(program.nodes))]
+        self.halves = Halves(program, self._readers, torch.float32)
+        self.alone = self.whole = [self._step(index) for index in range(len(program.nodes))]
+        if held is not torch.float32:
+            self.halves = Halves(program, self._readers, held)
+            self._half_tensors: dict[str, Tensor] = {}
+            self.whole = [self._step(index) for index in range(len(program.nodes))]
         self.together = joined(self)
 
     def _step(self, index: int) -> Step:
@@ -76,28 +87,29 @@ class Lowering:
         return Step((index,), tuple(dict.fromkeys(node.refs())), (node.output,), lambda values: (run(values),))
 
     def _call(self, index: int, node: Node) -> Callable[[Values], Any]:
-        program, out = self.program, qparams_of(self.program, node.output)
+        program, out, held = self.program, qparams_of(self.program, node.output), self.halves.of(node)
         match node.op:
             case "quantize":
                 channels_last, (x,) = self.wants_channels_last(node.output), node.args
                 return lambda values: operators.quantize(self.value(x, values), _known(out), channels_last)
             case "dequantize":
                 q, (x,) = _known(qparams_of(program, node.args[0].name)), node.args
-                return lambda values: operators.dequantize(values[x.name], q)
+                return lambda values: operators.dequantize(values[x.name], q, held)
             case "conv" | "linear":
-                layer = self.layers[index] = self.layer(node)
+                layer = self.layers.get(index) or self.layer(node)
+                self.layers[index] = layer
                 x, residual = node.args
-                return lambda values: layer(values[x.name], None if residual is None else values[residual.name])
+                return lambda values: layer(values[x.name], None if residual is None else values[residual.name], held)
             case "matmul":
                 (a, b), (qa, qb) = node.args, (_known(qparams_of(program, r.name)) for r in node.args)
-                return lambda values: operators.matmul(values[a.name], qa, values[b.name], qb, out)
+                return lambda values: operators.matmul(values[a.name], qa, values[b.name], qb, out, held)
             case "add" | "mul":
                 (a, b), (qa, qb) = node.args, (_known(qparams_of(program, r.name)) for r in node.args)
                 return lambda values: operators.pair(
-                    values[a.name], qa, values[b.name], qb, out, node.epilogue, is_product=node.op == "mul"
+                    values[a.name], qa, values[b.name], qb, out, node.epilogue, is_product=node.op == "mul", held=held
                 )
             case "max_pool" | "avg_pool":
-                return self._pool(node, out)
+                return self._pool(node, out, held)
             case "clamp":
                 x, low, high = node.args[0].name, node.attrs["low"], node.attrs["high"]
                 return lambda values: values[x].clamp(low, high)
@@ -115,6 +127,32 @@ class Lowering:
 
     def value(self, argument: Any, values: Values) -> Any:
         return substitute(argument, lambda r: self.tensors[r.name] if isinstance(r, TensorRef) else values[r.name])
+
+    def full(self, argument: Any, values: Values) -> Any:
+        """As `value`, what is held in half precision as float32."""
+        return substitute(
+            argument,
+            lambda r: self.tensors[r.name] if isinstance(r, TensorRef) else self.as_float32(r.name, values[r.name]),
+        )
+
+    def as_float32(self, name: str, value: Any) -> Any:
+        """A value of the program as the program defines it."""
+        is_half = name in self.halves and isinstance(value, Tensor) and value.dtype is self.halves.held
+        return value.to(torch.float32) if is_half else value
+
+    def half(self, argument: Any, values: Values) -> Any:
+        """As `value`, in half precision what is float32."""
+        return substitute(
+            argument,
+            lambda r: (
+                self._half_tensor(r.name) if isinstance(r, TensorRef) else _to_half(values[r.name], self.halves.held)
+            ),
+        )
+
+    def _half_tensor(self, name: str) -> Tensor:
+        if name not in self._half_tensors:
+            self._half_tensors[name] = _to_half(self.tensors[name], self.halves.held)
+        return self._half_tensors[name]
 
     def wants_channels_last(self, name: str) -> bool | None:
         """How those who read codes take them."""
@@ -136,9 +174,17 @@ class Lowering:
         """The node that makes a value; None: it is an input."""
         return self._makers.get(name)
 
+    def qparams(self, name: str) -> QParams:
+        """How a value that is codes is coded."""
+        return _known(qparams_of(self.program, name))
+
     def call_aten(self, node: Node, values: Values) -> Any:
         """An op of PyTorch on given values."""
         return aten_op(node.target)(*self.value(node.args, values), **self.value(dict(node.kwargs), values))
+
+    def call_half(self, node: Node, values: Values) -> Any:
+        """An op of PyTorch in half precision."""
+        return aten_op(node.target)(*self.half(node.args, values), **self.half(dict(node.kwargs), values))
 
     def layer(self, node: Node, kind: type[Layer] = Layer) -> Layer:
         program, a = self.program, node.attrs
@@ -154,14 +200,14 @@ class Lowering:
         bias = None if a["bias"] is None else tensors[a["bias"]]
         return kind(tensors[a["weight"]], tensors[a["weight_scale"]], bias, geometry, finish, self.card)
 
-    def _pool(self, node: Node, out: QParams | None) -> Callable[[Values], Any]:
+    def _pool(self, node: Node, out: QParams | None, held: torch.dtype) -> Callable[[Values], Any]:
         x = node.args[0].name
         pool = Pool(node.target, _known(qparams_of(self.program, x)), out)
         names = [argument.name for argument in aten_op(node.target)._schema.arguments[1:]]  # type: ignore[attr-defined]
 
         def run(values: Values) -> Tensor:
             given = dict(zip(names, self.value(node.args[1:], values), strict=False))
-            return pool(values[x], given | self.value(dict(node.kwargs), values))
+            return pool(values[x], given | self.value(dict(node.kwargs), values), held)
 
         return run
 
@@ -178,7 +224,7 @@ class Lowering:
         wide = weight if scale is None else weight.to(torch.float64)
 
         def run(values: Values) -> Tensor:
-            gates, h0, c0 = self.value(node.args, values)
+            gates, h0, c0 = self.full(node.args, values)
             h = initial(gates, a["cell"], h0)
             c = initial(gates, a["cell"], c0) if a["cell"] == "lstm" else None
             if scale is None:
@@ -201,9 +247,10 @@ class Lowering:
             has_tensors = any("Tensor" in str(argument.type) for argument in schema.arguments)
             if not has_tensors or kwargs.get("device") is not None:
                 kwargs["device"] = device
+        value = self.half if self.halves.computes(node) else self.value if node.output in self.halves else self.full
         if node.target in _CONVOLUTIONS:
-            return lambda values: _float_convolution(op, self.value(node.args, values), self.value(kwargs, values))
-        return lambda values: op(*self.value(node.args, values), **self.value(kwargs, values))
+            return lambda values: _float_convolution(op, value(node.args, values), value(kwargs, values))
+        return lambda values: op(*value(node.args, values), **value(kwargs, values))
 
 
 def last_uses(made: Sequence[Step], kept: set[str]) -> dict[int, list[str]]:
@@ -238,6 +285,10 @@ def _float_convolution(op: Callable[..., Any], args: Sequence[Any], kwargs: Mapp
         spread("dilation", 1), given.get("transposed", False), spread("output_padding", 0), given.get("groups", 1),
         False, False, True, False,
     )  # fmt: skip
+
+
+def _to_half(value: Any, held: torch.dtype) -> Any:
+    return value.to(held) if isinstance(value, Tensor) and value.dtype is torch.float32 else value
 
 
 def _as_bytes(op: Callable[..., Any], x: Tensor, *rest: Any, **kwargs: Any) -> Any:

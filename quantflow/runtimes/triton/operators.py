@@ -13,6 +13,7 @@ from torch import Tensor
 from quantflow.ir.activations import Epilogue
 from quantflow.numerics.affine import QParams
 from quantflow.runtimes.triton import elementwise, pooling, products
+from quantflow.runtimes.triton.cards import launch_options
 from quantflow.runtimes.triton.layers import WIDE, activation_of
 
 _BLOCK = 1024
@@ -23,15 +24,15 @@ LONGEST_MEAN = (2**31 - 1) // 255
 
 
 def coding(out: QParams | None) -> tuple[float, float, float, int]:
-    """(1 / scale, lowest steps, highest steps, zero point), as kernels take them; anything for float32."""
+    """(1 / scale, lowest steps, highest steps, zero point), as kernels take them; anything for floats."""
     if out is None:
         return 1.0, 0.0, 0.0, 0
     low, high = (float(bound - out.zero_point) for bound in out.range)
     return 1.0 / out.scale, low, high, out.zero_point
 
 
-def _dtype(out: QParams | None) -> torch.dtype:
-    return torch.float32 if out is None else out.torch_dtype
+def _dtype(out: QParams | None, held: torch.dtype) -> torch.dtype:
+    return held if out is None else out.torch_dtype
 
 
 def _is_dense(x: Tensor, like: Tensor) -> bool:
@@ -54,7 +55,17 @@ def quantize(x: Tensor, out: QParams, channels_last: bool | None = None) -> Tens
             bp, bc = (64, 64) if channels >= 64 else (256, triton.next_power_of_2(channels))
             grid = (triton.cdiv(positions, bp), triton.cdiv(channels, bc), x.shape[0])
             elementwise.quantize_moved[grid](
-                x, y, positions, channels, positions * channels, 1, positions, *coding(out), BP=bp, BC=bc
+                x,
+                y,
+                positions,
+                channels,
+                positions * channels,
+                1,
+                positions,
+                *coding(out),
+                BP=bp,
+                BC=bc,
+                **launch_options(x.device),
             )
             return y.movedim(-1, 1)
         result = y.movedim(-1, 1)
@@ -65,7 +76,9 @@ def quantize(x: Tensor, out: QParams, channels_last: bool | None = None) -> Tens
             x = x.contiguous()
             result = y = torch.empty_like(x, dtype=out.torch_dtype)
     if y.numel():
-        elementwise.quantize[(triton.cdiv(y.numel(), _BLOCK),)](x, y, y.numel(), *coding(out), BLOCK=_BLOCK)
+        elementwise.quantize[(triton.cdiv(y.numel(), _BLOCK),)](
+            x, y, y.numel(), *coding(out), BLOCK=_BLOCK, **launch_options(x.device)
+        )
     return result
 
 
@@ -77,31 +90,33 @@ def quantize_framed(x: Tensor, out: QParams, frame: tuple[int, int], padding: tu
     n, c, h, w = x.stride()
     elementwise.quantize_framed[batch * frame[0], triton.cdiv(frame[1], block)](
         x, y, height, width, n, c, h, w, *frame, *padding, *coding(out), CHANNELS=channels,
-        BLOCK=block,
+        BLOCK=block, **launch_options(x.device),
     )  # fmt: skip
     return y
 
 
-def dequantize(x: Tensor, qparams: QParams) -> Tensor:
-    """What codes stand for, in float32, lying as they do."""
-    y = torch.empty_like(x, dtype=torch.float32)
+def dequantize(x: Tensor, qparams: QParams, held: torch.dtype = torch.float32) -> Tensor:
+    """What codes stand for, lying as they do; `held` is the type of the result."""
+    y = torch.empty_like(x, dtype=held)
     if not _is_dense(x, y):
         x = x.contiguous()
-        y = torch.empty_like(x, dtype=torch.float32)
+        y = torch.empty_like(x, dtype=held)
     if y.numel():
         grid = (triton.cdiv(y.numel(), _BLOCK),)
-        elementwise.dequantize[grid](x, y, y.numel(), qparams.scale, qparams.zero_point, BLOCK=_BLOCK)
+        elementwise.dequantize[grid](
+            x, y, y.numel(), qparams.scale, qparams.zero_point, BLOCK=_BLOCK, **launch_options(x.device)
+        )
     return y
 
 
 def pair(
     a: Tensor, a_qparams: QParams, b: Tensor, b_qparams: QParams, out: QParams | None, epilogue: Epilogue | None,
-    *, is_product: bool,
+    *, is_product: bool, held: torch.dtype = torch.float32,
 ) -> Tensor:  # fmt: skip
-    """a + b or a * b of two coded tensors that broadcast."""
+    """a + b or a * b of two coded tensors that broadcast; `held` is the type of a float result."""
     shape = torch.broadcast_shapes(a.shape, b.shape)
     like = a if a.shape == shape else b if b.shape == shape else torch.empty(shape, device="meta")
-    y = torch.empty_like(like, dtype=_dtype(out), device=a.device)
+    y = torch.empty_like(like, dtype=_dtype(out, held), device=a.device)
     if not y.numel():
         return y
     sizes, strides = [y.numel(), 1, 1], [[0, 0, 0], [0, 0, 0]]
@@ -122,6 +137,7 @@ def pair(
         a, b, y, y.numel(), sizes[1], sizes[2], *strides[0], *strides[1], a_qparams.scale, a_qparams.zero_point,
         b_qparams.scale, b_qparams.zero_point, first, second, *coding(out),
         IS_PRODUCT=is_product, IS_DENSE=is_dense, IS_WIDE=y.numel() > WIDE, ACTIVATION=activation, BLOCK=_BLOCK,
+        **launch_options(y.device),
     )  # fmt: skip
     return y
 
@@ -142,15 +158,18 @@ def _folded(sizes: Sequence[int], strides: Sequence[list[int]]) -> tuple[list[in
     return made, rows
 
 
-def matmul(a: Tensor, a_qparams: QParams, b: Tensor, b_qparams: QParams, out: QParams | None) -> Tensor:
-    """The batched product of two coded activations, as torch.matmul."""
+def matmul(
+    a: Tensor, a_qparams: QParams, b: Tensor, b_qparams: QParams, out: QParams | None,
+    held: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
+    """The batched product of two coded activations, as torch.matmul; `held` is the type of a float result."""
     if a.dim() == 1:
-        return matmul(a.unsqueeze(0), a_qparams, b, b_qparams, out).squeeze(-2)
+        return matmul(a.unsqueeze(0), a_qparams, b, b_qparams, out, held).squeeze(-2)
     if b.dim() == 1:
-        return matmul(a, a_qparams, b.unsqueeze(1), b_qparams, out).squeeze(-1)
+        return matmul(a, a_qparams, b.unsqueeze(1), b_qparams, out, held).squeeze(-1)
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
-    y = torch.empty(*batch, m, n, dtype=_dtype(out), device=a.device)
+    y = torch.empty(*batch, m, n, dtype=_dtype(out, held), device=a.device)
     if not y.numel():
         return y
     a, b = a.expand(*batch, m, k).reshape(-1, m, k), b.expand(*batch, k, n).reshape(-1, k, n)
@@ -158,7 +177,7 @@ def matmul(a: Tensor, a_qparams: QParams, b: Tensor, b_qparams: QParams, out: QP
     products.matmul[triton.cdiv(m, 32) * triton.cdiv(n, 64), a.shape[0]](
         a, b, y, m, n, k, *a.stride(), *b.stride(), *blanks, a_qparams.zero_point - blanks[0],
         b_qparams.zero_point - blanks[1], a_qparams.scale * b_qparams.scale, *coding(out), BM=32, BN=64, BK=32,
-        num_warps=4,
+        num_warps=4, **launch_options(y.device),
     )  # fmt: skip
     return y
 
@@ -179,23 +198,24 @@ class Pool:
         self.x, self.out = x, out
         self._tables: dict[Any, tuple[Tensor, list[int], list[int], list[int]]] = {}
 
-    def __call__(self, x: Tensor, given: Mapping[str, Any]) -> Tensor:
+    def __call__(self, x: Tensor, given: Mapping[str, Any], held: torch.dtype = torch.float32) -> Tensor:
         """
         Args:
             given: the op's other arguments by name.
+            held: the type of a float result.
         """
         if self.name == "mean":
-            return self._mean(x, given)
+            return self._mean(x, given, held)
         dims = int(self.name[-2])
         if x.dim() == dims + 1:
-            return self(x.unsqueeze(0), given).squeeze(0)
+            return self(x.unsqueeze(0), given, held).squeeze(0)
         if self.name.startswith("adaptive") and all(size == 1 for size in _spread(given["output_size"], dims)):
-            return self._mean(x, {"dim": list(range(2, dims + 2)), "keepdim": True})
+            return self._mean(x, {"dim": list(range(2, dims + 2)), "keepdim": True}, held)
         windows, out, step, most = self._table(x, given, dims)
         memory = x.movedim(1, -1).contiguous()
         is_mean = self.name != f"max_pool{dims}d"
         qparams = self.out if is_mean else self.x
-        y = torch.empty(x.shape[0], *out, x.shape[1], dtype=_dtype(qparams), device=x.device)
+        y = torch.empty(x.shape[0], *out, x.shape[1], dtype=_dtype(qparams, held), device=x.device)
         if y.numel():
             m, c = y.numel() // x.shape[1], x.shape[1]
             bc = min(64, triton.next_power_of_2(c))
@@ -203,7 +223,7 @@ class Pool:
             pooling.pool[triton.cdiv(m, bm), triton.cdiv(c, bc)](
                 memory, y, windows, m, c, *_three(memory.shape[1:-1]), *_three(out), *step, self.x.zero_point,
                 self.x.scale, *coding(qparams), *most, IS_UNROLLED=math.prod(most) <= _UNROLLED, IS_MEAN=is_mean,
-                IS_WIDE=max(x.numel(), y.numel()) > WIDE, BM=bm, BC=bc,
+                IS_WIDE=max(x.numel(), y.numel()) > WIDE, BM=bm, BC=bc, **launch_options(y.device),
             )  # fmt: skip
         return y.movedim(-1, 1)
 
@@ -254,13 +274,13 @@ class Pool:
             made.append(rows)
         return made, dilation if is_max else [1] * dims
 
-    def _mean(self, x: Tensor, given: Mapping[str, Any]) -> Tensor:
+    def _mean(self, x: Tensor, given: Mapping[str, Any], held: torch.dtype) -> Tensor:
         """Over any dimensions: as (outer, reduced, inner), where the strides allow, else of a copy."""
         dims = given.get("dim")
         reduced = sorted({d % max(1, x.dim()) for d in ([dims] if isinstance(dims, int) else dims or range(x.dim()))})
         kept = [d for d in range(x.dim()) if d not in reduced]
         shape = [1 if d in reduced else x.shape[d] for d in range(x.dim())]
-        y = torch.empty([x.shape[d] for d in kept], dtype=_dtype(self.out), device=x.device)
+        y = torch.empty([x.shape[d] for d in kept], dtype=_dtype(self.out, held), device=x.device)
         view = x.permute(*kept, *reduced)
         inside, inner = _folded(view.shape[len(kept) :], [list(view.stride()[len(kept) :])])
         outside, outer = _folded(view.shape[: len(kept)], [list(view.stride()[: len(kept)])])
@@ -276,7 +296,7 @@ class Pool:
             br = min(64, triton.next_power_of_2(count))
             pooling.mean[triton.cdiv(sizes[1], bc), sizes[0]](
                 view, y, count, sizes[1], strides[0], stride, strides[1], self.x.zero_point, self.x.scale,
-                *coding(self.out), BR=br, BC=bc,
+                *coding(self.out), BR=br, BC=bc, **launch_options(y.device),
             )  # fmt: skip
         return y.reshape(shape) if given.get("keepdim", False) else y
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quantflow.runtimes.triton.cards import await_earlier
 from quantflow.runtimes.triton.formulas import to_codes
 
 
 @triton.jit
 def mean_written(total, divisor, scale, inverse_scale, low, high, out_zero_point, y):
-    """The mean of codes less their zero point, times the scale; coded unless y is float32."""
+    """The mean of codes less their zero point, times the scale; coded unless y holds floats."""
     r = tl.div_rn(total.to(tl.float32), divisor) * scale
-    if y.dtype.element_ty == tl.float32:
+    if y.dtype.element_ty.is_floating():
         return r
     else:
         return to_codes(r * inverse_scale, low, high, out_zero_point).to(y.dtype.element_ty)
@@ -41,13 +42,14 @@ def pool(
     x, y, windows, M, C, IN_D, IN_H, IN_W, OUT_D, OUT_H, OUT_W, STEP_D, STEP_H, STEP_W,
     zero_point, scale, inverse_scale, low, high, out_zero_point,
     MOST_D: tl.constexpr, MOST_H: tl.constexpr, MOST_W: tl.constexpr, IS_UNROLLED: tl.constexpr,
-    IS_MEAN: tl.constexpr, IS_WIDE: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    IS_MEAN: tl.constexpr, IS_WIDE: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Windows over up to three dimensions.
 
     `windows` holds for each output index of each dimension where its window starts and stops inside x, and what the
     number of its elements counts as; MOST is the most taps of a window, STEP the distance between two.
     """
+    await_earlier(CHAINED)
     om, c = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BC + tl.arange(0, BC)
     m, inside = tl.minimum(om, M - 1), c < C
     if IS_WIDE:
@@ -91,9 +93,10 @@ def pool(
 @triton.jit
 def mean(
     x, y, REDUCED, INNER, X_N, X_R, X_C, zero_point, scale, inverse_scale, low, high, out_zero_point,
-    BR: tl.constexpr, BC: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Means of (outer, REDUCED, INNER) over the middle; y is (outer, INNER), dense."""
+    await_earlier(CHAINED)
     outer = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     total = tl.zeros((BC,), tl.int32)

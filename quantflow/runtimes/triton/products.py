@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quantflow.runtimes.triton.cards import await_earlier
 from quantflow.runtimes.triton.convolution import signed
 from quantflow.runtimes.triton.formulas import to_codes
 
@@ -13,11 +14,13 @@ from quantflow.runtimes.triton.formulas import to_codes
 def matmul(
     a, b, y, M, N, K, A_B, A_M, A_K, B_B, B_K, B_N, a_blank, b_blank, a_zero_point, b_zero_point,
     scale, inverse_scale, low, high, zero_point, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """(M, K) by (K, N) for each of a batch; y is dense. Zero points are those of the codes as `signed` gives them.
 
     `*_blank` is the code that `signed` makes 0.
     """
+    await_earlier(CHAINED)
     columns = tl.cdiv(N, BN)
     om = (tl.program_id(0) // columns) * BM + tl.arange(0, BM)
     on = (tl.program_id(0) % columns) * BN + tl.arange(0, BN)
@@ -37,7 +40,7 @@ def matmul(
     r = acc.to(tl.float32) * scale
     mask = (om < M)[:, None] & (on < N)[None, :]
     at = batch * M * N + om[:, None] * N + on[None, :]
-    if y.dtype.element_ty == tl.float32:
+    if y.dtype.element_ty.is_floating():
         tl.store(y + at, r, mask=mask)
     else:
         tl.store(y + at, to_codes(r * inverse_scale, low, high, zero_point).to(y.dtype.element_ty), mask=mask)

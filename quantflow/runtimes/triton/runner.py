@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from quantflow.ir.program import Program, TensorRef, substitute
+from quantflow.ir.program import Program
 from quantflow.runtimes.ordinary import below_autograd
 from quantflow.runtimes.runner import AbstractRunner
 from quantflow.runtimes.triton.cards import card_of, timed_ms
 from quantflow.runtimes.triton.graphs import Recordings, on_tensors
 from quantflow.runtimes.triton.lower import WITHOUT_KERNEL, Lowering, Step, int8_layers, last_uses
+from quantflow.runtimes.triton.precision import HALVES
 
 #: How long `tune` may look for the fastest tiles of one batch.
 TUNING_S = 60.0
@@ -29,16 +30,18 @@ class TritonRunner(AbstractRunner):
     name = "triton"
     kernelless = tuple(WITHOUT_KERNEL)
 
-    def __init__(self, program: Program, device: str) -> None:
+    def __init__(self, program: Program, device: str, floats: str = "float32") -> None:
         """
         Args:
             device: "cuda" or "xpu", whose current card is taken; "cpu" where Triton interprets its kernels.
+            floats: how a whole run holds floats where that is tolerated: "float32", "bfloat16" or "float16".
         """
         self.program = program
         self.card = card_of(device)
         self.takes = tuple(dict.fromkeys(("cpu", device)))
         with self.card.current():
-            self._lowering = Lowering(program, self.card)
+            self._lowering = Lowering(program, self.card, HALVES.get(floats, torch.float32))
+        self.halves = len(self._lowering.halves)
         self._frees = last_uses(self._lowering.together, set(program.output_names()))
         self._own = {t.untyped_storage().data_ptr() for t in self._lowering.tensors.values() if t.numel()}
         self._recordings = Recordings(self.card, self._run)
@@ -63,10 +66,7 @@ class TritonRunner(AbstractRunner):
             values.update(zip(step.writes, step.run(values), strict=True))
             for dead in self._frees.get(index, ()):
                 values.pop(dead, None)
-        tensors = self._lowering.tensors
-        return substitute(
-            self.program.output, lambda r: tensors[r.name] if isinstance(r, TensorRef) else values[r.name]
-        )
+        return self._lowering.full(self.program.output, values)
 
     def _values(self, inputs: Sequence[Tensor]) -> dict[str, Any]:
         return {i.name: x for i, x in zip(self.program.inputs, inputs, strict=True)}

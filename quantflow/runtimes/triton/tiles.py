@@ -13,13 +13,14 @@ _SHAPES = (
     (128, 128, 64, 8, 4), (256, 64, 64, 8, 4), (128, 64, 128, 4, 4), (128, 64, 64, 4, 4), (128, 64, 64, 8, 4),
     (64, 128, 64, 8, 4), (64, 128, 128, 4, 4), (64, 128, 64, 4, 4), (64, 64, 128, 4, 4), (64, 64, 64, 4, 4),
     (128, 32, 64, 4, 4), (64, 32, 128, 4, 4), (32, 64, 128, 4, 4), (32, 32, 128, 4, 4), (16, 64, 256, 4, 4),
+    (128, 128, 128, 4, 3), (64, 256, 64, 4, 4), (64, 256, 128, 4, 3), (64, 128, 128, 4, 3),
     (16, 128, 128, 4, 4), (16, 32, 256, 2, 4), (16, 64, 128, 4, 4), (16, 32, 128, 2, 4), (256, 64, 32, 8, 4),
     (128, 64, 32, 4, 4), (64, 64, 32, 4, 4), (64, 32, 32, 4, 4), (128, 32, 32, 4, 4), (128, 16, 32, 4, 4),
     (32, 32, 32, 4, 4), (16, 16, 32, 2, 2),
 )  # fmt: skip
 _SPLITS = (1, 2, 4, 8, 16)
 #: How many are measured.
-TRIED = 9
+TRIED = 10
 #: Fits where the least is known of the device: no register spills on Intel's, little shared memory.
 SAFE: Way = (64, 64, 32, 4, 1, 4, 2)
 _GROUP = 8
@@ -52,7 +53,8 @@ def candidates(m: int, n: int, c: int, taps: int, groups: int, multiprocessors: 
             beside = min(resident, -(-tiles * split // multiprocessors))
             one = _START + share * max(per_block * beside, _LATENCY / min(stages, share)) + _LATENCY
             one += bm * bn * (4 * 2 if split > 1 else 1) / _BYTES + (2500 if split > 1 else 0)
-            found.append((waves * one, (bm, bn, bk, _GROUP, split, warps, stages)))
+            # Eight warps wait for each other longer than four.
+            found.append((waves * one * (1.2 if warps > 4 else 1.0), (bm, bn, bk, _GROUP, split, warps, stages)))
     found.sort()
     chosen = [way for _, way in found[:TRIED]]
     return chosen or [SAFE]

@@ -37,7 +37,8 @@ DEVICE = "pvc"
 #: Kernels that multiply codes.
 PRODUCTS = ("convolution", "matmul")
 OPTIONS = {"num_warps": 8, "threads_per_warp": 16, "grf_mode": "large"}
-_TYPES = {torch.int8: "*i8", torch.uint8: "*u8", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+_TYPES = {torch.int8: "*i8", torch.uint8: "*u8", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
+          torch.bfloat16: "*bf16", torch.float16: "*fp16"}  # fmt: skip
 rows: dict[Any, dict[str, Any]] = {}
 
 
@@ -116,6 +117,21 @@ class Net(torch.nn.Module):
         return self.fc(self.norm(rows + rows.flip(1))).sum() + self.c(x.unsqueeze(1)).sum()
 
 
+class Attends(torch.nn.Module):
+    """Attention from and to int8 linears, with a mask; in half precision it is a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = torch.nn.LayerNorm(64), torch.nn.Linear(64, 192), torch.nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, width = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(batch, length, 3, 1, 64).permute(2, 0, 3, 1, 4).unbind(0)
+        mask = (x.sum(-1) > 0)[:, None, None, :]
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return x + self.out(y.transpose(1, 2).reshape(batch, length, width))
+
+
 def programs() -> Iterator[tuple[str, Program]]:
     """A small program for each kernel, and nets in each way of coding activations."""
     kinds = ("linear", "conv", "depthwise", "fused", "quantize", "dequantize", "add", "mul", "matmul", "max_pool",
@@ -123,6 +139,7 @@ def programs() -> Iterator[tuple[str, Program]]:
     yield from ((key, program) for key, program in selftest_programs() if key.split()[0] in kinds)
     for name in ("sym_int8", "affine_uint8"):
         yield name, quantized_program(Net(), torch.randn(2, 3, 32, 32), PRESETS[name])
+    yield "attention", quantized_program(Attends(), torch.randn(2, 48, 64))
 
 
 def main() -> int:
@@ -135,7 +152,8 @@ def main() -> int:
             inputs = [torch.zeros([2 if not isinstance(s, int) else s for s in i.shape], dtype=getattr(torch, i.dtype))
                       for i in program.inputs]  # fmt: skip
             try:
-                devices.build(program, "cpu")(inputs)
+                for floats in ("float32", "bfloat16"):
+                    devices.build(program, "cpu", floats)(inputs)
             except Exception as error:  # noqa: BLE001 every kernel is listed
                 failure = {"bytes": 0, "matrix": 0, "spills": 0, "error": f"{type(error).__name__}: {str(error)[:300]}"}
                 rows[name] = {"kernel": name, "flags": "", **failure}
