@@ -1,10 +1,11 @@
 """Is int8 on a GPU worth having: the triton runtime beside torch.compile in bfloat16, and its products beside cuBLAS?
 
 Medians of event timings, on tensors that live on the card; bfloat16 is channels last, frozen and recorded as CUDA
-graphs.
+graphs. "float" is how the int8 model holds what is no code (policy.float). bert is BERT-base at 128 tokens.
 Weights are random: this is about speed. "sqnr_db" is int8 against float32.
 
-    python -m bench.on_a_gpu --models resnet50:1,32,128 vit_b_16:1,32 mobilenet_v2:1,128 --json gpu.json
+    python -m bench.on_a_gpu --models resnet50:1,32,128 mobilenet_v2:1,128 --json gpu.json
+    python -m bench.on_a_gpu --models vit_b_16:1,32 bert:32 --float bfloat16
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from quantflow.runtimes import RUNTIMES
 from quantflow.sources.models.torchvision_zoo import import_torchvision
 from quantflow.tasks.selftest import quantized_program
 
-COLUMNS = ("model", "batch", "int8_ms", "bf16_ms", "ratio", "sqnr_db", "tiles measured")
+COLUMNS = ("model", "batch", "float", "int8_ms", "bf16_ms", "ratio", "sqnr_db", "tiles measured")
 
 
 def main() -> int:
@@ -32,6 +33,7 @@ def main() -> int:
     parser.add_argument(
         "--models", nargs="+", default=["resnet50:1,32,128", "mobilenet_v2:1,128"], metavar="NAME:SIZES"
     )
+    parser.add_argument("--float", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--products", nargs="*", type=int, default=[4096, 8192], metavar="N")
     options = parser.parse_args()
     found = show_machine()
@@ -41,7 +43,7 @@ def main() -> int:
     card = torch.cuda.get_device_name()
     console.print(card)
     models = ["resnet18:1"] if options.smoke else options.models
-    rows = [row for named in models for row in _model(*named.split(":"))]
+    rows = [row for named in models for row in _model(*named.split(":"), options.float)]
     show(f"int8 beside bfloat16 on {card}", rows, COLUMNS)
     products = [_product(n) for n in ([512] if options.smoke else options.products)]
     show("int8 products, TOPS", products, ("n", "linear with its epilogue", "torch._int_mm", "share"))
@@ -55,11 +57,36 @@ def _median(call: Any) -> float:
     return float(do_bench(call, return_mode="median"))
 
 
-def _model(name: str, sizes: str) -> list[dict[str, Any]]:
+class _Bert(torch.nn.Module):
+    """BERT-base's last hidden state of token numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import BertConfig, BertModel
+
+        self.bert = BertModel(BertConfig())
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.bert(input_ids=tokens).last_hidden_state
+        return result
+
+
+def _net(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    net = getattr(import_torchvision().models, name)(weights=None).eval()
-    x = torch.randn(2, 3, 224, 224)
-    runner = RUNTIMES["triton"].build(quantized_program(net, x), "cuda")
+    net = _Bert() if name == "bert" else getattr(import_torchvision().models, name)(weights=None)
+    if name.startswith("vit"):  # whose head begins as zeros
+        torch.nn.init.normal_(net.heads.head.weight, std=0.02)
+    made: torch.nn.Module = net.eval()
+    return made
+
+
+def _batch(name: str, size: int) -> torch.Tensor:
+    return torch.randint(0, 30_000, (size, 128)) if name == "bert" else torch.randn(size, 3, 224, 224)
+
+
+def _model(name: str, sizes: str, floats: str) -> list[dict[str, Any]]:
+    net, x, runtime = _net(name), _batch(name, 2), RUNTIMES["triton"]
+    runner = runtime.halves.get(floats, runtime.build)(quantized_program(net, x), "cuda")
     with torch.inference_mode():
         quality = sqnr_db(net(x), runner([x]))
     import torch._inductor.config as inductor
@@ -68,9 +95,11 @@ def _model(name: str, sizes: str) -> list[dict[str, Any]]:
     half = copy.deepcopy(net).to("cuda", torch.bfloat16).to(memory_format=torch.channels_last)
     rows = []
     for size in map(int, sizes.split(",")):
-        image = torch.randn(size, 3, 224, 224, device="cuda")
+        image = _batch(name, size).to("cuda")
         tiles = runner.tune([image])
-        given = image.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+        given = image
+        if image.is_floating_point():
+            given = image.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
         with torch.inference_mode():
             torch._dynamo.reset()
             compiled = torch.compile(half, mode="reduce-overhead")
@@ -79,8 +108,8 @@ def _model(name: str, sizes: str) -> list[dict[str, Any]]:
                 runner([image])
             bf16, int8 = _median(partial(compiled, given)), _median(partial(runner, [image]))
         rows.append(
-            {"model": name, "batch": size, "int8_ms": int8, "bf16_ms": bf16, "ratio": int8 / bf16, "sqnr_db": quality,
-             "tiles measured": len(tiles)}
+            {"model": name, "batch": size, "float": floats, "int8_ms": int8, "bf16_ms": bf16, "ratio": int8 / bf16,
+             "sqnr_db": quality, "tiles measured": len(tiles)}
         )  # fmt: skip
         console.print(f"{name}, batch {size}: {int8:.3f} ms, bfloat16 {bf16:.3f} ms")
     return rows

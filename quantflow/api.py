@@ -58,7 +58,8 @@ def quantize(
         layers: overrides by exact name, glob or op type: {"layer4.*": {"activation": {...}}, "fc": "float"}.
         algorithms: a preset ("none", "fast", "accurate", "best"), or an ordered list as in a recipe, such as
             ["equalize", {"name": "bias_correction", "method": "full"}].
-        policy: which ops beside convolutions and linears may be int8, such as {"matmul": "int8", "embedding": "int8"}.
+        policy: which ops beside convolutions and linears may be int8, and how a GPU holds floats, such as
+            {"matmul": "int8", "embedding": "int8", "float": "bfloat16"}.
         mode: "export", "torchscript" or "imperative"; {"kind": "torchscript", "method": "script"} to script.
         dynamic: which sizes vary beside the number of samples: "auto" (those in which the batches differ), "none", or
             {input: {dimension: name}}, such as {"input_ids": {1: "length"}, "attention_mask": {1: "length"}}.

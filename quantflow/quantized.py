@@ -13,6 +13,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, overload
 
@@ -480,6 +481,15 @@ def _compiled(record: Record, runtime: str, device: str) -> Quantized:
     wanted = recipe.runtime.kind if runtime == "auto" else runtime
     mode = recipe.mode.kind
     choice = choose_runtime(wanted, device, "export" if runtime != "auto" else mode)
+    floats = (record.results.get("runtime") or {}).get("float", "float32")
+    if floats in choice.runtime.halves:
+        choice = replace(choice, floats=floats)
+    elif floats != "float32":
+        warnings.warn(
+            f"quantflow: this model was measured with floats in {floats}, which runtime {choice.runtime.name} does not "
+            "have: they are float32 here",
+            stacklevel=3,
+        )
     compiled = compile_program(record.program, choice, is_from_file=True)
     if _same_machine(record.results.get("environment")):
         compiled.runner.adopt(record.results.get("warmup", {}).get("variants", ()))

@@ -26,7 +26,7 @@ from quantflow.ir.graph import interpret
 from quantflow.ir.plan import Plan
 from quantflow.ir.program import Program
 from quantflow.quantized import Quantized, as_script
-from quantflow.runtimes import card
+from quantflow.runtimes import Choice, card
 from quantflow.schema import Recipe
 from quantflow.stages import benchmark as timing
 from quantflow.stages.evaluate import evaluate
@@ -65,6 +65,7 @@ def finished(
         "joins": [vars(join) for join in built.joins],
         "outliers": [each.to_json() for each in built.outliers.found],
         "warmup": warm.to_json(),
+        "runtime": _runtime_section(built.compiled.choice),
     }
     results["int8_proof"] = _int8_proof(built, run.source)
     results |= added.sections
@@ -117,7 +118,7 @@ def of_run(run: Run) -> dict[str, Any]:
         "data": run.source.data.identity,
         "mode": recipe.mode.kind,
         "device": choice.device,
-        "runtime": {"requested": choice.requested, "chosen": choice.runtime.name, "reason": choice.reason},
+        "runtime": _runtime_section(choice),
     } | _card(run)
 
 
@@ -125,6 +126,16 @@ def _card(run: Run) -> dict[str, Any]:
     """The `card` section, where the run is on one."""
     found = card(run.choice.device)
     return {"card": {**found, "calibration, evaluation and float on": str(run.place)}} if found else {}
+
+
+def _runtime_section(choice: Choice) -> dict[str, Any]:
+    return {
+        "requested": choice.requested,
+        "chosen": choice.runtime.name,
+        "reason": choice.reason,
+        "float": choice.floats,
+        "float_reason": choice.floats_reason,
+    }
 
 
 def judged(recipe: Recipe, results: Mapping[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class Run:
         Raises:
             UnavailableError: this machine does not have them.
         """
-        choice = choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind)
+        choice = choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind, recipe.policy.float)
         return cls(recipe, source, choice, progress, **others)
 
     @property

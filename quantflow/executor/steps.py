@@ -25,10 +25,13 @@ from quantflow.ir.binding import bind
 from quantflow.ir.graph import Graph
 from quantflow.ir.passes.int8_embeddings import int8_embeddings
 from quantflow.ir.plan import Plan
+from quantflow.ir.program import Program
+from quantflow.runtimes import Choice
 from quantflow.schema import ModeSettings
 from quantflow.stages.benchmark import resized
 from quantflow.stages.calibrate import CalibrationTable, calibrate, require_complete
 from quantflow.stages.compile import compile_program
+from quantflow.stages.evaluate import evaluate
 from quantflow.stages.imperative import carry_over, fixed_constants, not_reached, run_module, swap_modules
 from quantflow.stages.plan import make_plan
 from quantflow.stages.prepare import Prepared
@@ -39,6 +42,8 @@ VERIFIED_SAMPLES = 2
 #: Variants of larger batches are not tried: that takes longer than a user would wait.
 MOST_TUNED_SAMPLES = 64
 NO_JOINS: Mapping[str, str] = {}
+#: What `policy.float: auto` takes in place of float32, and what it may cost.
+HALF, MOST_HALF_COST_DB = "bfloat16", 1.0
 
 
 def captured(run: Run, example: Batch) -> Graph:
@@ -184,7 +189,7 @@ def ready(run: Run, graph: Graph, converted: Converted, module: nn.Module | None
     """compile → warm up, which is the first worker's."""
     plan, program = converted.plan, converted.program
     with run.progress.stage("compile"):
-        compiled = compile_program(program, run.choice)
+        compiled = compile_program(program, _settled(run, graph, program, example))
         swapped = (
             None if module is None else swap_modules(module, graph, plan, program, compiled.runner, run.stands_for)
         )
@@ -203,6 +208,35 @@ def ready(run: Run, graph: Graph, converted: Converted, module: nn.Module | None
                 progress=stage.update,
             )
     return Built(graph, plan, converted.table, program, compiled, warm, swapped, converted.algorithms)
+
+
+def _settled(run: Run, graph: Graph, program: Program, example: Batch) -> Choice:
+    """The run's choice with `policy.float: auto` decided: bfloat16 where it costs less than MOST_HALF_COST_DB."""
+    choice = run.choice
+    if choice.floats != "auto":
+        return choice
+
+    def full(reason: str) -> Choice:
+        return replace(choice, floats="float32", floats_reason=f"policy.float=auto: {reason}")
+
+    if HALF not in choice.runtime.halves:
+        return full(f"runtime {choice.runtime.name} computes floats in float32")
+    if run.recipe.mode.kind != "export":
+        return full(f"mode={run.recipe.mode.kind} computes floats in float32")
+    half = compile_program(program, replace(choice, floats=HALF))
+    if not half.runner.halves:
+        return full(f"nothing between int8 layers is held in {HALF}")
+    batch = [cut(example, VERIFIED_SAMPLES, graph)]
+    ours, theirs = (
+        evaluate(run.source.float_model(), each, batch)["sqnr_db"]
+        for each in (half, compile_program(program, full("")))
+    )
+    if ours is None or theirs is None:
+        return full("the model's output is no float, whose error could be compared")
+    found = f"{ours:.1f} dB to the float model in {HALF}, {theirs:.1f} dB in float32"
+    if not ours >= theirs - MOST_HALF_COST_DB:  # NaN costs too much
+        return full(found)
+    return replace(choice, floats=HALF, floats_reason=f"policy.float=auto: {found}")
 
 
 def other_sizes(run: Run, graph: Graph, example: Batch) -> list[Batch]:

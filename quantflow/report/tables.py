@@ -461,6 +461,9 @@ def _settings(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if runtime:
         reason = f": {_text(runtime['reason'])}" if runtime.get("reason") else ""
         yield "runtime", f"{_text(runtime.get('chosen'))} (asked for: {_text(runtime.get('requested'))}){reason}"
+        if runtime.get("float", "float32") != "float32" or runtime.get("float_reason"):
+            reason = f" ({_text(runtime['float_reason'])})" if runtime.get("float_reason") else ""
+            yield "floats", f"{_text(runtime.get('float'))}{reason}"
     if results.get("device"):
         yield "device", _text(results["device"])
     for key, value in _section(results, "card").items():

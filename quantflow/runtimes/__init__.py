@@ -31,6 +31,7 @@ class Runtime:
         kernel_of: the kernel that will run a planned unit, for the plan.
         missing: device → why the runtime can't use it on this machine, with the cure; None: it can.
         modes: how a model must be captured for it.
+        halves: types of half precision in which it can hold what is no code → what builds a runner that does.
         notes: what its user should know about this machine, for the plan.
         script: torchscript mode: a runner's program as a ScriptModule that runs on any machine.
         backends: device → its own kernels, which a self-test there compares: name → what builds a runner on them.
@@ -44,6 +45,7 @@ class Runtime:
     kernel_of: Callable[[PlannedUnit], str]
     missing: Callable[[str], str | None]
     modes: tuple[str, ...]
+    halves: Mapping[str, Callable[[Program, str], AbstractRunner]] = field(default_factory=dict)
     notes: Callable[[], tuple[str, ...]] = tuple
     script: Callable[[AbstractRunner], torch.jit.ScriptModule] | None = None
     backends: Callable[[str], Mapping[str, Callable[[Program], AbstractRunner]]] | None = None
@@ -82,7 +84,7 @@ RUNTIMES: dict[str, Runtime] = {
         on_torch.kernel_of,
         _only_cpu,
         ("export", "torchscript", "imperative"),
-        on_torch.notes,
+        notes=on_torch.notes,
         script=on_torch.as_script,
         about=lambda: "not accelerated" if on_torch.notes() else "",
     ),
@@ -92,6 +94,7 @@ RUNTIMES: dict[str, Runtime] = {
         triton_devices.kernel_of,
         triton_devices.missing,
         ("export", "torchscript", "imperative"),
+        {name: partial(triton_devices.build, floats=name) for name in ("bfloat16", "float16")},
         script=triton_script.as_script,
         backends=lambda device: {f"triton.{device}": partial(triton_devices.build, device=device)},
         about=lambda: "interpreted, to check its kernels",
@@ -135,19 +138,36 @@ def choose_tested(runtime: str = "auto", device: str = "auto") -> Choice:
 
 @dataclass(frozen=True)
 class Choice:
-    """The runtime and device that will be used, and why."""
+    """The runtime and device that will be used, and why.
+
+    Attributes:
+        floats: how what is no code is held: "float32", "bfloat16", "float16", or "auto" until warm-up has decided.
+        floats_reason: why, where that was decided.
+    """
 
     runtime: Runtime
     device: str
     requested: str
     reason: str
+    floats: str = "float32"
+    floats_reason: str = ""
+
+    def build(self, program: Program) -> AbstractRunner:
+        """The program's runner; one that holds floats in float32 until it is decided."""
+        build = self.runtime.halves.get(self.floats, self.runtime.build)
+        return build(program, self.device)
 
 
-def choose_runtime(runtime: str = "auto", device: str = "auto", mode: str = "export") -> Choice:
+def choose_runtime(
+    runtime: str = "auto", device: str = "auto", mode: str = "export", floats: str = "float32"
+) -> Choice:
     """Resolve `auto`, or check that what was asked for by name exists here.
 
     `device: auto` is the first GPU (Intel's, then CUDA's) that the machine shows and a runtime of the mode can use,
     else the CPU.
+
+    Args:
+        floats: how what is no code shall be held, as in `policy.float`.
 
     Raises:
         UnavailableError: names what was asked for, what this machine has, and what to ask for instead.
@@ -161,9 +181,9 @@ def choose_runtime(runtime: str = "auto", device: str = "auto", mode: str = "exp
     refused: dict[tuple[str, str], str] = {}
     for place in wanted:
         for name in names:
-            reason = RUNTIMES[name].missing(place)
+            reason = RUNTIMES[name].missing(place) or _lacks(RUNTIMES[name], floats)
             if reason is None:
-                return Choice(RUNTIMES[name], place, runtime, _why(runtime, device, place, refused))
+                return Choice(RUNTIMES[name], place, runtime, _why(runtime, device, place, refused), floats)
             refused[name, place] = reason
     if device in _GPUS:
         found = "; ".join(f"{name}: {reason}" for (name, _), reason in refused.items())
@@ -173,6 +193,17 @@ def choose_runtime(runtime: str = "auto", device: str = "auto", mode: str = "exp
         )
     (_, reason), *_ = refused.items()
     raise UnavailableError(reason)
+
+
+def _lacks(runtime: Runtime, floats: str) -> str | None:
+    """Why the runtime can't hold floats so; None: it can."""
+    if floats in ("float32", "auto") or floats in runtime.halves:
+        return None
+    having = ", ".join(name for name, entry in RUNTIMES.items() if floats in entry.halves)
+    return (
+        f"policy.float: '{floats}' is not possible on runtime '{runtime.name}', which computes floats in float32; use "
+        f"runtime={having} on a GPU, or policy.float=auto"
+    )
 
 
 def _why(runtime: str, device: str, place: str, refused: dict[tuple[str, str], str]) -> str:

@@ -25,6 +25,7 @@ class AbstractRunner(ABC):
         name: the runtime's, for the table of times.
         script: the ScriptModule that it runs as; None: it runs as something else.
         takes: the devices on which inputs may lie.
+        halves: values that it holds in half precision.
         kernelless: ops that the runtime has no kernel for on any machine, which PyTorch computes.
     """
 
@@ -33,6 +34,7 @@ class AbstractRunner(ABC):
     program: Program
     script: torch.jit.ScriptModule | None = None
     takes: tuple[str, ...] = ("cpu",)
+    halves: int = 0
 
     @abstractmethod
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Any:

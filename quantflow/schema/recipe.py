@@ -160,7 +160,10 @@ class Recipe(Settings):
         """sha256 of the settings that calibration depends on: two recipes with the same key share their table."""
         settings = self.to_dict()
         before = [a.model_dump(mode="json") for a in self.algorithms if a.acts_on == "graph"]
-        return _sha256({field: settings[field] for field in _CALIBRATION_FIELDS} | {"algorithms": before})
+        # How a runtime holds floats is decided after calibration.
+        policy = {field: value for field, value in settings["policy"].items() if field != "float"}
+        kept = {field: settings[field] for field in _CALIBRATION_FIELDS} | {"policy": policy}
+        return _sha256(kept | {"algorithms": before})
 
 
 def _conflicts(settings: Mapping[str, Any]) -> list[Problem]:
@@ -194,6 +197,12 @@ def _conflicts(settings: Mapping[str, Any]) -> list[Problem]:
     if isinstance(policy, Mapping) and policy.get("embedding") == "int8" and _is_imperative(mode):
         why = "int8 has no place in mode=imperative, where embeddings stay the model's own"
         problems.append(Problem("policy.embedding", f"{why}; leave it float, or use mode=export or mode=torchscript"))
+    half = policy.get("float") if isinstance(policy, Mapping) else None
+    kind = mode.get("kind", "export") if isinstance(mode, Mapping) else "export"
+    if half in ("bfloat16", "float16") and kind != "export":
+        problems.append(
+            Problem("policy.float", f"{half} is possible in mode=export only; leave it float32 in mode={kind}")
+        )
     return problems
 
 

@@ -34,6 +34,7 @@ class DeviceSettings(Settings):
 
 
 Precision = Literal["int8", "float"]
+FloatPrecision = Literal["float32", "bfloat16", "float16", "auto"]
 
 
 class PolicySettings(Settings):
@@ -42,6 +43,11 @@ class PolicySettings(Settings):
     An int8 add, mul or cat spares conversions and costs accuracy (`joins` in the results shows both). An int8 matmul is
     one of two activations, as in attention. `embedding: int8` is for all tables together, whatever `layers` says: each
     takes a quarter of the bytes, and its rows are dequantized as they are looked up; mode=imperative can't have it.
+
+    `float` is how values between int8 layers are held where that is tolerated (norms, attention, residual sums, …), by
+    runtime triton in mode=export: each such value then differs by at most 2^-8 (bfloat16) or 2^-11 (float16) of its
+    magnitude, and a code behind it by one. auto is bfloat16 where warm-up finds that it costs less than 1 dB, else
+    float32. Results are float32 whatever it says.
     """
 
     add: Precision = "int8"
@@ -49,6 +55,7 @@ class PolicySettings(Settings):
     cat: Precision = "int8"
     matmul: Precision = "float"
     embedding: Precision = "float"
+    float: FloatPrecision = "float32"
 
 
 class CalibrateSettings(Settings):

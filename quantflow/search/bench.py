@@ -95,7 +95,7 @@ def measurement_key(run: Run, bench: Workbench, more: Mapping[str, Any]) -> str:
         "calibration": recipe.calibration_key(),
         "model": bench.variants(bench.start).graph.digest,
         "data": run.source.data.identity,
-        "runtime": [choice.runtime.name, choice.device],
+        "runtime": [choice.runtime.name, choice.device, *([] if choice.floats == "float32" else [choice.floats])],
         "timed": [recipe.benchmark.batch_sizes[0], recipe.benchmark.threads],
         "machine": {name: found[name] for name in ("quantflow", "torch", "cpu", "isa", "cores")},
         **more,

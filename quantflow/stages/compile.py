@@ -126,6 +126,6 @@ def compile_program(program: Program, choice: Choice, *, is_from_file: bool = Fa
         is_from_file: nobody vouches for it: each set of input sizes is checked before it is computed.
     """
     start = time.perf_counter()
-    runner = choice.runtime.build(program, choice.device)
+    runner = choice.build(program)
     fits = Fits(program) if is_from_file else None
     return Compiled(program, choice, runner, time.perf_counter() - start, fits)

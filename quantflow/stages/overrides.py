@@ -29,7 +29,7 @@ class Overrides:
         policy: PolicySettings,
     ) -> None:
         self._base = qconfig
-        self._policy: dict[str, str] = policy.model_dump()
+        self._policy: dict[str, str] = policy.model_dump(exclude={"float"})
         self._recipe_name = recipe_name
         self._chosen: dict[str, list[tuple[str, str | LayerOverride]]] = {}
         owner = {layer: unit for unit in units for layer in unit.layers if unit.kind != SIZE}

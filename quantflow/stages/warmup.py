@@ -26,6 +26,8 @@ from quantflow.stages.evaluate import ErrorSum, tensors
 #: Below this the compiled program and its layers one by one are not the same computation. They are equal to the bit
 #: unless a float op's result depends on memory layout, which a deep network can amplify.
 LEAST_WHOLE_DB = 20.0
+#: The same where floats are held in half precision.
+LEAST_HALF_DB = 10.0
 #: A float32 result may differ by this share of the tensor's largest magnitude.
 FLOAT_TOLERANCE = 1e-4
 #: Which codes are moved to see whether a model amplifies single steps.
@@ -110,9 +112,14 @@ def warmup(
     quality = min((_sqnr_db(a, b) for (_, a), (_, b) in pairs if a.is_floating_point()), default=math.inf)
     notices: tuple[str, ...] = ()
     if not quality >= min_sqnr_db:
+        why = (
+            f": its floats are held in {compiled.choice.floats} (policy.float)"
+            if compiled.runner.halves
+            else _why(compiled, batch, reference, min_sqnr_db, differences)
+        )
         notices = (
             f"the whole model's output is {quality:.1f} dB from the reference's (warmup.min_sqnr_db: {min_sqnr_db:g}) "
-            f"although each layer is within one code of it{_why(compiled, batch, reference, min_sqnr_db, differences)}",
+            f"although each layer is within one code of it{why}",
         )
     if left := compiled.left_to_torch():
         named = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:5])
@@ -136,8 +143,9 @@ def _require_whole_equals_parts(compiled: Compiled, batch: Batch) -> None:
     values = dict(zip((i.name for i in program.inputs), inputs, strict=True))
     values |= {name: value for name, value in compiled.trace(inputs) if name in wanted}
     parts, whole = resolve(program, program.output, values), compiled.runner(inputs)
+    least = LEAST_HALF_DB if compiled.runner.halves else LEAST_WHOLE_DB
     for (path, expected), (_, actual) in zip(tensors(parts), tensors(whole), strict=True):
-        if not _sqnr_db(expected, actual) >= LEAST_WHOLE_DB:
+        if not _sqnr_db(expected, actual) >= least:
             raise VerificationError(
                 f"{path}: the compiled program gives another result than its layers one by one; runtime "
                 f"{compiled.choice.runtime.name} must not be used: try {ASKED_FOR}, and report this"

@@ -25,7 +25,7 @@ def task(recipe: Recipe, _overrides: Sequence[str]) -> int:
     """Needs no data where the model says what its input looks like."""
     assert recipe.model is not None, "the schema asks for it"
     console = report.make_console(plain=recipe.report.plain)
-    choice = choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind)
+    choice = choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind, recipe.policy.float)
     with seeded(recipe.seed):
         model = load_model(recipe.model, recipe.seed)
         report.print_notices(console, model.notices)

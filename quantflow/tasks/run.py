@@ -57,7 +57,7 @@ def run(recipe: Recipe, overrides: Sequence[str] = (), workers: Workers = ONLY) 
     console = report.make_console(plain=recipe.report.plain)
     destination = output_of(recipe)
     check_destination(destination)
-    choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind)
+    choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind, recipe.policy.float)
     baseline = named_baseline(recipe)
     work = Work(destination, recipe.work_key(), resume=recipe.resume)
     with (

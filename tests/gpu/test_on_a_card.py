@@ -152,6 +152,39 @@ def test_recordings_are_bounded_and_memory_does_not_grow(made: Callable[[str], A
     assert len(recordings._kept) <= 16
 
 
+class Attends(nn.Module):
+    """Attention between residual sums, with a mask of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(128), nn.Linear(128, 384), nn.Linear(128, 128)
+        self.last, self.up, self.down = nn.LayerNorm(128), nn.Linear(128, 256), nn.Linear(256, 128)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, width = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(batch, length, 3, 2, 64).permute(2, 0, 3, 1, 4).unbind(0)
+        mask = (x[..., 0] > -1)[:, None, None, :]
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + self.out(y.transpose(1, 2).reshape(batch, length, width))
+        return x + self.down(nn.functional.gelu(self.up(self.last(x))))
+
+
+@pytest.mark.parametrize(("floats", "least"), [("bfloat16", 30), ("float16", 40)])
+def test_floats_in_half_precision(floats: str, least: float) -> None:
+    torch.manual_seed(0)
+    net, x = Attends().eval(), torch.randn(4, 75, 128)
+    full = qf.quantize(net, [x], device="cuda")
+    half = qf.quantize(net, [x], device="cuda", policy={"float": floats})
+    assert half.results["runtime"]["float"] == floats
+    expected = full(x.cuda())
+    first = half(x.cuda())
+    assert first.dtype is torch.float32
+    assert sqnr_db(expected, first) > least
+    for _ in range(3):
+        assert torch.equal(half(x.cuda()), first)
+    assert qf.quantize(net, [x], device="cuda", policy={"float": "auto"}).results["runtime"]["float"] == "bfloat16"
+
+
 def test_what_can_not_be_recorded_still_runs() -> None:
     class Finds(nn.Module):
         def __init__(self) -> None:

@@ -11,10 +11,11 @@ from torch import nn
 
 import quantflow as qf
 from quantflow import runtimes
-from quantflow.errors import UnavailableError
+from quantflow.errors import RecipeError, UnavailableError
 from quantflow.runtimes import choose_runtime, choose_tested
 from quantflow.runtimes.triton import devices
 from quantflow.runtimes.triton.tuner import Tuner, Way
+from quantflow.schema import Recipe
 
 
 @pytest.fixture
@@ -94,6 +95,38 @@ def test_the_self_test_takes_the_runtime_that_serves_the_device(cards: Callable[
     cards("cuda")
     assert choose_tested("auto", "cuda").runtime.name == "triton"
     assert choose_tested("auto", "auto").device == "cuda"
+
+
+def test_half_precision_takes_the_runtime_that_has_it_or_is_refused(cards: Callable[..., None]) -> None:
+    cards("xpu")
+    assert choose_runtime("auto", "auto", floats="bfloat16").runtime.name == "triton"
+    cards()
+    for runtime in ("auto", "native", "torch", "reference"):
+        with pytest.raises(UnavailableError, match=r"policy\.float: 'bfloat16' is not possible on runtime") as refused:
+            choose_runtime(runtime, "cpu", floats="bfloat16")
+        assert "use runtime=triton on a GPU, or policy.float=auto" in str(refused.value)
+    choice = choose_runtime("auto", "cpu", floats="auto")
+    assert (choice.device, choice.floats) == ("cpu", "auto")
+
+
+def test_auto_on_a_cpu_is_float32_and_says_why() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    model = qf.quantize(net, [torch.randn(4, 4)], device="cpu", runtime="reference", policy={"float": "auto"})
+    section = model.results["runtime"]
+    assert section["float"] == "float32"
+    assert section["float_reason"] == "policy.float=auto: runtime reference computes floats in float32"
+
+
+@pytest.mark.parametrize("mode", ["torchscript", "imperative"])
+def test_half_precision_is_export_s(mode: str) -> None:
+    with pytest.raises(RecipeError, match=rf"policy\.float: bfloat16 is possible in mode=export only.*mode={mode}"):
+        qf.quantize(nn.Linear(2, 2), [torch.randn(2, 2)], mode=mode, policy={"float": "bfloat16"})
+
+
+def test_how_floats_are_held_is_no_matter_of_calibration_or_of_layers() -> None:
+    recipes = [Recipe.from_dict({"policy": {"float": floats}, "task": "doctor"}) for floats in ("float32", "bfloat16")]
+    assert len({recipe.calibration_key() for recipe in recipes}) == 1
+    assert len({recipe.hash() for recipe in recipes}) == 2
 
 
 @pytest.mark.parametrize("device", ["cuda", "xpu"])
