@@ -5,18 +5,24 @@
     y = model(x)
     model.save("artifact"); model = qf.load("artifact")
 
+    p = qf.prepare(module, example); ...your own loop, which calls p...; model = qf.convert(p)
+
 Importing quantflow registers the `quantflow::` operators that saved TorchScript models call.
 """
 
-from quantflow.api import quantize, sensitivity
+from quantflow.api import convert, prepare, quantize, sensitivity
 from quantflow.config.compose import load_recipe
 from quantflow.errors import QuantflowError
+from quantflow.executor.own_loop import ObservedModule
 from quantflow.quantized import QuantizedModel, QuantizedModule, QuantizedParts, QuantizedScript, load
 from quantflow.schema import PRESETS, QConfig, Recipe
+from quantflow.stages.calibrate import CalibrationTable
 from quantflow.tasks.run import run
 
 __all__ = [
     "PRESETS",
+    "CalibrationTable",
+    "ObservedModule",
     "QConfig",
     "QuantflowError",
     "QuantizedModel",
@@ -24,8 +30,10 @@ __all__ = [
     "QuantizedParts",
     "QuantizedScript",
     "Recipe",
+    "convert",
     "load",
     "load_recipe",
+    "prepare",
     "quantize",
     "run",
     "sensitivity",

@@ -1,4 +1,4 @@
-"""The Python interface: one call from a float module to an int8 model."""
+"""The Python interface: from a float module to an int8 model in one call, or in two around a loop of one's own."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import torch
 from torch import nn
 
 from quantflow.errors import Problem, RecipeError, UsageError, nearest
+from quantflow.executor.own_loop import Observation, ObservedModule
 from quantflow.executor.run import Run
-from quantflow.executor.source import Source
+from quantflow.executor.source import Source, given
 from quantflow.host.place import CPU
 from quantflow.quantized import Quantized, QuantizedModule, QuantizedParts
 from quantflow.report import Progress, make_console
+from quantflow.runtimes import choose_runtime
 from quantflow.schema import PRESETS, Recipe
 from quantflow.search.bench import analyse
-from quantflow.sources.data import Batch, Data, as_batches
-from quantflow.sources.data.samples import hash_of, identity_of
+from quantflow.sources.data import Batch, as_batches
 from quantflow.sources.models import LoadedModel, usable
 from quantflow.tasks.run import quantized
 
@@ -87,36 +88,147 @@ def quantize(
     """
     calibration = _batches(batches, "batches", module)
     compared = calibration if evaluation is None else _batches(evaluation, "evaluation", module)
-    recipe = Recipe.from_dict(
+    recipe = _recipe(
+        module,
+        qconfig=qconfig, layers=layers, algorithms=algorithms, policy=policy, mode=mode, dynamic=dynamic, parts=parts,
+        runtime=runtime, device=device, benchmark=benchmark, gates=gates, tune=tune, seed=seed,
+    )  # fmt: skip
+    source = given(_model(module), calibration, compared)
+    _require_inplace_possible(inplace, recipe, source.model, module)
+    with _in_eval_mode(module), Progress(make_console(), quiet=not progress, waits=False) as shown:
+        model = quantized(Run.of(recipe, source, shown))
+    return _taken_over(model, module) if inplace else model
+
+
+def prepare(
+    module: Module,
+    example: Any = None,
+    *,
+    qconfig: str | Mapping[str, Any] = "sym_int8",
+    layers: Mapping[str, Any] | None = None,
+    algorithms: str | Sequence[Any] = "none",
+    policy: Mapping[str, str] | None = None,
+    mode: str | Mapping[str, Any] = "export",
+    dynamic: str | Mapping[str, Mapping[int, str]] = "auto",
+    parts: str | Sequence[str] = "auto",
+    runtime: str = "auto",
+    device: str = "auto",
+    benchmark: bool = False,
+    gates: Mapping[str, float] | None = None,
+    seed: int = 0,
+    keep: int | None = None,
+) -> ObservedModule:
+    """The float module with its calls observed, for calibration by a loop of your own.
+
+        p = quantflow.prepare(module, example)
+        for image in images:
+            p(my_preprocessing(image))
+        model = quantflow.convert(p)
+
+    On the same calls this gives the program that `quantize` gives. Each call runs the model twice: as it is, for the
+    result, and observed.
+
+    Args:
+        example: one call's input, as an item of `quantize`'s `batches`, which the model is captured with and which is
+            not observed; None: the first call.
+        keep: how many samples of the calls are kept, at most, for algorithms and for the comparison with float; None:
+            all, as `quantize` does. Algorithms that rewrite the float model, and models in parts, need all of them.
+        module, qconfig, …: as for `quantize`.
+
+    Returns:
+        A module that takes and returns what the float one does and has its methods, in eval mode. `p.calibration` is
+        the table of ranges so far: `p.calibration.save(file)`, and
+        `p.calibration = quantflow.CalibrationTable.load(file).merge(p.calibration)`.
+
+    Raises:
+        QuantflowError: as `quantize`; a call raises DataError or CalibrationError on input that can't be observed.
+    """
+    recipe = _recipe(
+        module,
+        qconfig=qconfig, layers=layers, algorithms=algorithms, policy=policy, mode=mode, dynamic=dynamic, parts=parts,
+        runtime=runtime, device=device, benchmark=benchmark, gates=gates, seed=seed,
+    )  # fmt: skip
+    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 0):
+        raise UsageError(f"keep: is {keep!r}; give a number of samples, or None for all")
+    choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind)
+    observation = Observation(recipe, _model(module), keep)
+    prepared = ObservedModule(module, observation)
+    if example is not None:
+        observation.begin(_batches([example], "example", module)[0])
+    return prepared
+
+
+def convert(
+    prepared: ObservedModule,
+    *,
+    evaluation: Iterable[Any] | None = None,
+    inplace: bool = False,
+    progress: bool = False,
+) -> Quantized | QuantizedParts:
+    """The int8 model of what `prepare`'s module has seen: compiled, warmed up and verified.
+
+    The module may be called on and converted again: each time it is all calls so far that count.
+
+    Args:
+        evaluation: input to compare int8 with float on; None compares on the calls that were kept.
+        inplace, progress: as for `quantize`.
+
+    Returns:
+        What `quantize` returns.
+
+    Raises:
+        QuantflowError: as `quantize`.
+    """
+    if not isinstance(prepared, ObservedModule):
+        raise UsageError(f"convert: takes what quantflow.prepare returned; found a {type(prepared).__name__}")
+    module, observation = prepared.module, prepared.observation
+    compared = None if evaluation is None else _batches(evaluation, "evaluation", module)
+    _require_inplace_possible(inplace, observation.recipe, observation.float_model, module)
+    with _in_eval_mode(module), Progress(make_console(), quiet=not progress, waits=False) as shown:
+        model = observation.model(compared, shown)
+    return _taken_over(model, module) if inplace else model
+
+
+def _recipe(module: Module, **asked: Any) -> Recipe:
+    """What the arguments of a call ask for.
+
+    Raises:
+        RecipeError: some of it is illegal.
+    """
+    mode, dynamic, parts = asked["mode"], asked["dynamic"], asked["parts"]
+    return Recipe.from_dict(
         {
             "name": "quantize",
             "model": {"kind": "given", "name": type(module).__name__},
             "data": {"kind": "given"},
-            "qconfig": _qconfig(qconfig),
-            "layers": dict(layers or {}),
-            "algorithms": algorithms,
-            "policy": dict(policy or {}),
+            "qconfig": _qconfig(asked["qconfig"]),
+            "layers": dict(asked["layers"] or {}),
+            "algorithms": asked["algorithms"],
+            "policy": dict(asked["policy"] or {}),
             "mode": {"kind": mode} if isinstance(mode, str) else dict(mode),
             "dynamic": dynamic if isinstance(dynamic, str) else {k: dict(v) for k, v in dynamic.items()},
             "parts": parts if isinstance(parts, str) else list(parts),
-            "runtime": {"kind": runtime},
-            "device": {"kind": device},
-            "benchmark": {"enabled": benchmark},
-            "gates": dict(gates or {}),
-            "tune": dict(tune or {}),
-            "seed": seed,
+            "runtime": {"kind": asked["runtime"]},
+            "device": {"kind": asked["device"]},
+            "benchmark": {"enabled": asked["benchmark"]},
+            "gates": dict(asked["gates"] or {}),
+            "tune": dict(asked.get("tune") or {}),
+            "seed": asked["seed"],
         },
         "quantize",
     )
-    source = _source(module, calibration, compared)
-    if inplace and (recipe.mode.kind != "imperative" or source.model.module is not module):
+
+
+def _require_inplace_possible(inplace: bool, recipe: Recipe, model: LoadedModel, module: Module) -> None:
+    if inplace and (recipe.mode.kind != "imperative" or model.module is not module):
         raise UsageError(
             "inplace=True exchanges the layers of the module that is given, which takes mode='imperative', float32 "
             "weights, and no wrapper around it"
         )
-    with _in_eval_mode(module), Progress(make_console(), quiet=not progress, waits=False) as shown:
-        model = quantized(Run.of(recipe, source, shown))
-    if inplace and isinstance(model, QuantizedModule) and isinstance(module, nn.Module):
+
+
+def _taken_over(model: Quantized | QuantizedParts, module: Module) -> Quantized | QuantizedParts:
+    if isinstance(model, QuantizedModule) and isinstance(module, nn.Module):
         model.take_over(module)
     return model
 
@@ -168,20 +280,18 @@ def sensitivity(
         },
         "sensitivity",
     )
-    source = _source(module, calibration, calibration)
+    source = given(_model(module), calibration, calibration)
     with _in_eval_mode(module), Progress(make_console(), quiet=not progress, waits=False) as shown:
         return analyse(Run.of(recipe, source, shown))
 
 
-def _source(module: Module, calibration: list[Batch], compared: list[Batch]) -> Source:
-    """The user's own objects as what a recipe's model and data come to."""
+def _model(module: Module) -> LoadedModel:
+    """The user's module as what a recipe's model comes to."""
     if not isinstance(module, (nn.Module, torch.export.ExportedProgram)):
         raise UsageError(
             f"module: is a {type(module).__name__}; pass an nn.Module, a ScriptModule or an ExportedProgram"
         )
-    identity = identity_of("given", {"calibration": _identity(calibration), "evaluation": _identity(compared)})
-    model = usable(LoadedModel(module, type(module).__name__, weights_used="as given"))
-    return Source(model, Data(calibration, compared, identity))
+    return usable(LoadedModel(module, type(module).__name__, weights_used="as given"))
 
 
 @contextlib.contextmanager
@@ -235,12 +345,3 @@ def _runs(module: nn.Module, *args: Any) -> bool:
     except Exception:  # noqa: BLE001 the user's code may raise anything
         return False
     return True
-
-
-def _identity(batches: list[Batch]) -> tuple[list[str], str]:
-    ids = [
-        name
-        for index, b in enumerate(batches)
-        for name in (b.ids or tuple(f"batch {index}.{row}" for row in range(b.size)))
-    ]
-    return ids, hash_of(tensor for b in batches for tensor in b.tensors)

@@ -43,6 +43,8 @@ def batches(count: int = 3, size: int = 4) -> Iterator[torch.Tensor]:
 def test_the_public_names() -> None:
     assert qf.__all__ == [
         "PRESETS",
+        "CalibrationTable",
+        "ObservedModule",
         "QConfig",
         "QuantflowError",
         "QuantizedModel",
@@ -50,8 +52,10 @@ def test_the_public_names() -> None:
         "QuantizedParts",
         "QuantizedScript",
         "Recipe",
+        "convert",
         "load",
         "load_recipe",
+        "prepare",
         "quantize",
         "run",
         "sensitivity",

@@ -21,8 +21,30 @@ from quantflow.schema import Recipe
 from quantflow.stages.calibrate import CalibrationTable
 from quantflow.stages.compile import Compiled
 from quantflow.stages.imperative import run_module
+from quantflow.stages.prepare import Prepared
 from quantflow.stages.record import Record
 from quantflow.stages.warmup import Warmup
+
+
+@dataclass(frozen=True)
+class Observable:
+    """What calibration observes, and what led to it.
+
+    Attributes:
+        module: imperative mode: the user's own code with what algorithms did to it.
+        algorithms: those that rewrote the graph.
+        place: where what is not int8 is computed.
+    """
+
+    prepared: Prepared
+    module: nn.Module | None
+    algorithms: tuple[Applied, ...] = ()
+    outliers: Outliers = NO_OUTLIERS
+    place: torch.device = CPU
+
+    def at_its_place(self) -> Prepared:
+        """What is observed, where it is computed."""
+        return self.prepared.at(self.place)
 
 
 @dataclass(frozen=True)

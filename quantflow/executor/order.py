@@ -16,7 +16,7 @@ import torch
 from quantflow.algorithms import find_outliers, refine
 from quantflow.analysis.joins import join_costs
 from quantflow.errors import CaptureError, UnavailableError, first_line
-from quantflow.executor.built import Built, Converted
+from quantflow.executor.built import Built, Converted, Observable
 from quantflow.executor.parts import execute_in_parts, why_after_all, why_in_parts
 from quantflow.executor.placed import placed
 from quantflow.executor.results import finished
@@ -24,7 +24,9 @@ from quantflow.executor.run import Run
 from quantflow.executor.steps import calibrated, captured, leading_on, plan_for, ready, rewritten, without_drowned
 from quantflow.host.memory import reused_memory
 from quantflow.host.place import exact_float32
+from quantflow.ir.graph import Graph
 from quantflow.quantized import Quantized, QuantizedParts
+from quantflow.stages.calibrate import CalibrationTable
 from quantflow.stages.convert import convert
 from quantflow.stages.prepare import prepare
 
@@ -76,27 +78,46 @@ def build(run: Run) -> Built:
 
     Workers calibrate together and convert the merged table each for itself; the first one verifies and tunes.
     """
+    example = run.source.first_batch
+    observable = observed(run, captured(run, example))
+    with run.progress.stage("calibrate") as shown:
+        table = calibrated(run, observable.at_its_place(), shown.update)
+    return completed(run, observable, table)
+
+
+@exact_float32()
+def observed(run: Run, original: Graph) -> Observable:
+    """From the captured graph to the model that calibration observes: algorithms that rewrite it, plan, prepare."""
     recipe, stage = run.recipe, run.progress.stage
-    example, kept = run.source.first_batch, run.kept_algorithms()
-    run, original = placed(run, captured(run, example), example)
-    graph, applied, module = rewritten(run, original, example, kept)
-    material = run.material(graph)
+    example = run.source.first_batch
+    run, original = placed(run, original, example)
+    graph, applied, module = rewritten(run, original, example, run.kept_algorithms())
     with stage("plan"):
         plan = plan_for(run, graph, example)
     with stage("outliers") as shown:
-        outliers = find_outliers(recipe.outliers, graph, plan, replace(material, update=shown.update))
+        material = replace(run.material(graph), update=shown.update)
+        outliers = find_outliers(recipe.outliers, graph, plan, material)
         if outliers.left_float:
             plan = plan_for(run, graph, example, outliers)
         plan, _ = without_drowned(run, graph, example, plan, material, outliers)
     with stage("prepare"):
         prepared = prepare(graph, plan, module, run.stands_for)
-    with stage("calibrate") as shown:
-        table = calibrated(run, prepared, shown.update)
+    return Observable(prepared, module, applied, outliers, run.place)
+
+
+@exact_float32()
+def completed(run: Run, observable: Observable, table: CalibrationTable) -> Built:
+    """From what was measured to what runs: refine, convert, compile, warm up."""
+    run = replace(run, place=observable.place)
+    recipe, stage, prepared = run.recipe, run.progress.stage, observable.prepared
+    graph, example, kept = prepared.graph, run.source.first_batch, run.kept_algorithms()
+    material = run.material(graph)
     refined, improved = refine(recipe.algorithms, prepared, table, material, stage, kept.numbers(prepared))
     joins = ()
     if recipe.evaluate.enabled and recipe.evaluate.per_layer:
         joins = join_costs(prepared, refined, material.first(JOIN_SAMPLES), run.place)
     with stage("convert"):
         program = convert(prepared, table, refined)
-    built = ready(run, graph, Converted(plan, table, program, (*applied, *improved)), module, example)
-    return replace(built, outliers=outliers, joins=joins, place=run.place)
+    converted = Converted(prepared.plan, table, program, (*observable.algorithms, *improved))
+    built = ready(run, graph, converted, observable.module, example)
+    return replace(built, outliers=observable.outliers, joins=joins, place=run.place)

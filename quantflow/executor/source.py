@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from quantflow.ir.program import Program
 from quantflow.ir.structure import plain
 from quantflow.schema import Recipe
 from quantflow.sources.data import Data, load_data
+from quantflow.sources.data.samples import hash_of, identity_of
 from quantflow.sources.models import LoadedModel, estimate_batchnorm, load_model, usable
 from quantflow.stages.benchmark import resized
 
@@ -81,6 +82,21 @@ def load_source(recipe: Recipe, update: Update | None = None) -> Source:
     if model.batchnorm_to_estimate and isinstance(model.module, nn.Module):
         estimate_batchnorm(model.module, data.calibration, update)
     return Source(model, data)
+
+
+def given(model: LoadedModel, calibration: Sequence[Batch], evaluation: Sequence[Batch]) -> Source:
+    """The user's own objects as what a recipe's model and data come to."""
+    parts = {"calibration": _identity(calibration), "evaluation": _identity(evaluation)}
+    return Source(model, Data(calibration, evaluation, identity_of("given", parts)))
+
+
+def _identity(batches: Sequence[Batch]) -> tuple[list[str], str]:
+    ids = [
+        name
+        for index, b in enumerate(batches)
+        for name in (b.ids or tuple(f"batch {index}.{row}" for row in range(b.size)))
+    ]
+    return ids, hash_of(tensor for b in batches for tensor in b.tensors)
 
 
 def cut(batch: Batch, samples: int, model: Graph | Program) -> Batch:

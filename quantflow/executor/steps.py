@@ -162,11 +162,10 @@ def calibrated(run: Run, prepared: Prepared, update: Update) -> CalibrationTable
     """The table of all batches: each worker's part, merged in order, which is what one worker gets of the whole."""
     recipe, workers = run.recipe, run.workers
     part = workers.part(run.source.data.calibration)
-    observed = prepared.at(run.place)
 
     def own() -> CalibrationTable:
         return calibrate(
-            observed,
+            prepared,
             part,
             key=recipe.calibration_key(),
             checkpoint=run.checkpoint(),

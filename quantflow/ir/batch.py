@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from quantflow.errors import DataError
-from quantflow.ir.structure import Leaf, Unknown, build, flatten, leaves_of, type_name
+from quantflow.ir.structure import Leaf, Unknown, build, flatten, is_cache, leaves_of, type_name
 
 
 @dataclass(frozen=True)
@@ -179,4 +179,8 @@ def _as_batch(item: Any, index: int) -> Batch:
 def _cure(value: object) -> str:
     if type(value).__module__ == "numpy":
         return "; convert arrays with torch.from_numpy"
+    if is_cache(value):
+        return (
+            "; it is a cache of a language model's past, which an int8 model has no use for: call with use_cache=False"
+        )
     return ""

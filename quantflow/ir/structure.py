@@ -70,6 +70,11 @@ class Unknown(Exception):
         self.path, self.value = path, value
 
 
+def is_cache(value: Any) -> bool:
+    """Whether it is a cache of a language model's past."""
+    return any(base.__name__ in _CACHES for base in type(value).__mro__)
+
+
 def type_name(value: Any) -> str:
     """For messages: "numpy.ndarray", "list"."""
     kind = type(value)
@@ -97,7 +102,7 @@ def flatten(value: Any, path: str = "", dropped: list[str] | None = None) -> tup
             return type(item)(walk(x, f"{place}[{i}]") for i, x in enumerate(item))
         if type(item) is dict and all(isinstance(key, str) for key in item):
             return {key: walk(x, _joined(place, key)) for key, x in item.items()}
-        if dropped is not None and any(base.__name__ in _CACHES for base in type(item).__mro__):
+        if dropped is not None and is_cache(item):
             dropped.append(place)
             return None
         return _typed(item, place, walk)

@@ -12,8 +12,9 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -109,18 +110,18 @@ class CalibrationTable:
         """
         return _decode(data, where)[0]
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write one .safetensors file; at any moment the path holds the old file or the new one."""
-        write_whole(path, self.to_bytes())
+        write_whole(Path(path), self.to_bytes())
 
     @staticmethod
-    def load(path: Path) -> CalibrationTable:
+    def load(path: str | Path) -> CalibrationTable:
         """Read what `save` wrote.
 
         Raises:
             ArtifactError: if the file is missing, truncated, changed, or from a newer format.
         """
-        return _read(path)[0]
+        return _read(Path(path))[0]
 
 
 def calibrate(
@@ -151,7 +152,7 @@ def calibrate(
         DataError: NaN in the data, or Inf that reaches an observed value; a batch whose shape the model refuses.
     """
     total = len(batches) if isinstance(batches, Sized) else None
-    table, remaining, first_shapes = _start(prepared), iter(batches), ""
+    table, remaining, first_shapes = empty_table(prepared), iter(batches), ""
     if checkpoint is not None and resume and checkpoint.exists():
         table, remaining, first_shapes = _resume(checkpoint, key, table, batches, remaining)
     if progress is not None and table.batches:
@@ -159,12 +160,8 @@ def calibrate(
     last_save = time.monotonic()
     with ThreadPoolExecutor(1) as beside:
         for batch in remaining:
-            index = (first or 0) + table.batches
-            digest = beside.submit(_digest, batch)
-            _require_finite(batch, index, is_inf_legal=True)
-            _observe(prepared, batch, index, table, first_shapes)
-            first_shapes = first_shapes or _shapes(batch)
-            table = _counted(table, batch, digest.result())
+            table = observe(prepared, batch, table, first or 0, first_shapes, beside)
+            first_shapes = first_shapes or shapes_of(batch)
             if progress is not None:
                 progress(table.batches, total)
             if checkpoint is not None and time.monotonic() - last_save >= checkpoint_every_s:
@@ -177,8 +174,34 @@ def calibrate(
     return table
 
 
-def _start(prepared: ObservedModel) -> CalibrationTable:
+def empty_table(prepared: ObservedModel) -> CalibrationTable:
+    """The table before anything was observed."""
     return CalibrationTable({name: make_observer(spec) for name, spec in prepared.observed.items()}, 0, 0, "0" * 64)
+
+
+def observe(
+    prepared: ObservedModel,
+    batch: Batch,
+    table: CalibrationTable,
+    first: int = 0,
+    first_shapes: str = "",
+    beside: Executor | None = None,
+) -> CalibrationTable:
+    """The table after one more batch, whose observers are the given table's.
+
+    Args:
+        first: what errors count batches from.
+        first_shapes: `shapes_of` the first batch, for errors.
+        beside: what hashes the batch meanwhile.
+
+    Raises:
+        CalibrationError, DataError: as `calibrate`.
+    """
+    index = first + table.batches
+    digest = partial(_digest, batch) if beside is None else beside.submit(_digest, batch).result
+    _require_finite(batch, index, is_inf_legal=True)
+    _observe(prepared, batch, index, table, first_shapes)
+    return _counted(table, batch, digest())
 
 
 def _counted(table: CalibrationTable, batch: Batch, digest: str) -> CalibrationTable:
@@ -205,12 +228,12 @@ def _resume(
     else:
         if found_key != key:
             reason = "it belongs to another recipe"
-        elif _specs(table) != _specs(start):
+        elif specs_of(table) != specs_of(start):
             reason = "it observed other values"
         else:
             seen, shapes = replace(start, observers=table.observers), ""
             while seen.batches < table.batches and (batch := next(iterator, None)) is not None:
-                seen, shapes = _counted(seen, batch, _digest(batch)), shapes or _shapes(batch)
+                seen, shapes = _counted(seen, batch, _digest(batch)), shapes or shapes_of(batch)
             if seen == table:
                 notice = f"calibration resumed: {table.batches} batches were taken from the checkpoint {checkpoint}"
                 return replace(table, resumed_batches=table.batches, notices=(notice,)), iterator, shapes
@@ -224,7 +247,8 @@ def _resume(
     return replace(start, notices=(notice,)), iterator, ""
 
 
-def _specs(table: CalibrationTable) -> dict[str, ActivationSpec]:
+def specs_of(table: CalibrationTable) -> dict[str, ActivationSpec]:
+    """Value name → how it is observed."""
     return {name: observer.spec for name, observer in table.observers.items()}
 
 
@@ -262,7 +286,7 @@ def _observe(prepared: ObservedModel, batch: Batch, index: int, table: Calibrati
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        place, found = _place(batch, index), _shapes(batch)
+        place, found = _place(batch, index), shapes_of(batch)
         if found == first_shapes:
             raise CalibrationError(
                 f"calibration: the model failed on {place}, though batches of these shapes passed: {cause_line(error)}"
@@ -317,7 +341,7 @@ def require_complete(table: CalibrationTable, layers: Mapping[str, str]) -> None
         )
 
 
-def _shapes(batch: Batch) -> str:
+def shapes_of(batch: Batch) -> str:
     """Every input's shape without the batch dimension."""
     return ", ".join(f"{name} {list(x.shape[1:])}" for name, x in batch.named())
 
