@@ -12,7 +12,7 @@ import copy
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, overload
@@ -22,7 +22,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from quantflow.errors import ArtifactError, CaptureError, UsageError, first_line
+from quantflow.exchange import OnnxExport, write_onnx
 from quantflow.host.environment import environment
+from quantflow.ir.batch import as_batches
 from quantflow.ir.structure import CONSTANTS
 from quantflow.report import views
 from quantflow.runtimes import choose_runtime
@@ -80,6 +82,26 @@ class _Quantized(Fixed):
     def results(self) -> Mapping[str, Any]:
         """What was measured, as in results.json."""
         return self.record.results
+
+    def to_onnx(self, path: str | Path, batches: Iterable[Any] | None = None, *, verify: bool = True) -> OnnxExport:
+        """Write the int8 program as an ONNX file of QDQ nodes, which onnxruntime and OpenVINO run in int8.
+
+        Args:
+            batches: input like the real one, as `quantize` takes it, a few samples: sums that a residual is added to
+                are coded in the range that they have there. None: in the widest range that matters, which costs
+                accuracy where there are residuals.
+            verify: run the file with onnxruntime and compare it with the reference.
+
+        Returns:
+            What was written: nodes, float layers by name, SQNR of the comparison.
+
+        Raises:
+            UnavailableError: onnx or onnxruntime is not installed: pip install 'quantflow[onnx]'.
+            UsageError: an op has no form in ONNX; names the layer.
+            VerificationError: onnxruntime gives another result than the reference.
+        """
+        given = None if batches is None else list(as_batches(batches))
+        return write_onnx(self.record.program, path, given, verify=verify)
 
     def _devices(self, host: str) -> tuple[str, ...]:
         return tuple(dict.fromkeys((host, self.compiled.choice.device)))

@@ -44,6 +44,7 @@ TASKS: dict[Task, str] = {
     "evaluate": "float beside int8 again, from an artifact: artifact=DIR",
     "benchmark": "float and int8 interleaved again, from an artifact: artifact=DIR",
     "inspect": "what an artifact holds: artifact=DIR",
+    "export": "an artifact as ONNX, for onnxruntime and OpenVINO: artifact=DIR export.path=FILE",
     "report": "an artifact's report again: artifact=DIR",
     "compare": "what became worse, and in which layer: baseline=DIR candidate=DIR",
     "schema": "the JSON schema of recipe files, for editors",

@@ -23,6 +23,7 @@ from quantflow.schema.settings import (
     CompareSettings,
     DeviceSettings,
     EvaluateSettings,
+    ExportSettings,
     GatesSettings,
     ModeSettings,
     OutlierSettings,
@@ -37,11 +38,11 @@ from quantflow.schema.settings import (
 
 Task = Literal[
     "run", "plan", "evaluate", "benchmark", "inspect", "report", "compare", "sensitivity", "tune", "schema", "doctor",
-    "selftest",
+    "selftest", "export",
 ]  # fmt: skip
 #: Tasks that start from a model, and tasks that look at an artifact; the others look at this machine.
 BUILDING_TASKS = ("run", "plan", "sensitivity", "tune")
-ARTIFACT_TASKS = ("evaluate", "benchmark", "inspect", "report")
+ARTIFACT_TASKS = ("evaluate", "benchmark", "inspect", "report", "export")
 
 #: A layer pattern's value: the word float or int8, or what differs from `qconfig`.
 LayerChoice = Annotated[
@@ -114,6 +115,7 @@ class Recipe(Settings):
     gates: GatesSettings = GatesSettings()
     sweep: SweepSettings = SweepSettings()
     compare: CompareSettings = CompareSettings()
+    export: ExportSettings = ExportSettings()
     sensitivity: SensitivitySettings = SensitivitySettings()
     tune: TuneSettings = TuneSettings()
     report: ReportSettings = ReportSettings()

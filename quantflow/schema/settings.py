@@ -186,6 +186,13 @@ class TuneSettings(Settings):
     time_budget_s: Annotated[float, Field(gt=0, le=31_536_000)] = 600.0
 
 
+class ExportSettings(Settings):
+    """What `task=export` writes. `path`: None writes ARTIFACT.onnx beside the artifact's folder."""
+
+    format: Literal["onnx"] = "onnx"
+    path: PathText | None = None
+
+
 class CompareSettings(Settings):
     """Limits on how a candidate may differ from its baseline; null: not judged. Each has a meaning in `compare.GATES`.
 

@@ -43,7 +43,7 @@ def measure_again(recipe: Recipe, overrides: Sequence[str]) -> int:
     console = report.make_console(plain=recipe.report.plain)
     record = Record.load(recipe.artifact, operators=None)
     stored = Recipe.from_dict({**overlay(record.recipe, overrides), "task": "run", "artifact": None})
-    _require_own_code_named(stored, record, overrides)
+    require_own_code_named(stored, record, overrides)
     only = {
         "evaluate": stored.evaluate.model_copy(update={"enabled": recipe.task == "evaluate"}),
         "benchmark": stored.benchmark.model_copy(update={"enabled": recipe.task == "benchmark"}),
@@ -136,7 +136,7 @@ def _names(overrides: Sequence[str], section: str, field: str) -> bool:
     return any(key_of(override) in (section, f"{section}.{field}") for override in overrides)
 
 
-def _require_own_code_named(stored: Recipe, record: Record, overrides: Sequence[str]) -> None:
+def require_own_code_named(stored: Recipe, record: Record, overrides: Sequence[str]) -> None:
     """An artifact never makes its reader import code: the user names it again on the command line."""
     for section in ("model", "data"):
         spec = getattr(stored, section)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from quantflow.errors import EXIT_PASSED
 from quantflow.host.workers import rank_and_count
 from quantflow.schema import Recipe, Task
-from quantflow.tasks import artifact, compare, doctor, plan, run, schema, selftest, sensitivity
+from quantflow.tasks import artifact, compare, doctor, export, plan, run, schema, selftest, sensitivity
 
 TASKS: dict[Task, Callable[[Recipe, Sequence[str]], int]] = {
     "run": run.task,
@@ -17,6 +17,7 @@ TASKS: dict[Task, Callable[[Recipe, Sequence[str]], int]] = {
     "benchmark": artifact.measure_again,
     "inspect": artifact.inspect,
     "report": artifact.report_again,
+    "export": export.task,
     "compare": compare.task,
     "sensitivity": sensitivity.task,
     "doctor": doctor.task,
