@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "quantflow"
 #: `ls quantflow` stays readable, and so does each module.
-MOST_ENTRIES, MOST_LINES, MOST_LINES_OF_THE_ORDER = 24, 600, 120
+MOST_ENTRIES, MOST_LINES, MOST_LINES_OF_THE_ORDER = 25, 600, 120
 #: Made by builds and runs, not part of the source.
 MADE = {"__pycache__", "_native"}
 
