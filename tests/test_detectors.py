@@ -299,7 +299,22 @@ def backbone() -> nn.Module:
     return net
 
 
-def detector(detection: Any, kind: str) -> Any:
+def frozen() -> nn.Module:
+    """Stock detectors' kind: no bias, frozen statistics, and small images come to feature maps with sides of 1."""
+    from torchvision.ops import FrozenBatchNorm2d
+
+    def layer(i: int, o: int, stride: int) -> list[nn.Module]:
+        norm = FrozenBatchNorm2d(o)
+        for value in (norm.weight, norm.running_var):
+            value.uniform_(0.5, 2)
+        return [nn.Conv2d(i, o, 3, stride, 1, bias=False), norm, nn.ReLU()]
+
+    net = nn.Sequential(*layer(3, 16, 8), *layer(16, 64, 8))
+    net.out_channels = 64  # type: ignore[assignment]
+    return net
+
+
+def detector(detection: Any, kind: str, backbone: Any = backbone) -> Any:
     from torchvision.models.detection.anchor_utils import AnchorGenerator
     from torchvision.ops import MultiScaleRoIAlign
 
@@ -359,3 +374,14 @@ def test_torchvisions_detectors(detection: Any, kind: str, mode: str, tmp_path: 
     assert all(part["sqnr_in_model_db"] > 15 for part in model.results["parts"])
     model.save(tmp_path / "art")
     assert same(qf.load(tmp_path / "art", module=module)(other), found)
+
+
+@pytest.mark.parametrize("kind", ["FCOS", pytest.param("FasterRCNN", marks=pytest.mark.slow)])
+def test_frozen_statistics_and_feature_maps_with_a_side_of_1(detection: Any, kind: str) -> None:
+    module = detector(detection, kind, frozen)
+    model: Any = qf.quantize(module, [images((64, 64), (60, 120)), images((60, 60))])
+    assert list(model.parts) == PARTS[kind]
+    rows = [row for row in model.results["plan"] if row["name"].startswith("backbone")]
+    assert [(row["precision"], row["reason"]) for row in rows] == [("int8", "BatchNorm folded")] * 2
+    for other in (images((64, 64)), images((90, 50), (64, 120))):
+        assert [list(each) for each in model(other)] == [list(each) for each in module(other)]

@@ -143,6 +143,29 @@ def test_a_branch_on_a_size_is_held_to_the_sizes_that_take_it() -> None:
         model(torch.randn(4, 4, 8))
 
 
+class Narrow(nn.Module):
+    """AlexNet's kind: small images come to a size of 1 inside it, which torch.export takes for a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        conv, pool = nn.Conv2d(3, 8, 11, stride=4, padding=2), nn.MaxPool2d(3, 2)
+        self.features = nn.Sequential(conv, nn.ReLU(), pool, nn.Conv2d(8, 8, 5, padding=2), pool, pool)
+        self.pool, self.head = nn.AdaptiveAvgPool2d((2, 2)), nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.pool(self.features(x)).flatten(1))
+
+
+@pytest.mark.parametrize("other", [(96, 64), (72, 72)], ids=["one is larger inside", "all are 1 inside"])
+def test_sizes_that_come_to_1_inside_the_model(other: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    module = Narrow().eval()
+    model = qf.quantize(module, [torch.randn(2, 3, 64, 64), torch.randn(2, 3, *other)])
+    for height in (64, 72, 100, 131):
+        x = torch.randn(3, 3, height, 64)
+        assert sqnr_db(module(x).detach(), model(x)) > 8  # other sizes have other ranges
+
+
 class Table(nn.Module):
     """A table of positions as long as the model allows."""
 

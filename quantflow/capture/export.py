@@ -15,9 +15,9 @@ import torch
 from torch import fx, nn
 from torch.export.graph_signature import ConstantArgument, InputKind
 
-from quantflow.capture.export_sizes import described_input, limits_of, require_dynamic
-from quantflow.capture.place import class_name, last_line, line_of, packs_sequences
-from quantflow.capture.sizes import FIXED, Sizes
+from quantflow.capture.export_sizes import SizeNotFree, described_input, limits_of, require_dynamic
+from quantflow.capture.place import class_name, last_line, line_of, packs_sequences, solves_sizes
+from quantflow.capture.sizes import FIXED, Sizes, larger
 from quantflow.errors import CaptureError, DataError, first_line
 from quantflow.ir import activations
 from quantflow.ir.batch import Batch
@@ -59,16 +59,27 @@ def capture_export(
         CaptureError: torch.export refuses the model, or the model fixes a size that varies; the message carries the
             line of its code, and the other modes to try.
     """
-    graph = _captured(model, example, sizes, names)
-    if isinstance(model, torch.export.ExportedProgram):
-        return graph
+    if isinstance(model, torch.export.ExportedProgram) or not sizes:
+        return _captured(model, example, sizes, names)
     # torch.export takes a size of 1 for a constant, also one that a varying size comes to inside the model.
-    for other in sizes.others:
-        if not _takes(graph, other):
-            again = _captured(model, other, sizes, names)
-            if all(_takes(again, batch) for batch in (example, *sizes.others)):
-                return again
-    return graph
+    seen = (example, *sizes.others)
+    tried: list[Graph | SizeNotFree] = []
+    for batch in (*seen, larger(example, sizes.names)):
+        try:
+            graph = _captured(model, batch, sizes, names)
+        except SizeNotFree as error:
+            tried.append(error)
+            continue
+        except CaptureError:
+            if not tried:
+                raise
+            continue
+        if all(_takes(graph, each) for each in seen):
+            return graph
+        tried.append(graph)
+    if isinstance(tried[0], SizeNotFree):
+        raise tried[0]
+    return tried[0]
 
 
 def _takes(graph: Graph, batch: Batch) -> bool:
@@ -119,6 +130,11 @@ def _export(model: nn.Module, batch: Batch, sizes: Sizes = FIXED) -> torch.expor
                 + ", whose lengths are data; use mode=torchscript or mode=imperative, where that recurrent layer stays "
                 "float, or give the layer the padded batch and take each sequence's last step from its output with "
                 "torch.gather: then it runs in int8"
+            ) from error
+        if sizes and solves_sizes(error):
+            raise SizeNotFree(
+                f"mode: torch.export can't solve what {class_name(model)} asks of the sizes that vary: "
+                f"{first_line(error)}; use mode=torchscript or mode=imperative, or give it batches of one size"
             ) from error
         raise CaptureError(
             f"mode: torch.export can't capture {class_name(model)}: {first_line(error)}"

@@ -22,6 +22,10 @@ _SEEN = 400
 _TORCH = str(Path(torch.__file__).parent)
 
 
+class SizeNotFree(CaptureError):
+    """A size that should vary came out fixed, or torch.export can't solve what the code asks of it."""
+
+
 def described_input(
     node: fx.Node,
     value: torch.Tensor,
@@ -163,14 +167,14 @@ def require_dynamic(
 ) -> None:
     """
     Raises:
-        CaptureError: a size that varies in the data came out fixed; names the input, the dimension and the line.
+        SizeNotFree: a size that varies in the data came out fixed; names the input, the dimension and the line.
     """
     for at, dim in sizes.names:
         item = graph.inputs[at]
         size = item.shape[dim]
         if not isinstance(size, int):
             continue
-        raise CaptureError(
+        raise SizeNotFree(
             f"mode: the model fixes dimension {dim} of input '{item.keyword or item.name}' to {size}"
             f"{_why_fixed(program, sizes, model, size)}; give it batches of that size (cut or pad them), let the code "
             "read the size from x.shape, or say dynamic=none"

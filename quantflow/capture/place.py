@@ -38,6 +38,11 @@ def packs_sequences(error: BaseException) -> bool:
     )
 
 
+def solves_sizes(error: BaseException) -> bool:
+    """Whether an error came up where torch.export solves for the sizes that a model takes."""
+    return any("sympy" in Path(frame.f_code.co_filename).parts for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
 def _is_users(filename: str) -> bool:
     return not filename.startswith((_TORCH, _OWN, "<")) and "contextlib" not in filename
 

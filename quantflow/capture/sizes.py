@@ -123,6 +123,17 @@ def shorter(batch: Batch, named: Mapping[tuple[int, int], str]) -> Batch:
     return batch.replaced([cut(at, x) for at, x in enumerate(batch.tensors)])
 
 
+def larger(batch: Batch, named: Iterable[tuple[int, int]]) -> Batch:
+    """The batch repeated once along the dimensions that may vary."""
+
+    def grown(at: int, x: torch.Tensor) -> torch.Tensor:
+        for dim in (dim for tensor, dim in named if tensor == at):
+            x = torch.cat([x, x], dim)
+        return x
+
+    return batch.replaced([grown(at, x) for at, x in enumerate(batch.tensors)])
+
+
 def default_name(x: torch.Tensor, dim: int, taken: Iterable[str]) -> str:
     """ "height", "length_2": what a size is called that nobody named."""
     name = _IMAGE.get(x.dim(), {}).get(dim, "length") if x.is_floating_point() else "length"

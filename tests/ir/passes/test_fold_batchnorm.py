@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quantflow.capture import capture_export
+from quantflow.capture import capture_export, capture_torchscript
 from quantflow.ir.batch import Batch
 from quantflow.ir.graph import Graph, interpret, is_aten
 from quantflow.ir.passes.fold_batchnorm import fold_batch_norms
@@ -129,3 +130,48 @@ def test_the_caller_may_refuse(norm: nn.Module) -> None:
 
     assert norms(fold_batch_norms(graph, refuse)) == 1
     assert asked == [("linear", "norm")]
+
+
+class Frozen(nn.Module):
+    """Statistics and weights as buffers, as detectors hold them."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.zeros(channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        scale = self.weight * (self.running_var + 1e-5).rsqrt()  # type: ignore[operator]
+        return x * scale.reshape(shape) + (self.bias - self.running_mean * scale).reshape(shape)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    "linear", [nn.Conv2d(4, 6, 3, bias=False), nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(4, 6, 3)]
+)
+@pytest.mark.parametrize("capture", [capture_export, partial(capture_torchscript, method="trace")])
+def test_a_frozen_batch_norm_is_folded_as_any(linear: nn.Module, capture: Callable[..., Graph]) -> None:
+    x = torch.randn(2, 4, 9, 9)
+    model = Pair(linear, Frozen(6), direct).eval()
+    folded = fold_batch_norms(capture(model, Batch((x,))))
+    assert not any(is_aten(node, "mul", "add") for node in folded.fx.nodes)
+    assert [n.meta["batch_norm"] for n in folded.fx.nodes if "batch_norm" in n.meta] == ["norm"]
+    assert torch.allclose(interpret(folded, (x,)), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda linear, norm, x: linear(x) * norm.weight.reshape(1, -1, 1, 1),
+        lambda linear, norm, x: linear(x) * norm.weight.reshape(1, -1, 1, 1) + norm.bias,  # per column
+        lambda linear, norm, x: (lambda y: norm(y) + y)(linear(x)),
+        lambda linear, norm, x: linear(x) * norm.weight.reshape(1, -1, 1, 1) + x[:, :1, :6, :6],
+    ],
+    ids=["scale alone", "another dimension", "read twice", "no constant"],
+)
+def test_a_scale_and_shift_that_is_no_frozen_batch_norm_stays(forward: Callable[..., Any]) -> None:
+    x = torch.randn(2, 4, 8, 8)
+    model = Pair(nn.Conv2d(4, 6, 3), Frozen(6), forward).eval()
+    folded = fold_batch_norms(captured(model, x))
+    assert any(is_aten(node, "mul") for node in folded.fx.nodes)
+    assert torch.allclose(interpret(folded, (x,)), model(x), atol=1e-5)
