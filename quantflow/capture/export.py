@@ -61,9 +61,11 @@ def capture_export(
     """
     if isinstance(model, torch.export.ExportedProgram) or not sizes:
         return _captured(model, example, sizes, names)
-    # torch.export takes a size of 1 for a constant, also one that a varying size comes to inside the model.
+    # torch.export takes a size of 1 for a constant, also one that a varying size comes to inside the model. A graph that
+    # holds only while a size is 1 there is kept for want of a better one.
     seen = (example, *sizes.others)
     tried: list[Graph | SizeNotFree] = []
+    narrow: Graph | None = None
     for batch in (*seen, larger(example, sizes.names)):
         try:
             graph = _captured(model, batch, sizes, names)
@@ -75,8 +77,12 @@ def capture_export(
                 raise
             continue
         if all(_takes(graph, each) for each in seen):
-            return graph
+            if not any(limit.expression.endswith("== 1") for limit in graph.limits):
+                return graph
+            narrow = narrow or graph
         tried.append(graph)
+    if narrow is not None:
+        return narrow
     if isinstance(tried[0], SizeNotFree):
         raise tried[0]
     return tried[0]

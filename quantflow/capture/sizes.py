@@ -63,7 +63,10 @@ def find_sizes(setting: Any, batches: Sequence[Batch], tensors: Sequence[str]) -
         return Sizes(dict(sorted(varying.items())), tuple(others[:MOST_OTHERS]))
     named = _named(setting, shapes, tensors)
     found = find_sizes("auto", batches, tensors)
-    return Sizes({**found.names, **named}, found.others or (shorter(example, named),))
+    # What the data do not show to vary is shown by a batch cut there.
+    unseen = {at: name for at, name in named.items() if at not in found.names}
+    shown = (*found.others[: MOST_OTHERS - 1], shorter(example, unseen)) if unseen else found.others
+    return Sizes({**found.names, **named}, shown)
 
 
 def _differing(shapes: Sequence[torch.Size], batches: Iterable[Batch]) -> list[Batch]:
@@ -117,7 +120,8 @@ def shorter(batch: Batch, named: Mapping[tuple[int, int], str]) -> Batch:
         for dim in (dim for tensor, dim in named if tensor == at):
             size = x.shape[dim]
             step = next((s for s in (32, 16, 8, 4, 2) if size % s == 0 and size > s), 1)
-            x = x.narrow(dim, 0, max(1, -(-2 * size // (3 * step)) * step if size > step else size - 1))
+            kept = min(-(-2 * size // (3 * step)) * step, size - step) if size > step else size - 1
+            x = x.narrow(dim, 0, max(1, kept))
         return x
 
     return batch.replaced([cut(at, x) for at, x in enumerate(batch.tensors)])
