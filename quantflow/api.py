@@ -12,7 +12,7 @@ from torch import nn
 from quantflow.errors import Problem, RecipeError, UsageError, nearest
 from quantflow.executor.own_loop import Observation, ObservedModule
 from quantflow.executor.run import Run
-from quantflow.executor.source import Source, given
+from quantflow.executor.source import given
 from quantflow.host.place import CPU
 from quantflow.quantized import Quantized, QuantizedModule, QuantizedParts
 from quantflow.report import Progress, make_console

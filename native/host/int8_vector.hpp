@@ -115,7 +115,7 @@ struct PortableVector {
     }
     QF_INLINE Float to_float(Int v) { return __builtin_convertvector(v, Float); }
     QF_INLINE Int round(Float v) {  // half to even; |v| < 2^22
-        return (Int)(v + 12582912.0f) - (Int)set(12582912.0f);
+        return sub((Int)(v + 12582912.0f), (Int)set(12582912.0f));
     }
     QF_INLINE Float power_of_two(Int n) { return (Float)((n + 127) << 23); }
 

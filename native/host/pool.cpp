@@ -50,6 +50,7 @@ public:
                 continue;
             }
             const std::size_t from = d + spatial - 3;
+            if (y.dims[from + 2] > 1 << 22) throw Unsupported("a pool of more than 2**22 windows along one dimension");
             if (g.is_max) dilation_[d] = g.dilation[from];
             x_step_[d] = x.strides[from + 2];
             y_step_[d] = y.strides[from + 2];

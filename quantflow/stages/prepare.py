@@ -41,10 +41,14 @@ class Prepared:
     def at(self, place: torch.device) -> Prepared:
         """The same, computed on another device; the module is moved there."""
         module = self.observed_module
+        if module is not None:
+            from quantflow.stages.imperative import moved
+
+            module = moved(module, place)
         return replace(
             self,
             graph=self.graph.at(place) if module is None else self.graph,
-            observed_module=None if module is None else module.to(place),
+            observed_module=module,
             place=place,
         )
 

@@ -521,3 +521,18 @@ def test_every_shape_and_thread_is_right() -> None:
             assert sqnr_db(module(x), model(x)) > 20
         with torch.inference_mode():
             assert sqnr_db(module(x), model(x)) > 20
+
+
+def test_a_folded_batchnorm_is_known_after_it_was_moved() -> None:
+    # `to` another device makes new buffers, as another dtype does.
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    model = qf.quantize(net, [torch.randn(2, 3, 8, 8)], mode="imperative")
+    x = torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    norm = next(each for each in model.modules() if isinstance(each, nn.BatchNorm2d))
+    before = norm.running_mean
+    norm.double()
+    norm.float()
+    assert norm.running_mean is not before
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)

@@ -41,7 +41,8 @@ class Recording:
         self._lock = threading.Lock()
         self._done: Any = None
         interface = card.interface
-        stream = interface.Stream()
+        # PyTorch hands out few streams in turn: one of ordinary priority may be a caller's, which works meanwhile.
+        stream = interface.Stream(priority=-1)
         stream.wait_stream(interface.current_stream())
         with own_scratch() as self._scratch, interface.stream(stream):
             # Once outside: kernels compile, and scratch and tables are made in memory that stays.

@@ -15,6 +15,7 @@ from quantflow.stages.imperative.layers import (
     insert_observers,
     int8_calls,
     int8_layers,
+    moved,
     not_reached,
     put_in_place,
     run_module,
@@ -24,7 +25,6 @@ from quantflow.stages.imperative.layers import (
 )
 
 __all__ = [
-    "called_modules", "carry_over", "fixed_constants", "insert_observers", "int8_calls", "int8_layers", "moves",
-    "not_reached",
-    "put_in_place", "run_module", "run_observed", "swap_modules", "with_tensors",
+    "called_modules", "carry_over", "fixed_constants", "insert_observers", "int8_calls", "int8_layers", "moved",
+    "moves", "not_reached", "put_in_place", "run_module", "run_observed", "swap_modules", "with_tensors",
 ]  # fmt: skip

@@ -105,7 +105,7 @@ def swap_modules(
     for layer in swapped.modules():
         if type(layer) in _LAYERS and isinstance(layer._parameters.get("weight"), Weight):
             layer.__class__ = _int8_class(type(layer))
-        elif type(layer) in _NORMS and getattr(layer.running_mean, "folded_into", None) is not None:
+        elif type(layer) in _NORMS and _folded_into(layer) is not None:
             layer.__class__ = _folded_class(type(layer))
     for layer in swapped.modules():
         if has_chains(layer):
@@ -113,6 +113,19 @@ def swap_modules(
     for parameter in swapped.parameters():
         parameter.requires_grad_(False)
     return swapped
+
+
+def moved(module: nn.Module, place: torch.device) -> nn.Module:
+    """The module on another device, whose BatchNorms are still known for folded: `to` makes new buffers."""
+    folded = {each: call for each in module.modules() if (call := _folded_into(each)) is not None}
+    module.to(place)
+    for norm, call in folded.items():
+        norm.running_mean.folded_into = call  # type: ignore[union-attr]
+    return module
+
+
+def _folded_into(norm: nn.Module) -> UnitCall | None:
+    return getattr(norm._buffers.get("running_mean"), "folded_into", None)
 
 
 def put_in_place(module: nn.Module, swapped: nn.Module) -> None:
@@ -343,12 +356,18 @@ def _extra_repr(self: Any) -> str:
 def _folded_class(base: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
         if type(input) is Coded and not self.training:
-            mean = self._buffers.get("running_mean")
-            result = normed(input, getattr(mean, "folded_into", None), partial(base.forward, self))
+            result = normed(input, _folded_into(self), partial(base.forward, self))
             if result is not NotImplemented:
                 return result  # type: ignore[no-any-return]
         return super(type(self), self).forward(input)  # type: ignore[no-any-return]
 
-    folded = type(f"Folded{base.__name__}", (base,), {"forward": forward, "__module__": __name__, **_COPIED})
+    def moved(self: Any, fn: Any, recurse: bool = True) -> Any:
+        call = _folded_into(self)
+        base._apply(self, fn, recurse)
+        self.running_mean.folded_into = call  # in a new buffer, maybe
+        return self
+
+    members = {"forward": forward, "_apply": moved, "__module__": __name__, **_COPIED}
+    folded = type(f"Folded{base.__name__}", (base,), members)
     NORMS[folded] = base
     return folded
