@@ -956,6 +956,8 @@ void gemm_lines(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 
     job.runs = g.is_windowed ? g.runs : 1;
     job.sums_row = kColumns;
     job.steps = g.quads / job.runs;
+    // The tiles of one panel together fetch the next one.
+    job.ahead_step = (4 * kColumns + count - 1) / count;
     // With vector registers one panel after the other: its weights stay in the L1 cache.
     const i64 panel_bytes = g.quads * 4 * kColumns, block = kDepth > 1 ? panels_at_a_time(panel_bytes, panels) : 1;
     std::int32_t* sums = reinterpret_cast<std::int32_t*>(scratch + s.sums);
@@ -975,10 +977,8 @@ void gemm_lines(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 
                 job.start = g.start + padded;
                 job.sums = sums + (is_second ? Tiling::kPieces * kRows * kColumns : 0);
                 is_second = !is_second;
-                if constexpr (kDepth == 1) {
-                    // The tiles of one panel together fetch the next one.
+                if (kDepth == 1) {
                     job.ahead = job.w + panel_bytes + panel_bytes * i / count;
-                    job.ahead_step = (4 * kColumns + count - 1) / count;
                 } else if (g.row_start != nullptr) {
                     start_rows(g, padded, pieces + i, together, job.sums);
                     job.start = job.sums;
