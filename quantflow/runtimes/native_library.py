@@ -22,7 +22,7 @@ from quantflow.errors import ArtifactError, UnavailableError
 from quantflow.host.environment import cache_folder
 from quantflow.host.forks import in_forked_child, lock
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 UNSUPPORTED = 2
 MAX_RANK = 16
 _CAPACITY = 4096

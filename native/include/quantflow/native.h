@@ -14,7 +14,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-#define QF_ABI_VERSION 1
+#define QF_ABI_VERSION 2
 #define QF_ERROR 1
 #define QF_UNSUPPORTED 2 /* no kernel here; the text begins with "node INDEX: " */
 
