@@ -376,12 +376,30 @@ def test_torchvisions_detectors(detection: Any, kind: str, mode: str, tmp_path: 
     assert same(qf.load(tmp_path / "art", module=module)(other), found)
 
 
-@pytest.mark.parametrize("kind", ["FCOS", pytest.param("FasterRCNN", marks=pytest.mark.slow)])
-def test_frozen_statistics_and_feature_maps_with_a_side_of_1(detection: Any, kind: str) -> None:
-    module = detector(detection, kind, frozen)
+@pytest.mark.slow
+def test_frozen_statistics_in_a_detector(detection: Any) -> None:
+    module = detector(detection, "FasterRCNN", frozen)
     model: Any = qf.quantize(module, [images((64, 64), (60, 120)), images((60, 60))])
-    assert list(model.parts) == PARTS[kind]
+    assert list(model.parts) == PARTS["FasterRCNN"]
     rows = [row for row in model.results["plan"] if row["name"].startswith("backbone")]
     assert [(row["precision"], row["reason"]) for row in rows] == [("int8", "BatchNorm folded")] * 2
     for other in (images((64, 64)), images((90, 50), (64, 120))):
         assert [list(each) for each in model(other)] == [list(each) for each in module(other)]
+
+
+class Small(Finder):
+    """Images come to feature maps with sides of 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 16, 3, 8, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 8, 1), nn.ReLU())
+
+
+@pytest.mark.parametrize("mode", ["export", "torchscript"])
+def test_feature_maps_with_a_side_of_1(mode: str) -> None:
+    module = finder(Small)
+    model: Any = qf.quantize(module, [images((64, 64), (60, 120)), images((60, 60))], mode=mode)
+    assert list(model.parts) == ["backbone", "head"]
+    for other in (images((64, 64)), images((190, 50), (64, 320), (130, 130))):
+        found, wanted = model(other), module(other)
+        assert [(list(each), each["size"]) for each in found] == [(list(each), each["size"]) for each in wanted]

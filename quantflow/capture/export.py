@@ -61,8 +61,8 @@ def capture_export(
     """
     if isinstance(model, torch.export.ExportedProgram) or not sizes:
         return _captured(model, example, sizes, names)
-    # torch.export takes a size of 1 for a constant, also one that a varying size comes to inside the model. A graph
-    # that holds only while a size is 1 there is kept for want of a better one.
+    # torch.export takes a size of 1 for a constant, also one that a varying size comes to inside the model.
+    # A graph that holds only while a size is 1 there is kept for want of a better one.
     seen = (example, *sizes.others)
     tried: list[Graph | SizeNotFree] = []
     narrow: Graph | None = None

@@ -274,12 +274,10 @@ def all_of_images(part: nn.Module, recorded: Sequence[Batch]) -> dict[str, dict[
         return {}
     maps = [(name, x) for name, x in zip(tensor_names(part, example), example.tensors, strict=True) if _is_map(x)]
     sides = ("depth", "height", "width")
-    found = {
-        # No capture lets vary what is 1 in its example.
-        name: {d: sides[d - x.dim()] + (f"_{at + 1}" if at else "") for d in range(2, x.dim()) if x.shape[d] > 1}
+    return {
+        name: {d: sides[d - x.dim()] + (f"_{at + 1}" if at else "") for d in range(2, x.dim())}
         for at, (name, x) in enumerate(maps)
     }
-    return {name: dims for name, dims in found.items() if dims}
 
 
 def _is_map(x: torch.Tensor) -> bool:

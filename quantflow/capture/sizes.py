@@ -114,14 +114,16 @@ def _named(
 
 
 def shorter(batch: Batch, named: Mapping[tuple[int, int], str]) -> Batch:
-    """The batch cut to about two thirds along the dimensions that may vary; even sizes stay even."""
+    """The batch cut to about two thirds along the dimensions that may vary; even sizes stay even, and 1 becomes 2."""
 
     def cut(at: int, x: torch.Tensor) -> torch.Tensor:
         for dim in (dim for tensor, dim in named if tensor == at):
-            size = x.shape[dim]
+            if (size := x.shape[dim]) == 1:
+                x = torch.cat([x, x], dim)
+                continue
             step = next((s for s in (32, 16, 8, 4, 2) if size % s == 0 and size > s), 1)
             kept = min(-(-2 * size // (3 * step)) * step, size - step) if size > step else size - 1
-            x = x.narrow(dim, 0, max(1, kept))
+            x = x.narrow(dim, 0, kept)
         return x
 
     return batch.replaced([cut(at, x) for at, x in enumerate(batch.tensors)])

@@ -113,3 +113,15 @@ def test_results_of_other_versions_are_not_kept(tmp_path: Path) -> None:
 
 def test_the_page_has_every_column() -> None:
     assert "| " + " | ".join(COLUMNS) + " |" in (Path(__file__).parents[2] / "docs/models.md").read_text()
+
+
+def test_modes_that_differ_are_named() -> None:
+    table = Table(None, MACHINE)
+    for name, layers, db in (("timm a", "2 of 2", 30.0), ("timm b", "2 of 2", 28.5), ("timm c", "1 of 2", 30.5)):
+        table.fill(name, "export", lambda: RIGHT)
+        table.fill(name, "imperative", lambda layers=layers, db=db: Result("ok", "", layers, db))
+    table.fill("timm d", "imperative", lambda: RIGHT)
+    assert table.unlike() == [
+        "timm b: 28.5 dB to float in imperative mode, 30.0 in export",
+        "timm c: 1 of 2 in int8 in imperative mode, 2 of 2 in export",
+    ]
