@@ -16,6 +16,7 @@ from quantflow.ir.binding import bind
 from quantflow.ir.graph import Graph, float_leaves, interpret
 from quantflow.ir.structure import plain
 from quantflow.numerics.measures import sqnr_db
+from quantflow.runtimes import card
 
 #: The float model on a card is the CPU's up to float32's rounding, which deep models amplify.
 LEAST_DB = 60.0
@@ -52,6 +53,12 @@ def with_place(run: Run, batch: Batch, graph: Graph | None = None) -> tuple[Run,
     if not why:
         return replace(run, place=place), ""
     return run, f"calibration, evaluation and the float model run on the CPU, as the model does not on {place}: {why}"
+
+
+def card_section(run: Run) -> dict[str, Any]:
+    """The results' `card` section, where the run is on one."""
+    found = card(run.choice.device)
+    return {"card": {**found, "calibration, evaluation and float on": str(run.place)}} if found else {}
 
 
 def _numbers(output: Any) -> list[torch.Tensor]:

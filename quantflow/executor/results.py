@@ -17,6 +17,7 @@ from quantflow.errors import NothingQuantizedError
 from quantflow.executor.built import Built
 from quantflow.executor.contest import notices_of
 from quantflow.executor.measure import measure
+from quantflow.executor.placed import card_section
 from quantflow.executor.run import Run
 from quantflow.executor.source import Source, cut
 from quantflow.host.environment import environment
@@ -26,7 +27,7 @@ from quantflow.ir.graph import interpret
 from quantflow.ir.plan import Plan
 from quantflow.ir.program import Program
 from quantflow.quantized import Quantized, as_script
-from quantflow.runtimes import Choice, card
+from quantflow.runtimes import Choice
 from quantflow.schema import Recipe
 from quantflow.stages import benchmark as timing
 from quantflow.stages.evaluate import evaluate
@@ -98,7 +99,7 @@ def finished(
 
 def opening(run: Run, plan: Plan, program: Program) -> dict[str, Any]:
     """What the results say before anything is measured."""
-    return {**of_run(run), "plan": plan.to_json()["rows"], "graph": fused_graph(program)}
+    return {**of_run(run), **card_section(run), "plan": plan.to_json()["rows"], "graph": fused_graph(program)}
 
 
 def of_run(run: Run) -> dict[str, Any]:
@@ -119,13 +120,7 @@ def of_run(run: Run) -> dict[str, Any]:
         "mode": recipe.mode.kind,
         "device": choice.device,
         "runtime": _runtime_section(choice),
-    } | _card(run)
-
-
-def _card(run: Run) -> dict[str, Any]:
-    """The `card` section, where the run is on one."""
-    found = card(run.choice.device)
-    return {"card": {**found, "calibration, evaluation and float on": str(run.place)}} if found else {}
+    }
 
 
 def _runtime_section(choice: Choice) -> dict[str, Any]:
