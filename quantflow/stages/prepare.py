@@ -40,6 +40,8 @@ class Prepared:
 
     def at(self, place: torch.device) -> Prepared:
         """The same, computed on another device; the module is moved there."""
+        if place == self.place:
+            return self
         module = self.observed_module
         if module is not None:
             from quantflow.stages.imperative import moved
