@@ -20,6 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from quantflow.config.compose import JOB_NAME, VERSION_BASE, compose, kinds_of, plain, prepare
+from quantflow.config.foreign import require_named, strangers
 from quantflow.config.overrides import OWN, key_of, requested_recipe
 from quantflow.config.recipe_file import shipped
 from quantflow.config.wording import explained
@@ -67,11 +68,11 @@ def run_app(arguments: Sequence[str], job: Callable[[Job], Any], sweep: Path | N
     Raises:
         RecipeError: the command line can't be composed.
     """
-    prepared = prepare(_ordered(arguments))
+    prepared, places = prepare(_ordered(arguments)), strangers(_ordered(arguments))
     name = requested_recipe(prepared)
 
     def run_one(cfg: DictConfig) -> Any:
-        return job(_job(cfg, sweep))
+        return job(_job(cfg, sweep, places))
 
     if sweep is not None:
         prepared[:0] = _sweeper_arguments(prepared, sweep)
@@ -107,7 +108,7 @@ def sweep_folder(arguments: Sequence[str]) -> Path:
     return Path("outputs", "multirun", f"{name[:60]}-{digest}")
 
 
-def _job(cfg: DictConfig, sweep: Path | None) -> Job:
+def _job(cfg: DictConfig, sweep: Path | None, places: Sequence[str]) -> Job:
     """The job that Hydra runs; inside a sweep its output goes to a folder of its own."""
     running = HydraConfig.get()
     overrides = tuple(override.removesuffix(OWN) for override in running.overrides.task)
@@ -115,6 +116,7 @@ def _job(cfg: DictConfig, sweep: Path | None) -> Job:
     number = int(running.job.num) if sweep is not None else 0
     with explained(name, running.overrides.task, kinds_of):
         settings = plain(cfg)
+    require_named(settings, overrides, places, name)
     if sweep is not None:
         settings["output"] = str(Path(settings.get("output") or sweep) / str(number))
     return Job(name, settings, overrides, number, running.runtime.choices["hydra/launcher"] == "basic")

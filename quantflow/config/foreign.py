@@ -1,4 +1,4 @@
-"""Settings in somebody's `--config-dir`, looked at before Hydra composes them: none may make it build objects.
+"""Settings of somebody else: none may make Hydra build objects, and none names code that is then run.
 
 Hydra instantiates what its own configuration names (callbacks, launchers, sweepers), wherever in the configuration a
 file puts it. So a file in a `--config-dir` holds settings, and says nothing of Hydra.
@@ -7,15 +7,18 @@ file puts it. So a file in a `--config-dir` holds settings, and says nothing of 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from quantflow.config.recipe_file import checked_events
+from quantflow.config.overrides import key_of
+from quantflow.config.recipe_file import checked_events, config_dirs
 from quantflow.errors import Problem, RecipeError
 
+#: Kinds of models whose file is a program.
+RUN_FROM_FILE = ("scriptmodule", "exported")
 #: What Hydra instantiates.
 TARGETS = ("_target_", "_partial_", "_recursive_", "_convert_")
 _HYDRA = re.compile(r"(?<![\w.-])hydra(?![\w-])")
@@ -39,6 +42,54 @@ def check_config_dirs(folders: Sequence[Path], name: str) -> None:
                 problems.append(Problem(str(file), "Hydra's own settings belong on the command line"))
             elif reason := _reason(file):
                 problems.append(Problem(str(file), reason))
+    if problems:
+        raise RecipeError(name, problems)
+
+
+def strangers(arguments: Sequence[str]) -> list[str]:
+    """What the command line takes settings from that is not the user's own.
+
+    Recipe files and `--config-dir`s outside the working folder, links followed, and Hydra's search path.
+    """
+    here, found = Path.cwd().resolve(), []
+    files = []
+    for argument in arguments:
+        value = argument.partition("=")[2]
+        if key_of(argument) == "recipe":
+            files += [word for word in (value, *value.split(",")) if Path(word).expanduser().is_file()]
+        if key_of(argument) == "hydra.searchpath":
+            found.append(argument)
+    for place in (*files, *map(str, config_dirs(arguments))):
+        if not Path(place).expanduser().resolve().is_relative_to(here):
+            found.append(place)
+    return list(dict.fromkeys(found))
+
+
+def require_named(settings: Mapping[str, Any], overrides: Sequence[str], places: Sequence[str], name: str) -> None:
+    """Code and model files that are programs run when the command line names them, or a recipe of the working folder.
+
+    Args:
+        settings: what was composed, in part from `places`, which are somebody else's.
+
+    Raises:
+        RecipeError: they name such code; says how to have it run.
+    """
+    if not places:
+        return
+    named, problems = {key_of(override) for override in overrides}, []
+    for section, kinds, field in (("model", ("entry",), "entry"), ("data", ("entry",), "entry"),
+                                  ("model", RUN_FROM_FILE, "path")):  # fmt: skip
+        spec = settings.get(section)
+        if not isinstance(spec, Mapping) or spec.get("kind") not in kinds or f"{section}.{field}" in named:
+            continue
+        what = "code" if field == "entry" else "a model file that is a program"
+        problems.append(
+            Problem(
+                f"{section}.{field}",
+                f"{', '.join(places)} is not in the working folder and names {what} ({spec.get(field)!r}), which is "
+                f"not run unless you say so: add {section}.{field}={spec.get(field)}",
+            )
+        )
     if problems:
         raise RecipeError(name, problems)
 

@@ -12,6 +12,7 @@ from rich.text import Text
 from quantflow import report
 from quantflow.analysis.baseline import beside
 from quantflow.config.compose import overlay
+from quantflow.config.foreign import RUN_FROM_FILE
 from quantflow.config.overrides import key_of
 from quantflow.errors import EXIT_GATE, EXIT_PASSED, ArtifactError, UsageError, VerificationError, first_line
 from quantflow.executor.contest import notices_of
@@ -32,9 +33,6 @@ from quantflow.stages.gates import FAILED
 from quantflow.stages.record import Record
 from quantflow.store.artifact import RESULTS, add_files
 from quantflow.tasks.run import named_baseline
-
-#: Kinds of models whose file PyTorch runs.
-RUN_FROM_FILE = ("scriptmodule", "exported")
 
 
 def measure_again(recipe: Recipe, overrides: Sequence[str]) -> int:

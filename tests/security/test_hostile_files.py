@@ -251,6 +251,70 @@ def test_an_artifacts_model_file_is_not_run_unless_it_is_named(
     assert cli.run(["task=evaluate", "artifact=art", *model]) == 0
 
 
+# --- code that somebody else's recipe names
+
+CODE = "from torch import nn\nopen('ran', 'w').close()\n\ndef net():\n    return nn.Linear(4, 2)\n"
+NAMES_CODE = """
+model: {kind: entry, entry: "theirs:net"}
+data: {kind: random, shape: [[4]], calibration: 2, evaluation: 2}
+benchmark: {enabled: false}
+"""
+
+
+@pytest.fixture
+def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of somebody else's beside the working folder, which holds the module that its files name."""
+    for name in ("mine", "theirs/recipe", "theirs/model"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "mine" / "theirs.py").write_text(CODE)
+    (tmp_path / "theirs" / "recipe" / "given.yaml").write_text(NAMES_CODE)
+    (tmp_path / "theirs" / "model" / "given.yaml").write_text("kind: entry\nentry: theirs:net\n")
+    monkeypatch.chdir(tmp_path / "mine")
+    monkeypatch.syspath_prepend(str(tmp_path / "mine"))
+    monkeypatch.delitem(sys.modules, "theirs", raising=False)
+    return tmp_path / "theirs"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["recipe=../theirs/recipe/given.yaml"],
+        ["recipe=given", "--config-dir", "../theirs"],
+        ["model=given", "data=random", "data.shape=[[4]]", "data.calibration=2", "data.evaluation=2", "--config-dir",
+         "../theirs"],
+        ["recipe=linked.yaml"],
+        ["-m", "recipe=../theirs/recipe/given.yaml", "qconfig=sym_int8,affine_int8"],
+    ],
+    ids=["file", "config-dir", "group", "link", "sweep"],
+)  # fmt: skip
+def test_code_that_somebody_elses_recipe_names_is_named_again(
+    apart: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("linked.yaml").symlink_to(apart / "recipe" / "given.yaml")
+    assert cli.run(["task=plan", *words]) != 0
+    assert "is not run unless you say so: add model.entry=theirs:net" in " ".join(capsys.readouterr().err.split())
+    assert not Path("ran").exists()
+    if "-m" not in words:
+        assert cli.run(["task=plan", "model.entry=theirs:net", *words]) == 0
+        assert Path("ran").exists()
+
+
+def test_a_model_file_that_somebody_elses_recipe_names_is_named_again(
+    apart: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.jit.save(torch.jit.script(nn.Linear(4, 2).eval()), "m.pt")
+    recipe = apart / "recipe" / "file.yaml"
+    recipe.write_text(NAMES_CODE.replace('kind: entry, entry: "theirs:net"', "kind: scriptmodule, path: m.pt"))
+    assert cli.run(["task=plan", f"recipe={recipe}"]) == 2
+    assert "names a model file that is a program ('m.pt')" in " ".join(capsys.readouterr().err.split())
+    assert cli.run(["task=plan", f"recipe={recipe}", "model.path=m.pt"]) == 0
+
+
+def test_code_that_a_recipe_of_the_working_folder_names_is_run(apart: Path) -> None:
+    Path("own.yaml").write_text((apart / "recipe" / "given.yaml").read_text())
+    assert cli.run(["task=plan", "recipe=own.yaml"]) == 0
+
+
 # --- settings
 
 RECIPE = """
