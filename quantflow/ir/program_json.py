@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -117,20 +118,32 @@ def _input_from_json(data: Any) -> Input:
     name, keyword, dtype, shape = str(data["name"]), data["keyword"], data["dtype"], tuple(data["shape"])
     if keyword is not None and not isinstance(keyword, str):
         raise ValueError(f"input {name!r}: keyword {keyword!r} is not a name")
+    if not _is_name(name):
+        raise ValueError(f"input {name!r} is called what is no name")
     if dtype not in _DTYPES:
         raise ValueError(f"input {name!r}: dtype {dtype!r} is not known")
-    legal = (size is None or isinstance(size, str) or (isinstance(size, int) and size >= 0) for size in shape)
+    legal = (
+        size is None or (_is_name(size) if isinstance(size, str) else type(size) is int and size >= 0) for size in shape
+    )
     if not all(legal):
         raise ValueError(f"input {name!r}: shape {shape} is not made of sizes")
     return Input(name, keyword, dtype, shape)
 
 
+def _is_name(text: str) -> bool:
+    """Printable, so that a message shows it and a C string holds all of it."""
+    return bool(text) and text.isprintable()
+
+
 def _value_from_json(data: Any) -> Value:
     if data["dtype"] not in ACTIVATION_RANGE:
         raise ValueError(f"dtype {data['dtype']!r} is not int8 or uint8")
-    if not isinstance(data["zero_point"], int):
+    if type(data["zero_point"]) is not int:
         raise ValueError(f"zero_point {data['zero_point']!r} is not an integer")
     qparams = QParams(data["dtype"], float(data["scale"]), data["zero_point"])
+    # Kernels hold it so.
+    if not 0 < ctypes.c_float(qparams.scale).value < math.inf:
+        raise ValueError(f"scale must be positive and finite in float32, got {qparams.scale}")
     if data["is_nonnegative"] and (qparams.dtype, qparams.zero_point) != ("int8", 0):
         raise ValueError("only a symmetric int8 value can be is_nonnegative")
     return Value(qparams, bool(data["is_nonnegative"]))
@@ -166,6 +179,8 @@ def _node_from_json(data: Any) -> Node:
                 f"node {data['name']!r}: epilogue {given['kind']!r} with {len(values)} numbers is not known"
             )
         epilogue = Epilogue(given["kind"], values)
+    if not _is_name(str(data["output"])):
+        raise ValueError(f"node {data['name']!r}: its output {data['output']!r} is called what is no name")
     return Node(
         name=str(data["name"]),
         op=data["op"],

@@ -15,6 +15,7 @@ from quantflow.errors import ArtifactError
 from quantflow.ir.activations import Epilogue, apply_epilogue
 from quantflow.ir.aten_policy import aten_op
 from quantflow.ir.graph import SIZE_FUNCTIONS
+from quantflow.ir.op_table import MAX_ELEMENTS
 from quantflow.ir.ops import COMPUTING_OPS, LINEAR_OPS
 from quantflow.ir.program import Node, Program, Ref, TensorRef, substitute
 from quantflow.ir.recurrence import STATE_STEPS, initial, reach, state_codes, steps
@@ -93,7 +94,14 @@ def run_node(program: Program, node: Node, values: Mapping[str, Any]) -> Any:
         case "size" if node.target in SIZE_FUNCTIONS:
             return _size(node.target, args)
         case _:
-            return aten_op(node.target)(*args, **kwargs)
+            found = aten_op(node.target)(*args, **kwargs)
+            # Sizes that the program computes are known only now; an expansion of any size takes no memory yet.
+            if isinstance(found, torch.Tensor) and found.numel() > MAX_ELEMENTS:
+                raise ArtifactError(
+                    f"layer {node.name} ({node.target}): a tensor of {found.numel()} elements; "
+                    f"{MAX_ELEMENTS} are possible"
+                )
+            return found
 
 
 def handed_on(program: Program, node: Node, values: Mapping[str, Any], found: torch.Tensor) -> torch.Tensor:

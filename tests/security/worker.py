@@ -67,7 +67,10 @@ def compute(data: dict[str, Any]) -> str:
         program = Program.from_json(data, tensors)
     except QuantflowError as error:
         return f"refused {str(error)[:200]!r}"
-    values = [given.get(item.name, torch.zeros([2 if s is None else s for s in item.shape])) for item in program.inputs]
+    values = [
+        given.get(item.name, torch.zeros([s if isinstance(s, int) else 2 for s in item.shape]))
+        for item in program.inputs
+    ]
     results = []
     for make in (ReferenceRunner, NativeRunner):
         try:
