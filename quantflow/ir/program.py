@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -88,7 +89,12 @@ class Node:
 
     def refs(self) -> Iterator[str]:
         """The values it reads."""
-        yield from referenced_values((self.args, tuple(self.kwargs.values())))
+        return iter(self._refs)
+
+    @cached_property
+    def _refs(self) -> tuple[str, ...]:
+        # Loading a program asks for them several times per node.
+        return tuple(referenced_values((self.args, tuple(self.kwargs.values()))))
 
     @property
     def fused_name(self) -> str:
