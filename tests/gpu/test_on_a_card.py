@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -182,7 +183,14 @@ def test_floats_in_half_precision(floats: str, least: float) -> None:
     assert sqnr_db(expected, first) > least
     for _ in range(3):
         assert torch.equal(half(x.cuda()), first)
-    assert qf.quantize(net, [x], device="cuda", policy={"float": "auto"}).results["runtime"]["float"] == "bfloat16"
+    decided = qf.quantize(net, [x], device="cuda", policy={"float": "auto"}).results["runtime"]
+    assert re.fullmatch(
+        r"policy\.float=auto: .* dB to the float model in bfloat16, .* dB in float32", decided["float_reason"]
+    )
+    half_db, full_db = map(float, re.findall(r"([\d.]+) dB", decided["float_reason"]))
+    assert (decided["float"] == "bfloat16") is (half_db >= full_db - 1) or abs(
+        half_db - full_db + 1
+    ) < 0.2  # as printed
 
 
 def test_what_can_not_be_recorded_still_runs() -> None:
