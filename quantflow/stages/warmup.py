@@ -32,6 +32,7 @@ LEAST_HALF_DB = 10.0
 FLOAT_TOLERANCE = 1e-4
 #: Which codes are moved to see whether a model amplifies single steps.
 STEP_EVERY = 97
+STEP_MARGIN_DB = 3.0
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,10 @@ def _require_whole_equals_parts(compiled: Compiled, batch: Batch) -> None:
     parts, whole = resolve(program, program.output, values), compiled.runner(inputs)
     least = LEAST_HALF_DB if compiled.runner.halves else LEAST_WHOLE_DB
     for (path, expected), (_, actual) in zip(tensors(parts), tensors(whole), strict=True):
-        if not _sqnr_db(expected, actual) >= least:
+        found = _sqnr_db(expected, actual)
+        # Float results of a fused kernel differ in the last bits. What a model makes of a code that this moves is what
+        # it makes of any.
+        if not found >= least and not found >= _stepped_db(compiled, batch, parts)[0] - STEP_MARGIN_DB:
             raise VerificationError(
                 f"{path}: the compiled program gives another result than its layers one by one; runtime "
                 f"{compiled.choice.runtime.name} must not be used: try {ASKED_FOR}, and report this"
@@ -175,6 +179,15 @@ def _sqnr_db(expected: torch.Tensor, actual: torch.Tensor) -> float:
 
 def _why(compiled: Compiled, batch: Batch, reference: Any, bound_db: float, differences: int) -> str:
     """What a few single rounding steps in the first codes alone do to the reference's output."""
+    left, moved = _stepped_db(compiled, batch, reference)
+    tried = f"one step in every {STEP_EVERY}th code of {moved} alone leaves the reference {left:.1f} dB"
+    if left < bound_db:
+        return f": this model amplifies single rounding steps ({tried})"
+    return f": {differences} codes differ over all layers, and add up ({tried}); {ASKED_FOR} computes the other result"
+
+
+def _stepped_db(compiled: Compiled, batch: Batch, reference: Any) -> tuple[float, str]:
+    """SQNR of the reference runtime to itself after single steps in the codes of one activation, and which one."""
     program, moved = compiled.program, ""
 
     def move(node: Node, values: Mapping[str, Any]) -> None:
@@ -191,11 +204,7 @@ def _why(compiled: Compiled, batch: Batch, reference: Any, bound_db: float, diff
 
     stepped = Specification(program)(bind(program, batch.args, batch.kwargs), move)
     pairs = zip(tensors(reference), tensors(stepped), strict=True)
-    left = min((_sqnr_db(a, b) for (_, a), (_, b) in pairs if a.is_floating_point()), default=math.inf)
-    tried = f"one step in every {STEP_EVERY}th code of {moved} alone leaves the reference {left:.1f} dB"
-    if left < bound_db:
-        return f": this model amplifies single rounding steps ({tried})"
-    return f": {differences} codes differ over all layers, and add up ({tried}); {ASKED_FOR} computes the other result"
+    return min((_sqnr_db(a, b) for (_, a), (_, b) in pairs if a.is_floating_point()), default=math.inf), moved
 
 
 def _verify(

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
 import quantflow as qf
+from quantflow.errors import VerificationError
 from quantflow.ir.batch import Batch
 from quantflow.runtimes.specification import Specification
 from quantflow.stages import warmup
+from quantflow.stages.compile import Compiled
+
+
+def made(runtime: str) -> tuple[Compiled, torch.Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 12, 12)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    return qf.quantize(net, [x], runtime=runtime).compiled, x
 
 
 def why(bound_db: float) -> str:
-    torch.manual_seed(0)
-    x = torch.randn(4, 3, 12, 12)
-    model = qf.quantize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), [x], runtime="reference")
-    compiled = model.compiled
+    compiled, x = made("reference")
     return warmup._why(compiled, Batch((x,)), Specification(compiled.program)([x]), bound_db, 12)
 
 
@@ -25,3 +32,20 @@ def test_single_steps_are_blamed_only_where_they_do_it() -> None:
     assert "amplifies" not in text
     assert text.startswith(": 12 codes differ over all layers, and add up (one step in every 97th code of ")
     assert "runtime=reference" in text
+
+
+def test_a_whole_program_may_differ_by_what_single_steps_make_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, x = made("torch")
+    y = compiled.runner([x])
+    stepped_db, _ = warmup._stepped_db(compiled, Batch((x,)), y)
+
+    def differing(db: float) -> None:
+        noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+        noise *= y.norm() / noise.norm() * 10 ** (-db / 20)
+        monkeypatch.setattr(type(compiled.runner), "__call__", lambda *_: y + noise)
+        warmup._require_whole_equals_parts(compiled, Batch((x,)))
+
+    monkeypatch.setattr(warmup, "LEAST_WHOLE_DB", 100.0)
+    differing(stepped_db + 1)
+    with pytest.raises(VerificationError, match="another result than its layers one by one"):
+        differing(stepped_db - 6)
