@@ -31,6 +31,9 @@ from quantflow.stages.refined import Refined
 #: Below this an op alone is named in a notice: it would bound the whole model's accuracy.
 LOW_DB = 20.0
 
+#: What an int8 join costs is measured on at most this many samples: all operands are held at once.
+JOIN_SAMPLES = 8
+
 
 @dataclass(frozen=True)
 class Join:

@@ -11,7 +11,7 @@ import torch
 from quantflow.errors import VerificationError, cause_line
 from quantflow.exchange.onnx_writer import Writer, onnx_package, onnxruntime_package
 from quantflow.ir.ops import COMPUTING_OPS
-from quantflow.runtimes.reference import run_node
+from quantflow.runtimes.specification import run_node
 
 
 def onnxruntime_outputs(path: Path, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:

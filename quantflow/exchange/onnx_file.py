@@ -20,7 +20,7 @@ from quantflow.ir.calls import BATCH, Input
 from quantflow.ir.program import Node, Program, Ref, TensorRef
 from quantflow.ir.structure import Typed
 from quantflow.numerics.measures import sqnr_db
-from quantflow.runtimes.reference import ReferenceRunner, run_node
+from quantflow.runtimes.specification import Specification, run_node
 
 #: Protobuf holds no more in one file; weights go to a file beside it.
 LARGEST_FILE = 2_000_000_000
@@ -85,9 +85,9 @@ def write_onnx(
     expressed = expressible(program, _unfused_sums(program, inputs) if inputs else None)
     seen: dict[str, Any] = {item.name: x for item, x in zip(expressed.inputs, first, strict=True)}
     found = _leaves(
-        ReferenceRunner(expressed)(first, lambda node, values: seen.update({node.output: values[node.output]}))
+        Specification(expressed)(first, lambda node, values: seen.update({node.output: values[node.output]}))
     )
-    wanted = _leaves(ReferenceRunner(program)(first))
+    wanted = _leaves(Specification(program)(first))
     w = Writer(expressed, seen)
     for item in expressed.inputs:
         w.names[item.name] = item.keyword or item.name
@@ -147,7 +147,7 @@ def _unfused_sums(program: Program, inputs: Sequence[Sequence[torch.Tensor]]) ->
             ranges[node.output] = min(low, float(r.min())), max(high, float(r.max()))
 
     for each in inputs:
-        ReferenceRunner(program)(each, see)
+        Specification(program)(each, see)
     return ranges
 
 

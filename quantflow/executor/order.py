@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from quantflow.algorithms import find_outliers, refine
-from quantflow.analysis.joins import join_costs
+from quantflow.analysis.joins import JOIN_SAMPLES, join_costs
 from quantflow.errors import CaptureError, UnavailableError, first_line
 from quantflow.executor.built import Built, Converted, Observable
 from quantflow.executor.parts import execute_in_parts, why_after_all, why_in_parts
@@ -29,9 +29,6 @@ from quantflow.quantized import Quantized, QuantizedParts
 from quantflow.stages.calibrate import CalibrationTable
 from quantflow.stages.convert import convert
 from quantflow.stages.prepare import prepare
-
-#: What an int8 join costs is measured on at most this many samples: all operands are held at once.
-JOIN_SAMPLES = 8
 
 
 def execute(run: Run, baseline: Mapping[str, Any] | None = None) -> Quantized | QuantizedParts:

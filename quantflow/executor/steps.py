@@ -244,7 +244,8 @@ def other_sizes(run: Run, graph: Graph, example: Batch) -> list[Batch]:
         (at, dim): size
         for at, item in enumerate(graph.inputs)
         for dim, size in enumerate(item.shape)
-        if isinstance(size, str)
+        # A mask's batch may have a name of its own, and is still that of the other inputs.
+        if isinstance(size, str) and not (dim == 0 and example.tensors[at].shape[0] == example.size)
     }
     if not varying:
         return []

@@ -79,7 +79,7 @@ def test_every_setting_can_be_overridden_without_a_plus() -> None:
         "compare.max_slowdown=2",
     ]  # fmt: skip
     changed, base = load_recipe(RECIPE, overrides).to_dict(), load_recipe(RECIPE).to_dict()
-    same = {"description", "task", "artifact", "baseline", "candidate"}
+    same = {"description", "task", "artifact", "baseline", "candidate", "export"}
     assert {key for key in base if base[key] == changed[key]} == same
     assert changed["benchmark"]["batch_sizes"] == [1, 4]
     assert changed["qconfig"]["activation"]["percentile"] == 99.0

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from quantflow import api, quantize
-from quantflow.executor import measure, steps
+from quantflow.executor import contest, measure, steps
 from quantflow.host import cores as _cores
 from quantflow.host.cores import CORES, INHERITED, Cores
 from quantflow.report import Progress
@@ -190,7 +190,7 @@ def test_a_run_times_alone_and_computes_beside_others(monkeypatch: pytest.Monkey
         return call
 
     for owner, name in (
-        (steps, "calibrate"), (measure, "tally"), (measure.timing, "interleaved"), (NativeRunner, "tune"),
+        (steps, "calibrate"), (measure, "tally"), (contest.timing, "interleaved"), (NativeRunner, "tune"),
         (warmup, "_verify"),
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, watched(name, getattr(owner, name)))
