@@ -4,7 +4,7 @@ One int8 model of each contestant takes inputs of several sizes, in turns within
 same round. `first call` is what a size costs when it is seen for the first time, less what it takes afterwards.
 `--shapes N` runs N different sizes through one model and shows memory.
 
-    OMP_NUM_THREADS=2 python -m bench.varying_shapes --models minilm bert_base fcn unet
+    OMP_NUM_THREADS=2 python -m bench.varying_shapes --models minilm bert_base fcn fcn_resnet50 unet
     OMP_NUM_THREADS=2 python -m bench.varying_shapes --models minilm --shapes 500
 
 The peer needs openvino and nncf in this environment. Weights are random: times do not depend on them.
@@ -67,6 +67,13 @@ def _fcn() -> nn.Module:
     return nn.Sequential(*layers, nn.Conv2d(32, 4, 1))
 
 
+def _fcn_resnet50() -> nn.Module:
+    found: nn.Module = import_torchvision().models.segmentation.fcn_resnet50(
+        weights=None, weights_backbone=None, num_classes=21
+    )
+    return found
+
+
 def _encoder(hidden: int, layers: int, heads: int) -> nn.Module:
     import_torchvision()
     from transformers import BertConfig, BertModel
@@ -89,6 +96,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], dict[str, torch
     "minilm": (lambda: _encoder(384, 6, 12), _text, LENGTHS),
     "bert_base": (lambda: _encoder(768, 12, 12), _text, LENGTHS),
     "fcn": (_fcn, _image, IMAGES),
+    "fcn_resnet50": (_fcn_resnet50, _image, IMAGES),
     "unet": (_UNet, _image, IMAGES),
 }
 
