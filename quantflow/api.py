@@ -150,7 +150,7 @@ def prepare(
     )  # fmt: skip
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 0):
         raise UsageError(f"keep: is {keep!r}; give a number of samples, or None for all")
-    choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind)
+    choose_runtime(recipe.runtime.kind, recipe.device.kind, recipe.mode.kind, recipe.policy.float)
     observation = Observation(recipe, _model(module), keep)
     prepared = ObservedModule(module, observation)
     if example is not None:
