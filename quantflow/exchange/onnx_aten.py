@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from quantflow.exchange import onnx_moves as moves
+from quantflow.exchange import onnx_windows as windows
+from quantflow.exchange.onnx_arguments import Given, Write, channels, out, positive
 from quantflow.exchange.onnx_writer import Writer
 from quantflow.ir.aten_policy import aten_op
 from quantflow.ir.graph import SIZE_FUNCTIONS
-from quantflow.ir.program import Node, Ref
+from quantflow.ir.program import Node
 
-Given = Mapping[str, Any]
-Write = Callable[[Writer, Given], Any]
 #: A score that no softmax sees; not -inf, of which a row would be NaN.
 _LEAST = torch.finfo(torch.float32).min
-#: The largest int64, where a slice has no end.
-_END = (1 << 63) - 1
 
 
 def write(w: Writer, node: Node) -> Any:
@@ -68,19 +67,8 @@ def _size_function(w: Writer, name: str, args: Sequence[Any]) -> Any:
 
 
 def _shape_of(w: Writer, given: Given) -> str:
-    dim = _positive(given["dim"], w.rank(given["self"]))
+    dim = positive(given["dim"], w.rank(given["self"]))
     return w.add("Shape", [w.of(given["self"])], start=dim, end=dim + 1)
-
-
-def _positive(dim: int, rank: int) -> int:
-    return dim + rank if dim < 0 else dim
-
-
-def _scalar(w: Writer, size: Any, dtype: torch.dtype) -> str:
-    """A size or number as a tensor without dimensions."""
-    if isinstance(size, (int, float)):
-        return w.number(size, dtype)
-    return w.cast(w.add("Squeeze", [w.size(size)]), torch.int64, dtype)
 
 
 # -- one tensor
@@ -162,30 +150,17 @@ def _softmax(op: str) -> Write:
     return write
 
 
-def _layer_norm(w: Writer, given: Given) -> str:
-    count = len(given["normalized_shape"])
-    weight = given["weight"]
-    scale = w.tensor(torch.ones(given["normalized_shape"])) if weight is None else w.of(weight)
-    inputs = [w.of(given["input"]), scale] + ([] if given["bias"] is None else [w.of(given["bias"])])
-    return w.add("LayerNormalization", inputs, axis=-count, epsilon=given["eps"])
-
-
 def _reduced(op: str) -> Write:
     def write(w: Writer, given: Given) -> str:
         x, dims = w.of(given["self"]), given.get("dim")
         dims = [dims] if isinstance(dims, int) else dims or list(range(w.rank(given["self"])))
         keeps = int(given.get("keepdim", False))
         if op == "ReduceSum":
-            x = w.cast(x, w.dtype(given["self"]), w.dtype(_out(w)))
+            x = w.cast(x, w.dtype(given["self"]), w.dtype(out(w)))
             return w.add(op, [x, w.ints(*dims)], keepdims=keeps)
         return w.add(op, [x], axes=dims, keepdims=keeps)
 
     return write
-
-
-def _out(w: Writer) -> Ref:
-    """The node's own result."""
-    return Ref(w.at.output)
 
 
 def _norm(w: Writer, given: Given) -> str:
@@ -272,15 +247,6 @@ def _addmm(w: Writer, given: Given) -> str:
     )
 
 
-def _float_conv(w: Writer, given: Given) -> str:
-    rank = w.rank(given["input"]) - 2
-    if isinstance(given["padding"], str):
-        raise w.refused("padding by name")
-    inputs = [w.of(given[k]) for k in ("input", "weight", "bias") if given[k] is not None]
-    stride, padding, dilation = (_spread(given[k], rank) for k in ("stride", "padding", "dilation"))
-    return w.add("Conv", inputs, strides=stride, pads=padding * 2, dilations=dilation, group=given["groups"])
-
-
 def _attention(w: Writer, given: Given) -> str:
     if given["dropout_p"] or given.get("enable_gqa"):
         raise w.refused("attention with dropout or grouped heads")
@@ -302,194 +268,47 @@ def _attention(w: Writer, given: Given) -> str:
     return w.add("MatMul", [w.add("Softmax", [scores], axis=-1), w.of(v)])
 
 
-# -- moving elements
-
-
-def _reshape(key: str) -> Write:
-    return lambda w, given: w.add("Reshape", [w.of(given["self"]), w.sizes(given[key])], allowzero=0)
-
-
-def _flatten(w: Writer, given: Given) -> str:
+def _prelu(w: Writer, given: Given) -> str:
+    slope = w.value(given["weight"])
     rank = w.rank(given["self"])
-    first, last = _positive(given["start_dim"], rank), _positive(given["end_dim"], rank)
-    if first == 1 and last == rank - 1:
-        return w.add("Flatten", [w.of(given["self"])], axis=1)
-    if last < rank - 1:
-        raise w.refused("flattening dimensions in the middle")
-    return w.add("Reshape", [w.of(given["self"]), w.ints(*[0] * first, -1)])
+    return w.add("PRelu", [w.of(given["self"]), w.tensor(channels(slope, rank) if rank > 1 else slope)])
 
 
-def _permute(w: Writer, given: Given) -> str:
-    rank = w.rank(given["self"])
-    return w.add("Transpose", [w.of(given["self"])], perm=[_positive(d, rank) for d in given["dims"]])
+def _elu(w: Writer, given: Given) -> str:
+    if given["scale"] != 1 or given["input_scale"] != 1:
+        raise w.refused("an ELU with scales")
+    return w.add("Elu", [w.of(given["self"])], alpha=float(given["alpha"]))
 
 
-def _transpose(w: Writer, given: Given) -> str:
-    rank = w.rank(given["self"])
-    perm = list(range(rank))
-    a, b = (_positive(given.get(k, default), rank) for k, default in (("dim0", 0), ("dim1", rank - 1)))
-    perm[a], perm[b] = perm[b], perm[a]
-    return w.add("Transpose", [w.of(given["self"])], perm=perm)
+def _mish(w: Writer, given: Given) -> str:
+    x = w.of(given["self"])
+    return w.add("Mul", [x, w.add("Tanh", [w.add("Softplus", [x])])])
 
 
-def _unsqueeze(w: Writer, given: Given) -> str:
-    return w.add("Unsqueeze", [w.of(given["self"]), w.ints(_positive(given["dim"], w.rank(given["self"]) + 1))])
+def _einsum(w: Writer, given: Given) -> str:
+    return w.add("Einsum", [w.of(x) for x in given["tensors"]], equation=given["equation"])
 
 
-def _squeeze(w: Writer, given: Given) -> str:
-    dims, shape = given.get("dim"), w.value(given["self"]).shape
-    dims = range(len(shape)) if dims is None else [dims] if isinstance(dims, int) else dims
-    ones = [d for d in dims if shape[d] == 1]
-    return w.add("Squeeze", [w.of(given["self"]), w.ints(*ones)]) if ones else w.of(given["self"])
+def _cumsum(w: Writer, given: Given) -> str:
+    x = w.cast(w.of(given["self"]), w.dtype(given["self"]), w.dtype(out(w)))
+    return w.add("CumSum", [x, w.number(given["dim"], torch.int64)])
 
 
-def _expand(w: Writer, given: Given) -> str:
-    return w.add("Expand", [w.of(given["self"]), w.sizes([1 if s == -1 else s for s in given["size"]])])
-
-
-def _slice(w: Writer, given: Given) -> str:
-    start, end = 0 if given["start"] is None else given["start"], given["end"]
-    ends = w.ints(_END) if end is None else w.size(end)
-    return w.add("Slice", [w.of(given["self"]), w.size(start), ends, w.ints(given["dim"]), w.size(given["step"])])
-
-
-def _select(w: Writer, given: Given) -> str:
-    index = given["index"]
-    at = w.number(index, torch.int64) if isinstance(index, int) else _scalar(w, index, torch.int64)
-    return w.add("Gather", [w.of(given["self"]), at], axis=given["dim"])
-
-
-def _cat(w: Writer, given: Given) -> str:
-    return w.add("Concat", [w.of(x) for x in given["tensors"]], axis=given["dim"])
-
-
-def _stack(w: Writer, given: Given) -> str:
-    dim = _positive(given["dim"], w.rank(given["tensors"][0]) + 1)
-    return w.add("Concat", [w.add("Unsqueeze", [w.of(x), w.ints(dim)]) for x in given["tensors"]], axis=dim)
-
-
-def _split(w: Writer, given: Given) -> list[str]:
-    parts = [x.shape[given["dim"]] for x in w.value(_out(w))]
-    return w.add_many("Split", [w.of(given["self"]), w.ints(*parts)], len(parts), axis=given["dim"])
-
-
-def _unbind(w: Writer, given: Given) -> list[str]:
-    x, count = w.of(given["self"]), len(w.value(_out(w)))
-    return [w.add("Gather", [x, w.number(i, torch.int64)], axis=given["dim"]) for i in range(count)]
-
-
-def _pad(w: Writer, given: Given) -> str:
-    rank, pads, value = w.rank(given["self"]), list(given["pad"]), given.get("value") or 0
-    if given.get("mode", "constant") != "constant":
-        raise w.refused(f"padding by {given['mode']}")
-    q = w.qparams(given["self"])
-    real = float(value) if q is None else (value - q.zero_point) * q.scale
-    before, after = [0] * rank, [0] * rank
-    for i in range(len(pads) // 2):
-        before[rank - 1 - i], after[rank - 1 - i] = pads[2 * i], pads[2 * i + 1]
-    return w.add("Pad", [w.of(given["self"]), w.ints(*before, *after), w.number(real, torch.float32)])
-
-
-# -- tables and positions
-
-
-def _embedding(w: Writer, given: Given) -> str:
-    return w.add("Gather", [w.of(given["weight"]), w.of(given["indices"])], axis=0)
-
-
-def _gather(w: Writer, given: Given) -> str:
-    return w.add("GatherElements", [w.of(given["self"]), w.of(given["index"])], axis=given["dim"])
-
-
-def _index_select(w: Writer, given: Given) -> str:
-    return w.add("Gather", [w.of(given["self"]), w.of(given["index"])], axis=given["dim"])
-
-
-def _index(w: Writer, given: Given) -> str:
-    x, indices = given["self"], list(given["indices"])
-    known = [i for i in indices if i is not None]
-    if any(w.dtype(i) is torch.bool for i in known):
-        raise w.refused("an index of flags")
-    if len(known) == 1:
-        return w.add("Gather", [w.of(x), w.of(known[0])], axis=indices.index(known[0]))
-    if len(known) < len(indices):
-        raise w.refused("indices around a whole dimension")
-    zero = w.number(0, torch.int64)
-    names = [w.as_operand(i, torch.int64) for i in known]
-    together = names[0]
-    for name in names[1:]:
-        together = w.add("Add", [together, name])
-    nothing = w.add("Mul", [together, zero])  # of the shape that all indices broadcast to
-    last = [w.add("Unsqueeze", [w.add("Add", [name, nothing]), w.ints(-1)]) for name in names]
-    return w.add("GatherND", [w.of(x), w.add("Concat", last, axis=-1)])
-
-
-def _arange(w: Writer, given: Given) -> str:
-    dtype = w.dtype(_out(w))
-    start, step = given.get("start", 0), given.get("step", 1)
-    return w.add("Range", [_scalar(w, each, dtype) for each in (start, given["end"], step)])
-
-
-def _full(value: float | None, like: bool = False) -> Write:
+def _arg(op: str) -> Write:
     def write(w: Writer, given: Given) -> str:
-        filled = w.number(given["fill_value"] if value is None else value, w.dtype(_out(w)))
-        shape = w.add("Shape", [w.of(given["self"])]) if like else w.sizes(given["size"])
-        return w.add("Expand", [filled, shape])
+        x, dim = w.of(given["self"]), given["dim"]
+        if dim is None:
+            x, dim = w.add("Reshape", [x, w.ints(-1)]), 0
+        return w.add(op, [x], axis=dim, keepdims=int(given["keepdim"]))
 
     return write
 
 
-# -- windows
-
-
-def _max_pool(w: Writer, given: Given) -> str:
-    rank = w.rank(given["self"]) - 2
-    kernel = _spread(given["kernel_size"], rank)
-    stride = _spread(given["stride"] or kernel, rank)
-    padding, dilation = (_spread(given[k], rank) for k in ("padding", "dilation"))
-    return w.add(
-        "MaxPool", [w.of(given["self"])], kernel_shape=kernel, strides=stride, pads=padding * 2, dilations=dilation,
-        ceil_mode=int(given["ceil_mode"]),
+def _topk(w: Writer, given: Given) -> list[str]:
+    return w.add_many(
+        "TopK", [w.of(given["self"]), w.size(given["k"])], 2, axis=given["dim"], largest=int(given["largest"]),
+        sorted=int(given["sorted"]),
     )  # fmt: skip
-
-
-def _avg_pool(w: Writer, given: Given) -> str:
-    rank = w.rank(given["self"]) - 2
-    kernel = _spread(given["kernel_size"], rank)
-    if given.get("divisor_override") is not None or given["ceil_mode"]:
-        raise w.refused("an average with a divisor of its own, or over windows that reach out of the tensor")
-    return w.add(
-        "AveragePool", [w.of(given["self"])], kernel_shape=kernel, strides=_spread(given["stride"] or kernel, rank),
-        pads=_spread(given["padding"], rank) * 2, count_include_pad=int(given["count_include_pad"]),
-    )  # fmt: skip
-
-
-def _adaptive_avg_pool(w: Writer, given: Given) -> str:
-    shape = w.value(given["self"]).shape[2:]
-    wanted = _spread(given["output_size"], len(shape))
-    if all(size == 1 for size in wanted):
-        return w.add("GlobalAveragePool", [w.of(given["self"])])
-    is_fixed = not any(isinstance(size, str) for item in w.program.inputs for size in item.shape)
-    if not is_fixed or any(size % count for size, count in zip(shape, wanted, strict=True)):
-        raise w.refused(f"an average of {list(shape)} to {wanted}")
-    kernel = [size // count for size, count in zip(shape, wanted, strict=True)]
-    return w.add("AveragePool", [w.of(given["self"])], kernel_shape=kernel, strides=kernel)
-
-
-def _nearest(w: Writer, given: Given) -> str:
-    before, after = w.value(given["self"]).shape[2:], w.value(_out(w)).shape[2:]
-    factors = [1.0, 1.0, *(b / a for a, b in zip(before, after, strict=True))]
-    if any(factor != int(factor) for factor in factors):
-        raise w.refused("nearest neighbours at a factor that is no whole number")
-    return w.add(
-        "Resize", [w.of(given["self"]), "", w.tensor(torch.tensor(factors))], mode="nearest",
-        coordinate_transformation_mode="asymmetric", nearest_mode="floor",
-    )  # fmt: skip
-
-
-def _spread(value: int | Sequence[int], rank: int) -> list[int]:
-    values = [value] if isinstance(value, int) else list(value)
-    return values * rank if len(values) == 1 else values
 
 
 _OPS: dict[str, Write] = {
@@ -531,7 +350,6 @@ _OPS: dict[str, Write] = {
     "softmax": _softmax("Softmax"),
     "_softmax": _softmax("Softmax"),
     "log_softmax": _softmax("LogSoftmax"),
-    "layer_norm": _layer_norm,
     "mean": _reduced("ReduceMean"),
     "sum": _reduced("ReduceSum"),
     "amax": _reduced("ReduceMax"),
@@ -560,38 +378,15 @@ _OPS: dict[str, Write] = {
     "mm": _matmul("mat2"),
     "addmm": _addmm,
     "linear": _float_linear,
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _float_conv),
     "scaled_dot_product_attention": _attention,
-    "reshape": _reshape("shape"),
-    "view": _reshape("size"),
-    "_unsafe_view": _reshape("size"),
-    "flatten": _flatten,
-    "permute": _permute,
-    "transpose": _transpose,
-    "t": _transpose,
-    "unsqueeze": _unsqueeze,
-    "squeeze": _squeeze,
-    "expand": _expand,
-    "slice": _slice,
-    "select": _select,
-    "cat": _cat,
-    "stack": _stack,
-    **dict.fromkeys(("split", "split_with_sizes", "chunk"), _split),
-    "unbind": _unbind,
-    **dict.fromkeys(("constant_pad_nd", "pad"), _pad),
-    "embedding": _embedding,
-    "gather": _gather,
-    "index": _index,
-    "index_select": _index_select,
-    "arange": _arange,
-    "full": _full(None),
-    "ones": _full(1),
-    "zeros": _full(0),
-    "full_like": _full(None, like=True),
-    "ones_like": _full(1, like=True),
-    "zeros_like": _full(0, like=True),
-    **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d"), _max_pool),
-    **dict.fromkeys(("avg_pool1d", "avg_pool2d", "avg_pool3d"), _avg_pool),
-    **dict.fromkeys(("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"), _adaptive_avg_pool),
-    "upsample_nearest2d": _nearest,
+    "prelu": _prelu,
+    "elu": _elu,
+    "mish": _mish,
+    "einsum": _einsum,
+    "cumsum": _cumsum,
+    "argmax": _arg("ArgMax"),
+    "argmin": _arg("ArgMin"),
+    "topk": _topk,
+    **moves.OPS,
+    **windows.OPS,
 }

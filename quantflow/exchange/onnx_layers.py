@@ -8,6 +8,7 @@ import torch
 
 from quantflow.exchange import onnx_aten
 from quantflow.exchange.expressible import clamp_changes_codes
+from quantflow.exchange.onnx_arguments import spread
 from quantflow.exchange.onnx_writer import Writer
 from quantflow.ir.activations import Epilogue
 from quantflow.ir.program import Node
@@ -85,14 +86,14 @@ def _bias(w: Writer, node: Node) -> str | None:
 
 def _conv(w: Writer, node: Node) -> None:
     a, rank = node.attrs, w.rank(node.args[0]) - 2
-    stride, dilation = _spread(a["stride"], rank), _spread(a["dilation"], rank)
+    stride, dilation = spread(a["stride"], rank), spread(a["dilation"], rank)
     inputs = [w.of(node.args[0]), _weight(w, node, 0)]
     if a["bias"] is not None:
         inputs.append(_bias(w, node))
     if isinstance(a["padding"], str):
         pads = {"auto_pad": {"same": "SAME_UPPER", "valid": "VALID"}[a["padding"]]}
     else:
-        pads = {"pads": _spread(a["padding"], rank) * 2}
+        pads = {"pads": spread(a["padding"], rank) * 2}
     r = w.add("Conv", inputs, strides=stride, dilations=dilation, group=a["groups"], **pads)
     q = w.qparams(node.output)
     if q is None or node.args[1] is not None:
@@ -151,11 +152,6 @@ def _moved(w: Writer, node: Node) -> None:
 
 def _average(w: Writer, node: Node) -> None:
     _finished(w, node, onnx_aten.write(w, node))
-
-
-def _spread(value: int | list[int], rank: int) -> list[int]:
-    values = [value] if isinstance(value, int) else list(value)
-    return values * rank if len(values) == 1 else values
 
 
 _INT8: dict[str, Callable[[Writer, Node], None]] = {

@@ -41,6 +41,24 @@ class Convolutions(nn.Module):
         return self.fc(nn.functional.adaptive_avg_pool2d(torch.cat([y, y], 1), 1).flatten(1))
 
 
+class Upsampling(nn.Module):
+    """What segmentation and generator nets are made of besides; float ops between int8 layers, over any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 8, 3, 2, 1), nn.ConvTranspose2d(8, 8, 2, 2)
+        self.norms = nn.Sequential(nn.GroupNorm(2, 8), nn.PReLU(8), nn.InstanceNorm2d(8, affine=True), nn.Mish())
+        self.mix, self.out = nn.Conv2d(11, 16, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.up(self.down(x)))
+        y = self.mix(torch.cat([x, self.norms(y)], 1))
+        y = nn.functional.pixel_shuffle(y, 2).roll((1, -2), (2, 3)).flip(3)
+        half = nn.functional.max_pool2d(y, 2)
+        y = y + nn.functional.interpolate(half, size=y.shape[2:], mode="bilinear") - half.repeat(1, 1, 2, 2)
+        return nn.functional.interpolate(self.out(y), scale_factor=2.0, mode="bicubic")
+
+
 class Attention(nn.Module):
     """What text models are made of: a table, a mask, norms, attention over any length."""
 
@@ -136,6 +154,33 @@ def test_text_of_any_length(tmp_path: Path) -> None:
     assert kinds["MatMulIntegerToFloat"] == 4
 
 
+def test_float_ops_over_images_of_any_size(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    batches = [torch.randn(2, 3, 16, 24), torch.randn(2, 3, 20, 16)]
+    model = made(Upsampling(), batches, qconfig="affine_uint8")
+    model.to_onnx(tmp_path / "m.onnx", batches)
+    x = torch.randn(3, 3, 28, 12)
+    (y,), _ = ran(tmp_path / "m.onnx", x=x)
+    assert y.shape == (3, 2, 112, 48)
+    assert sqnr_db(ReferenceRunner(model.record.program)(bind(model.record.program, (x,), {})), y) > 40
+
+
+def test_a_second_size_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    batches = [torch.randn(2, 3, 16, 24), torch.randn(2, 3, 20, 16)]
+    model = made(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), batches)
+    sizes = []
+    real = onnx_file.onnxruntime_outputs
+
+    def run(path: Path, given: dict[str, torch.Tensor]) -> Any:
+        sizes.extend(x.shape for x in given.values())
+        return real(path, given)
+
+    monkeypatch.setattr(onnx_file, "onnxruntime_outputs", run)
+    model.to_onnx(tmp_path / "m.onnx", batches)
+    assert sizes == [x.shape for x in batches]
+
+
 def test_codes_mean_what_they_did() -> None:
     """Without residuals the expressed program is the program, to the bit."""
     torch.manual_seed(0)
@@ -168,9 +213,9 @@ def test_what_has_no_form_is_refused_by_name(tmp_path: Path) -> None:
             self.fc = nn.Linear(8, 8)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.fc(x).cumsum(1)
+            return self.fc(x).cumprod(1)
 
-    with pytest.raises(UsageError, match=r"cumsum.*has no form in QDQ ONNX"):
+    with pytest.raises(UsageError, match=r"cumprod.*has no form in QDQ ONNX"):
         made(Sorted(), [torch.randn(4, 8)]).to_onnx(tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 
