@@ -71,7 +71,8 @@ def write_onnx(
 
     Args:
         batches: input like the real one: sums before a residual are coded in the range that they have there, and the
-            file is verified on the first, and on one of other sizes. None: random numbers, and the widest range that matters.
+            file is verified on the first, and on one of other sizes. None: random numbers, and the widest range that
+            matters.
         verify: run the file with onnxruntime and compare it with the reference.
 
     Raises:
