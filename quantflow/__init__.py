@@ -10,14 +10,22 @@
 Importing quantflow registers the `quantflow::` operators that saved TorchScript models call.
 """
 
-from quantflow.api import convert, prepare, quantize, sensitivity
-from quantflow.config.compose import load_recipe
-from quantflow.errors import QuantflowError
-from quantflow.executor.own_loop import ObservedModule
-from quantflow.quantized import QuantizedModel, QuantizedModule, QuantizedParts, QuantizedScript, load
-from quantflow.schema import PRESETS, QConfig, Recipe
-from quantflow.stages.calibrate import CalibrationTable
-from quantflow.tasks.run import run
+import gc
+
+_collects = gc.isenabled()
+gc.disable()  # what is imported stays: searching it for garbage again and again takes a fifth of the time
+try:
+    from quantflow.api import convert, prepare, quantize, sensitivity
+    from quantflow.config.compose import load_recipe
+    from quantflow.errors import QuantflowError
+    from quantflow.executor.own_loop import ObservedModule
+    from quantflow.quantized import QuantizedModel, QuantizedModule, QuantizedParts, QuantizedScript, load
+    from quantflow.schema import PRESETS, QConfig, Recipe
+    from quantflow.stages.calibrate import CalibrationTable
+    from quantflow.tasks.run import run
+finally:
+    if _collects:
+        gc.enable()
 
 __all__ = [
     "PRESETS",

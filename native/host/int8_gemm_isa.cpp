@@ -935,17 +935,21 @@ void gemm_lines(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 
     }
 
     const FinishTile finish = finisher(g.output);
+    const auto finish_rows = [&](const Pending& done, const std::int32_t* from, i64 first, i64 n) {
+        finish(g.output, from, kColumns, first, n, done.padded, done.channel, done.channels);
+    };
     const auto finish_pending = [&](const Pending& done) {
         for (i64 i = 0; i < done.count; ++i) {
             const Piece& piece = done.pieces[i];
             const std::int32_t* own = done.sums + (i == 0 ? 0 : done.pieces[0].height) * kColumns;
+            if (!spans) {
+                finish_rows(done, own + piece.skip * kColumns, piece.row + piece.skip, piece.end - piece.skip);
+                continue;
+            }
             for (i64 m = piece.skip; m < piece.end;) {
-                const i64 line = spans ? (piece.first + m) / line_pitch(g) : 0;
-                const i64 column = piece.first + m - line * line_pitch(g);
-                const i64 n = spans ? smaller(piece.end - m, width - column) : piece.end - m;
-                if (n > 0)
-                    finish(g.output, own + m * kColumns, kColumns, piece.row + line * width + column, n, done.padded,
-                           done.channel, done.channels);
+                const i64 line = (piece.first + m) / line_pitch(g), column = piece.first + m - line * line_pitch(g);
+                const i64 n = smaller(piece.end - m, width - column);
+                if (n > 0) finish_rows(done, own + m * kColumns, piece.row + line * width + column, n);
                 m += n > 0 ? n : line_pitch(g) - column;
             }
         }
@@ -958,37 +962,50 @@ void gemm_lines(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 
     job.steps = g.quads / job.runs;
     // The tiles of one panel together fetch the next one.
     job.ahead_step = (4 * kColumns + count - 1) / count;
-    // With vector registers one panel after the other: its weights stay in the L1 cache.
+    // With vector registers one panel after the other: its weights stay in the L1 cache. Tiles of a short reduction take
+    // some 100 cycles, so that little may be done for each.
     const i64 panel_bytes = g.quads * 4 * kColumns, block = kDepth > 1 ? panels_at_a_time(panel_bytes, panels) : 1;
+    const i64 ahead = panel_bytes / count * Tiling::kPieces;
     std::int32_t* sums = reinterpret_cast<std::int32_t*>(scratch + s.sums);
+    std::int32_t* other_sums = sums + Tiling::kPieces * kRows * kColumns;
     Pending pending{};
-    bool is_second = false;
-    for (i64 begin = 0; begin < panels; begin += block)
+    struct {
+        i64 padded, channel, channels;
+    } own{};
+    const auto begin_panel = [&](i64 p) {
+        own.padded = (group * g.panels + panel + p) * kColumns;
+        own.channel = group * g.channels + (panel + p) * kColumns;
+        own.channels = smaller(kColumns, g.channels - (panel + p) * kColumns);
+        job.w = reinterpret_cast<const u8*>(g.weights) + (group * g.panels + panel + p) * panel_bytes;
+        job.start = g.start + own.padded;
+    };
+    for (i64 begin = 0; begin < panels; begin += block) {
+        const i64 end = smaller(begin + block, panels);
+        begin_panel(begin);
+        job.ahead = kDepth == 1 ? job.w + panel_bytes : nullptr;
         for (i64 i = 0; i < count; i += Tiling::kPieces) {
             const i64 together = smaller(Tiling::kPieces, count - i), height = together * pieces[i].height;
-            const i64 end = smaller(begin + block, panels);
             job.x = pieces[i].x;
             job.x_high = pieces[i + together - 1].x;
             job.low_rows = pieces[i].height;
             for (i64 p = begin; p < end; ++p) {
-                const i64 padded = (group * g.panels + panel + p) * kColumns;
-                const i64 channel = (panel + p) * kColumns, channels = smaller(kColumns, g.channels - channel);
-                job.w = reinterpret_cast<const u8*>(g.weights) + (group * g.panels + panel + p) * panel_bytes;
-                job.start = g.start + padded;
-                job.sums = sums + (is_second ? Tiling::kPieces * kRows * kColumns : 0);
-                is_second = !is_second;
-                if (kDepth == 1) {
-                    job.ahead = job.w + panel_bytes + panel_bytes * i / count;
-                } else if (g.row_start != nullptr) {
-                    start_rows(g, padded, pieces + i, together, job.sums);
-                    job.start = job.sums;
-                    job.start_row = kColumns;
+                job.sums = sums;
+                std::swap(sums, other_sums);
+                if (kDepth > 1) {
+                    begin_panel(p);
+                    if (g.row_start != nullptr) {
+                        start_rows(g, own.padded, pieces + i, together, job.sums);
+                        job.start = job.sums;
+                        job.start_row = kColumns;
+                    }
                 }
-                piece_tile(height, together, channels)(job);
+                piece_tile(height, together, own.channels)(job);
                 finish_pending(pending);
-                pending = {job.sums, pieces + i, together, padded, group * g.channels + channel, channels};
+                pending = {job.sums, pieces + i, together, own.padded, own.channel, own.channels};
             }
+            if (kDepth == 1) job.ahead += ahead;
         }
+    }
     finish_pending(pending);
 }
 

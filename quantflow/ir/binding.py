@@ -108,6 +108,8 @@ def sizes_of(model: Callee, batch: Batch) -> dict[str, int]:
 
 
 def _flat(inputs: tuple[Input, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    if not kwargs and len(args) == len(inputs):
+        return list(args)
     remaining, named, bound = list(args), dict(kwargs), []
     for item in inputs:
         name = _called(item)

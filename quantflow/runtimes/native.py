@@ -24,9 +24,18 @@ import torch
 from quantflow.host.forks import in_forked_child, lock
 from quantflow.ir.calls import BATCH
 from quantflow.ir.plan import PlannedUnit
-from quantflow.ir.program import Node, Program, Ref
+from quantflow.ir.program import Program, Ref
 from quantflow.ir.units import CORE
 from quantflow.runtimes import native_library as lib
+from quantflow.runtimes.native_values import (
+    dense,
+    foreign_dtype,
+    is_dense,
+    is_list,
+    keep_lists_together,
+    strides_of,
+    why_foreign,
+)
 from quantflow.runtimes.ordinary import below_autograd
 from quantflow.runtimes.reference import resolve
 from quantflow.runtimes.reference import run_node as run_in_torch
@@ -34,8 +43,6 @@ from quantflow.runtimes.runner import AbstractRunner, lowered
 
 #: Plans kept per section, one per set of input shapes; the least recently used is dropped.
 PLANS_PER_SECTION = 16
-#: Ops that make a list of tensors; whoever takes it apart must run on the same side.
-_LISTS = ("split", "split_with_sizes", "chunk", "unbind")
 #: Functions on sizes whose results are flags; the library knows whole numbers only.
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 _AS_IT_IS = nullcontext()
@@ -119,18 +126,42 @@ class NativeRunner(AbstractRunner):
         self.variants: dict[tuple[int, int], RunVariant] = {}
         #: What each step has ready, per set of inputs.
         self._ready: list[dict[Any, SectionPlan]] = []
+        #: What a call has ready whose inputs one section makes into the one result, per set of inputs.
+        self._whole: dict[Any, SectionPlan] = {}
+        self._ready.append(self._whole)
         self._flags = {n.output for n in program.nodes if n.op == "size" and n.target in _COMPARISONS}
         for index, node in enumerate(program.nodes):
             if not lib.library().qf_program_supports(self._parsed.pointer, ctypes.c_int32(index)):
                 self.in_torch[index] = f"{node.target or node.op} has no native kernel"
-            elif foreign := _foreign_dtype(node):
-                self.in_torch[index] = f"{node.target} to {_short(foreign)} has no native kernel"
+            elif foreign := foreign_dtype(node):
+                self.in_torch[index] = f"{node.target} to {str(foreign).removeprefix('torch.')} has no native kernel"
         self._cut()
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Any:
         """The program's output structure."""
+        key = (self._threads(), *[(x.shape, x.stride(), x.dtype) for x in inputs])
+        if (plan := self._whole.get(key)) is not None and not any(x.is_neg() for x in inputs):
+            return plan.made(inputs)
         values = self._values(inputs)
+        self._keep_whole(key, inputs)
         return resolve(self.program, self.program.output, values)
+
+    def _keep_whole(self, key: Any, inputs: Sequence[torch.Tensor]) -> None:
+        """Have the plan of a call ready, where there is one, for the next call with such inputs."""
+        section, output = self._parts[0] if len(self._parts) == 1 else 0, self.program.output
+        if not isinstance(section, Section) or not isinstance(output, Ref) or section.outputs != (output.name,):
+            return
+        variant = self.variants.get((self._batch(inputs), key[0]), RunVariant(key[0]))
+        if variant.chunk or section.inputs != tuple(item.name for item in self.program.inputs):
+            return
+        if not all(is_dense(x) for x in inputs):
+            return
+        plan = self._plan(section, inputs, variant.threads)
+        with self._lock:
+            if isinstance(plan.outputs[0], tuple):
+                if len(self._whole) >= PLANS_PER_SECTION:
+                    self._whole.clear()
+                self._whole[key] = plan
 
     def outputs(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The values the program returns, each once, in the order of its output structure; sizes as tensors."""
@@ -168,6 +199,7 @@ class NativeRunner(AbstractRunner):
             best = rows[0]  # within the noise: the plain way
         best["chosen"] = True
         self.variants[batch, threads] = RunVariant(best["threads"], best["chunk"])
+        self._whole.clear()
         return rows
 
     def adopt(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -175,6 +207,7 @@ class NativeRunner(AbstractRunner):
         for row in rows:
             if "threads" in row and row["chosen"]:
                 self.variants[row["batch"], row["asked_threads"]] = RunVariant(row["threads"], row["chunk"])
+        self._whole.clear()
 
     def left_to_torch(self) -> dict[int, str]:
         """Node index → why PyTorch computes it."""
@@ -230,7 +263,7 @@ class NativeRunner(AbstractRunner):
         """One node's value from given values, codes as the program defines them."""
         node = self.program.nodes[index]
         with torch.inference_mode():
-            if index not in self.in_torch and node.op != "size" and not _is_list(node) and node.target != "getitem":
+            if index not in self.in_torch and node.op != "size" and not is_list(node) and node.target != "getitem":
                 section = Section(index, index + 1, tuple(dict.fromkeys(node.refs())), (node.output,))
                 try:
                     return self._run(section, values, self._threads(), keep=False)[0]
@@ -254,9 +287,9 @@ class NativeRunner(AbstractRunner):
             threads = self._threads()
             plan = ready.get((threads, *[(x.shape, x.stride(), x.dtype) for x in values]))
             if plan is None:
-                if index in self.in_torch or any(_why_foreign(x) for x in values):
+                if index in self.in_torch or any(why_foreign(x) for x in values):
                     return by_node(values)
-                values = [_dense(x) for x in values]  # type: ignore[misc]
+                values = [dense(x) for x in values]  # type: ignore[misc]
                 try:
                     with self._lock:
                         plan = self._make_plan(section, values, threads)
@@ -330,7 +363,7 @@ class NativeRunner(AbstractRunner):
     def _cut(self) -> None:
         """Divide the program into sections and single torch nodes, in execution order."""
         program = self.program
-        _keep_lists_together(program, self.in_torch)
+        keep_lists_together(program, self.in_torch)
         readers: dict[str, list[int]] = {}
         for index, node in enumerate(program.nodes):
             for name in node.refs():
@@ -372,6 +405,7 @@ class NativeRunner(AbstractRunner):
         with self._lock:
             self.in_torch = {**reasons, **self.in_torch}
             self._plans.clear()
+            self._whole.clear()
             self._cut()
 
     def _run(self, section: Section, values: Mapping[str, Any], threads: int, *, keep: bool = True) -> list[Any]:
@@ -386,12 +420,12 @@ class NativeRunner(AbstractRunner):
         """
         reasons: dict[int, str] = {}
         for name in section.inputs:
-            if reason := _why_foreign(values[name]):
+            if reason := why_foreign(values[name]):
                 readers = (i for i in range(section.first, section.last) if name in self.program.nodes[i].refs())
                 reasons |= dict.fromkeys(readers, reason)
         if reasons:
             raise _Foreign(reasons)
-        return [_dense(values[name]) for name in section.inputs]
+        return [dense(values[name]) for name in section.inputs]
 
     def _plan(
         self, section: Section, given: Sequence[torch.Tensor | int], threads: int, *, keep: bool = True
@@ -421,7 +455,7 @@ class NativeRunner(AbstractRunner):
         shapes = tuple(
             (bool(f.number) if name in self._flags else f.number)
             if f.is_number
-            else (tuple(f.dims[: f.rank]), _strides(f), lib.TORCH_DTYPES[f.dtype])
+            else (tuple(f.dims[: f.rank]), strides_of(f), lib.TORCH_DTYPES[f.dtype])
             for name, f in zip(section.outputs, found, strict=True)
         )
         return SectionPlan(handle, shapes)
@@ -492,29 +526,6 @@ def _same(a: Any, b: Any) -> bool:
     return bool(torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True))
 
 
-def _keep_lists_together(program: Program, in_torch: dict[int, str]) -> None:
-    """Where a list or tuple of tensors would have to cross from one side to the other, all that handles it runs in
-    torch."""
-    made_by = {node.output: index for index, node in enumerate(program.nodes)}
-    for index, node in enumerate(program.nodes):
-        if node.target == "getitem" and made_by.get(next(node.refs(), "")) in in_torch:
-            in_torch.setdefault(index, "a part of what torch computed")
-    users: dict[str, list[int]] = {}
-    for index, node in enumerate(program.nodes):
-        for name in node.refs():
-            users.setdefault(name, []).append(index)
-    outputs = set(program.output_names())
-    for index, node in enumerate(program.nodes):
-        if not _is_list(node):
-            continue
-        group = [index, *users.get(node.output, ())]
-        cut = any(i in in_torch for i in range(index, max(group) + 1)) or node.output in outputs
-        if cut or any(program.nodes[i].target != "getitem" for i in group[1:]):
-            for i in group:
-                if i == index or program.nodes[i].target == "getitem":
-                    in_torch.setdefault(i, "a list of tensors can't cross to or from torch")
-
-
 #: Runs that other programs interrupted are repeated for at most this long.
 _PATIENCE_S = 2.0
 
@@ -539,57 +550,9 @@ def _interleaved_ms(calls: Sequence[Callable[[], Any]], runs: int) -> list[float
     return best
 
 
-def _is_list(node: Node) -> bool:
-    return node.op in ("shape", "aten") and node.target.partition(".")[0] in _LISTS
-
-
 def _has_rows(value: Any, batch: int) -> bool:
     """Whether it is a tensor of a row per sample."""
     return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == batch
-
-
-def _why_foreign(value: Any) -> str:
-    """Why the library can't take a value; empty if it can."""
-    if isinstance(value, torch.Tensor):
-        if value.dtype not in lib.DTYPES:
-            return f"reads a tensor of {_short(value.dtype)}, for which there is no native kernel"
-        if value.dim() > lib.MAX_RANK:
-            return f"reads a tensor of {value.dim()} dimensions; native kernels take up to {lib.MAX_RANK}"
-        return ""
-    # A flag is no size: it would come back as a number.
-    return "" if type(value) is int else f"reads a {type(value).__name__}, which can't cross from torch"
-
-
-def _foreign_dtype(node: Node) -> torch.dtype | None:
-    """A dtype without kernels that the node is told to compute in."""
-    named = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.dtype)]
-    return next((dtype for dtype in named if dtype not in lib.DTYPES), None)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _dense(value: torch.Tensor | int) -> torch.Tensor | int:
-    """A value as the library takes it: contiguous or channels-last, or a whole number."""
-    if isinstance(value, int):
-        return value
-    if value.is_neg():  # a view that torch made: its memory holds the numbers with the other sign
-        value = value.resolve_neg()
-    if value.is_contiguous() or (value.dim() > 2 and value.movedim(1, -1).is_contiguous()):
-        return value
-    return value.contiguous()
-
-
-def _strides(form: lib.Form) -> tuple[int, ...]:
-    """Of an output in its form."""
-    shape = list(form.dims[: form.rank])
-    order = [0, *range(2, form.rank), 1] if form.is_channels_last else list(range(form.rank))
-    strides, step = [1] * form.rank, 1
-    for axis in reversed(order):
-        strides[axis] = step
-        step *= max(shape[axis], 1)
-    return tuple(strides)
 
 
 def _names(names: Sequence[str]) -> Any:

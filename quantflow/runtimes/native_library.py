@@ -315,4 +315,4 @@ ONE = ADDRESSES[1]
 
 def pointers(values: Sequence[torch.Tensor | int]) -> Any:
     """Addresses of tensors' data as the library takes them; numbers have none."""
-    return ADDRESSES[len(values)](*(None if isinstance(v, int) else v.data_ptr() for v in values))
+    return ADDRESSES[len(values)](*[None if isinstance(v, int) else v.data_ptr() for v in values])
