@@ -11,10 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 FORMAT = 1
 #: How many names an error message lists.
 LISTED = 5
+#: The sum of no digests.
+NO_DATA = "0" * 64
+#: Batches that are hashed at a time: on a card one thread would be slower than the model is.
+HASHERS = 4
 
 OnValue = Callable[[str, torch.Tensor], None]
 Progress = Callable[[int, int | None], None]
@@ -158,15 +162,23 @@ def calibrate(
     if progress is not None and table.batches:
         progress(table.batches, total)
     last_save = time.monotonic()
-    with ThreadPoolExecutor(1) as beside:
+    with ThreadPoolExecutor(HASHERS) as beside:
+        digests: deque[Future[str]] = deque()
         for batch in remaining:
-            table = observe(prepared, batch, table, first or 0, first_shapes, beside)
+            digests.append(beside.submit(_digest, batch))
+            table = observe(prepared, batch, table, first or 0, first_shapes, digest=NO_DATA)
+            while len(digests) > HASHERS:
+                table = _hashed(table, digests.popleft().result())
             first_shapes = first_shapes or shapes_of(batch)
             if progress is not None:
                 progress(table.batches, total)
             if checkpoint is not None and time.monotonic() - last_save >= checkpoint_every_s:
+                while digests:
+                    table = _hashed(table, digests.popleft().result())
                 write_whole(checkpoint, _encode(table, key))
                 last_save = time.monotonic()
+        for digest in digests:
+            table = _hashed(table, digest.result())
     if first is None:
         require_complete(table, prepared.layers)
     if checkpoint is not None:
@@ -176,7 +188,7 @@ def calibrate(
 
 def empty_table(prepared: ObservedModel) -> CalibrationTable:
     """The table before anything was observed."""
-    return CalibrationTable({name: make_observer(spec) for name, spec in prepared.observed.items()}, 0, 0, "0" * 64)
+    return CalibrationTable({name: make_observer(spec) for name, spec in prepared.observed.items()}, 0, 0, NO_DATA)
 
 
 def observe(
@@ -185,28 +197,31 @@ def observe(
     table: CalibrationTable,
     first: int = 0,
     first_shapes: str = "",
-    beside: Executor | None = None,
+    digest: str | None = None,
 ) -> CalibrationTable:
     """The table after one more batch, whose observers are the given table's.
 
     Args:
         first: what errors count batches from.
         first_shapes: `shapes_of` the first batch, for errors.
-        beside: what hashes the batch meanwhile.
+        digest: the batch's; None: it is hashed here.
 
     Raises:
         CalibrationError, DataError: as `calibrate`.
     """
     index = first + table.batches
-    digest = partial(_digest, batch) if beside is None else beside.submit(_digest, batch).result
     _require_finite(batch, index, is_inf_legal=True)
     _observe(prepared, batch, index, table, first_shapes)
-    return _counted(table, batch, digest())
+    return _counted(table, batch, _digest(batch) if digest is None else digest)
 
 
 def _counted(table: CalibrationTable, batch: Batch, digest: str) -> CalibrationTable:
-    data_sha256 = _added(table.data_sha256, digest)
-    return replace(table, batches=table.batches + 1, samples=table.samples + batch.size, data_sha256=data_sha256)
+    table = replace(table, batches=table.batches + 1, samples=table.samples + batch.size)
+    return _hashed(table, digest)
+
+
+def _hashed(table: CalibrationTable, digest: str) -> CalibrationTable:
+    return replace(table, data_sha256=_added(table.data_sha256, digest))
 
 
 # --- resuming ---
@@ -317,6 +332,9 @@ def _require_finite(batch: Batch, index: int, *, is_inf_legal: bool) -> None:
     """Refuses NaN, and Inf where it is not legal: a mask may hold -Inf as long as no observed value does."""
     for name, x in batch.named():
         if not x.is_floating_point() or not x.numel():
+            continue
+        # NaN and Inf reach the sum, which all cores make at once.
+        if bool(x.detach().sum(dtype=torch.float32).isfinite()):
             continue
         try:
             extremes(flat(x))
