@@ -6,6 +6,7 @@ Weights are random: this is about speed. "sqnr_db" is int8 against float32.
 
     python -m bench.on_a_gpu --models resnet50:1,32,128 mobilenet_v2:1,128 --json gpu.json
     python -m bench.on_a_gpu --models vit_b_16:1,32 bert:32 --float bfloat16
+    python -m bench.on_a_gpu --models resnet50:128 --products --steps    the time of every step of a run
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def main() -> int:
     )
     parser.add_argument("--float", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--products", nargs="*", type=int, default=[4096, 8192], metavar="N")
+    parser.add_argument("--steps", action="store_true", help="print the time of every step, too")
     options = parser.parse_args()
     found = show_machine()
     if reason := RUNTIMES["triton"].missing("cuda"):
@@ -43,7 +45,7 @@ def main() -> int:
     card = torch.cuda.get_device_name()
     console.print(card)
     models = ["resnet18:1"] if options.smoke else options.models
-    rows = [row for named in models for row in _model(*named.split(":"), options.float)]
+    rows = [row for named in models for row in _model(*named.split(":"), options.float, options.steps)]
     show(f"int8 beside bfloat16 on {card}", rows, COLUMNS)
     products = [_product(n) for n in ([512] if options.smoke else options.products)]
     show("int8 products, TOPS", products, ("n", "linear with its epilogue", "torch._int_mm", "share"))
@@ -73,7 +75,14 @@ class _Bert(torch.nn.Module):
 
 def _net(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    net = _Bert() if name == "bert" else getattr(import_torchvision().models, name)(weights=None)
+    if name == "bert":
+        net: torch.nn.Module = _Bert()
+    elif name == "efficientnet_lite0":
+        from efficientnet_lite_pytorch import EfficientNet
+
+        net = EfficientNet.from_name("efficientnet-lite0")
+    else:
+        net = getattr(import_torchvision().models, name)(weights=None)
     if name.startswith("vit"):  # whose head begins as zeros
         torch.nn.init.normal_(net.heads.head.weight, std=0.02)
     made: torch.nn.Module = net.eval()
@@ -84,7 +93,7 @@ def _batch(name: str, size: int) -> torch.Tensor:
     return torch.randint(0, 30_000, (size, 128)) if name == "bert" else torch.randn(size, 3, 224, 224)
 
 
-def _model(name: str, sizes: str, floats: str) -> list[dict[str, Any]]:
+def _model(name: str, sizes: str, floats: str, shows_steps: bool) -> list[dict[str, Any]]:
     net, x, runtime = _net(name), _batch(name, 2), RUNTIMES["triton"]
     runner = runtime.halves.get(floats, runtime.build)(quantized_program(net, x), "cuda")
     with torch.inference_mode():
@@ -112,6 +121,8 @@ def _model(name: str, sizes: str, floats: str) -> list[dict[str, Any]]:
              "sqnr_db": quality, "tiles measured": len(tiles)}
         )  # fmt: skip
         console.print(f"{name}, batch {size}: {int8:.3f} ms, bfloat16 {bf16:.3f} ms")
+        for step in runner.profile([image]) if shows_steps else ():
+            console.print(f"  {1e3 * step['ms']:8.1f} us  {step['kernel']} {step['name']}")
     return rows
 
 
