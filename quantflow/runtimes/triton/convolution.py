@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from quantflow.runtimes.triton.cards import await_earlier
-from quantflow.runtimes.triton.formulas import finished
+from quantflow.runtimes.triton.formulas import BITS, finished
 
 
 @triton.jit
@@ -37,10 +37,12 @@ def convolution(
     IN_D, IN_H, IN_W, OUT_D, OUT_H, OUT_W, X_N, X_D, X_H, X_W, W_ROW, Y_ROW,
     STRIDE_D, STRIDE_H, STRIDE_W, PAD_D, PAD_H, PAD_W, DILATION_D, DILATION_H, DILATION_W,
     padding_code, residual_scale, residual_zero_point, first, second, inverse_scale, low, high, zero_point,
-    IS_LINEAR: tl.constexpr, IS_DEEP: tl.constexpr, IS_PADDED: tl.constexpr, ONE_TAP: tl.constexpr, RUN: tl.constexpr,
-    ALIGNED: tl.constexpr, W_ALIGNED: tl.constexpr, EVEN_C: tl.constexpr, ZERO_PADDING: tl.constexpr,
-    HAS_CORRECTION: tl.constexpr, IS_WIDE: tl.constexpr, IS_SMALL: tl.constexpr, IN_STEPS: tl.constexpr,
-    RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    inverse_columns,
+    IS_LINEAR: tl.constexpr, IS_DEEP: tl.constexpr, IS_PADDED: tl.constexpr, ONE_TAP: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, RUN: tl.constexpr, ALIGNED: tl.constexpr, W_ALIGNED: tl.constexpr, EVEN_C: tl.constexpr,
+    EVEN_N: tl.constexpr, BY_ROWS: tl.constexpr, ZERO_PADDING: tl.constexpr, HAS_CORRECTION: tl.constexpr,
+    IS_WIDE: tl.constexpr, IS_SMALL: tl.constexpr, IN_STEPS: tl.constexpr, RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
     IS_CENTERED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
@@ -48,15 +50,19 @@ def convolution(
 
     ONE_TAP: of a kernel without padding. RUN: taps of so many channels each lie behind each other in a block, C counts
     all of them, and there is no padding. IS_LINEAR: with stride 1, too: rows of x are rows of y. SPLIT programs share a
-    tile's iterations: they add into `work`, and the last to arrive finishes and leaves zeros behind.
+    tile's iterations: they add into `work`, and the last to arrive finishes and leaves zeros behind. BY_ROWS: programs
+    follow each other along columns, `inverse_columns` is one over their number. ONE_BLOCK: a single iteration.
     """
     pid, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    # Neighbours share rows of x and columns of w, so that both stay in the cache.
-    block = pid // (GROUP * columns)
-    high_rows = min(rows - block * GROUP, GROUP)
-    pm = block * GROUP + (pid % (GROUP * columns)) % high_rows
-    pn = (pid % (GROUP * columns)) // high_rows
+    if BY_ROWS:  # half a step away from where rounding could matter
+        pm = ((pid + 0.5) * inverse_columns).to(tl.int32)
+        pn = pid - pm * columns
+    else:  # neighbours share rows of x and columns of w, so that both stay in the cache
+        block = pid // (GROUP * columns)
+        high_rows = min(rows - block * GROUP, GROUP)
+        pm = block * GROUP + (pid % (GROUP * columns)) % high_rows
+        pn = (pid % (GROUP * columns)) // high_rows
     om, on, ok = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN), tl.arange(0, BK)
     # Rows beyond the last repeat it: what they give is not stored, and loads need no mask.
     m = tl.minimum(om, M - 1)
@@ -82,9 +88,9 @@ def convolution(
             base += d * X_D
     # What the compiler can't see: rows begin at multiples of this, so that they are loaded in words.
     base = tl.multiple_of(base + group * C, ALIGNED)
-    n = tl.minimum(on, N - 1)
+    n = on if EVEN_N else tl.minimum(on, N - 1)
     w_base = tl.multiple_of((group * N + n) * W_ROW, W_ALIGNED)
-    mask = (om < M)[:, None] & (on < N)[None, :]
+    mask = (om < M)[:, None] & ((on >= 0) if EVEN_N else (on < N))[None, :]
     offsets = om[:, None] * Y_ROW + (group * N + on)[None, :]
     if IS_WIDE:
         offsets = om.to(tl.int64)[:, None] * Y_ROW + (group * N + on)[None, :]
@@ -97,8 +103,9 @@ def convolution(
     elif RESIDUAL == 2:
         added = tl.load(residual + offsets, mask=mask, other=0.0)
     share = tl.cdiv(ITERATIONS, SPLIT)
-    acc = tl.zeros((BM, BN), tl.int32)
-    for i in range(split * share, min(split * share + share, ITERATIONS)):
+    # Sums of few bits begin as the bits of a float32 that has them behind its ones.
+    acc = tl.full((BM, BN), BITS if IS_SMALL and SPLIT == 1 else 0, tl.int32)
+    for i in range(split * share if SPLIT > 1 else 0, 1 if ONE_BLOCK else min(split * share + share, ITERATIONS)):
         if RUN > 0:
             c = i * BK + ok
             tap = c // RUN
@@ -163,6 +170,8 @@ def convolution(
     if is_last:
         if HAS_CORRECTION:
             acc += tl.load(correction + group * N + n)[None, :]
+        if IS_SMALL and SPLIT > 1:
+            acc += BITS
         value = finished(
             acc, scales, biases, added, y, residual_scale, residual_zero_point, first, second, inverse_scale, low, high,
             zero_point, IS_SMALL, IN_STEPS, RESIDUAL, ACTIVATION, IS_CENTERED,
@@ -194,8 +203,9 @@ def depthwise(
     STRIDE_D, STRIDE_H, STRIDE_W, PAD_D, PAD_H, PAD_W, DILATION_D, DILATION_H, DILATION_W,
     padding_code, residual_scale, residual_zero_point, first, second, inverse_scale, low, high, zero_point,
     TAPS: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, IS_UNROLLED: tl.constexpr,
-    HAS_CORRECTION: tl.constexpr, IS_WIDE: tl.constexpr, IN_STEPS: tl.constexpr, RESIDUAL: tl.constexpr,
-    ACTIVATION: tl.constexpr, IS_CENTERED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHAINED: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr, IS_WIDE: tl.constexpr, IS_SMALL: tl.constexpr, IN_STEPS: tl.constexpr,
+    RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, IS_CENTERED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """BM positions by BN channels, each with a filter of its own; w is (taps, channels)."""
     await_earlier(CHAINED)
@@ -220,7 +230,7 @@ def depthwise(
         added = tl.load(residual + offsets, mask=mask, other=0)
     elif RESIDUAL == 2:
         added = tl.load(residual + offsets, mask=mask, other=0.0)
-    acc = tl.zeros((BM, BN), tl.int32)
+    acc = tl.full((BM, BN), BITS if IS_SMALL else 0, tl.int32)
     if IS_UNROLLED:
         for tap in tl.static_range(TAPS):
             acc = depthwise_tap(
@@ -237,6 +247,6 @@ def depthwise(
         acc += tl.load(correction + c, mask=inside, other=0)[None, :]
     value = finished(
         acc, scales, biases, added, y, residual_scale, residual_zero_point, first, second, inverse_scale, low, high,
-        zero_point, TAPS <= 64, IN_STEPS, RESIDUAL, ACTIVATION, IS_CENTERED,
+        zero_point, IS_SMALL, IN_STEPS, RESIDUAL, ACTIVATION, IS_CENTERED,
     )  # fmt: skip
     tl.store(y + offsets, value, mask=mask)

@@ -6,7 +6,10 @@ import triton
 import triton.language as tl
 
 #: 1.5 * 2**23: added to a float32 below 2**22 it rounds that half to even, on every device alike.
-_ROUNDER = tl.constexpr(12582912.0)
+ROUNDER = 12582912.0
+_ROUNDER = tl.constexpr(ROUNDER)
+#: Its bits: those of ROUNDER + i are BITS + i.
+BITS = tl.constexpr(0x4B400000)
 _SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 #: Activation → its number in a kernel. Clamps are one: they take their bounds.
 NONE, CLAMP = 0, 1
@@ -84,7 +87,7 @@ def to_codes(steps, low, high, zero_point):
 @triton.jit
 def small_to_float(i):
     """An int32 of less than 2**22 in magnitude as float32, without a conversion."""
-    return (i + 0x4B400000).to(tl.float32, bitcast=True) - _ROUNDER
+    return (i + BITS).to(tl.float32, bitcast=True) - _ROUNDER
 
 
 @triton.jit
@@ -96,24 +99,31 @@ def finished(
 ):  # fmt: skip
     """What y holds for exact sums: scaled, biased, the residual added, activated, and coded unless y holds floats.
 
-        IN_STEPS   t = fma(acc, scale, bias);  t = fma(q_r - zp_r, residual_scale, t);  codes of t, within [low, high]
-        else       r = acc * scale + bias + residual;  codes of activation(r) * inverse_scale
+        IN_STEPS 1   t = fma(acc, scale, bias);  t = fma(q_r - zp_r, residual_scale, t);  codes of t, within [low, high]
+        IN_STEPS 2   the same t as a share of [low, high]: where that is cut at 0 and 1, which costs nothing, it is
+                     first * t + second whose low byte is the code
+        IN_STEPS 0   r = acc * scale + bias + residual;  codes of activation(r) * inverse_scale
 
-    RESIDUAL: 0 none, `added` is 1 codes, 2 floats. IS_SMALL: sums are less than 2**22 in magnitude.
+    RESIDUAL: 0 none, `added` is 1 codes, 2 floats. IS_SMALL: sums are less than 2**22 in magnitude, and `acc` is BITS
+    more than they are.
     IS_CENTERED: the zero point is 0.
     """
-    sums = small_to_float(acc) if IS_SMALL else acc.to(tl.float32)
+    sums = acc.to(tl.float32, bitcast=True) - _ROUNDER if IS_SMALL else acc.to(tl.float32)
     r = tl.fma(sums, scale, bias)
     if RESIDUAL == 1:
-        q = (added.to(tl.int32) + (0x4B400000 - residual_zero_point)).to(tl.float32, bitcast=True) - _ROUNDER
+        q = (added.to(tl.int32) + (BITS - residual_zero_point)).to(tl.float32, bitcast=True) - _ROUNDER
         r = tl.fma(q, residual_scale + tl.zeros_like(r), r)
     elif RESIDUAL == 2:
         r += added.to(tl.float32)
-    if not IN_STEPS:
+    if IN_STEPS == 0:
         r = activated(r, first, second, ACTIVATION)
     if y.dtype.element_ty.is_floating():
         return r
+    elif IN_STEPS == 2:
+        share = tl.clamp(r, 0.0, 1.0)
+        code = tl.fma(share, first + tl.zeros_like(r), second + tl.zeros_like(r))
+        return code.to(tl.int32, bitcast=True).to(y.dtype.element_ty)
     else:
-        if not IN_STEPS:
+        if IN_STEPS == 0:
             r = r * inverse_scale
         return to_codes(r, low, high, 0 if IS_CENTERED else zero_point).to(y.dtype.element_ty)

@@ -1,5 +1,5 @@
 """Steps of a whole run that compute several nodes: a framed stem, codes before moves, a layer norm with codes, linears
-of the same codes; attention is `attending`'s.
+of the same codes; attention is `attending`'s, and pads are those of `pads`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from quantflow.numerics.affine import QParams
 from quantflow.runtimes.triton import operators, rows
 from quantflow.runtimes.triton.attending import join_attention, moves_of
 from quantflow.runtimes.triton.cards import launch_options
-from quantflow.runtimes.triton.layers import Geometry, Layer, Stem
+from quantflow.runtimes.triton.layers import Layer, Stem
 from quantflow.runtimes.triton.layouts import MOVES, Move, placed
+from quantflow.runtimes.triton.pads import around_of, join_pads, surrounded
 
 if TYPE_CHECKING:
     from quantflow.runtimes.triton.lower import Lowering, Step, Values
@@ -48,6 +49,7 @@ def joined(lowering: Lowering) -> list[Step]:
     """The steps of a whole run, in order."""
     made: list[Step | None] = list(lowering.whole)
     _join_siblings(lowering, made)
+    join_pads(lowering, made)
     for index, node in enumerate(lowering.program.nodes):
         if node.op == "quantize" and node.output not in lowering.outputs and isinstance(node.args[0], Ref):
             _join_stem(lowering, made, index) or _join_moves(lowering, made, index)
@@ -115,13 +117,18 @@ def _join_stem(lowering: Lowering, made: list[Step | None], index: int) -> bool:
     node = lowering.program.nodes[reader]
     if node.op != "conv" or node.args[1] is not None or node.args[0].name != quantized.output:
         return False
-    a = node.attrs
-    geometry = Geometry(a["stride"], a["padding"], a["dilation"], a["groups"])
-    if not Stem.fits(lowering.program.tensors[a["weight"]], geometry) or lowering.layers[reader].are_patches:
+    (x,), nodes, around = quantized.args, (index,), None
+    padded = lowering.maker(x.name)
+    if padded is not None and lowering.only_reader(x.name) == index and made[padded] is lowering.whole[padded]:
+        around = around_of(lowering.program.nodes[padded], len(node.attrs["stride"]), 0)
+    geometry = surrounded(node, around)
+    if not Stem.fits(lowering.program.tensors[node.attrs["weight"]], geometry) or lowering.layers[reader].are_patches:
         return False
-    layer = lowering.layer(node, Stem)
+    layer = lowering.layer(node, Stem, around)
     assert isinstance(layer, Stem)
-    (x,), q = quantized.args, layer.finish.x
+    q = layer.finish.x
+    if padded is not None and around is not None:
+        x, nodes, made[padded] = lowering.program.nodes[padded].args[0], (padded, index), None
 
     def framed(values: Values) -> tuple[Any, ...]:
         image = lowering.value(x, values)
@@ -137,7 +144,7 @@ def _join_stem(lowering: Lowering, made: list[Step | None], index: int) -> bool:
             return (layer.on_framed(codes.codes, codes.height, codes.width),)
         return (layer(codes),)
 
-    made[index] = Step((index,), tuple(referenced_values(quantized.args)), (quantized.output,), framed)
+    made[index] = Step(nodes, (x.name,), (quantized.output,), framed)
     made[reader] = Step((reader,), (quantized.output,), (node.output,), convolved)
     return True
 

@@ -21,6 +21,11 @@ from quantflow.runtimes.triton.tuner import Way
 
 #: Offsets of more elements than this need 64 bits.
 WIDE = 2**31 - 2**20
+#: Bytes of weights that stay in the cache in any order of the tiles, and tiles that can be numbered in float32.
+_CACHED, _NUMBERED = 8 * 2**20, 2**21
+#: Terms of at most so many steps of the result may be taken as shares of its range: they differ by 2^-24 of each, far
+#: less than what the rule for codes next to a tie allows.
+_MOST_STEPS = 2048
 #: Taps of a depthwise kernel that are written out.
 _UNROLLED = 25
 #: A depthwise tile: positions, channels, warps.
@@ -30,12 +35,17 @@ _DEPTHWISE_WAYS = [(64, 64, 4), (32, 64, 4), (16, 64, 4), (32, 32, 2), (128, 32,
 
 @dataclass(frozen=True)
 class Geometry:
-    """Of a convolution, one number per spatial dimension."""
+    """Of a convolution, one number per spatial dimension.
+
+    Attributes:
+        behind: what is padded there, where that is not what is padded in front.
+    """
 
     stride: Sequence[int]
     padding: Sequence[int]
     dilation: Sequence[int]
     groups: int = 1
+    behind: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,12 +98,13 @@ class Layer:
         self.groups = 1 if geometry is None else geometry.groups
         self.stride = _triple([] if geometry is None else geometry.stride, 1)
         self.padding = _triple([] if geometry is None else geometry.padding, 0)
+        self.behind = self.padding if geometry is None or geometry.behind is None else _triple(geometry.behind, 0)
         self.dilation = _triple([] if geometry is None else geometry.dilation, 1)
         self.is_depthwise = self.groups > 1 and self.groups == out and self.in_channels == 1
         #: Whether windows lie side by side, of so few channels that a row of each is short.
         self.are_patches = (
             self.groups == 1 and self.taps > 1 and self.in_channels < 16 and self.stride == self.kernel
-            and not any(self.padding) and self.dilation == [1, 1, 1]
+            and not any((*self.padding, *self.behind)) and self.dilation == [1, 1, 1]
         )  # fmt: skip
         device = card.device
         packed = (
@@ -117,15 +128,13 @@ class Layer:
         scale = (weight_scale * f.x.scale).expand(self.out_channels)
         constant = torch.zeros(self.out_channels) if bias is None else bias
         bounds = (0.0, 0.0) if f.epilogue is None else f.epilogue.bounds
-        self.in_steps = out is not None and bounds is not None and not f.adds_float
+        self.in_steps = int(out is not None and bounds is not None and not f.adds_float)
         if out is not None and self.in_steps:
             factor = (scale.to(torch.float64) / out.scale).to(torch.float32)
             shifted = (constant.to(torch.float64) / out.scale).to(torch.float32)
-            self.in_steps = bool(factor.isfinite().all() & shifted.isfinite().all())
+            self.in_steps = int(bool(factor.isfinite().all() & shifted.isfinite().all()))
             if self.in_steps:
                 scale, constant = factor, shifted
-        self.scale = scale.contiguous().to(self.card.device)
-        self.bias = constant.contiguous().to(self.card.device)
         residual_scale, residual_zero = (1.0, 0) if f.residual is None else (f.residual.scale, f.residual.zero_point)
         low = high = inverse = 0.0
         zero_point = 0
@@ -136,6 +145,13 @@ class Layer:
                 low, high = bounds_in_steps(f.epilogue, out)
                 residual_scale = residual_scale / out.scale
         self.activation, first, second = activation_of(None if self.in_steps else f.epilogue)
+        terms = max(float(constant.abs().max()), 0.0 if f.residual is None else residual_scale * 255)
+        if self.in_steps and low < high and terms <= _MOST_STEPS:
+            self.in_steps, first, second = 2, high - low, formulas.ROUNDER + low + zero_point
+            scale, constant = scale.to(torch.float64) / first, (constant.to(torch.float64) - low) / first
+            residual_scale = residual_scale / first
+        self.scale = scale.to(torch.float32).contiguous().to(self.card.device)
+        self.bias = constant.to(torch.float32).contiguous().to(self.card.device)
         self.finishing = (residual_scale, residual_zero, first, second, inverse, low, high, zero_point)
         self.adds = 2 if f.adds_float else 1 if f.residual is not None else 0
 
@@ -205,8 +221,10 @@ class Layer:
     def out_sizes(self, batch: int, spatial: Sequence[int]) -> list[int]:
         """[batch, depth, height, width] of the result."""
         return [batch, *(
-            (size + 2 * p - d * (k - 1) - 1) // s + 1
-            for size, k, s, p, d in zip(spatial, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+            (size + p + q - d * (k - 1) - 1) // s + 1
+            for size, k, s, p, q, d in zip(
+                spatial, self.kernel, self.stride, self.padding, self.behind, self.dilation, strict=True
+            )
         )]  # fmt: skip
 
     def _launch(self, x: Tensor, shape: list[int], sizes: list[int], residual: Tensor | None, y: Tensor) -> None:
@@ -214,13 +232,13 @@ class Layer:
             self._launch_depthwise(x, shape, sizes, residual, y)
             return
         _, depth, height, width, channels = shape
-        is_padded = any(self.padding)
+        is_padded = any((*self.padding, *self.behind))
         moves_on = self.taps == 1 and not is_padded and self.stride == [1, 1, 1]
         strides = [depth * height * width * channels, height * width * channels, width * channels, channels]
         self._launch_gemm(
             x, y, residual, self.weight, self.in_channels, self.kernel, self.stride, self.padding, self.dilation,
             [depth, height, width], sizes, strides, is_linear=moves_on or self.geometry is None, is_padded=is_padded,
-            is_deep=depth > 1 or self.padding[0] > 0 or self.kernel[0] > 1,
+            is_deep=depth > 1 or self.padding[0] + self.behind[0] > 0 or self.kernel[0] > 1,
             aligned=math.gcd(16, channels, self.in_channels),
         )  # fmt: skip
 
@@ -237,18 +255,20 @@ class Layer:
         def run(way: Way) -> None:
             bm, bn, bk, group, split, warps, stages = way
             blocks = -(-c // bk)
-            tiles = -(-m // bm) * -(-n // bn)
+            columns = -(-n // bn)
+            tiles = -(-m // bm) * columns
             work, arrived = scratch(self.card, tiles * self.groups, bm * bn) if split > 1 else (y, y)
             convolution.convolution[tiles, self.groups, split](
                 x, weight, self.scale, self.bias, self.correction, y if residual is None else residual, y, work,
                 arrived, m, n, c, blocks, kernel[1], kernel[2], taps * blocks, *spatial, *sizes[1:], *strides,
                 taps * c, self.out_channels, *stride, *padding, *dilation, self.finish.x.zero_point, *self.finishing,
-                IS_LINEAR=is_linear, IS_DEEP=is_deep, IS_PADDED=is_padded, ONE_TAP=taps == 1 and not is_padded,
-                RUN=run_of,
-                ALIGNED=aligned, W_ALIGNED=math.gcd(16, c), EVEN_C=c % bk == 0,
+                1 / columns, IS_LINEAR=is_linear, IS_DEEP=is_deep, IS_PADDED=is_padded,
+                ONE_TAP=taps == 1 and not is_padded, ONE_BLOCK=taps * blocks == 1, RUN=run_of,
+                ALIGNED=aligned, W_ALIGNED=math.gcd(16, c), EVEN_C=c % bk == 0, EVEN_N=n % bn == 0,
+                BY_ROWS=weight.numel() <= _CACHED and tiles < _NUMBERED,
                 ZERO_PADDING=self.finish.x.zero_point == 0, HAS_CORRECTION=self.shift != 0, IS_WIDE=is_wide,
-                IS_SMALL=taps * c * self.widest * 127 < 2**22, IN_STEPS=self.in_steps, RESIDUAL=self.adds,
-                ACTIVATION=self.activation, IS_CENTERED=self.finishing[-1] == 0,
+                IS_SMALL=self.taps * self.in_channels * self.widest * 127 < 2**22, IN_STEPS=self.in_steps,
+                RESIDUAL=self.adds, ACTIVATION=self.activation, IS_CENTERED=self.finishing[-1] == 0,
                 BM=bm, BN=bn, BK=bk, GROUP=group, SPLIT=split, num_warps=warps,
                 num_stages=stages, **launch_options(y.device),
             )  # fmt: skip
@@ -275,8 +295,9 @@ class Layer:
                 m, channels, *shape[1:4], *sizes[1:],
                 *self.stride, *self.padding, *self.dilation, self.finish.x.zero_point, *self.finishing,
                 TAPS=self.taps, TAPS_H=self.kernel[1], TAPS_W=self.kernel[2], IS_UNROLLED=self.taps <= _UNROLLED,
-                HAS_CORRECTION=self.shift != 0, IS_WIDE=max(x.numel(), y.numel()) > WIDE, IN_STEPS=self.in_steps,
-                RESIDUAL=self.adds, ACTIVATION=self.activation, IS_CENTERED=self.finishing[-1] == 0,
+                HAS_CORRECTION=self.shift != 0, IS_WIDE=max(x.numel(), y.numel()) > WIDE,
+                IS_SMALL=self.taps * self.widest * 127 < 2**22, IN_STEPS=self.in_steps, RESIDUAL=self.adds,
+                ACTIVATION=self.activation, IS_CENTERED=self.finishing[-1] == 0,
                 BM=bm, BN=bn, num_warps=warps, **launch_options(y.device),
             )  # fmt: skip
 
@@ -298,36 +319,39 @@ def activation_of(epilogue: Epilogue | None) -> tuple[int, float, float]:
 class Stem(Layer):
     """A first convolution of up to 4 channels and at most 8 taps in a row, on framed codes.
 
-    Four channels of a pixel are one word, so that a row of taps is one run of 32 bytes: the layer becomes one of
-    32 channels, a tap per row, with no padding to look after.
+    Four channels of a pixel are one word, so that a row of taps is one run of bytes: the layer becomes one of as many
+    channels as the rows have bytes together, with no padding to look after. Rows and their number are powers of two,
+    so that one block may hold all of them; taps that are not there weigh nothing.
     """
 
-    #: Bytes of a row of taps.
-    ROW = 32
+    #: The most taps in a row.
+    LONGEST = 8
 
     def __init__(
         self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, geometry: Geometry, finish: Finish, card: Card
     ) -> None:
         super().__init__(weight, weight_scale, bias, geometry, finish, card)
         out, channels, height, width = weight.shape
-        rows = torch.zeros(out, height, self.ROW // 4, 4, dtype=torch.int8)
-        rows[:, :, :width, :channels] = weight.movedim(1, -1)
-        self.rows = rows.reshape(out, height, self.ROW).to(card.device)
+        self.columns = self.LONGEST // 2 if width <= self.LONGEST // 2 else self.LONGEST
+        self.height = triton.next_power_of_2(height)
+        rows = torch.zeros(out, self.height, self.columns, 4, dtype=torch.int8)
+        rows[:, :height, :width, :channels] = weight.movedim(1, -1)
+        self.rows = rows.reshape(out, -1).to(card.device)
 
     @classmethod
     def fits(cls, weight: Tensor, geometry: Geometry) -> bool:
         """Whether a convolution can be computed so."""
         return (
-            weight.dim() == 4 and weight.shape[1] <= 4 and weight.shape[3] <= cls.ROW // 4 and geometry.groups == 1
+            weight.dim() == 4 and weight.shape[1] <= 4 and weight.shape[3] <= cls.LONGEST and geometry.groups == 1
             and list(geometry.dilation) == [1, 1] and weight.shape[2] * weight.shape[3] > 1
         )  # fmt: skip
 
     def frame(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of the framed image that the taps of every output stay inside of."""
         _, _, rows, columns = self.out_sizes(1, [1, height, width])
-        least = (columns - 1) * self.stride[2] + self.ROW // 4
+        least = (columns - 1) * self.stride[2] + self.columns
         # Rows begin at multiples of 16 bytes.
-        return (rows - 1) * self.stride[1] + self.kernel[1], -(-least // 4) * 4
+        return (rows - 1) * self.stride[1] + self.height, -(-least // 4) * 4
 
     def on_framed(self, x: Tensor, height: int, width: int, held: torch.dtype = torch.float32) -> Tensor:
         """
@@ -339,8 +363,8 @@ class Stem(Layer):
         y = torch.empty(sizes[0], *sizes[2:], self.out_channels, dtype=self.out_dtype(held), device=x.device)
         strides = [x.shape[1] * x.shape[2] * 4, 0, x.shape[2] * 4, 4]
         self._launch_gemm(
-            x, y, None, self.rows, self.kernel[1] * self.ROW, [1, self.kernel[1], 1], self.stride, [0, 0, 0], [1, 1, 1],
+            x, y, None, self.rows, self.rows.shape[1], [1, self.height, 1], self.stride, [0, 0, 0], [1, 1, 1],
             [1, *x.shape[1:3]], sizes, strides, is_linear=False, is_padded=False, is_deep=False,
-            aligned=math.gcd(16, 4 * self.stride[2]), run_of=self.ROW,
+            aligned=math.gcd(16, 4 * self.stride[2]), run_of=4 * self.columns,
         )  # fmt: skip
         return y.movedim(-1, 1)

@@ -19,8 +19,9 @@ from quantflow.runtimes.reference import qparams_of
 from quantflow.runtimes.triton import operators
 from quantflow.runtimes.triton.cards import Card
 from quantflow.runtimes.triton.joins import joined
-from quantflow.runtimes.triton.layers import Finish, Geometry, Layer
+from quantflow.runtimes.triton.layers import Finish, Layer
 from quantflow.runtimes.triton.operators import Pool
+from quantflow.runtimes.triton.pads import Around, surrounded
 from quantflow.runtimes.triton.precision import Halves
 
 Values = Mapping[str, Any]
@@ -186,7 +187,8 @@ class Lowering:
         """An op of PyTorch in half precision."""
         return aten_op(node.target)(*self.half(node.args, values), **self.half(dict(node.kwargs), values))
 
-    def layer(self, node: Node, kind: type[Layer] = Layer) -> Layer:
+    def layer(self, node: Node, kind: type[Layer] = Layer, around: Around | None = None) -> Layer:
+        """A node's layer; `around`: what its operand is padded with in front of and behind each dimension, too."""
         program, a = self.program, node.attrs
         tensors, (x, residual) = program.tensors, node.args
         qr = None if residual is None else qparams_of(program, residual.name)
@@ -194,9 +196,7 @@ class Lowering:
             _known(qparams_of(program, x.name)), qparams_of(program, node.output), qr,
             residual is not None and qr is None, node.epilogue,
         )  # fmt: skip
-        geometry = None
-        if node.op == "conv":
-            geometry = Geometry(a["stride"], a["padding"], a["dilation"], a["groups"])
+        geometry = surrounded(node, around) if node.op == "conv" else None
         bias = None if a["bias"] is None else tensors[a["bias"]]
         return kind(tensors[a["weight"]], tensors[a["weight_scale"]], bias, geometry, finish, self.card)
 

@@ -30,11 +30,13 @@ def pool_tap(
     iz = d_start + (tap // (MOST_W * MOST_H)) * STEP_D
     mask = ((iz < d_stop) & (ih < h_stop) & (iw < v_stop))[:, None] & inside[None, :]
     at = (((n * IN_D + iz) * IN_H + ih) * IN_W + iw) * C
-    q = tl.load(x + at[:, None] + c[None, :], mask=mask, other=0).to(tl.int32)
     if IS_MEAN:
+        q = tl.load(x + at[:, None] + c[None, :], mask=mask, other=0).to(tl.int32)
         return found + tl.where(mask, q - zero_point, 0)
     else:
-        return tl.maximum(found, tl.where(mask, q, -128))
+        lowest = 0 if x.dtype.element_ty == tl.uint8 else -128
+        q = tl.load(x + at[:, None] + c[None, :], mask=mask, other=lowest).to(tl.int32)
+        return tl.maximum(found, q)
 
 
 @triton.jit(do_not_specialize=["M", "IN_D", "IN_H", "IN_W", "OUT_D", "OUT_H", "OUT_W", "zero_point", "out_zero_point"])

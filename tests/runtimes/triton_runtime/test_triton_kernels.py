@@ -30,6 +30,7 @@ from quantflow.numerics.measures import sqnr_db
 from quantflow.runtimes.reference import ReferenceRunner, run_node, unrounded
 from quantflow.runtimes.triton import devices
 from quantflow.runtimes.triton import script as triton_script
+from quantflow.schema import PRESETS
 from quantflow.tasks.selftest import quantized_program, selftest
 
 pytestmark = [
@@ -353,6 +354,37 @@ def test_a_layer_norm_writes_codes_and_adds_what_comes_before_it() -> None:
     assert ["transpose.int", "quantize"] in joined, "codes are made before they are moved"
     assert sum(part == ["select.int", "quantize"] or part == ["slice.Tensor", "quantize"] for part in joined) <= 1
     assert len(steps) < len(program.nodes)
+
+
+class Padded(nn.Module):
+    """Pads of their own in front of a stem, a depthwise convolution, a dense one, and what no convolution takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.deep = nn.Conv2d(3, 16, 3, 2), nn.Conv2d(16, 16, 3, 2, groups=16)
+        self.dense, self.last = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 8, 2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pad = nn.functional.pad
+        x = torch.relu(self.stem(pad(x, [0, 1, 0, 1])))
+        x = torch.relu(self.deep(pad(x, [2, 1])))
+        y = self.dense(pad(x, [1, 1, 0, 2])) + pad(x, [1, 1, 0, 2])
+        return self.last(pad(y, [1, 0, 1, 0], value=0.5))
+
+
+@pytest.mark.parametrize("preset", ["sym_int8", "affine_uint8"])
+def test_convolutions_pad_what_is_padded_for_them_alone(preset: str) -> None:
+    torch.manual_seed(0)
+    net, x = Padded().eval(), torch.randn(2, 3, 19, 22)
+    program = quantized_program(net, x, PRESETS[preset])
+    runner = devices.build(program, "cpu")
+    steps = runner._lowering.together  # type: ignore[attr-defined]
+    joined = [[program.nodes[i].target or program.nodes[i].op for i in step.nodes] for step in steps]
+    assert ["pad.default", "quantize"] in joined
+    assert ["constant_pad_nd.default", "conv"] in joined
+    kept = [names for names in joined if names in (["constant_pad_nd.default"], ["pad.default"])]
+    assert len(kept) == 2, "one that others read, too, and one with another number"
+    assert sqnr_db(ReferenceRunner(program)([x]), runner([x])) > 40
 
 
 @pytest.mark.parametrize(("shape", "order"), [((3, 5, 24), (1, 0, 2)), ((4, 1), (0, 1)), ((1, 2, 3, 8), (0, 2, 1, 3))])
