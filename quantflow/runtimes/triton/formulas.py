@@ -103,6 +103,8 @@ def finished(
         IN_STEPS 2   the same t as a share of [low, high]: where that is cut at 0 and 1, which costs nothing, it is
                      first * t + second whose low byte is the code
         IN_STEPS 0   r = acc * scale + bias + residual;  codes of activation(r) * inverse_scale
+        IN_STEPS -1  the same; activation(r) * inverse_scale + low is a share of the range, `high` codes long from
+                     `zero_point` on. Not for an r that may be NaN.
 
     RESIDUAL: 0 none, `added` is 1 codes, 2 floats. IS_SMALL: sums are less than 2**22 in magnitude, and `acc` is BITS
     more than they are.
@@ -115,13 +117,17 @@ def finished(
         r = tl.fma(q, residual_scale + tl.zeros_like(r), r)
     elif RESIDUAL == 2:
         r += added.to(tl.float32)
-    if IN_STEPS == 0:
+    if IN_STEPS <= 0:
         r = activated(r, first, second, ACTIVATION)
     if y.dtype.element_ty.is_floating():
         return r
     elif IN_STEPS == 2:
         share = tl.clamp(r, 0.0, 1.0)
         code = tl.fma(share, first + tl.zeros_like(r), second + tl.zeros_like(r))
+        return code.to(tl.int32, bitcast=True).to(y.dtype.element_ty)
+    elif IN_STEPS == -1:
+        share = tl.clamp(tl.fma(r, inverse_scale + tl.zeros_like(r), low + tl.zeros_like(r)), 0.0, 1.0)
+        code = tl.fma(share, high + tl.zeros_like(r), _ROUNDER + zero_point + tl.zeros_like(r))
         return code.to(tl.int32, bitcast=True).to(y.dtype.element_ty)
     else:
         if IN_STEPS == 0:

@@ -15,6 +15,9 @@ from quantflow.runtimes.triton.cards import Card, own_scratch
 
 #: Recorded sets of input shapes that a program keeps, each with memory of its own; the least recently used goes first.
 GRAPHS = 16
+#: One that was replayed in so many calls before this one stays: recording another in its place, and it again in turn,
+#: would take far longer than running what is new as it comes.
+PATIENCE = 8 * GRAPHS
 Function = Callable[[Sequence[Tensor]], Any]
 
 
@@ -77,6 +80,8 @@ class Recordings:
         self._card, self._function = card, function
         self._kept: OrderedDict[Any, Recording | None] = OrderedDict()
         self._seen: OrderedDict[Any, None] = OrderedDict()
+        self._calls = 0
+        self._used: dict[Any, int] = {}
         self._lock = threading.Lock()
         #: Why the last set of shapes that can't be recorded can't be; empty where all can.
         self.refused = ""
@@ -87,16 +92,23 @@ class Recordings:
             return self._function(inputs)
         key = tuple((x.shape, x.dtype, x.stride()) for x in inputs)
         with self._lock:
+            self._calls += 1
             found = self._kept.get(key)
             if key in self._kept:
                 self._kept.move_to_end(key)
+                self._used[key] = self._calls
             elif key not in self._seen:
                 self._seen[key] = None
                 while len(self._seen) > 4 * GRAPHS:
                     self._seen.popitem(last=False)
-            else:
+            elif self._has_room():
                 found = self._record(key, inputs)
         return self._function(inputs) if found is None else found(inputs)
+
+    def _has_room(self) -> bool:
+        if len(self._kept) < GRAPHS:
+            return True
+        return self._calls - self._used[next(iter(self._kept))] > PATIENCE
 
     def _record(self, key: Any, inputs: Sequence[Tensor]) -> Recording | None:
         """None, which is kept too: these shapes run as they come, for want of memory or as they can't be recorded."""
@@ -105,12 +117,14 @@ class Recordings:
             made = Recording(self._card, self._function, inputs)
         except RuntimeError as error:  # OutOfMemoryError is one
             self.refused = str(error).partition("\n")[0]
-        self._kept[key] = made
+        self._kept[key], self._used[key] = made, self._calls
         while len(self._kept) > GRAPHS:
-            self._kept.popitem(last=False)
+            dropped, _ = self._kept.popitem(last=False)
+            del self._used[dropped]
         return made
 
     def forget(self) -> None:
         """Record anew, since the function now launches other kernels."""
         with self._lock:
             self._kept.clear()
+            self._used.clear()

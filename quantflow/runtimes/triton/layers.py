@@ -150,6 +150,9 @@ class Layer:
             self.in_steps, first, second = 2, high - low, formulas.ROUNDER + low + zero_point
             scale, constant = scale.to(torch.float64) / first, (constant.to(torch.float64) - low) / first
             residual_scale = residual_scale / first
+        elif out is not None and bounds is None and not f.adds_float and math.isfinite(inverse):
+            self.in_steps, length = -1, high - low
+            inverse, low, high, zero_point = inverse / length, -low / length, length, out.range[0]
         self.scale = scale.to(torch.float32).contiguous().to(self.card.device)
         self.bias = constant.to(torch.float32).contiguous().to(self.card.device)
         self.finishing = (residual_scale, residual_zero, first, second, inverse, low, high, zero_point)

@@ -433,9 +433,15 @@ def test_recordings_are_made_once_per_set_of_shapes_and_what_can_not_be_is_not_t
     assert seen == [1, ("replayed", 1), ("replayed", 1), 3, 3, 3, 0, 0, 0]
     assert tried == [1, 3]
     assert recordings.refused == "out of memory"
-    for rows in range(10, 10 + 2 * graphs.GRAPHS):
-        for _ in range(2):
-            recordings([torch.zeros(rows)])
+    for _ in range(2):
+        for rows in range(10, 14 + graphs.GRAPHS):
+            for _ in range(2):
+                recordings([torch.zeros(rows)])
+    assert len(recordings._kept) == graphs.GRAPHS
+    assert tried == [1, 3, *range(10, 8 + graphs.GRAPHS)], "in turn, none takes the place of one that is replayed"
+    for _ in range(graphs.PATIENCE + 2):
+        recordings([torch.zeros(100)])
+    assert tried[-1] == 100, "none of the others is in use any more"
     assert len(recordings._kept) == graphs.GRAPHS
 
 
