@@ -222,9 +222,9 @@ def _calibration(name: str, images: int) -> list[dict[str, Any]]:
         with exact_float32():
             for place in ("cuda:0", "cpu"):
                 placed = prepared.at(torch.device(place))
-                calibrate(placed, batches[:1])
+                calibrate(placed, batches[:1], ahead=placed.place)
                 began = time.perf_counter()
-                tables[place] = calibrate(placed, batches)
+                tables[place] = calibrate(placed, batches, ahead=placed.place)
                 seconds[place] = time.perf_counter() - began
             # Two workers' halves: on two cards where there are two, else one after the other.
             half, cards = len(batches) // 2, torch.cuda.device_count()

@@ -172,6 +172,7 @@ def calibrated(run: Run, prepared: Prepared, update: Update) -> CalibrationTable
             checkpoint_every_s=recipe.calibrate.checkpoint_every_s,
             resume=recipe.calibrate.resume,
             first=None if workers.count == 1 else part.first,
+            ahead=prepared.place,
             progress=update,
         )
 

@@ -25,6 +25,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from quantflow.errors import ArtifactError, CalibrationError, DataError, cause_line
+from quantflow.host.place import CPU, current, interface_of
 from quantflow.numerics.observers import AbstractObserver, Sketch, extremes, flat, make_observer, require_finite
 from quantflow.schema import ActivationSpec
 from quantflow.store.whole_file import read_regular, write_whole
@@ -137,6 +138,7 @@ def calibrate(
     checkpoint_every_s: float = 5.0,
     resume: bool = True,
     first: int | None = None,
+    ahead: torch.device = CPU,
     progress: Progress | None = None,
 ) -> CalibrationTable:
     """Observe every value of `prepared.observed` over all batches, in inference mode.
@@ -149,6 +151,7 @@ def calibrate(
             so in `notices`.
         first: given, the batches are a part of the data that begins with this one: errors count from it, and the part
             may be empty or leave values unobserved. `require_complete` the merged table.
+        ahead: a card that the model runs on and takes batches from: each is copied there while the one before it runs.
         progress: called with (batches done, batches in all or None) after each batch.
 
     Raises:
@@ -162,11 +165,11 @@ def calibrate(
     if progress is not None and table.batches:
         progress(table.batches, total)
     last_save = time.monotonic()
-    with ThreadPoolExecutor(HASHERS) as beside:
+    with ThreadPoolExecutor(HASHERS + 1) as beside:
         digests: deque[Future[str]] = deque()
-        for batch in remaining:
+        for batch, brought in _brought(ahead, remaining, beside):
             digests.append(beside.submit(_digest, batch))
-            table = observe(prepared, batch, table, first or 0, first_shapes, digest=NO_DATA)
+            table = observe(prepared, batch, table, first or 0, first_shapes, digest=NO_DATA, brought=brought)
             while len(digests) > HASHERS:
                 table = _hashed(table, digests.popleft().result())
             first_shapes = first_shapes or shapes_of(batch)
@@ -198,6 +201,7 @@ def observe(
     first: int = 0,
     first_shapes: str = "",
     digest: str | None = None,
+    brought: Batch | None = None,
 ) -> CalibrationTable:
     """The table after one more batch, whose observers are the given table's.
 
@@ -205,13 +209,14 @@ def observe(
         first: what errors count batches from.
         first_shapes: `shapes_of` the first batch, for errors.
         digest: the batch's; None: it is hashed here.
+        brought: the batch where the model computes; None: it is brought there.
 
     Raises:
         CalibrationError, DataError: as `calibrate`.
     """
     index = first + table.batches
     _require_finite(batch, index, is_inf_legal=True)
-    _observe(prepared, batch, index, table, first_shapes)
+    _observe(prepared, batch, index, table, first_shapes, batch if brought is None else brought)
     return _counted(table, batch, _digest(batch) if digest is None else digest)
 
 
@@ -270,7 +275,36 @@ def specs_of(table: CalibrationTable) -> dict[str, ActivationSpec]:
 # --- one batch ---
 
 
-def _observe(prepared: ObservedModel, batch: Batch, index: int, table: CalibrationTable, first_shapes: str) -> None:
+def _brought(
+    place: torch.device, batches: Iterable[Batch], beside: ThreadPoolExecutor
+) -> Iterator[tuple[Batch, Batch | None]]:
+    """Each batch and the same on a card, where one is copied while the model runs on the one before it."""
+    if place.type == CPU.type:
+        yield from ((batch, None) for batch in batches)
+        return
+    waiting: deque[tuple[Batch, Future[Batch]]] = deque()
+    for batch in batches:
+        waiting.append((batch, beside.submit(_copied, place, batch)))
+        if len(waiting) > 1:
+            earlier, copy = waiting.popleft()
+            yield earlier, copy.result()
+    for last, copy in waiting:
+        yield last, copy.result()
+
+
+def _copied(place: torch.device, batch: Batch) -> Batch:
+    """The batch on a card, in memory of a stream's own: whoever lets go of it has waited for the card."""
+    with current(place):
+        stream = interface_of(place).Stream()
+        with interface_of(place).stream(stream):
+            copy = batch.at(place)
+        stream.synchronize()
+    return copy
+
+
+def _observe(
+    prepared: ObservedModel, batch: Batch, index: int, table: CalibrationTable, first_shapes: str, brought: Batch
+) -> None:
     sketches: list[tuple[str, Sketch]] = []
 
     def on_value(name: str, x: torch.Tensor) -> None:
@@ -292,9 +326,9 @@ def _observe(prepared: ObservedModel, batch: Batch, index: int, table: Calibrati
 
     try:
         with torch.inference_mode():
-            prepared.run(batch, on_value)
+            prepared.run(brought, on_value)
             if sketches and not _taken(sketches, table):
-                prepared.run(batch, observe)  # value by value, to say which one it is
+                prepared.run(brought, observe)  # value by value, to say which one it is
     except CalibrationError:
         _require_finite(batch, index, is_inf_legal=False)
         raise

@@ -11,7 +11,7 @@ from torch import nn
 
 from quantflow.host.place import CPU
 from quantflow.ir.batch import Batch
-from quantflow.ir.binding import bind
+from quantflow.ir.binding import HOST, bind
 from quantflow.ir.graph import Graph, interpret
 from quantflow.ir.ops import MOVING_OPS
 from quantflow.ir.plan import Plan
@@ -55,7 +55,7 @@ class Prepared:
         )
 
     def run(self, batch: Batch, on_value: Callable[[str, torch.Tensor], None]) -> Any:
-        """One float forward; `on_value` sees every observed value."""
+        """One float forward of a batch on the CPU or in its place; `on_value` sees every observed value."""
 
         def observed(name: str, value: Any) -> None:
             if name in self.observed:
@@ -65,7 +65,7 @@ class Prepared:
             from quantflow.stages.imperative import run_observed
 
             return run_observed(self.observed_module, batch.at(self.place), observed)
-        inputs = bind(self.graph, batch.args, batch.kwargs)
+        inputs = bind(self.graph, batch.args, batch.kwargs, (*HOST, self.place.type))
         return interpret(self.graph, inputs, lambda node, value: observed(node.name, value))
 
 

@@ -184,3 +184,14 @@ def test_workers_on_cards_make_the_table_of_one(workers: int, tmp_path: Path) ->
         assert done.returncode == 0, done.stderr[-2000:]
     for file in ("calibration.safetensors", "program.json", "weights.safetensors"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "several" / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_batches_are_copied_ahead_to_the_same_table(
+    mode: str, net: nn.Module, batches: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from quantflow.stages import calibrate
+
+    ahead = qf.quantize(net, batches, device="cuda", mode=mode)
+    monkeypatch.setattr(calibrate, "_brought", lambda _place, given, _beside: ((batch, None) for batch in given))
+    assert qf.quantize(net, batches, device="cuda", mode=mode).record.table == ahead.record.table
