@@ -331,10 +331,12 @@ def _endurance(calls: int) -> list[dict[str, Any]]:
         for thread in threads:
             thread.join()
 
+    console.print("endurance: every set of shapes ran once")
     in_threads(20)
     before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     in_threads(calls // 10)
     between = torch.cuda.memory_allocated()
+    console.print("endurance: the threads are done")
     work(0, calls)
     torch.cuda.synchronize()
     after = torch.cuda.memory_allocated()
