@@ -6,14 +6,13 @@ own values instead, so that what is left is its own: the rounding and clipping o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
-from quantflow.ir.batch import Batch
-from quantflow.ir.binding import bind
-from quantflow.ir.graph import Graph, interpret, is_aten
+from quantflow.ir.graph import Graph, is_aten
 from quantflow.ir.ops import COMPUTING_OPS, LINEAR_OPS
 from quantflow.ir.program import Node
 from quantflow.numerics.affine import WEIGHT_RANGE, QParams, quantize
@@ -26,31 +25,42 @@ BINS = 64
 
 
 def own_errors(
-    graph: Graph, compiled: Compiled, batch: Batch, progress: Callable[[int, int | None], None] | None = None
+    graph: Graph,
+    compiled: Compiled,
+    floats: Mapping[str, Any],
+    progress: Callable[[int, int | None], None] | None = None,
 ) -> tuple[dict[str, ErrorSum], list[dict[str, Any]]]:
     """Each int8 layer's own error, and histograms of the worst layers.
 
     Args:
-        graph: the float model that `compiled` was made from; all its values of the batch are held at once, where it
-            computes.
+        graph: the float model that `compiled` was made from.
+        floats: node name → its value where the float model computes a batch.
         progress: called with (nodes done, nodes) after each node.
 
     Returns:
         layer → the error of its output when it reads float's values;
         [{"name", "input", "weight", "output"}], the worst first; each a `histogram`, where the layer has one.
     """
-    program, floats = compiled.program, _float_values(graph, batch)
+    program, frees = compiled.program, compiled.program.last_uses()
     errors: dict[str, ErrorSum] = {}
+    held: dict[str, Any] = {}  # as int8 layers read them
+
+    def read(name: str) -> Any:
+        if name not in held:
+            held[name] = _held(floats[_source(name)], _qparams(compiled, name))
+            if graph.place.type not in compiled.runner.takes and isinstance(held[name], torch.Tensor):
+                held[name] = held[name].cpu()
+        return held[name]
+
     with torch.inference_mode():
         for index, node in enumerate(program.nodes):
             if node.op in COMPUTING_OPS and all(_source(name) in floats for name in (*node.refs(), node.output)):
-                values = {name: _held(floats[_source(name)], _qparams(compiled, name)) for name in node.refs()}
-                if graph.place.type not in compiled.runner.takes:
-                    values = {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in values.items()}
-                found = compiled.value(node, compiled.runner.run_node(index, values))
+                found = compiled.value(node, compiled.runner.run_node(index, {name: read(name) for name in node.refs()}))
                 expected = floats[node.output]
                 if isinstance(expected, torch.Tensor) and expected.shape == found.shape:
                     errors.setdefault(node.name, ErrorSum()).add(expected, found)
+            for dead in frees.get(index, ()):
+                held.pop(dead, None)
             if progress is not None:
                 progress(index + 1, len(program.nodes))
     worst = sorted(errors, key=lambda name: errors[name].sqnr_db)[:WORST_LAYERS]
@@ -71,14 +81,16 @@ def histogram(x: torch.Tensor, clips: Iterable[tuple[float, float]]) -> dict[str
         clipped: share of the values beyond `clip`.
     """
     x = x.detach().flatten().to(torch.float32)
-    x = x[x.isfinite()]
-    low, high = (x.amin().item(), x.amax().item()) if x.numel() else (0.0, 0.0)
+    low, high = _extremes(x)
+    if not math.isfinite(high - low):
+        x = x[x.isfinite()]
+        low, high = _extremes(x)
     counts = torch.histc(x, BINS, low, high) if high > low else torch.full((BINS,), 0.0)
     if high == low:
         counts[BINS // 2] = x.numel()
     ordered = sorted(clips, key=lambda clip: clip[1] - clip[0])
     narrowest, widest = ordered[0], ordered[-1]
-    beyond = int(((x < widest[0]) | (x > widest[1])).sum())
+    beyond = int(torch.count_nonzero(x < widest[0])) + int(torch.count_nonzero(x > widest[1]))
     found = {
         "low": low,
         "high": high,
@@ -89,18 +101,11 @@ def histogram(x: torch.Tensor, clips: Iterable[tuple[float, float]]) -> dict[str
     return found | ({"clip_narrowest": list(narrowest)} if len(ordered) > 1 else {})
 
 
-def _float_values(graph: Graph, batch: Batch) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-
-    def keep(node: Any, value: Any) -> None:
-        if node.op != "get_attr":
-            values[node.name] = (
-                value.clone() if isinstance(value, torch.Tensor) else value
-            )  # a later op may write to it
-
-    with torch.inference_mode():
-        interpret(graph, bind(graph, batch.args, batch.kwargs), keep)
-    return values
+def _extremes(x: torch.Tensor) -> tuple[float, float]:
+    if not x.numel():
+        return 0.0, 0.0
+    low, high = torch.aminmax(x)
+    return low.item(), high.item()
 
 
 def _source(value: str) -> str:

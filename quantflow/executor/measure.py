@@ -12,8 +12,9 @@ import torch
 from quantflow.analysis.layer_errors import own_errors
 from quantflow.executor.contest import benchmark
 from quantflow.executor.run import Run
-from quantflow.executor.source import Source, Update, cut
+from quantflow.executor.source import Source, Update, cut, takes
 from quantflow.host.environment import environment
+from quantflow.host.memory import reused_memory
 from quantflow.host.place import exact_float32
 from quantflow.ir.batch import Batch
 from quantflow.ir.binding import bind
@@ -26,7 +27,7 @@ from quantflow.store.run_folder import Work
 
 #: SQNR per layer is measured on at most this many samples: exact integer sums are slow.
 LAYER_SAMPLES = 8
-#: And what a layer adds by itself on this many: all of the model's values are held at once.
+#: And what a layer adds by itself on the first of these: all of the model's values are held at once.
 OWN_SAMPLES = 4
 
 Call = Callable[..., Any]
@@ -55,6 +56,7 @@ def measure(run: Run, compiled: Compiled, graph: Graph | None, call: Call) -> di
     return sections
 
 
+@reused_memory()
 @exact_float32()
 def evaluated(run: Run, compiled: Compiled, call: Call) -> dict[str, Any]:
     """The comparison with float over all batches, each worker taking its part.
@@ -104,42 +106,51 @@ def _inputs(program: Program, source: Source) -> str:
     return digest.hexdigest()
 
 
+@reused_memory()
 @exact_float32()
 def _layer_errors(run: Run, graph: Graph, compiled: Compiled, update: Update) -> dict[str, Any]:
     """`per_layer`: each layer's error with those before it, and its own; `histograms` of the worst layers."""
-    batch = cut(next(iter(run.source.data.evaluation)), LAYER_SAMPLES, graph)
+    parts = _parts(cut(next(iter(run.source.data.evaluation)), LAYER_SAMPLES, graph), graph)
     program, graph, place = compiled.program, graph.at(run.place), run.int8_place(compiled.runner)
     names = {node.name: str(node.meta.get("layer", node.name)) for node in graph.fx.nodes}
     computed = {
         node.output: node.name for node in program.nodes if node.op not in ("quantize", "dequantize", "size", "shape")
     }
+    floats: dict[str, Any] = {}
+    steps, done = (len(parts) + 1) * len(program.nodes), 0
 
     def float_run(batch: Batch, on_value: Callable[[str, torch.Tensor], None]) -> None:
-        interpret(
-            graph,
-            bind(graph, batch.args, batch.kwargs),
-            lambda node, value: (
-                on_value(computed[node.name], value) if _is_real(value) and node.name in computed else None
-            ),
-        )
+        def seen(node: Any, value: Any) -> None:
+            if batch is parts[-1] and node.op != "get_attr":
+                floats[node.name] = value
+            if _is_real(value) and node.name in computed:
+                on_value(computed[node.name], value)
+
+        interpret(graph, bind(graph, batch.args, batch.kwargs), seen)
 
     def int8_run(batch: Batch, on_value: Callable[[str, torch.Tensor], None]) -> None:
-        for done, (name, value) in enumerate(compiled.trace(_bound(compiled, batch, place)), start=1):
-            update(done, 2 * len(program.nodes))
+        nonlocal done
+        for name, value in compiled.trace(_bound(compiled, batch, place)):
+            done += 1
+            update(done, steps)
             if name in computed and name in names and _is_real(value):
                 on_value(computed[name], value)
 
-    rows = compare_layers(float_run, int8_run, [batch])
-    own, histograms = own_errors(
-        graph,
-        compiled,
-        cut(batch, OWN_SAMPLES, graph),
-        lambda done, total: update(total + done, 2 * total),
-    )
+    rows = compare_layers(float_run, int8_run, parts)
+    own, histograms = own_errors(graph, compiled, floats, lambda more, _: update(done + more, steps))
     for row in rows:
         if row["name"] in own:
             row["own_sqnr_db"] = own[row["name"]].sqnr_db
     return {"per_layer": rows, "histograms": histograms}
+
+
+def _parts(batch: Batch, graph: Graph) -> list[Batch]:
+    """The batch's other samples, and its first OWN_SAMPLES; it as a whole where the model takes no such parts."""
+    first = cut(batch, OWN_SAMPLES, graph)
+    rest = batch.tail(batch.size - first.size)
+    if not 0 < rest.size == batch.size - first.size or not takes(graph, batch, rest.size):
+        return [batch]
+    return [rest, first]
 
 
 def _bound(compiled: Compiled, batch: Batch, place: torch.device) -> list[torch.Tensor]:

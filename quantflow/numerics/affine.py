@@ -78,13 +78,14 @@ def quantize(x: torch.Tensor, qparams: QParams) -> torch.Tensor:
         int8 or uint8 codes of x's shape.
     """
     qmin, qmax = qparams.range
-    q = torch.round(x / qparams.scale) + qparams.zero_point
-    return torch.nan_to_num(q, nan=qmax, posinf=qmax, neginf=qmin).clamp_(qmin, qmax).to(qparams.torch_dtype)
+    q = (x / qparams.scale).round_().add_(qparams.zero_point)
+    return q.nan_to_num_(nan=qmax, posinf=qmax, neginf=qmin).clamp_(qmin, qmax).to(qparams.torch_dtype)
 
 
 def dequantize(q: torch.Tensor, qparams: QParams) -> torch.Tensor:
     """x' = (q - zero_point) * scale, in float32, of q's shape."""
-    return (q.to(torch.float32) - qparams.zero_point) * qparams.scale
+    x = q.to(torch.float32, copy=True)
+    return x.sub_(qparams.zero_point).mul_(qparams.scale)
 
 
 def activation_qparams(low: float, high: float, *, dtype: str, qscheme: str, reduce_range: bool = False) -> QParams:

@@ -19,6 +19,8 @@ from quantflow.numerics import measures
 TOP1 = "top1"
 SPEARMAN = "spearman"
 EMBEDDING = "embedding"
+#: Elements whose errors are added up at a time.
+_PIECE = 1 << 15
 
 #: Calls `on_value(name, tensor)` for every layer's output while it runs a batch.
 LayerRun = Callable[[Batch, Callable[[str, torch.Tensor], None]], Any]
@@ -104,7 +106,8 @@ def judge(tallies: Iterable[Tally]) -> dict[str, Any]:
 def compare_layers(float_run: LayerRun, int8_run: LayerRun, batches: Iterable[Batch]) -> list[dict[str, Any]]:
     """Error of each layer's output against float's, in the int8 model's order, errors of earlier layers included.
 
-    Layers that only one side reports are left out. Holds one batch's float activations in memory.
+    Layers that only one side reports are left out. Holds one batch's float activations in memory, as they are: no op
+    may write to one that was reported.
 
     Returns:
         [{"name", "sqnr_db", "max_error"}]
@@ -115,7 +118,7 @@ def compare_layers(float_run: LayerRun, int8_run: LayerRun, batches: Iterable[Ba
             expected: dict[str, torch.Tensor] = {}
 
             def keep(name: str, x: torch.Tensor, into: dict[str, torch.Tensor] = expected) -> None:
-                into[name] = x.detach().clone()  # a later op may work in place
+                into[name] = x.detach()
 
             def compare(name: str, x: torch.Tensor, source: dict[str, torch.Tensor] = expected) -> None:
                 reference = source.pop(name, None)
@@ -145,23 +148,27 @@ class ErrorSum:
 
     def add(self, reference: torch.Tensor, actual: torch.Tensor) -> None:
         """Both of one shape, any dtype."""
-        reference = reference.detach().flatten().to(torch.float64)
-        actual = actual.detach().flatten().to(reference.device, torch.float64)
+        for x, y in zip(_pieces(reference.detach()), _pieces(actual.detach().to(reference.device)), strict=True):
+            self._add(x.to(torch.float64), y.to(torch.float64))
+
+    def _add(self, reference: torch.Tensor, actual: torch.Tensor) -> None:
         error = reference - actual
-        if not math.isfinite(error.dot(error).item()):  # one pass finds every NaN and infinity
+        noise = error.dot(error).item()
+        if not math.isfinite(noise):  # one pass finds every NaN and infinity
             finite_float, finite_int8 = torch.isfinite(reference), torch.isfinite(actual)
             finite = finite_float & finite_int8
             self.nonfinite_float += int((~finite_float).sum())
             self.nonfinite_int8 += int((~finite_int8).sum())
             self.is_broken |= bool((~finite & (reference != actual)).any())
             reference, error = reference[finite], error[finite]
+            noise = error.dot(error).item()
         if reference.numel() == 0:
             return
         self.elements += reference.numel()
         self.signal += reference.dot(reference).item()
-        self.noise += error.dot(error).item()
-        self.largest = max(self.largest, reference.abs().max().item())
-        self.largest_error = max(self.largest_error, error.abs().max().item())
+        self.noise += noise
+        self.largest = max(self.largest, _largest(reference))
+        self.largest_error = max(self.largest_error, _largest(error))
 
     def merge(self, other: ErrorSum) -> None:
         """Adds what the other saw after this."""
@@ -190,6 +197,22 @@ class ErrorSum:
     @property
     def is_identical(self) -> bool:
         return not self.is_broken and self.noise == 0
+
+
+def _pieces(x: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensor's elements in their order, as flat tensors: on a CPU so few that float64 copies stay in its cache."""
+    if not x.is_cpu or x.numel() <= _PIECE:
+        yield x.flatten()
+        return
+    rows = max(1, _PIECE * x.shape[0] // x.numel())
+    for part in x.split(rows):
+        yield from part.flatten().split(_PIECE)
+
+
+def _largest(x: torch.Tensor) -> float:
+    """max |x| of float64, not empty."""
+    low, high = torch.aminmax(x)
+    return max(-low.item(), high.item(), 0.0)
 
 
 def tensors(output: Any, path: str = "output") -> Iterator[tuple[str, torch.Tensor]]:

@@ -228,6 +228,8 @@ def _verify(
         if expected.is_floating_point():
             _require_close(node, handed_on(program, node, values, actual), actual)
             return
+        if expected.dtype is actual.dtype and torch.equal(expected, actual):
+            return  # what lies before rounding costs as much as the node itself
         tolerance = tie_tolerance(node.epilogue)
         illegal, worst = disagreement(expected, actual, unrounded(program, node, values), tolerance)
         differing += int((expected != actual).sum())

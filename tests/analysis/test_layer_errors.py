@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from quantflow.analysis.layer_errors import BINS, WORST_LAYERS, histogram, own_errors
-from quantflow.ir.batch import Batch
+from quantflow.ir.graph import Graph, interpret
 from quantflow.numerics.measures import sqnr_db
 from quantflow.runtimes import choose_runtime
 from quantflow.stages.compile import Compiled, compile_program
@@ -20,12 +20,20 @@ def compiled(made: Any) -> Compiled:
     return compile_program(made.program, choose_runtime("reference", "cpu", "export"))
 
 
+def floats(graph: Graph, x: torch.Tensor) -> dict[str, Any]:
+    """Every value of the float model on one input."""
+    values: dict[str, Any] = {}
+    with torch.inference_mode():
+        interpret(graph, [x], lambda node, value: values.update({node.name: value}))
+    return values
+
+
 def test_a_single_layers_own_error_is_the_models(stages: Callable[..., Any]) -> None:
     torch.manual_seed(0)
     module, x = nn.Sequential(nn.Linear(16, 8)).eval(), torch.randn(32, 16)
     made = stages(module, x)
     program = compiled(made)
-    errors, shown = own_errors(made.graph, program, Batch((x,)))
+    errors, shown = own_errors(made.graph, program, floats(made.graph, x))
     with torch.no_grad():
         expected = sqnr_db(module(x), program(x))
     assert list(errors) == ["0"]
@@ -44,7 +52,7 @@ def test_errors_of_earlier_layers_are_not_a_layers_own(stages: Callable[..., Any
     with torch.no_grad():
         module[0].weight[:, 0] = 0
     made = stages(module, x)
-    errors, shown = own_errors(made.graph, compiled(made), Batch((x,)))
+    errors, shown = own_errors(made.graph, compiled(made), floats(made.graph, x))
     assert errors["0"].sqnr_db < 15 < 30 < errors["2"].sqnr_db
     assert [row["name"] for row in shown] == ["0", "2"]
 
@@ -54,7 +62,9 @@ def test_every_kind_of_layer_and_its_progress(stages: Callable[..., Any]) -> Non
     x = torch.randn(4, 3, 8, 8)
     made = stages(own_models.net(), x)
     seen: list[tuple[int, int | None]] = []
-    errors, shown = own_errors(made.graph, compiled(made), Batch((x,)), lambda done, total: seen.append((done, total)))
+    errors, shown = own_errors(
+        made.graph, compiled(made), floats(made.graph, x), lambda done, total: seen.append((done, total))
+    )
     assert {"stem.0", "block", "head"} <= set(errors)
     assert all(error.sqnr_db > 20 for error in errors.values())
     assert seen[-1] == (len(made.program.nodes), len(made.program.nodes))
