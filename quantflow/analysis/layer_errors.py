@@ -55,7 +55,9 @@ def own_errors(
     with torch.inference_mode():
         for index, node in enumerate(program.nodes):
             if node.op in COMPUTING_OPS and all(_source(name) in floats for name in (*node.refs(), node.output)):
-                found = compiled.value(node, compiled.runner.run_node(index, {name: read(name) for name in node.refs()}))
+                found = compiled.value(
+                    node, compiled.runner.run_node(index, {name: read(name) for name in node.refs()})
+                )
                 expected = floats[node.output]
                 if isinstance(expected, torch.Tensor) and expected.shape == found.shape:
                     errors.setdefault(node.name, ErrorSum()).add(expected, found)

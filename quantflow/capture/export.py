@@ -17,6 +17,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 
 from quantflow.capture.export_sizes import SizeNotFree, described_input, limits_of, require_dynamic
 from quantflow.capture.place import class_name, last_line, line_of, packs_sequences, solves_sizes
+from quantflow.capture.quick_export import quick_export
 from quantflow.capture.sizes import FIXED, Sizes, larger
 from quantflow.errors import CaptureError, DataError, first_line
 from quantflow.ir import activations
@@ -125,7 +126,7 @@ def _captured(
 def _export(model: nn.Module, batch: Batch, sizes: Sizes = FIXED) -> torch.export.ExportedProgram:
     try:
         shapes = _dynamic(model, batch, sizes)
-        with plain_attention(), _without_noise(), torch.no_grad():
+        with plain_attention(), _without_noise(), quick_export(), torch.no_grad():
             return torch.export.export(model, batch.args, dict(batch.kwargs), dynamic_shapes=shapes, strict=False)
     except Exception as error:
         where = line_of(error)
@@ -163,7 +164,7 @@ def _decomposed(
         CaptureError: torch can't write one of its ops so.
     """
     try:
-        with _without_noise(), torch.no_grad():
+        with _without_noise(), quick_export(), torch.no_grad():
             return program.run_decompositions({torch.ops.aten.std_mean.dim: _std_mean})
     except Exception as error:  # torch raises many unrelated types
         where = last_line(str(error))

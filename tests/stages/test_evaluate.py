@@ -240,9 +240,9 @@ def test_outputs_of_another_shape(logits: torch.Tensor, int8_fn: Callable[..., A
 def test_layers_are_compared_in_the_int8_models_order() -> None:
     def run(scale: float, names: tuple[str, ...]) -> Callable[[Batch, Callable[[str, torch.Tensor], None]], None]:
         def layers(batch: Batch, on_value: Callable[[str, torch.Tensor], None]) -> None:
-            x = batch.args[0].clone()
+            x = batch.args[0]
             for name in names:
-                x.add_(1).mul_(scale)  # in place, as a ReLU may be
+                x = (x + 1) * scale
                 on_value(name, x)
 
         return layers
@@ -252,6 +252,26 @@ def test_layers_are_compared_in_the_int8_models_order() -> None:
     assert [row["name"] for row in rows] == ["a", "b"]
     assert rows[0]["sqnr_db"] == pytest.approx(sqnr_db(x + 1, (x + 1) * 1.01), abs=1e-3)
     assert rows[1]["sqnr_db"] < rows[0]["sqnr_db"]
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 67, 91), (70_000, 3), (2, 40_000), (131_072,)])
+def test_errors_are_added_up_piece_by_piece(shape: tuple[int, ...]) -> None:
+    """Whatever the pieces are and however the two lie in memory; every value that is not finite is counted once."""
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    y = x + 0.1 * torch.randn(shape)
+    if x.dim() == 4:
+        y = y.contiguous(memory_format=torch.channels_last)
+    whole = ErrorSum()
+    whole.add(x, y)
+    assert whole.sqnr_db == pytest.approx(sqnr_db(x, y), abs=1e-6)
+    assert whole.elements == x.numel()
+    assert (whole.max_error, whole.largest) == ((x.double() - y.double()).abs().max().item(), x.abs().max().item())
+    x.view(-1)[-2:] = torch.tensor([math.inf, math.nan])
+    broken = ErrorSum()
+    broken.add(x, y)
+    assert (broken.nonfinite_float, broken.nonfinite_int8, broken.elements) == (2, 0, x.numel() - 2)
+    assert math.isnan(broken.sqnr_db)
 
 
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=40), st.integers(1, 40))

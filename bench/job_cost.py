@@ -1,0 +1,165 @@
+"""What does `quantize` cost with all that it reports, beside OpenVINO's conversion, NNCF's quantize and the compilation?
+
+Random weights; the same samples for both, 8 images of 224 x 224 or 8 texts of 128 tokens. Ours is all of
+`quantflow.quantize`: capture, calibration, the program, its verification against the reference, the comparison with
+float and the error of every layer. Each side has a process of its own, imports are not
+counted; both take turns, medians over the rounds. `cpu_s`, all threads' processor time, depends less on what else the
+machine does. `figures` is a digest of the program: two installations that print the same made the same model.
+
+    OMP_NUM_THREADS=2 python -m bench.job_cost --peer-python PATH/bin/python --json job_cost.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import quantflow
+from bench.reporting import arguments, console, show, show_machine, write
+from quantflow.sources.models.torchvision_zoo import import_torchvision
+from quantflow.stages.record import weights_bytes
+
+PEER = Path(__file__).with_name("peer_nncf.py")
+COLUMNS = ("model", "ours, s", "NNCF, s", "time ratio", "ours, cpu s", "NNCF, cpu s", "cpu ratio", "stages", "figures")
+SAMPLES, TOKENS = 8, 128
+#: What all of `quantize` may take of the other's time.
+MOST = 0.6
+
+
+def main() -> int:
+    parser = arguments(__doc__)
+    parser.add_argument("--models", nargs="+", default=["densenet121", "resnet50", "bert_base"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peer-python", metavar="PATH", help="an interpreter with nncf, openvino and torch")
+    options = parser.parse_args()
+    if options.smoke:
+        options.rounds, options.models = 1, ["mobilenet_v2"]
+    found = show_machine()
+    quantflow.quantize(nn.Linear(4, 4), [torch.randn(8, 4)])
+    rows = [_row(name, options.rounds, options.peer_python) for name in options.models]
+    show(f"median of {options.rounds} rounds, {torch.get_num_threads()} threads", rows, COLUMNS)
+    slow = [row["model"] for row in rows if (row["cpu ratio"] or 0) > MOST]
+    console.print(f"above {MOST} of NNCF's processor time: {', '.join(slow)}" if slow else "all within the limits")
+    write(options.json, {"question": "job_cost", "machine": found, "results": rows})
+    return 1 if slow and not options.smoke else 0
+
+
+def _row(name: str, rounds: int, peer_python: str | None) -> dict[str, Any]:
+    module, inputs = _task(name)
+    ours: list[dict[str, Any]] = []
+    theirs: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        peer = _peer(peer_python, Path(folder), module, inputs, is_text=len(inputs) > 1) if peer_python else None
+        for _ in range(rounds):
+            if peer is not None:
+                theirs.append(_asked(peer))
+            ours.append(_timed(module, inputs))
+        if peer is not None:
+            peer.communicate()
+    row: dict[str, Any] = {
+        "model": name,
+        "ours, s": _median(ours, lambda each: each["seconds"]),
+        "ours, cpu s": _median(ours, lambda each: each["cpu_s"]),
+        "NNCF, s": None,
+        "NNCF, cpu s": None,
+        "time ratio": None,
+        "cpu ratio": None,
+        "stages": ", ".join(
+            f"{stage} {seconds:.1f}" for stage, seconds in ours[-1]["stages"].items() if seconds >= 0.1
+        ),
+        "figures": ours[-1]["figures"],
+        "rounds": {"ours": ours, "NNCF": theirs},
+    }
+    if theirs:
+        pairs = list(zip(ours, theirs, strict=True))
+        row["NNCF, s"] = _median(theirs, _seconds)
+        row["NNCF, cpu s"] = _median(theirs, lambda each: each["all_cpu_s"])
+        row["time ratio"] = _median(pairs, lambda pair: pair[0]["seconds"] / _seconds(pair[1]))
+        row["cpu ratio"] = _median(pairs, lambda pair: pair[0]["cpu_s"] / pair[1]["all_cpu_s"])
+    return row
+
+
+def _median(rows: list[Any], of: Callable[[Any], float]) -> float:
+    return statistics.median(map(of, rows))
+
+
+def _seconds(answer: dict[str, float]) -> float:
+    return answer["convert_s"] + answer["quantize_s"] + answer["compile_s"]
+
+
+def _task(name: str) -> tuple[nn.Module, list[torch.Tensor]]:
+    """The model and its inputs, each (8, ...)."""
+    torch.manual_seed(0)
+    import_torchvision()
+    if name == "bert_base":
+        from transformers import BertConfig, BertModel
+
+        module = BertModel(BertConfig(attn_implementation="eager"), add_pooling_layer=False)
+        return _Texts(module).eval(), [
+            torch.randint(1000, 30000, (SAMPLES, TOKENS)),
+            torch.ones(SAMPLES, TOKENS).long(),
+        ]
+    import torchvision
+
+    return getattr(torchvision.models, name)(weights=None).eval(), [torch.randn(SAMPLES, 3, 224, 224)]
+
+
+class _Texts(nn.Module):
+    """Tensors alone come out: both sides take the same module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        return self.module(input_ids=input_ids, attention_mask=attention_mask, return_dict=False)[0]
+
+
+def _timed(module: nn.Module, inputs: list[torch.Tensor]) -> dict[str, Any]:
+    started, cpu = time.perf_counter(), time.process_time()
+    model = quantflow.quantize(module, [tuple(inputs)])
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    program = model.record.program
+    made = hashlib.sha256(json.dumps(program.to_json(), sort_keys=True).encode() + weights_bytes(program)).hexdigest()
+    stages = {stage["name"]: stage["seconds"] for stage in model.results["stages"]}
+    return {"seconds": seconds, "cpu_s": cpu, "stages": stages, "figures": made[:12]}
+
+
+def _peer(
+    python: str, folder: Path, module: nn.Module, inputs: list[torch.Tensor], *, is_text: bool
+) -> subprocess.Popen[str]:
+    with torch.no_grad():
+        torch.jit.trace(module, tuple(x[:2] for x in inputs)).save(str(folder / "model.pt"))  # type: ignore[no-untyped-call]
+    np.savez(folder / "data.npz", **{str(i): x.numpy() for i, x in enumerate(inputs)})
+    command = [python, str(PEER), str(folder), *(["--transformer"] if is_text else [])]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+
+
+def _asked(peer: subprocess.Popen[str]) -> dict[str, float]:
+    assert peer.stdin is not None
+    assert peer.stdout is not None
+    peer.stdin.write("quantize\n")
+    peer.stdin.flush()
+    line = peer.stdout.readline()
+    if not line:
+        raise SystemExit("the peer ended without an answer; run bench/peer_nncf.py by itself to see why")
+    answer: dict[str, float] = json.loads(line)
+    return answer
+
+
+if __name__ == "__main__":
+    sys.exit(main())
