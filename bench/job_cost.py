@@ -1,10 +1,10 @@
-"""What does `quantize` cost with all that it reports, beside OpenVINO's conversion, NNCF's quantize and the compilation?
+"""What does `quantize` cost with all that it reports, beside OpenVINO's conversion, NNCF's quantize and compilation?
 
 Random weights; the same samples for both, 8 images of 224 x 224 or 8 texts of 128 tokens. Ours is all of
 `quantflow.quantize`: capture, calibration, the program, its verification against the reference, the comparison with
-float and the error of every layer. Each side has a process of its own, imports are not
-counted; both take turns, medians over the rounds. `cpu_s`, all threads' processor time, depends less on what else the
-machine does. `figures` is a digest of the program: two installations that print the same made the same model.
+float and the error of every layer. Both sides have imported what they need, and take turns in processes of their own;
+medians over the rounds. `cpu s`, all threads' processor time, depends less on what else the machine does. `figures` is
+a digest of the program: two installations that print the same made the same model.
 
     OMP_NUM_THREADS=2 python -m bench.job_cost --peer-python PATH/bin/python --json job_cost.json
 """
