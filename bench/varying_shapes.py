@@ -5,6 +5,7 @@ same round. `first call` is what a size costs when it is seen for the first time
 `--shapes N` runs N different sizes through one model and shows memory.
 
     OMP_NUM_THREADS=2 python -m bench.varying_shapes --models minilm bert_base fcn fcn_resnet50 unet
+    OMP_NUM_THREADS=2 python -m bench.varying_shapes --models conv_tasnet vae_decoder unet resnet18_unet lstm gru
     OMP_NUM_THREADS=2 python -m bench.varying_shapes --models minilm --shapes 500
 
 The peer needs openvino and nncf in this environment. Weights are random: times do not depend on them.
@@ -60,6 +61,80 @@ def _block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     )
 
 
+class _Separator(nn.Module):
+    """A Conv-TasNet (Luo and Mesgarani 2019) of two speakers: 2 repeats of 4 blocks, global layer norm."""
+
+    def __init__(self, basis: int = 256, width: int = 128, hidden: int = 256) -> None:
+        super().__init__()
+        self.encode = nn.Conv1d(1, basis, 16, 8, bias=False)
+        self.first = nn.Sequential(nn.GroupNorm(1, basis, eps=1e-8), nn.Conv1d(basis, width, 1))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv1d(width, hidden, 1),
+                nn.PReLU(),
+                nn.GroupNorm(1, hidden, eps=1e-8),
+                nn.Conv1d(hidden, hidden, 3, padding=2**i, dilation=2**i, groups=hidden),
+                nn.PReLU(),
+                nn.GroupNorm(1, hidden, eps=1e-8),
+            )
+            for _ in range(2)
+            for i in range(4)
+        )
+        self.residual = nn.ModuleList(nn.Conv1d(hidden, width, 1) for _ in self.blocks)
+        self.skip = nn.ModuleList(nn.Conv1d(hidden, width, 1) for _ in self.blocks)
+        self.masks = nn.Sequential(nn.PReLU(), nn.Conv1d(width, 2 * basis, 1), nn.Sigmoid())
+        self.decode = nn.ConvTranspose1d(2 * basis, 2, 16, 8, groups=2, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        coded = torch.relu(self.encode(x))
+        features, total = self.first(coded), 0
+        for block, residual, skip in zip(self.blocks, self.residual, self.skip, strict=True):
+            hidden = block(features)
+            features = features + residual(hidden)
+            total = total + skip(hidden)
+        return self.decode(self.masks(total) * torch.cat([coded, coded], 1))
+
+
+class _Residual(nn.Module):
+    """A block of a diffusion model's decoder."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.GroupNorm(16, inputs), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, padding=1))
+        self.b = nn.Sequential(nn.GroupNorm(16, outputs), nn.SiLU(), nn.Conv2d(outputs, outputs, 3, padding=1))
+        self.short = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.short(x) + self.b(self.a(x))
+
+
+def _vae_decoder() -> nn.Module:
+    layers: list[nn.Module] = [nn.Conv2d(4, 128, 3, padding=1), _Residual(128, 128)]
+    for inputs, outputs in ((128, 128), (128, 64)):
+        layers += [nn.Upsample(scale_factor=2.0), nn.Conv2d(inputs, inputs, 3, padding=1), _Residual(inputs, outputs)]
+    return nn.Sequential(*layers, nn.GroupNorm(16, 64), nn.SiLU(), nn.Conv2d(64, 3, 3, padding=1))
+
+
+class _Recurrent(nn.Module):
+    """Two recurrent layers and a linear one over every step."""
+
+    def __init__(self, kind: type[nn.LSTM] | type[nn.GRU]) -> None:
+        super().__init__()
+        self.layers = kind(128, 256, 2, batch_first=True)
+        self.last = nn.Linear(256, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.layers(x)[0])
+
+
+def _resnet18_unet() -> nn.Module:
+    import_torchvision()
+    import segmentation_models_pytorch as smp
+
+    found: nn.Module = smp.Unet("resnet18", encoder_weights=None, classes=4)
+    return found
+
+
 def _fcn() -> nn.Module:
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 32), (32, 64), (64, 64), (64, 32)):
@@ -98,6 +173,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], dict[str, torch
     "fcn": (_fcn, _image, IMAGES),
     "fcn_resnet50": (_fcn_resnet50, _image, IMAGES),
     "unet": (_UNet, _image, IMAGES),
+    "resnet18_unet": (_resnet18_unet, _image, IMAGES[:1] + IMAGES[3:]),
+    "conv_tasnet": (_Separator, lambda size: {"x": torch.randn(1, 1, size)}, (4000, 8000, 16000)),
+    "vae_decoder": (_vae_decoder, lambda size: {"x": torch.randn(1, 4, *size)}, ((16, 16), (24, 16), (32, 32))),
+    "lstm": (lambda: _Recurrent(nn.LSTM), lambda size: {"x": torch.randn(1, size, 128)}, (32, 100)),
+    "gru": (lambda: _Recurrent(nn.GRU), lambda size: {"x": torch.randn(1, size, 128)}, (32, 100)),
 }
 
 

@@ -442,7 +442,8 @@ Dims Grammar::weight_of(const std::string& target, const Known& self) {
         return dims;
     }
     if (begins(target, "embedding")) return {10, out};
-    if (begins(target, "batch_norm")) return {channels};
+    if (begins(target, "batch_norm") || begins(target, "group_norm") || begins(target, "instance_norm"))
+        return {channels};
     return {last};
 }
 
@@ -452,7 +453,9 @@ std::string Grammar::operand(const TableArgument& a, const TableRow& row, const 
     const bool is_true_to_name = !c_.one_in(12);
     if (is_true_to_name && name == "weight") return tensor(DType::f32, weight_of(row.target, self));
     if (is_true_to_name && is_one_of(name, {"bias", "running_mean", "running_var"})) {
-        if (begins(row.target, "batch_norm")) return tensor(DType::f32, {self.dims.size() < 2 ? 1 : self.dims[1]});
+        if (begins(row.target, "batch_norm") || begins(row.target, "group_norm") ||
+            begins(row.target, "instance_norm"))
+            return tensor(DType::f32, {self.dims.size() < 2 ? 1 : self.dims[1]});
         if (begins(row.target, "layer_norm")) return tensor(DType::f32, {self.dims.empty() ? 1 : self.dims.back()});
         // As many as the weight that was made last has rows, most of the time.
         static const std::int64_t widths[] = {4, 8, 16, 1, 33};
@@ -495,7 +498,7 @@ std::string Grammar::integer(const TableArgument& a, const Known& self) {
             if (k->is_number) return value(k->name);
     if (a.is_axis || is_one_of(a.name, {"dim", "start_dim", "end_dim", "dim0", "dim1", "axis0", "axis1"}))
         return std::to_string(static_cast<std::int64_t>(c_.next(static_cast<std::size_t>(2 * rank))) - rank);
-    if (is_one_of(a.name, {"groups", "upscale_factor", "chunks"})) return std::to_string(1 + c_.next(2));
+    if (is_one_of(a.name, {"groups", "num_groups", "upscale_factor", "chunks"})) return std::to_string(1 + c_.next(2));
     if (a.name == "end") return c_.next(2) == 0 ? "9223372036854775807" : std::to_string(c_.next(8));
     return std::to_string(kSmall[c_.next(a.is_bounded && a.low >= 0 ? 5 : 8)]);
 }

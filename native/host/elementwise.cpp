@@ -62,9 +62,9 @@ double function_of(Unary op, double a, double b, const Epilogue& e, double x) {
     return exact_activation(e, x);
 }
 
-// Activations that only clamp need no pass of their own where y holds codes: they bound the codes. hardtanh would give
-// its bound for NaN, so it stays where NaN may come.
-void fold_clamp(Epilogue& e, Form& y, bool may_be_nan) {
+}  // namespace
+
+void elementwise::fold_clamp(Epilogue& e, Form& y, bool may_be_nan) {
     if (!y.is_codes()) return;
     if (e.kind == Activation::relu) {
         y.low = std::max(y.low, std::min(0.0f, y.high));
@@ -78,6 +78,8 @@ void fold_clamp(Epilogue& e, Form& y, bool may_be_nan) {
     e = {};
 }
 
+namespace {
+
 const char* word_of(Activation kind) {
 #define QF_WORD(name, ...) #name,
     static const char* const words[] = {"identity", QF_ACTIVATIONS(QF_WORD)};
@@ -85,10 +87,14 @@ const char* word_of(Activation kind) {
     return words[static_cast<int>(kind)];
 }
 
-std::string name_with(const char* op, const Epilogue& e) {
+}  // namespace
+
+std::string elementwise::name_with(const char* op, const Epilogue& e) {
     const std::string name = std::string("host.") + op;
     return e.kind == Activation::none ? name : name + "_" + word_of(e.kind);
 }
+
+namespace {
 
 const char* word_of(Binary op) {
     static const char* const words[] = {"add", "sub", "mul", "div", "maximum", "minimum",     "eq",

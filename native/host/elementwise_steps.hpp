@@ -46,6 +46,13 @@ auto with_width(DType dtype, Function f) {
 inline bool is_real(const Tensor& t) { return t.q.has_value() || t.dtype == DType::f32; }
 inline bool same_kind(const Tensor& a, const Tensor& b) { return a.dtype == b.dtype && a.q == b.q; }
 
+// Activations that only clamp need no pass of their own where y holds codes: they bound the codes. hardtanh would give
+// its bound for NaN, so it stays where NaN may come.
+void fold_clamp(Epilogue&, Form& y, bool may_be_nan);
+
+// "host.OP", and the activation's name behind it.
+std::string name_with(const char* op, const Epilogue&);
+
 [[noreturn]] void refuse(const char* what, std::initializer_list<const Tensor*> tensors);
 
 inline std::uint8_t code_of(float r, const QParams& q) {

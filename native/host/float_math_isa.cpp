@@ -627,12 +627,75 @@ static void layer_norm_row(const float* x, Int n, const float* gamma, const floa
     }
 }
 
+static void row_moments(const float* x, Int n, double* mean, double* square) {
+    const double count = static_cast<double>(n);
+    const float near = static_cast<float>(moments<false>(x, n, 0.0f).sum / count);
+    const Moments from_near = moments<true>(x, n, near);
+    const double rest = from_near.sum / count;
+    *mean = near + rest;
+    *square = larger(from_near.squares - rest * from_near.sum, 0.0);
+}
+
+// `vectors` times W columns, of which the last vector may have fewer. Deviations are from the mean of the first rows,
+// so that one pass does; what is lost in float32 grows with the square of how far the mean of all rows lies from it,
+// and those rows are among them.
+template <int vectors>
+static inline void moments_down(const float* x, Int rows, Int row, int last, double* mean, double* square) {
+    constexpr Int kFirst = 8, kStretchRows = 64;
+    const auto at = [&](Int r, int v) __attribute__((always_inline)) {
+        const float* p = x + r * row + v * W;
+        return v + 1 < vectors || last == W ? V::load(p) : V::load(p, last, zero());
+    };
+    F near[vectors];
+    const Int first = smaller(rows, kFirst);
+    for (int v = 0; v < vectors; ++v) {
+        near[v] = zero();
+        for (Int r = 0; r < first; ++r) near[v] = near[v] + at(r, v);
+        near[v] = near[v] * V::set(1.0f / static_cast<float>(first));
+    }
+    double sums[vectors * W] = {}, squares[vectors * W] = {};
+    for (Int begin = 0; begin < rows; begin += kStretchRows) {
+        const Int end = smaller(rows, begin + kStretchRows);
+        F s[vectors], q[vectors];
+        for (int v = 0; v < vectors; ++v) s[v] = q[v] = zero();
+        for (Int r = begin; r < end; ++r)
+            for (int v = 0; v < vectors; ++v) {
+                const F d = at(r, v) - near[v];
+                s[v] = s[v] + d;
+                q[v] = V::fma(d, d, q[v]);
+            }
+        float part[2][vectors * W];
+        for (int v = 0; v < vectors; ++v) {
+            V::store(part[0] + v * W, s[v]);
+            V::store(part[1] + v * W, q[v]);
+        }
+        for (int i = 0; i < vectors * W; ++i) {
+            sums[i] += part[0][i];
+            squares[i] += part[1][i];
+        }
+    }
+    float shift[vectors * W];
+    for (int v = 0; v < vectors; ++v) V::store(shift + v * W, near[v]);
+    const double inverse = 1.0 / static_cast<double>(rows);
+    for (int i = 0; i < (vectors - 1) * W + last; ++i) {
+        mean[i] = shift[i] + sums[i] * inverse;
+        square[i] = larger(squares[i] - sums[i] * sums[i] * inverse, 0.0);
+    }
+}
+
+static void column_moments(const float* x, Int rows, Int columns, double* mean, double* square) {
+    Int c = 0;
+    for (; c + 4 * W <= columns; c += 4 * W) moments_down<4>(x + c, rows, columns, W, mean + c, square + c);
+    for (; c < columns; c += W)
+        moments_down<1>(x + c, rows, columns, static_cast<int>(smaller<Int>(W, columns - c)), mean + c, square + c);
+}
+
 }  // namespace
 
 const FloatKernels& float_kernels() {
     static constexpr FloatKernels kernels = {
         kRows,       kColumns,        load,           store, pack, gemm, depthwise, attention_scratch, attention,
-        softmax_row, softmax_columns, layer_norm_row,
+        softmax_row, softmax_columns, layer_norm_row, row_moments, column_moments,
     };
     return kernels;
 }

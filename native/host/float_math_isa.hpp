@@ -87,6 +87,10 @@ struct FloatKernels {
     // gamma, beta: n values or null; y may be x.
     void (*layer_norm_row)(const float* x, std::int64_t n, const float* gamma, const float* beta, float eps,
                            bool is_rms, float* y);
+    // The mean of n > 0 values, and the sum of their squared deviations from it.
+    void (*row_moments)(const float* x, std::int64_t n, double* mean, double* square);
+    // The same down each column of (rows, columns), both > 0; `mean` and `square` take `columns` values.
+    void (*column_moments)(const float* x, std::int64_t rows, std::int64_t columns, double* mean, double* square);
 };
 
 namespace isa_generic { const FloatKernels& float_kernels(); }

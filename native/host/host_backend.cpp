@@ -86,6 +86,10 @@ public:
                                      const Tensor& y) override {
         return host::make_layer_norm(pool_, x, gamma, beta, eps, is_rms, y);
     }
+    std::unique_ptr<Step> group_norm(const Tensor& x, std::int64_t groups, const Tensor* gamma, const Tensor* beta,
+                                     float eps, const Epilogue& e, const Tensor& y) override {
+        return host::make_group_norm(pool_, x, groups, gamma, beta, eps, e, y);
+    }
     std::unique_ptr<Step> gather(const Tensor& table, const Tensor& index, const Tensor& y) override {
         return host::make_gather(pool_, table, index, y);
     }

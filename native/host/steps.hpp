@@ -40,6 +40,10 @@ StepPtr make_unary(ThreadPool&, Unary, float a, float b, const Epilogue&, const 
 StepPtr make_channel_affine(ThreadPool&, const Tensor& x, int axis, const Tensor& scale, const Tensor& shift,
                             const Epilogue&, const Tensor& y);
 
+// group_norm.cpp
+StepPtr make_group_norm(ThreadPool&, const Tensor& x, std::int64_t groups, const Tensor* gamma, const Tensor* beta,
+                        float eps, const Epilogue&, const Tensor& y);
+
 // pool.cpp, reduce.cpp, gather.cpp, upsample.cpp
 StepPtr make_pool(ThreadPool&, const PoolGeometry&, const Tensor& x, const Tensor& y);
 StepPtr make_reduce(ThreadPool&, Reduction, const Tensor& x, const std::vector<int>& axes, const Tensor& y);

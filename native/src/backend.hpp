@@ -194,6 +194,13 @@ public:
     // Over the last dimension (dense there; other dimensions any strides); gamma, beta f32 or null; is_rms: no mean.
     virtual std::unique_ptr<Step> layer_norm(const Tensor& x, const Tensor* gamma, const Tensor* beta, float eps,
                                              bool is_rms, const Tensor& y) = 0;
+    // y = epilogue((x - mean) / sqrt(variance + eps) * gamma[c] + beta[c]) with mean and variance of each sample's groups
+    // of channels / groups channels. x, y (batch, channels, *spatial), both row-major or both channels_last, real
+    // operand and result; gamma, beta f32 (channels) or null.
+    virtual std::unique_ptr<Step> group_norm(const Tensor&, std::int64_t, const Tensor*, const Tensor*, float,
+                                             const Epilogue&, const Tensor&) {
+        throw Unsupported("a norm over groups of channels on this device");
+    }
     // y[i..., :] = table[index[i...], :]; table (rows, width) f32 or codes (real operand), index s64, y real result.
     // An index outside [0, rows) throws Error at run (SYCL: when waited for).
     virtual std::unique_ptr<Step> gather(const Tensor& table, const Tensor& index, const Tensor& y) = 0;

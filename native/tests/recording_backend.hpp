@@ -106,6 +106,11 @@ public:
     std::unique_ptr<Step> softmax(const Tensor& x, int axis, const Tensor& y) override {
         return step("softmax", number(axis), {{"x", x}, {"y", y}});
     }
+    std::unique_ptr<Step> group_norm(const Tensor& x, std::int64_t groups, const Tensor* gamma, const Tensor* beta,
+                                     float eps, const Epilogue& e, const Tensor& y) override {
+        return step("group_norm", number(static_cast<double>(groups)) + number(eps) + text(e), {{"x", x}, {"y", y}},
+                    {{"gamma", gamma}, {"beta", beta}});
+    }
     std::unique_ptr<Step> layer_norm(const Tensor& x, const Tensor* gamma, const Tensor* beta, float eps, bool is_rms,
                                      const Tensor& y) override {
         return step("layer_norm", number(eps) + number(is_rms), {{"x", x}, {"y", y}},

@@ -650,6 +650,72 @@ void test_layer_norm(ThreadPool& pool) {
     end_group("layer_norm, NaN and Inf, in place");
 }
 
+void test_group_norm(ThreadPool& pool) {
+    const Dims shapes[] = {{1, 4},         {3, 12, 7},     {2, 6, 9, 7}, {1, 64, 40, 33},
+                           {1, 100, 3, 3}, {2, 4, 20000}, {0, 4, 3},    {1, 8, 2, 3, 5}};
+    for (const Dims& dims : shapes)
+        for (int variant = 0; variant < 12; ++variant) {
+            const Int channels = dims[1], choices[] = {1, 2, channels}, groups = choices[variant % 3];
+            const Format& in = kFormats[variant / 3 % 3];
+            const Format& out = kFormats[(variant / 3 + variant / 6) % 3];
+            std::vector<int> order;
+            for (int i = 0; i < static_cast<int>(dims.size()); ++i)
+                if (i != 1 || variant % 2 == 0) order.push_back(i);
+            if (variant % 2 == 1) order.push_back(1);
+            Value x(dims, in.q, in.dtype, order);
+            if (!in.q) x.fill([&] { return (variant >= 6 ? 300.0f : 0.5f) + uniform(-2, 2); });
+            const Value y(dims, out.q, out.dtype, order), gamma({channels}), beta({channels});
+            const bool has_weights = variant != 4;
+            Epilogue silu;
+            silu.kind = Activation::silu;
+            const Epilogue epilogue = variant >= 9 ? silu : Epilogue{};
+            host::make_group_norm(pool, x.t, groups, has_weights ? &gamma.t : nullptr, has_weights ? &beta.t : nullptr,
+                                  1e-5f, epilogue, y.t)
+                ->run();
+            if (x.t.count() == 0) continue;
+            const Int width = channels / groups;
+            std::vector<double> means(static_cast<std::size_t>(dims[0] * groups)), squares(means), most(means);
+            const double count = static_cast<double>(x.t.count()) / static_cast<double>(means.size());
+            const auto group = [&](const Dims& i) { return static_cast<std::size_t>(i[0] * groups + i[1] / width); };
+            for_each(dims, [&](const Dims& i) { means[group(i)] += x(i) / count; });
+            for_each(dims, [&](const Dims& i) {
+                const double d = x(i) - means[group(i)];
+                squares[group(i)] += d * d / count;
+                most[group(i)] = std::max(most[group(i)], std::fabs(x(i)));
+            });
+            for_each(dims, [&](const Dims& i) {
+                const std::size_t g = group(i);
+                const double inverse = 1 / std::sqrt(squares[g] + 1e-5), normal = (x(i) - means[g]) * inverse;
+                const double by = has_weights ? gamma({i[1]}) : 1.0, add = has_weights ? beta({i[1]}) : 0.0;
+                double want = normal * by + add;
+                // Scale and shift are float32: what they lose grows with x's distance from 0.
+                double bound = 5e-7 * (std::fabs(normal * by) + std::fabs(add)) +
+                               3e-7 * (most[g] * inverse + 1) * std::fabs(by) + 1e-9;
+                if (epilogue.kind == Activation::silu) {
+                    want = want / (1 + std::exp(-want));
+                    bound = 1.2 * bound + 1e-6;
+                }
+                check("group_norm", y, i, want, bound);
+            });
+        }
+    end_group("group_norm");
+
+    Value x({2, 4, 30}), y({2, 4, 30});
+    x.f32({0, 1, 29}) = kNaN;
+    x.f32({0, 2, 0}) = kInf;
+    for (Int i = 0; i < 30; ++i) x.f32({1, 3, i}) = 7.25f;
+    host::make_group_norm(pool, x.t, 4, nullptr, nullptr, 1e-5f, {}, y.t)->run();
+    for (Int i = 0; i < 30; ++i) {
+        check("group_norm NaN", y, {0, 1, i}, NAN, 0);
+        check("group_norm Inf", y, {0, 2, i}, NAN, 0);
+        check("group_norm constant", y, {1, 3, i}, 0, 3e-7 * 7.25 / std::sqrt(1e-5));
+    }
+    host::make_group_norm(pool, x.t, 4, nullptr, nullptr, 1e-5f, {}, x.t)->run();
+    for (Int i = 0; i < 30; ++i)
+        if (x({1, 0, i}) != y({1, 0, i})) fail("group_norm in place");
+    end_group("group_norm, NaN and Inf, in place");
+}
+
 int run_all() {
     std::printf("%s\n", name_of(best_isa()));
     for (int threads : {1, 3}) {
@@ -661,6 +727,7 @@ int run_all() {
         test_attention(pool);
         test_softmax(pool);
         test_layer_norm(pool);
+        test_group_norm(pool);
     }
     std::printf("%s\n", failures == 0 ? "ok" : "FAILED");
     return failures == 0 ? 0 : 1;

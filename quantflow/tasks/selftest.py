@@ -415,6 +415,9 @@ def _float_cases() -> Iterator[Case]:
         "float convolution", "conv2d.default", Ref("x"), TensorRef("dw"), None, [1, 1], [1, 1], [1, 1], 6, x=image
     )
     yield aten("batch_norm", "batch_norm.default", Ref("x"), c, d, d, c, False, 0.1, 1e-5, True, x=image)
+    for x in (image, image.flatten(2)):
+        yield aten("group_norm", "group_norm.default", Ref("x"), 3, c, d, 1e-5, x=x * 2 + 1)
+        yield aten("group_norm", "instance_norm.default", Ref("x"), c, d, None, None, True, 0.1, 1e-5, True, x=x)
     yield aten("embedding", "embedding.default", TensorRef("table"), Ref("i"), i=torch.randint(0, 50, (2, 9)))
     plain = dict.fromkeys(activation.aten for activation in ACTIVATIONS.values() if not activation.numbers)
     for name in (*plain, "exp", "neg", "abs", "erf"):

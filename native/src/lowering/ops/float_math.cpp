@@ -161,6 +161,47 @@ void batch_norm(Context& c, const Node& n) {
     c.define(output, y);
 }
 
+// With statistics of x alone, over groups of channels.
+void normalize_groups(Context& c, const Node& n, std::int64_t groups, std::size_t weight_at, double eps) {
+    View x = c.real_operand(0, "input");
+    const std::int64_t channels = x.dims[1];
+    if (groups < 1 || channels % groups != 0)
+        throw Error("has " + std::to_string(channels) + " channels in " + std::to_string(groups) + " groups");
+    if (has_no_elements(x.dims)) throw Unsupported("a norm of nothing");
+    std::optional<View> gamma, beta;
+    if (c.has(weight_at, "weight")) gamma = c.operand(weight_at, "weight");
+    if (c.has(weight_at + 1, "bias")) beta = c.operand(weight_at + 1, "bias");
+    for (auto* v : {&gamma, &beta}) {
+        if (!*v) continue;
+        if ((*v)->q || (*v)->dtype != DType::f32) throw Unsupported("a norm whose weight is not float32");
+        if ((*v)->dims != Dims{channels}) throw Error("a norm whose weight has another shape");
+        *v = c.in_row_major(**v);
+    }
+    Epilogue epilogue;
+    const int output = c.fusion.absorb_activation(n.output, epilogue);
+    if (!same_layout(x.dims, x.strides, row_major(x.dims)) || (x.rank() > 2 && c.graph.feeds_conv(output)))
+        x = x.rank() > 2 ? c.in_channels_last(x) : c.in_row_major(x);
+    const View y = c.allocate_result(x.dims, dense_like(x), output);
+    c.emit(c.backend.group_norm(c.tensor(x), groups, c.tensor(gamma).get(), c.tensor(beta).get(),
+                                static_cast<float>(eps), epilogue, c.tensor(y)),
+           {&x, pointer_to(gamma), pointer_to(beta)}, {&y});
+    c.define(output, y);
+}
+
+void group_norm(Context& c, const Node& n) {
+    if (c.real_operand(0, "input").rank() < 2) throw Unsupported("a norm of a vector");
+    normalize_groups(c, n, c.integer(1, "num_groups"), 2, c.real(4, "eps", 1e-5));
+}
+
+void instance_norm(Context& c, const Node& n) {
+    if (!c.flag(5, "use_input_stats", true)) return batch_norm(c, n);
+    const View x = c.real_operand(0, "input");
+    if (x.rank() < 3) throw Unsupported("InstanceNorm of single values");
+    if (c.has(3, "running_mean") || c.has(4, "running_var"))
+        throw Unsupported("InstanceNorm that changes its running statistics");
+    normalize_groups(c, n, x.dims[1], 1, c.real(7, "eps", 1e-5));
+}
+
 void embedding(Context& c, const Node& n) {
     const View table = c.operand(0, "weight");
     View index = c.operand(1, "indices");
@@ -189,6 +230,8 @@ const OpRows& float_math_ops() {
         {"layer_norm", layer_norm},
         {"rms_norm", rms_norm},
         {"batch_norm", batch_norm},
+        {"group_norm", group_norm},
+        {"instance_norm", instance_norm},
         {"embedding", embedding},
     };
     return rows;
