@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <string_view>
 
@@ -67,6 +68,19 @@ void activation(Context& c, const Node& n) {
     apply(c, Unary::activation, 0, 0, *found, c.spread_out(x), n.output);
 }
 
+// With one slope, which the program holds: a leaky ReLU.
+void prelu(Context& c, const Node& n) {
+    const View x = c.real_operand(0, "self");
+    const Arg* a = c.argument(1, "weight");
+    const TensorRef* ref = a == nullptr ? nullptr : a->as<TensorRef>();
+    const Stored* stored = ref == nullptr ? nullptr : &c.program.tensors.at(ref->name);
+    if (stored == nullptr || stored->data == nullptr || stored->dtype != DType::f32 || stored->count() != 1)
+        throw Unsupported("a PReLU whose slope is not one constant float32");
+    float slope = 0;
+    std::memcpy(&slope, stored->data, sizeof slope);
+    apply(c, Unary::activation, 0, 0, Epilogue{Activation::leaky_relu, slope}, c.spread_out(x), n.output);
+}
+
 }  // namespace
 
 const OpRows& activation_ops() {
@@ -79,6 +93,7 @@ const OpRows& activation_ops() {
             {"clamp_max", activation, Role::none, clamp_max},
             {"leaky_relu", activation, Role::none, leaky_relu},
             {"gelu", activation, Role::none, gelu},
+            {"prelu", prelu},
         };
         const auto add = [&made](const char* aten, Found (*found)(const Node&)) {
             const bool reads_arguments = std::any_of(made.begin(), made.end(), [aten](const OpRow& row) {
