@@ -18,7 +18,6 @@ from quantflow.quantized import Quantized, QuantizedModule, QuantizedParts
 from quantflow.report import Progress, make_console
 from quantflow.runtimes import choose_runtime
 from quantflow.schema import PRESETS, Recipe
-from quantflow.search.bench import analyse
 from quantflow.sources.data import Batch, as_batches
 from quantflow.sources.models import LoadedModel, usable
 from quantflow.tasks.run import quantized
@@ -282,6 +281,9 @@ def sensitivity(
     )
     source = given(_model(module), calibration, calibration)
     with _in_eval_mode(module), Progress(make_console(), quiet=not progress, waits=False) as shown:
+        # Only here: the search is much code, and few ask for it.
+        from quantflow.search.bench import analyse
+
         return analyse(Run.of(recipe, source, shown))
 
 

@@ -15,14 +15,13 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import TYPE_CHECKING, Any, Self, overload
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from quantflow.errors import ArtifactError, CaptureError, UsageError, first_line
-from quantflow.exchange import OnnxExport, write_onnx
 from quantflow.host.environment import environment
 from quantflow.ir.batch import as_batches
 from quantflow.ir.structure import CONSTANTS
@@ -44,6 +43,9 @@ from quantflow.stages.imperative import int8_layers, put_in_place, run_module, w
 from quantflow.stages.record import Record, weights_bytes
 from quantflow.store import artifact
 from quantflow.store.json_values import from_json, to_json
+
+if TYPE_CHECKING:
+    from quantflow.exchange import OnnxExport
 
 #: File name endings that mean torch.jit.save rather than an artifact folder.
 _SCRIPT_FILES = (".pt", ".pth", ".ts", ".jit")
@@ -101,6 +103,9 @@ class _Quantized(Fixed):
             VerificationError: onnxruntime gives another result than the reference.
         """
         given = None if batches is None else list(as_batches(batches))
+        # Only here: few of those who import quantflow write a file.
+        from quantflow.exchange import write_onnx
+
         return write_onnx(self.record.program, path, given, verify=verify)
 
     def _devices(self, host: str) -> tuple[str, ...]:

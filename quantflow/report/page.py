@@ -14,12 +14,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from quantflow.report.fields import is_number
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 #: Scripts in templates/ that every page has: theme, sorting and filtering of tables.
 SCRIPTS = ("page.js",)
@@ -146,6 +148,9 @@ def render(template: str, *, scripts: Sequence[str] = (), **context: Any) -> str
 
 @cache
 def _environment() -> Environment:
+    # Only here: importing it takes a tenth of the time that quantflow takes, and not every process writes a page.
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader("quantflow.report", "templates"),
         autoescape=True,

@@ -22,7 +22,6 @@ from quantflow.quantized import Quantized, QuantizedParts, save_record
 from quantflow.report import Progress
 from quantflow.runtimes import choose_runtime
 from quantflow.schema import Recipe
-from quantflow.search.driver import journal_beside, tuned
 from quantflow.stages.gates import FAILED
 from quantflow.store.artifact import check_destination
 from quantflow.store.run_folder import Work
@@ -76,6 +75,9 @@ def run(recipe: Recipe, overrides: Sequence[str] = (), workers: Workers = ONLY) 
     with Progress(console, quiet=recipe.report.quiet) as progress, progress.stage("save"):
         saved = model.save(destination) if isinstance(model, QuantizedParts) else save_record(model.record, destination)
     work.remove()
+    # Only here, and below: the search is much code, and few ask for it.
+    from quantflow.search.driver import journal_beside
+
     journal_beside(destination).unlink(missing_ok=True)
     report.print_summary(console, model.results, artifact=shown(saved), quiet=recipe.report.quiet)
     return model
@@ -91,6 +93,8 @@ def quantized(
         destination: where a search saves the best so far; None: nowhere.
     """
     if run.recipe.tune.subject_to.is_set:
+        from quantflow.search.driver import tuned
+
         return tuned(run, baseline, destination)
     return execute(run, baseline)
 
