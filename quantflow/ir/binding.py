@@ -14,6 +14,8 @@ from quantflow.ir.batch import Batch
 from quantflow.ir.calls import BATCH, Arguments, Input, Limit
 from quantflow.ir.structure import Leaf, Typed, type_name
 
+#: Forms of tensors that a model is remembered to take, at most.
+KEPT_FORMS = 1024
 #: Where tensors lie when nothing else is said.
 HOST = (torch.empty(0).cpu().device.type,)
 
@@ -35,12 +37,18 @@ class Callee(Protocol):
 
 
 def bind(
-    model: Callee, args: tuple[Any, ...], kwargs: Mapping[str, Any], devices: Sequence[str] = HOST
+    model: Callee,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    devices: Sequence[str] = HOST,
+    taken: set[Any] | None = None,
 ) -> list[torch.Tensor]:
     """The call's tensors in the order of the model's inputs, each with its numbers in memory as they are.
 
     Args:
         devices: where they may lie.
+        taken: what `bind` has found legal for this model and these devices, which it need not look at again; it adds
+            to it. None: every call is looked at.
 
     Raises:
         DataError: too few or too many arguments, an unknown keyword, a constant that is not the captured one, a
@@ -49,6 +57,12 @@ def bind(
     """
     inputs = model.inputs
     bound = _flat(inputs, args, kwargs) if model.arguments is None else _nested(model.arguments, inputs, args, kwargs)
+    form = None
+    # Of a subclass nobody knows what its attributes are the next time; a nested tensor has no shape.
+    if taken is not None and all(type(x) is torch.Tensor and not x.is_nested for x in bound):
+        form = tuple([(x.shape, x.dtype, x.device, x.layout) for x in bound])
+        if form in taken:
+            return [_plain(x) for x in bound]
     sizes: dict[str, int] = {}
     for item, value in zip(inputs, bound, strict=True):
         if not isinstance(value, torch.Tensor):
@@ -83,6 +97,10 @@ def bind(
             found = ", ".join(f"{name} = {sizes[name]}" for name in limit.names)
             place = f" ({limit.place})" if limit.place else ""
             raise DataError(f"the model can't take {found}: it holds only where {limit.expression}{place}")
+    if taken is not None and form is not None:
+        if len(taken) >= KEPT_FORMS:
+            taken.clear()
+        taken.add(form)
     return bound
 
 
@@ -91,6 +109,10 @@ def _in_memory(item: Input, value: torch.Tensor, devices: Sequence[str]) -> torc
     if value.device.type not in devices:
         where = "has no data" if value.is_meta else f"is on {value.device}"
         raise DataError(f"input '{_called(item)}' {where}; the model takes tensors on {' or '.join(devices)}")
+    return _plain(value)
+
+
+def _plain(value: torch.Tensor) -> torch.Tensor:
     if value.is_neg() or value.is_conj():
         return value.resolve_conj().resolve_neg()
     return value.clone() if value._is_zerotensor() else value

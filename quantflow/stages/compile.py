@@ -62,11 +62,15 @@ class Compiled:
         Raises:
             DataError: the arguments do not fit the model's inputs.
         """
-        return bind(self.program, args, kwargs, self.runner.takes)
+        return bind(self.program, args, kwargs, self.runner.takes, self._taken)
 
     def returned(self, output: Any, inputs: Sequence[torch.Tensor]) -> Any:
         """The model's output for these inputs, from what the ScriptModule of its program returns."""
         return made(rebuilt(self.program, self.ordinary(output, inputs)))
+
+    @cached_property
+    def _taken(self) -> set[Any]:
+        return set()
 
     @cached_property
     def has_types(self) -> bool:
