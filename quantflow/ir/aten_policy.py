@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def aten_op(target: str) -> Callable[..., Any]:
         raise ArtifactError(f"program.json: this torch ({torch.__version__}) has no op {shown}")
     if op._schema.is_mutable:
         raise ArtifactError(f"program.json: {shown} writes to its arguments, which a program may not")
-    if not _computes_with_tensors(op._schema):
+    if not _computes_with_tensors(op):
         raise _not_allowed(target)
     return guarded(name, op) if trusts(full_name) else op
 
@@ -99,7 +100,9 @@ def _not_allowed(target: str) -> ArtifactError:
     return ArtifactError(f"program.json: {target!r} is not an {what} that a program may use")
 
 
-def _computes_with_tensors(schema: torch._C.FunctionSchema) -> bool:
+@cache
+def _computes_with_tensors(op: torch._ops.OpOverload) -> bool:
     """Whether the op has a result, and a tensor in or out. TorchScript's own `aten::save` and the like have not."""
+    schema = op._schema
     types = [str(value.type) for value in (*schema.arguments, *schema.returns)]
     return bool(schema.returns) and any("Tensor" in kind for kind in types)

@@ -111,7 +111,8 @@ def _check_target(node: Node, where: str, operators: Sequence[str] | None) -> No
     elif operators is None:
         return
     require_allowed(node.target, operators or ())
-    aten_op(node.target)
+    if "::" in node.target:
+        aten_op(node.target)  # it may import its library, so only now
 
 
 def _check_size_function(node: Node, where: str) -> None:

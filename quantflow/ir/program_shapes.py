@@ -37,7 +37,8 @@ def check_shapes(program: Program, inputs: Sequence[Dims] | None = None) -> Need
     """Walk the program with the shapes of its inputs.
 
     Args:
-        inputs: their sizes; None: those of the program, where names and the batch vary.
+        inputs: their sizes, of a program that was walked without before: the nodes' arguments are not looked at again.
+            None: those of the program, where names and the batch vary.
 
     Raises:
         ArtifactError: names the node and what about its arguments is not legal.
@@ -54,7 +55,7 @@ def check_shapes(program: Program, inputs: Sequence[Dims] | None = None) -> Need
     for index, node in enumerate(program.nodes):
         where = f"program.json: node {index}, layer {node.name} ({node.target or node.op})"
         try:
-            values[node.output] = found = _of_node(program, node, values, where)
+            values[node.output] = found = _of_node(program, node, values, where if inputs is None else None)
         except ValueError as error:
             raise ArtifactError(f"{where}: {error}") from error
         size = 1 if node.output in program.values else _FLOAT_BYTES
@@ -78,7 +79,8 @@ def _is_view(node: Node) -> bool:
     return node.op in ("dequantize", "size") or (row is not None and row.shape in _VIEWS and row.shape != "same")
 
 
-def _of_node(program: Program, node: Node, values: Mapping[str, Any], where: str) -> Any:
+def _of_node(program: Program, node: Node, values: Mapping[str, Any], where: str | None) -> Any:
+    """`where`: the place to name when an argument is not legal; None: all of them are."""
     args = [_known(program, arg, values) for arg in node.args]
     if node.op in ("quantize", "dequantize", "clamp"):
         return args[0] if isinstance(args[0], Shape) else ANY
@@ -100,7 +102,8 @@ def _of_node(program: Program, node: Node, values: Mapping[str, Any], where: str
     row = row_of(node.target)
     if row is None:
         return None  # an operator that the caller named
-    bound(row, node.args, node.kwargs, where)
+    if where is not None:
+        bound(row, node.args, node.kwargs, where)
     names = [argument.name for argument in row.arguments if not argument.is_keyword]
     given = dict(zip(names, args, strict=False))
     given |= {name: _known(program, arg, values) for name, arg in node.kwargs.items()}
