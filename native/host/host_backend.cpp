@@ -28,6 +28,7 @@ public:
     bool reads_process_memory() const override { return true; }
     bool takes_terms() const override { return true; }
     void wait() override {}
+    void during(const std::function<void()>& body) override { pool_.during(body); }
 
     std::unique_ptr<Step> linear(const Weights& w, const Tensor& x, const Tensor* residual, const Epilogue& e,
                                  const Tensor& y, const Terms& terms) override {

@@ -12,6 +12,7 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <set>
 #include <string>
@@ -130,6 +131,8 @@ public:
     virtual bool reads_process_memory() const = 0;
     // Waits until everything submitted has run; throws what went wrong.
     virtual void wait() = 0;
+    // Calls `body`, in which many steps run one after another.
+    virtual void during(const std::function<void()>& body) { body(); }
 
     // y = epilogue(sum_k (x[m,k] - zp) * w[n,k] * scale_x * scale_w[n] + bias[n] + residual).
     // x codes (*, in), y codes or f32 (*, out), row-major; residual: codes of y's shape (with `takes_terms` also f32),

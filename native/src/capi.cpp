@@ -10,6 +10,7 @@
 #include "../sycl/sycl_backend.hpp"
 #include "engine.hpp"
 #include "quantflow/native.h"
+#include "thread_pool.hpp"
 
 using namespace quantflow;
 
@@ -147,6 +148,8 @@ std::int32_t qf_program_supports(const qf_program* program, std::int32_t index) 
     if (index < 0 || static_cast<std::size_t>(index) >= nodes.size()) return 0;
     return is_supported(nodes[static_cast<std::size_t>(index)]) ? 1 : 0;
 }
+
+void qf_host_borrow(qf_region region) { ThreadPool::borrow_from(region); }
 
 std::int32_t qf_backend_host(std::int32_t threads, qf_backend** backend, char* error, std::size_t capacity) {
     return guarded(error, capacity, [&] {

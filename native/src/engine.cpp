@@ -195,18 +195,24 @@ void Plan::execute(Instance& instance, const void* const* inputs, void* const* o
         for (std::size_t i = 0; i < l.outputs.size(); ++i)
             if (l.output_cells[i] >= 0)
                 l.cells[static_cast<std::size_t>(l.output_cells[i])] = static_cast<std::byte*>(outputs[i]);
-    for (std::size_t i = 0; i < l.steps.size(); ++i) {
-        if (times == nullptr) {
+    const auto all = [&] {
+        for (std::size_t i = 0; i < l.steps.size(); ++i) {
+            if (times == nullptr) {
+                l.steps[i].step->run();
+                continue;
+            }
+            backend.wait();
+            const auto start = std::chrono::steady_clock::now();
             l.steps[i].step->run();
-            continue;
+            backend.wait();
+            const std::chrono::duration<double, std::milli> taken = std::chrono::steady_clock::now() - start;
+            (*times)[i].milliseconds = std::min((*times)[i].milliseconds, taken.count());
         }
-        backend.wait();
-        const auto start = std::chrono::steady_clock::now();
-        l.steps[i].step->run();
-        backend.wait();
-        const std::chrono::duration<double, std::milli> taken = std::chrono::steady_clock::now() - start;
-        (*times)[i].milliseconds = std::min((*times)[i].milliseconds, taken.count());
-    }
+    };
+    if (l.steps.size() > 1)
+        backend.during(all);
+    else  // a small step alone may need no other thread
+        all();
     if (!direct)
         for (std::size_t i = 0; i < l.outputs.size(); ++i)
             if (l.output_cells[i] >= 0)

@@ -1,11 +1,14 @@
 #include "thread_pool.hpp"
 
 #include <immintrin.h>
+#include <pthread.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -14,13 +17,43 @@ namespace quantflow {
 namespace {
 // About 50 microseconds of waiting before a thread goes to sleep.
 constexpr int kSpins = 2000;
+
+std::atomic<ThreadPool::Region> region_of_process{nullptr};
+std::atomic<pid_t> process_of_region{0};  // a forked child has none of that team either, and must not wait for it
+
+ThreadPool::Region region_now() {
+    return process_of_region.load() == getpid() ? region_of_process.load() : nullptr;
+}
+
+// The clock of a borrowed thread of this thread's team, once it has one. Each thread that computes has a team of its own.
+struct Clock {
+    clockid_t id = 0;
+    bool is_known = false;
+};
+thread_local Clock clock_of_team;
+
+// Whether that team is awake, and on a core, right now. An unknown clock, and one of a thread that ended: try it.
+bool is_team_running() {
+    timespec before, after;
+    if (!clock_of_team.is_known || clock_gettime(clock_of_team.id, &before) != 0) return true;
+    for (int i = 0; i < 4; ++i) _mm_pause();
+    return clock_gettime(clock_of_team.id, &after) != 0 || before.tv_nsec != after.tv_nsec ||
+           before.tv_sec != after.tv_sec;
+}
 }  // namespace
+
+void ThreadPool::borrow_from(Region region) {
+    process_of_region.store(getpid());
+    region_of_process.store(region);
+}
+
+namespace {
 
 // The caller works too and waits for tasks, not for threads: a worker that the system has put aside takes no task and
 // delays nobody. Every thread owns an equal range of the tasks, so that neighbouring steps find in its cache what it
 // wrote, and takes from the end of the others' when its own is empty. Whoever takes a task thereby sees the `task`
 // that was stored before its range, so a worker that comes late to one job can't mistake it for the next.
-struct ThreadPool::State {
+struct Team {
     // [begin, end) in the low and high half.
     struct alignas(64) Range {
         std::atomic<std::uint64_t> bounds{0};
@@ -39,10 +72,7 @@ struct ThreadPool::State {
             }
         }
     };
-    explicit State(std::size_t size) : ranges(size) {}
-    std::vector<std::thread> threads;
-    const pid_t process = getpid();  // a forked child has none of the threads
-    std::mutex busy;                 // held by the caller that uses the workers
+    explicit Team(std::size_t size) : ranges(size) {}
     std::mutex sleep_mutex;
     std::condition_variable wake;
     std::atomic<int> sleepers{0};
@@ -61,8 +91,7 @@ struct ThreadPool::State {
         if (taken > 0) done.fetch_add(taken, std::memory_order_release);
     }
 
-    void loop(std::size_t self) {
-        std::uint64_t seen = 0;
+    void loop(std::size_t self, std::uint64_t seen) {
         for (;;) {
             int spins = 0;
             while (generation.load(std::memory_order_acquire) == seen) {
@@ -88,10 +117,93 @@ struct ThreadPool::State {
         { std::lock_guard<std::mutex> lock(sleep_mutex); }
         wake.notify_all();
     }
+
+    void share_out(std::int64_t count, const std::function<void(std::int64_t)>& shared) {
+        task = &shared;
+        done.store(0, std::memory_order_relaxed);
+        const std::uint64_t tasks = static_cast<std::uint64_t>(count), size = ranges.size();
+        for (std::uint64_t i = 0; i < size; ++i) ranges[i].set(tasks * i / size, tasks * (i + 1) / size);
+        start_generation();
+        work(0);
+        for (int spins = 0; done.load(std::memory_order_acquire) != count;) {
+            if (++spins < kSpins)
+                _mm_pause();
+            else
+                std::this_thread::yield();
+        }
+    }
 };
 
+}  // namespace
+
+// Threads of its own sleep when nobody needs them, and one that the system has put aside delays nobody; but they would
+// fight for the cores with a borrowed team that still spins after others' work. So that one is taken while it spins.
+struct ThreadPool::State {
+    explicit State(std::size_t size) : own(size), lent(size) {}
+    Team own, lent;
+    const Region region = region_now();
+    std::vector<std::thread> threads;
+    const pid_t process = getpid();  // a forked child has none of the threads
+    std::mutex busy;                 // held by the caller that uses the workers
+    Team* team = nullptr;            // which it uses
+    bool is_running = false;         // whether it is inside `run`
+
+    struct Visit {
+        State& state;
+        const std::function<void()>& body;
+        const std::thread::id caller = std::this_thread::get_id();
+        const std::uint64_t generation = state.lent.generation.load();  // one who comes late sees that it ended
+        std::atomic<std::size_t> threads{1};
+        clockid_t clock = 0;
+        bool has_clock = false;
+        std::exception_ptr error = nullptr;  // no exception may cross the region
+
+        void enter() {
+            Team& lent = state.lent;
+            if (std::this_thread::get_id() != caller) {
+                const std::size_t self = threads.fetch_add(1);
+                if (self == 1) has_clock = pthread_getcpuclockid(pthread_self(), &clock) == 0;
+                lent.loop(self % lent.ranges.size(), generation);
+                return;
+            }
+            state.team = &lent;
+            try {
+                body();
+            } catch (...) {
+                error = std::current_exception();
+            }
+            lent.stopping.store(true, std::memory_order_release);
+            lent.start_generation();
+        }
+    };
+
+    // By the holder of `busy`.
+    void hold(const std::function<void()>& body) {
+        struct Holding {
+            explicit Holding(State* state) { holds = state; }
+            ~Holding() { holds = nullptr; }
+        } holding(this);
+        if (region == nullptr || !is_team_running()) {
+            team = &own;
+            body();
+            return;
+        }
+        lent.stopping.store(false);
+        Visit visit{*this, body};
+        region([](void* data) { static_cast<Visit*>(data)->enter(); }, &visit, static_cast<unsigned>(own.ranges.size()),
+               0);
+        clock_of_team = {visit.clock, visit.has_clock};
+        if (visit.error) std::rethrow_exception(visit.error);
+    }
+
+    static thread_local const State* holds;  // whose `busy` this thread holds
+};
+
+thread_local const ThreadPool::State* ThreadPool::State::holds = nullptr;
+
 ThreadPool::ThreadPool(int threads) : state_(std::make_unique<State>(static_cast<std::size_t>(std::max(threads, 1)))) {
-    for (std::size_t i = 1; i < state_->ranges.size(); ++i) state_->threads.emplace_back([this, i] { state_->loop(i); });
+    for (std::size_t i = 1; i < state_->own.ranges.size(); ++i)
+        state_->threads.emplace_back([this, i] { state_->own.loop(i, 0); });
 }
 
 ThreadPool::~ThreadPool() {
@@ -99,8 +211,8 @@ ThreadPool::~ThreadPool() {
         for (auto& thread : state_->threads) thread.detach();
         return;
     }
-    state_->stopping.store(true, std::memory_order_release);
-    state_->start_generation();
+    state_->own.stopping.store(true, std::memory_order_release);
+    state_->own.start_generation();
     for (auto& thread : state_->threads) thread.join();
 }
 
@@ -109,23 +221,29 @@ int ThreadPool::size() const { return static_cast<int>(state_->threads.size()) +
 void ThreadPool::run(std::int64_t count, const std::function<void(std::int64_t)>& task) {
     State& s = *state_;
     constexpr std::int64_t kMost = 0x7fffffff;
-    if (count <= 1 || count > kMost || s.threads.empty() || s.process != getpid() || !s.busy.try_lock()) {
+    if (count > 1 && count <= kMost && size() > 1 && State::holds == &s && !s.is_running) {
+        s.is_running = true;
+        s.team->share_out(count, task);
+        s.is_running = false;
+        return;
+    }
+    if (count <= 1 || count > kMost || size() == 1 || State::holds == &s || s.process != getpid() ||
+        !s.busy.try_lock()) {
         for (std::int64_t i = 0; i < count; ++i) task(i);
         return;
     }
     std::lock_guard<std::mutex> lock(s.busy, std::adopt_lock);
-    s.task = &task;
-    s.done.store(0, std::memory_order_relaxed);
-    const std::uint64_t tasks = static_cast<std::uint64_t>(count), size = s.ranges.size();
-    for (std::uint64_t i = 0; i < size; ++i) s.ranges[i].set(tasks * i / size, tasks * (i + 1) / size);
-    s.start_generation();
-    s.work(0);
-    for (int spins = 0; s.done.load(std::memory_order_acquire) != count;) {
-        if (++spins < kSpins)
-            _mm_pause();
-        else
-            std::this_thread::yield();
+    s.hold([&] { run(count, task); });
+}
+
+void ThreadPool::during(const std::function<void()>& body) {
+    State& s = *state_;
+    if (s.region == nullptr || size() == 1 || State::holds == &s || s.process != getpid() || !s.busy.try_lock()) {
+        body();
+        return;
     }
+    std::lock_guard<std::mutex> lock(s.busy, std::adopt_lock);
+    s.hold(body);
 }
 
 }  // namespace quantflow

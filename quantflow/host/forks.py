@@ -23,6 +23,14 @@ def in_forked_child(function: Callable[[], None]) -> None:
         os.register_at_fork(after_in_child=function)
 
 
+def is_forked_child() -> bool:
+    """Whether this process was forked, by Python, from one that had imported this."""
+    return os.getpid() != _imported_in
+
+
+_imported_in = os.getpid()
+
+
 def _free_locks() -> None:
     for held in list(_locks):
         held._at_fork_reinit()  # type: ignore[attr-defined]

@@ -195,8 +195,12 @@ class NativeRunner(AbstractRunner):
             for variant, ms in zip(variants, taken, strict=True)
         ]
         best = min(rows, key=lambda row: row["ms"])
-        if best["ms"] > 0.97 * rows[0]["ms"]:
-            best = rows[0]  # within the noise: the plain way
+        if best is not rows[0]:
+            # A moment's noise must not slow down all later calls, so what beats the plain way has to do so twice.
+            pair = [partial(self._run_variant, inputs, v) for v in (variants[0], variants[rows.index(best)])]
+            plain, other = _interleaved_ms(pair, 2 * runs)
+            if best["ms"] > 0.97 * rows[0]["ms"] or other > 0.97 * plain:
+                best = rows[0]
         best["chosen"] = True
         self.variants[batch, threads] = RunVariant(best["threads"], best["chunk"])
         self._whole.clear()

@@ -20,9 +20,9 @@ import torch
 
 from quantflow.errors import ArtifactError, UnavailableError
 from quantflow.host.environment import cache_folder
-from quantflow.host.forks import in_forked_child, lock
+from quantflow.host.forks import in_forked_child, is_forked_child, lock
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 UNSUPPORTED = 2
 MAX_RANK = 16
 _CAPACITY = 4096
@@ -150,7 +150,24 @@ def library() -> ctypes.CDLL:
             f"runtime: 'native' at {path} has interface {found}, this quantflow needs {ABI_VERSION}; "
             "reinstall quantflow so that both come from one version"
         )
+    loaded.qf_host_borrow.argtypes, loaded.qf_host_borrow.restype = (ctypes.c_void_p,), None
+    if (region := region_of_torch()) is not None:
+        loaded.qf_host_borrow(region)
     return loaded
+
+
+def region_of_torch() -> int | None:
+    """Where torch's OpenMP runtime has GOMP_parallel: its threads spin for milliseconds after every torch op.
+
+    None in a forked child, in which those threads don't exist and a parallel region waits for them forever.
+    """
+    if is_forked_child():
+        return None
+    try:
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):  # a torch with threads of another kind
+        return None
 
 
 class _Errors(threading.local):
@@ -207,6 +224,12 @@ def host_isa() -> str:
 _backends: dict[tuple[str, int], Handle] = {}
 _backends_lock = lock()
 _of_the_parent: list[Any] = []
+
+
+def forget_backends() -> None:
+    """Programs that are compiled from now on get threads of their own again; those that are keep theirs."""
+    with _backends_lock:
+        _backends.clear()
 
 
 def _start_again() -> None:

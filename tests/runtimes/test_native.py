@@ -382,6 +382,29 @@ def test_threads_share_a_model(convolutions: Program) -> None:
     assert all(results)
 
 
+def test_torchs_threads_are_borrowed_and_nothing_else_changes(convolutions: Program) -> None:
+    assert lib.region_of_torch() is not None
+    runner, x, large = NativeRunner(convolutions, threads=2), torch.randn(4, 3, 12, 12), torch.randn(512, 512)
+    expected = NativeRunner(convolutions, threads=1)([x])
+    before, products = torch.get_num_threads(), large @ large
+    torch.set_num_threads(2)
+    try:
+        for _ in range(50):
+            assert torch.equal(large @ large, products)  # torch's team spins from here on
+            assert torch.equal(runner([x]), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_beats_the_plain_way_once_is_asked_again(convolutions: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, x = NativeRunner(convolutions, threads=2), torch.randn(1, 3, 12, 12)
+    for again, chosen in (([5.0, 9.0], 2), ([9.0, 5.0], 1)):
+        times = iter([[9.0, 5.0], again])
+        monkeypatch.setattr(native, "_interleaved_ms", lambda _runs, _count, times=times: next(times))
+        rows = runner.tune([x])
+        assert [row["threads"] for row in rows if row["chosen"]] == [chosen]
+
+
 def test_a_forked_child_computes_too(convolutions: Program) -> None:
     runner, x = NativeRunner(convolutions, threads=2), torch.randn(2, 3, 12, 12)
     expected = runner([x])

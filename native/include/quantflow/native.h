@@ -14,7 +14,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-#define QF_ABI_VERSION 2
+#define QF_ABI_VERSION 3
 #define QF_ERROR 1
 #define QF_UNSUPPORTED 2 /* no kernel here; the text begins with "node INDEX: " */
 
@@ -59,6 +59,11 @@ int32_t qf_program_nodes(const qf_program*);
 /* Whether node `index` has a native kernel, as far as that shows without shapes. */
 int32_t qf_program_supports(const qf_program*, int32_t index);
 
+/* An OpenMP runtime's parallel region, such as GOMP_parallel: body(data) on `threads` threads, the caller's among them. */
+typedef void (*qf_region)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+/* Host backends that are made from now on compute on that runtime's threads while those spin after other work of the
+ * caller's, and on threads of their own else. Null, and in a forked child: always on threads of their own. */
+void qf_host_borrow(qf_region);
 /* The CPU by this library's own kernels. */
 int32_t qf_backend_host(int32_t threads, qf_backend** backend, char* error, size_t capacity);
 /* Intel GPU ("gpu") or the CPU ("cpu") by SYCL and oneDNN: `library` is the path of libquantflow_sycl.so. */
