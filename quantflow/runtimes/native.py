@@ -281,18 +281,44 @@ class NativeRunner(AbstractRunner):
         """One node as a function of the values that it reads; plans are kept per set of shapes."""
         node, in_own_codes = self.program.nodes[index], super().step(index)
         section = Section(index, index + 1, tuple(dict.fromkeys(node.refs())), (node.output,), is_step=True)
-        ready: dict[Any, SectionPlan] = {}
-        self._ready.append(ready)
+        plan_of = self._steps_of(section)
 
         def by_node(values: Sequence[torch.Tensor]) -> torch.Tensor:
             return in_own_codes([self._own_codes(n, x) for n, x in zip(section.inputs, values, strict=True)])
 
         def step(values: Sequence[torch.Tensor]) -> torch.Tensor:
+            plan, values = plan_of(values)
+            return by_node(values) if plan is None else plan.made(values)
+
+        return step
+
+    def steps(
+        self, first: int, last: int, reads: str, gives: str
+    ) -> Callable[[torch.Tensor], torch.Tensor | None] | None:
+        """Nodes [first, last) as one section."""
+        plan_of = self._steps_of(Section(first, last, (reads,), (gives,), is_step=True))
+
+        def steps(x: torch.Tensor) -> torch.Tensor | None:
+            plan, values = plan_of([x])
+            return None if plan is None else plan.made(values)
+
+        return steps
+
+    def _steps_of(
+        self, section: Section
+    ) -> Callable[[Sequence[torch.Tensor]], tuple[SectionPlan | None, Sequence[torch.Tensor]]]:
+        """Values → the plan for them, or None where the library takes them not, and the values as it takes them."""
+        ready: dict[Any, SectionPlan] = {}
+        self._ready.append(ready)
+
+        def plan_of(values: Sequence[torch.Tensor]) -> tuple[SectionPlan | None, Sequence[torch.Tensor]]:
             threads = self._threads()
             plan = ready.get((threads, *[(x.shape, x.stride(), x.dtype) for x in values]))
             if plan is None:
-                if index in self.in_torch or any(why_foreign(x) for x in values):
-                    return by_node(values)
+                if any(i in self.in_torch for i in range(section.first, section.last)) or any(
+                    why_foreign(x) for x in values
+                ):
+                    return None, values
                 values = [dense(x) for x in values]  # type: ignore[misc]
                 try:
                     with self._lock:
@@ -302,10 +328,10 @@ class NativeRunner(AbstractRunner):
                         ready[threads, *[(x.shape, x.stride(), x.dtype) for x in values]] = plan
                 except lib.Unsupported as refused:
                     self._leave_to_torch({refused.node: refused.reason})
-                    return by_node(values)
-            return plan.made(values)
+                    return None, values
+            return plan, values
 
-        return step
+        return plan_of
 
     def _own_codes(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """A value as the program has it, of what a step gave."""

@@ -59,6 +59,19 @@ class AbstractRunner(ABC):
 
         return step
 
+    def steps(
+        self,
+        first: int,  # noqa: ARG002
+        last: int,  # noqa: ARG002
+        reads: str,  # noqa: ARG002
+        gives: str,  # noqa: ARG002
+    ) -> Callable[[torch.Tensor], torch.Tensor | None] | None:
+        """Nodes [first, last), of which `reads` is all that they read and `gives` all that is asked, as one function.
+
+        It takes and gives values as `step` does, and None where it has no kernel. None: this runtime has no such call.
+        """
+        return None
+
     @abstractmethod
     def int8_layers(self) -> int:
         """Layers that multiply by int8 weights, counted in what really runs."""

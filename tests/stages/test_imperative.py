@@ -20,8 +20,13 @@ from torch.overrides import TorchFunctionMode
 import quantflow as qf
 from quantflow.errors import UsageError
 from quantflow.numerics.measures import sqnr_db
+from quantflow.runtimes import native_library
+from quantflow.sources.models.torchvision_zoo import import_torchvision
 from quantflow.stages.imperative.tensors import Coded, Weight
 
+native_only = pytest.mark.skipif(
+    native_library.library_path("libquantflow_native.so") is None, reason="the native library was not built here"
+)
 X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
 SEQUENCE = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(1))
 IMAGE = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(2))
@@ -377,6 +382,89 @@ def test_a_sequential_that_was_changed_computes_what_its_modules_do(change: Call
         with nn.modules.module.register_module_forward_hook(lambda *_: None):
             assert torch.equal(model(IMAGE), found)
         assert not torch.equal(found, plain)
+
+
+def blocks() -> nn.Sequential:
+    models = import_torchvision().models
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True)),
+        models.resnet.BasicBlock(8, 8),
+        models.resnet.Bottleneck(8, 2, downsample=nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))),
+        models.mobilenetv2.InvertedResidual(8, 8, 1, 2),
+        nn.Conv2d(8, 8, 1),
+    )
+
+
+def native_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    calls, run = [], native_library.run_plan
+    monkeypatch.setattr(native_library, "run_plan", lambda *args: (calls.append(1), run(*args))[1])
+    return calls
+
+
+@native_only
+def test_known_blocks_are_one_call_where_nobody_looks_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    module = settled(blocks()).eval()
+    model = holds(module, IMAGE, least_db=20, int8=11)
+    plain, other = model(IMAGE), torch.randn(2, 3, 9, 10)
+    model(other)
+    calls = native_calls(monkeypatch)
+    assert torch.equal(model(IMAGE), plain)
+    assert len(calls) == 2  # the image's codes, and all eleven layers
+    noted = model(other)
+    assert len(calls) == 4
+    with nn.modules.module.register_module_forward_hook(lambda *_: None):
+        assert torch.equal(model(IMAGE), plain)
+        assert torch.equal(model(other), noted)
+    assert len(calls) > 20
+    calls.clear()
+    seen: list[str] = []
+    with model.module[2].relu.register_forward_hook(lambda m, *_: seen.append(type(m).__name__)):
+        assert torch.equal(model(IMAGE), plain)
+    assert seen == ["ReLU"] * 3
+    assert 2 < len(calls) < 12  # the other blocks are one call each
+    calls.clear()
+    with model.module.register_forward_hook(lambda *_: None), torch.no_grad():
+        assert torch.equal(copy.deepcopy(model)(IMAGE), plain)
+    lines, before = [], sys.gettrace()
+    sys.settrace(lambda frame, *_: lines.append(frame.f_code.co_qualname))
+    try:
+        assert torch.equal(model(IMAGE), plain)
+    finally:
+        sys.settrace(before)
+    assert {"BasicBlock.forward", "Bottleneck.forward", "InvertedResidual.forward"} <= set(lines)
+
+
+@native_only
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m[1], "relu", nn.Identity()),
+        lambda m: setattr(m[2].relu, "forward", torch.neg),
+        lambda m: m[1].bn1.train(),
+        lambda m: setattr(m[2].bn2, "running_mean", torch.ones(2)),
+        lambda m: setattr(m[2], "downsample", None),
+        lambda m: setattr(m[3], "use_res_connect", False),
+        lambda m: m[2].conv3.register_forward_pre_hook(lambda _, x: (x[0] + 1,)),
+        lambda m: m[1].register_forward_hook(lambda _, __, y: y * 2),
+        lambda m: setattr(m[3].conv[1][0], "dilation", (2, 2)) or setattr(m[3].conv[1][0], "padding", (2, 2)),
+        lambda m: m.pop(-1),
+    ],
+)
+def test_a_block_that_was_changed_computes_what_its_modules_do(change: Callable[[Any], Any]) -> None:
+    torch.manual_seed(0)
+    model = quantized(settled(blocks()), IMAGE)
+    plain = model(IMAGE)
+    assert torch.equal(model(IMAGE), plain)
+    change(model.module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        found = [model(IMAGE), model(IMAGE)]
+        with nn.modules.module.register_module_forward_hook(lambda *_: None):
+            stepped = model(IMAGE)
+    assert torch.equal(found[0], stepped)
+    assert torch.equal(found[1], stepped)
+    assert not torch.equal(stepped, plain)
 
 
 def test_a_layer_looks_like_what_it_stands_for() -> None:

@@ -20,6 +20,7 @@ from torch.nn.modules import module as calling
 from quantflow.ir.activations import Epilogue
 from quantflow.stages.imperative.calls import BATCH_NORM, Pending, UnitCall
 from quantflow.stages.imperative.functions import asked
+from quantflow.stages.imperative.joins import BLOCKS, joined
 
 T = torch.Tensor
 #: The class of a swapped layer → its call: (module, input) → what waits, or None where it is not the captured one.
@@ -42,7 +43,9 @@ def has_chains(module: nn.Module) -> bool:
     if getattr(type(module), "forward", None) is not nn.Sequential.forward:
         return False
     kinds = [type(child) for child in module.children()]
-    return any(a in STARTS and (b in NORMS or b in _ACTIVATIONS) for a, b in pairwise(kinds))
+    return any(
+        (a in STARTS and (b in NORMS or b in _ACTIVATIONS)) or a in BLOCKS or b in BLOCKS for a, b in pairwise(kinds)
+    )
 
 
 @cache
@@ -54,8 +57,9 @@ def chained_class(base: type[nn.Module], members: tuple[tuple[str, Any], ...]) -
     """
 
     def forward(self: Any, input: Any) -> Any:
-        if is_watched():
-            return base.forward(self, input)
+        return base.forward(self, input) if is_watched() else joined(self, input, lambda x: stepped(self, x))
+
+    def stepped(self: Any, input: Any) -> Any:
         modules, at = list(self._modules.values()), 0
         while at < len(modules):
             module, at = modules[at], at + 1
@@ -74,8 +78,26 @@ def chained_class(base: type[nn.Module], members: tuple[tuple[str, Any], ...]) -
             input = pending.went_on(*steps).completed()
         return input
 
+    return _shown_as(base, forward, members)
+
+
+def _shown_as(base: type[nn.Module], forward: Any, members: tuple[tuple[str, Any], ...]) -> type[nn.Module]:
     made = {**dict(members), "forward": forward, "__module__": base.__module__, "__qualname__": base.__qualname__}
-    return type(base.__name__, (base,), made)
+    kind = type(base.__name__, (base,), made)
+    BLOCKS[kind] = base
+    return kind
+
+
+@cache
+def block_class(base: type[nn.Module], members: tuple[tuple[str, Any], ...]) -> type[nn.Module]:
+    """A known block's class, with a forward that computes the same in one call; it shows as what it was."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != 1 or is_watched():
+            return base.forward(self, *args, **kwargs)
+        return joined(self, args[0], lambda x: base.forward(self, x))
+
+    return _shown_as(base, forward, members)
 
 
 def is_watched() -> bool:

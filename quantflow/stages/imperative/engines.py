@@ -20,6 +20,7 @@ from quantflow.numerics.affine import QParams, dequantize, quantize
 from quantflow.runtimes import AbstractRunner
 from quantflow.runtimes.ordinary import below_autograd
 from quantflow.stages.imperative.calls import Pending, Site, UnitCall
+from quantflow.stages.imperative.joins import Join, Noted, Notes
 from quantflow.stages.imperative.tensors import Coded
 
 OnValue = Callable[[str, torch.Tensor], None]
@@ -46,6 +47,7 @@ class _Forward(threading.local):
 
     def __init__(self) -> None:
         self.ran: Ran | None = None
+        self.notes: Notes | None = None
 
 
 class Engine(ABC):
@@ -107,6 +109,8 @@ class Engine(ABC):
             codes = self.encode(x, name, root)
         if ran is not None:
             ran.last = (x, x._version, root, codes)
+        if self._forward.notes is not None:
+            self._forward.notes.coded.append((x, codes))
         return codes
 
     def complete(self, pending: Pending) -> torch.Tensor:
@@ -119,9 +123,42 @@ class Engine(ABC):
         else:
             with below_autograd():
                 value = self.compute(pending)
+        if self._forward.notes is not None:
+            self._forward.notes.calls.append(Noted((call,), pending.operands, value))
         if call.root:
             return Coded.of(self, value, call.root, call.node)
         return value
+
+    @contextmanager
+    def noting(self) -> Iterator[Notes]:
+        """What is computed in here; where that is asked within, both see it."""
+        mine = Notes()
+        before, self._forward.notes = self._forward.notes, mine
+        try:
+            yield mine
+        finally:
+            self._forward.notes = before
+            if before is not None:
+                before.calls += mine.calls
+                before.coded += mine.coded
+
+    def joined(self, join: Join, x: torch.Tensor) -> torch.Tensor | None:
+        """What a block computes in one call; None: it has no kernel for this input after all."""
+        held = self.coded(x, join.reads)
+        with below_autograd():
+            value = join.run(held)
+        if value is None:
+            return None
+        forward, last = self._forward, join.units[-1]
+        if forward.ran is not None:
+            forward.ran.complete.extend(join.units)
+        if forward.notes is not None:
+            forward.notes.calls.append(Noted(join.units, {join.reads: held}, value))
+        return Coded.of(self, value, last.root, last.node) if last.root else value
+
+    def run_of(self, calls: Sequence[UnitCall], reads: str) -> Callable[[torch.Tensor], torch.Tensor | None] | None:  # noqa: ARG002
+        """These units as one function of the one value that they read from outside; None: it has none."""
+        return None
 
     @abstractmethod
     def missed(self, site: Site) -> None:
@@ -237,6 +274,18 @@ class Running(Engine):
         value = step([pending.operands[name] for name in names])
         phases = pending.call.phases
         return value if phases is None else phases.put_together(value)
+
+    def run_of(self, calls: Sequence[UnitCall], reads: str) -> Callable[[torch.Tensor], torch.Tensor | None] | None:
+        indices = sorted(self._index[call.output] for call in calls)
+        first, last = indices[0], indices[-1] + 1
+        if indices != list(range(first, last)):
+            return None
+        nodes = self._program.nodes[first:last]
+        inside = {node.output for node in nodes}
+        names = {name for node in nodes for name in node.refs()} - inside
+        if len(names) != 1 or not names <= {reads, f"{reads}.codes"}:
+            return None
+        return self._runner.steps(first, last, names.pop(), calls[-1].output)
 
     def _step(self, index: int) -> Step:
         step = self._steps.get(index)

@@ -26,9 +26,10 @@ from quantflow.ir.units import CORE, SHAPE
 from quantflow.runtimes import AbstractRunner
 from quantflow.runtimes.ordinary import outside_compilers, refuse_export
 from quantflow.stages.imperative.calls import Pending, Site, UnitCall, calls_of
-from quantflow.stages.imperative.chains import NORMS, STARTS, chained_class, has_chains
+from quantflow.stages.imperative.chains import NORMS, STARTS, block_class, chained_class, has_chains
 from quantflow.stages.imperative.engines import Engine, Observing, OnValue, Running
 from quantflow.stages.imperative.functions import begun, fits, is_tracked, missed, normed, opened
+from quantflow.stages.imperative.joins import LAYERS, is_block
 from quantflow.stages.imperative.tensors import Coded, Weight, in_float, refuse_pickling
 
 _LAYERS = (
@@ -107,9 +108,11 @@ def swap_modules(
             layer.__class__ = _int8_class(type(layer))
         elif type(layer) in _NORMS and _folded_into(layer) is not None:
             layer.__class__ = _folded_class(type(layer))
-    for layer in swapped.modules():
+    for layer in reversed(list(swapped.modules())):  # what is inside first
         if has_chains(layer):
             layer.__class__ = chained_class(type(layer), tuple(_COPIED.items()))
+        elif is_block(layer):
+            layer.__class__ = block_class(type(layer), tuple(_COPIED.items()))
     for parameter in swapped.parameters():
         parameter.requires_grad_(False)
     return swapped
@@ -288,6 +291,7 @@ def _int8_class(base: type[nn.Module]) -> type[nn.Module]:
     swapped = type(f"Int8{base.__name__}", (base,), made)
     if "forward" in made:
         STARTS[swapped] = _started
+        LAYERS.add(swapped)
     return swapped
 
 
@@ -370,4 +374,5 @@ def _folded_class(base: type[nn.Module]) -> type[nn.Module]:
     members = {"forward": forward, "_apply": moved, "__module__": __name__, **_COPIED}
     folded = type(f"Folded{base.__name__}", (base,), members)
     NORMS[folded] = base
+    LAYERS.add(folded)
     return folded
