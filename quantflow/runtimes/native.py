@@ -15,7 +15,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -36,6 +36,7 @@ from quantflow.runtimes.native_values import (
     strides_of,
     why_foreign,
 )
+from quantflow.runtimes.native_sections import RunVariant, Section, SectionPlan
 from quantflow.runtimes.ordinary import below_autograd
 from quantflow.runtimes.reference import resolve
 from quantflow.runtimes.reference import run_node as run_in_torch
@@ -47,52 +48,6 @@ PLANS_PER_SECTION = 16
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 _AS_IT_IS = nullcontext()
 _runners: weakref.WeakSet[NativeRunner] = weakref.WeakSet()
-
-
-@dataclass(frozen=True)
-class Section:
-    """Nodes [first, last) of a program, with the values that enter and leave.
-
-    Attributes:
-        is_step: codes leave, and may enter, as the kernels hold them.
-    """
-
-    first: int
-    last: int
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    is_step: bool = False
-
-
-@dataclass(frozen=True)
-class RunVariant:
-    """A way to run a batch: on how many threads, and in pieces of how many samples (0: all at once)."""
-
-    threads: int
-    chunk: int = 0
-
-
-@dataclass(frozen=True)
-class SectionPlan:
-    """A section made ready for one set of input shapes."""
-
-    handle: lib.Handle
-    outputs: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | int, ...]
-
-    def run(self, values: Sequence[torch.Tensor | int]) -> list[torch.Tensor | int]:
-        """The outputs, in the section's order."""
-        outputs = [o if isinstance(o, int) else torch.empty_strided(o[0], o[1], dtype=o[2]) for o in self.outputs]
-        lib.run_plan(self.handle, lib.pointers(values), lib.pointers(outputs))
-        return outputs
-
-    def made(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The one output of tensors, which is a tensor: `run` in less time."""
-        ((shape, strides, dtype),) = self.outputs  # type: ignore[misc]
-        output = torch.empty_strided(shape, strides, dtype=dtype)
-        lib.run_plan(
-            self.handle, lib.ADDRESSES[len(values)](*[x.data_ptr() for x in values]), lib.ONE(output.data_ptr())
-        )
-        return output
 
 
 class NativeRunner(AbstractRunner):
