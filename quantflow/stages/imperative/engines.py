@@ -216,6 +216,8 @@ class Running(Engine):
         self._index = {node.output: index for index, node in enumerate(program.nodes)}
         self._program = program
         self._steps: dict[int, Step] = {}
+        #: (first node, behind the last, what they read, what they give) → one function, for all sizes.
+        self._runs: dict[tuple[int, int, str, str], Callable[[torch.Tensor], torch.Tensor | None] | None] = {}
         #: Unit → its step, and the values that it reads.
         self._kernels: dict[UnitCall, tuple[Step, tuple[str, ...]]] = {}
         self._runner = runner
@@ -285,7 +287,10 @@ class Running(Engine):
         names = {name for node in nodes for name in node.refs()} - inside
         if len(names) != 1 or not names <= {reads, f"{reads}.codes"}:
             return None
-        return self._runner.steps(first, last, names.pop(), calls[-1].output)
+        key = (first, last, names.pop(), calls[-1].output)
+        if key not in self._runs:
+            self._runs[key] = self._runner.steps(*key)
+        return self._runs[key]
 
     def _step(self, index: int) -> Step:
         step = self._steps.get(index)

@@ -208,9 +208,10 @@ def fits(call: UnitCall, x: T, weight: Weight, bias: Any, geometry: Args) -> boo
     if bias is not weight.biases[call]:
         return False
     held, (sizes, device) = weight.plain, _form(x)
-    if type(x) is Coded and held.device == device and call.accepts(sizes, geometry):
+    is_float32 = type(x) is Coded or x.dtype is torch.float32
+    if is_float32 and held.device == device and call.accepts(sizes, geometry):
         return True  # as it did before
-    if held.dtype is not torch.float32 or (type(x) is not Coded and x.dtype is not torch.float32) or 0 in sizes:
+    if held.dtype is not torch.float32 or not is_float32 or 0 in sizes:
         return False
     if held.device != device or (not geometry) != (not call.geometry):
         return False
