@@ -413,6 +413,12 @@ def test_known_blocks_are_one_call_where_nobody_looks_inside(monkeypatch: pytest
     assert len(calls) == 2  # the image's codes, and all eleven layers
     noted = model(other)
     assert len(calls) == 4
+    runner: Any = next(p for p in model.module.parameters() if isinstance(p, Weight)).site.engine._runner
+    functions = len(runner._ready)
+    for size in (8, 9, 11):
+        model(torch.randn(1, 3, size, 12))
+    assert len(runner._ready) == functions  # for all sizes
+    calls[:] = calls[:4]
     with nn.modules.module.register_module_forward_hook(lambda *_: None):
         assert torch.equal(model(IMAGE), plain)
         assert torch.equal(model(other), noted)
