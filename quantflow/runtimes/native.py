@@ -27,6 +27,7 @@ from quantflow.ir.plan import PlannedUnit
 from quantflow.ir.program import Program, Ref
 from quantflow.ir.units import CORE
 from quantflow.runtimes import native_library as lib
+from quantflow.runtimes.native_sections import RunVariant, Section, SectionPlan
 from quantflow.runtimes.native_values import (
     dense,
     foreign_dtype,
@@ -36,7 +37,6 @@ from quantflow.runtimes.native_values import (
     strides_of,
     why_foreign,
 )
-from quantflow.runtimes.native_sections import RunVariant, Section, SectionPlan
 from quantflow.runtimes.ordinary import below_autograd
 from quantflow.runtimes.reference import resolve
 from quantflow.runtimes.reference import run_node as run_in_torch
