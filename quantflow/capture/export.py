@@ -155,6 +155,20 @@ def _std_mean(x: Any, dim: Any, unbiased: bool = True, keepdim: bool = False) ->
     return torch.ops.aten.std_mean.correction(x, dim, correction=int(unbiased), keepdim=keepdim)
 
 
+def _functional(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    table = {torch.ops.aten.std_mean.dim: _std_mean}
+    try:
+        return program.run_decompositions(table)
+    except NameError:
+        # torch 2.9 calls checks of the inputs that it wrote itself, and misnames those that arrive as *args. A program
+        # without example inputs gets none.
+        examples, program.example_inputs = program.example_inputs, None
+        try:
+            return program.run_decompositions(table)
+        finally:
+            program.example_inputs = examples
+
+
 def _decomposed(
     program: torch.export.ExportedProgram, model: nn.Module | torch.export.ExportedProgram
 ) -> torch.export.ExportedProgram:
@@ -165,7 +179,7 @@ def _decomposed(
     """
     try:
         with _without_noise(), quick_export(), torch.no_grad():
-            return program.run_decompositions({torch.ops.aten.std_mean.dim: _std_mean})
+            return _functional(program)
     except Exception as error:  # torch raises many unrelated types
         where = last_line(str(error))
         raise CaptureError(
@@ -307,8 +321,11 @@ def _to_graph(program: torch.export.ExportedProgram, sizes: Sizes, names: Sequen
             "let it work on a copy (x = x.clone())"
         )
     in_spec = program.call_spec.in_spec
-    takes_keywords = in_spec is not None and in_spec.num_children > 1 and names is None
-    keywords = list(in_spec.child(1).context) if takes_keywords else []
+    keywords: list[str] = []
+    if in_spec is not None and in_spec.num_children > 1 and names is None:
+        # A spec's children have another name in each version of torch; what it unflattens to has not.
+        _, by_name = torch.utils._pytree.tree_unflatten(list(range(in_spec.num_leaves)), in_spec)
+        keywords = list(by_name)
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     inputs: list[Input] = []

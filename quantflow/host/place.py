@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -37,11 +38,20 @@ def current(place: torch.device) -> AbstractContextManager[Any]:
 
 
 @contextmanager
+def _by_older_names() -> Iterator[None]:
+    """Inside, TF32's older names are used without a warning: torch 2.9 gives one, 2.11 does not."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Please use the new API settings to control TF32")
+        yield
+
+
+@contextmanager
 def exact_float32() -> Iterator[None]:
     """Inside, float32 is float32 on every device: convolutions on a card would else keep 10 bits of each operand."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     try:
-        before: Any = cudnn.allow_tf32, matmul.allow_tf32
+        with _by_older_names():
+            before: Any = cudnn.allow_tf32, matmul.allow_tf32
     except RuntimeError:  # set by its newer name, beside which the older one can't be read
         before = None
     if before is None:
@@ -50,7 +60,8 @@ def exact_float32() -> Iterator[None]:
         for setting in names:
             setting.fp32_precision = "ieee"
     else:
-        cudnn.allow_tf32 = matmul.allow_tf32 = False
+        with _by_older_names():
+            cudnn.allow_tf32 = matmul.allow_tf32 = False
     try:
         yield
     finally:
@@ -58,4 +69,5 @@ def exact_float32() -> Iterator[None]:
             for setting, value in zip(names, kept, strict=True):
                 setting.fp32_precision = value
         else:
-            cudnn.allow_tf32, matmul.allow_tf32 = before
+            with _by_older_names():
+                cudnn.allow_tf32, matmul.allow_tf32 = before
