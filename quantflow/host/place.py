@@ -39,7 +39,7 @@ def current(place: torch.device) -> AbstractContextManager[Any]:
 
 @contextmanager
 def _by_older_names() -> Iterator[None]:
-    """Inside, TF32's older names are used without a warning: torch 2.9 gives one, 2.11 does not."""
+    """Inside, TF32's older names are used without a warning: torch 2.9 gives one, 2.13 does not."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Please use the new API settings to control TF32")
         yield
