@@ -64,7 +64,9 @@ TableArgument parsed(std::string_view word, bool is_keyword) {
     if (takes("[")) {
         a.is_list = true;
         a.takes_none_inside = none_before;
-        a.length = static_cast<std::size_t>(std::atoi(take(word.find(']')).c_str()));
+        const std::string length = take(word.find(']'));
+        a.length = static_cast<std::size_t>(std::atoi(length.c_str()));
+        a.takes_single = a.length > 0 && length.back() != '!' && a.kind != Kind::tensor;
         takes("]");
         a.takes_none = takes("?");
     } else {
@@ -130,7 +132,7 @@ void check_value(const TableArgument& a, const Arg& value, const std::string& wh
     if (value.as<Ref>() != nullptr) return;
     const Args* items = value.as<Args>();
     if (items == nullptr) {
-        if (a.is_list && (a.length == 0 || a.kind == Kind::tensor)) throw Error(where + " is no list");
+        if (a.is_list && !a.takes_single) throw Error(where + " is no list");
         return check_one(a, value, where);
     }
     if (!a.is_list) throw Error(where + " is a list");

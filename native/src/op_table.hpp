@@ -22,6 +22,7 @@ struct TableArgument {
     Kind kind = Kind::tensor;
     bool is_list = false, takes_none = false, takes_none_inside = false, is_optional = false, is_keyword = false;
     std::size_t length = 0;  // of a list; 0: any
+    bool takes_single = false;  // one number in place of the list
     bool is_bounded = false;
     std::int64_t low = 0, high = 0;
     bool is_axis = false;

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "op_table.hpp"
 #include "program_rules.hpp"
@@ -267,6 +268,7 @@ private:
         epilogue.kind = known->second.kind;
         if (!values.empty()) epilogue.a = static_cast<float>(number(values[0], where + ": epilogue"));
         if (values.size() > 1) epilogue.b = static_cast<float>(number(values[1], where + ": epilogue"));
+        if (std::isnan(epilogue.a) || std::isnan(epilogue.b)) fail(where, "a number of its epilogue is NaN");
         return epilogue;
     }
 
@@ -399,8 +401,14 @@ const char* name_of(DType dtype) {
 
 Program parse_program(const char* text_begin, std::size_t size, TensorTable tensors) {
     // nlohmann's parser does not recurse, but what reads its result does: depth is limited here, before.
-    const auto limit = [](int depth, json::parse_event_t, json&) {
+    // And of two equal keys it would take one, which another reader may not.
+    std::vector<std::set<std::string>> keys;
+    const auto limit = [&keys](int depth, json::parse_event_t event, json& value) {
         if (depth > 4 + kMaxNesting) throw Error("program.json: is nested deeper than a program can be");
+        if (event == json::parse_event_t::object_start) keys.emplace_back();
+        if (event == json::parse_event_t::object_end) keys.pop_back();
+        if (event == json::parse_event_t::key && !keys.back().insert(value.get<std::string>()).second)
+            throw Error("program.json: key " + shown(value) + " is given twice");
         return true;
     };
     Program program;

@@ -145,13 +145,14 @@ def epilogue_of(op: str, given: Mapping[str, Any]) -> Epilogue | None:
         return _clamp(*_CLAMPS[op](given))
     for kind, activation in ACTIVATIONS.items():
         if activation.aten == op and all(given[name] == value for name, value in activation.when.items()):
-            return Epilogue(kind, tuple(float(given[name]) for name in activation.numbers))
+            numbers = tuple(float(given[name]) for name in activation.numbers)
+            return None if any(map(math.isnan, numbers)) else Epilogue(kind, numbers)
     return None
 
 
 def _clamp(low: Any, high: Any) -> Epilogue | None:
     """A clamp to numbers; None leaves a side open."""
-    if not all(bound is None or isinstance(bound, (int, float)) for bound in (low, high)):
+    if not all(bound is None or (isinstance(bound, (int, float)) and bound == bound) for bound in (low, high)):
         return None
     if low == 0 and high is None:
         return Epilogue("relu")

@@ -26,6 +26,7 @@ KNOWN_OPERATORS = frozenset(
     f"torchvision::{name}"
     for name in ("nms", "roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d")
 )  # fmt: skip
+_VIEWS = ("view.default", "_unsafe_view.default")
 #: As `operators`: whatever is registered.
 ANY_OPERATOR = ("*",)
 
@@ -60,6 +61,20 @@ def aten_op(target: str) -> Callable[..., Any]:
     if not _computes_with_tensors(op):
         raise _not_allowed(target)
     return guarded(name, op) if trusts(full_name) else op
+
+
+def computing(target: str) -> Callable[..., Any]:
+    """As `aten_op`, with a view as a reshape: a program's values have a shape, and no strides that a view could miss.
+
+    Raises:
+        ArtifactError: as `aten_op`.
+    """
+    op = aten_op(target)
+    return _reshape if target in _VIEWS else op
+
+
+def _reshape(self: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    return self.reshape(tuple(size))
 
 
 def require_allowed(target: str, operators: Sequence[str]) -> None:

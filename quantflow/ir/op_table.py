@@ -33,7 +33,7 @@ _WORDS = {
 }  # fmt: skip
 _FILE = Path(__file__).with_name("aten_ops.txt")
 _TOKEN = re.compile(
-    r"(?P<name>\w+):(?P<kind>[A-Za-z_]+?)(?P<element_none>\?(?=\[))?(?P<list>\[(?P<length>\d*)\])?(?P<none>\?)?"
+    r"(?P<name>\w+):(?P<kind>[A-Za-z_]+?)(?P<element_none>\?(?=\[))?(?P<list>\[(?P<length>\d*)(?P<only>!)?\])?(?P<none>\?)?"
     r"(?P<rule>@\+?@?\w+|>=-?\d+|-?\d+\.\.-?\d+)?(?P<default>=)?"
 )
 
@@ -46,6 +46,7 @@ class Argument:
         kind: "Tensor", "Operand" (a tensor, or a number in its place), "int", "float", "bool", "Scalar", "str",
             "dtype", "layout", "device", "memory_format" or "none".
         is_list: a list of them; `length` entries, or one for all, where that is not 0.
+        takes_single: one of them may stand in the list's place.
         takes_none: None is legal; `takes_none_inside`: inside the list.
         is_optional: it has a default.
         is_keyword: it is given by name only.
@@ -59,6 +60,7 @@ class Argument:
     kind: str
     is_list: bool
     length: int
+    takes_single: bool
     takes_none: bool
     takes_none_inside: bool
     is_optional: bool
@@ -121,6 +123,7 @@ def _argument(word: str, is_keyword: bool) -> Argument:
         found["kind"],
         found["list"] is not None,
         int(found["length"] or 0),
+        bool(found["length"]) and found["only"] is None and found["kind"] != "Tensor",
         found["none"] is not None or found["kind"] == "none",
         found["element_none"] is not None,
         found["default"] is not None,
@@ -165,7 +168,7 @@ def _check(argument: Argument, value: Any, where: str) -> None:
     if isinstance(value, Ref):
         return
     if not isinstance(value, (list, tuple)):
-        if argument.is_list and (argument.length == 0 or argument.kind == "Tensor"):
+        if argument.is_list and not argument.takes_single:
             raise ArtifactError(f"{where} is {_shown(value)}, must be {_described(argument)}")
         return _check_one(argument, value, where)
     if not argument.is_list:

@@ -178,6 +178,8 @@ def _node_from_json(data: Any) -> Node:
             raise ValueError(
                 f"node {data['name']!r}: epilogue {given['kind']!r} with {len(values)} numbers is not known"
             )
+        if any(map(math.isnan, values)):
+            raise ValueError(f"node {data['name']!r}: a number of its epilogue {given['kind']!r} is NaN")
         epilogue = Epilogue(given["kind"], values)
     if not _is_name(str(data["output"])):
         raise ValueError(f"node {data['name']!r}: its output {data['output']!r} is called what is no name")

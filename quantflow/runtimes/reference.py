@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from quantflow.errors import ArtifactError
 from quantflow.ir.activations import Epilogue, apply_epilogue
-from quantflow.ir.aten_policy import aten_op
+from quantflow.ir.aten_policy import aten_op, computing
 from quantflow.ir.graph import SIZE_FUNCTIONS
 from quantflow.ir.op_table import MAX_ELEMENTS
 from quantflow.ir.ops import COMPUTING_OPS, LINEAR_OPS
@@ -94,7 +94,7 @@ def run_node(program: Program, node: Node, values: Mapping[str, Any]) -> Any:
         case "size" if node.target in SIZE_FUNCTIONS:
             return _size(node.target, args)
         case _:
-            found = aten_op(node.target)(*args, **kwargs)
+            found = computing(node.target)(*args, **kwargs)
             # Sizes that the program computes are known only now; an expansion of any size takes no memory yet.
             if isinstance(found, torch.Tensor) and found.numel() > MAX_ELEMENTS:
                 raise ArtifactError(
@@ -172,7 +172,7 @@ def on_codes(node: Node, args: Any, kwargs: Mapping[str, Any]) -> Any:
     """An op that moves or compares values, applied to codes. Through int32 where torch has no int8 kernel for it."""
     if node.target in SIZE_FUNCTIONS:
         return _size(node.target, args)
-    op = aten_op(node.target)
+    op = computing(node.target)
     if node.op == "max_pool" or "upsample" in node.target:
         x, *rest = args
         return op(x.to(torch.float32), *rest, **kwargs).to(x.dtype)

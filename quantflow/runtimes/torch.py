@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from quantflow.ir.activations import Epilogue
-from quantflow.ir.aten_policy import aten_op
+from quantflow.ir.aten_policy import aten_op, computing
 from quantflow.ir.graph import SIZE_FUNCTIONS, arguments
 from quantflow.ir.ops import LINEAR_OPS, MOVING_OPS
 from quantflow.ir.plan import PlannedUnit
@@ -472,7 +472,7 @@ def _invoke(call: Call, program: Program, values: Mapping[str, Any]) -> Any:
         return getattr(torch.ops.quantflow, name)(*args, **kwargs)
     if namespace == "size":
         return SIZE_FUNCTIONS[name](*args)
-    return aten_op(name)(*args, **kwargs)
+    return computing(name)(*args, **kwargs)
 
 
 def _epilogue(epilogue: Epilogue | None) -> tuple[str, list[float]]:

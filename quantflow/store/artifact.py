@@ -196,10 +196,10 @@ def parse_json(content: bytes, where: str) -> dict[str, Any]:
     """A JSON object from an untrusted file.
 
     Raises:
-        ArtifactError: not UTF-8, not JSON, nested too deeply, or not an object; names `where`.
+        ArtifactError: not UTF-8, not JSON, nested too deeply, a key given twice, or not an object; names `where`.
     """
     try:
-        value = json.loads(content.decode("utf-8"))
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
         reason = str(error) or type(error).__name__
         raise ArtifactError(f"{where} is not valid JSON ({reason}); restore it or run the recipe again") from None
@@ -208,6 +208,15 @@ def parse_json(content: bytes, where: str) -> dict[str, Any]:
     if _is_deeper(value, MAX_DEPTH):
         raise ArtifactError(f"{where} is nested deeper than {MAX_DEPTH} levels; restore it or run the recipe again")
     return value
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of keys that differ: of two equal ones each reader might take another."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return found
 
 
 def _is_deeper(value: Any, levels: int) -> bool:

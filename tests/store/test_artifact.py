@@ -416,6 +416,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "half a manifest": (lambda d: os.truncate(d / MANIFEST, 200), "manifest.json is not valid JSON"),
     "a manifest that is no text": (lambda d: (d / MANIFEST).write_bytes(b"\xff\xfe"), "not valid JSON"),
     "a manifest that is a list": (lambda d: (d / MANIFEST).write_text("[]"), "a JSON list where an object"),
+    "a manifest with a key twice": (
+        lambda d: (d / MANIFEST).write_text('{"files": {}, ' + (d / MANIFEST).read_text().lstrip()[1:]),
+        "manifest.json is not valid JSON .key 'files' is given twice.",
+    ),
     "a deeply nested manifest": (deep_manifest, "not valid JSON"),
     "a huge manifest": (huge_manifest, "manifest.json has 1048577 bytes where at most 1048576"),
     "huge JSON": (huge_json, "recipe.json is 67108865 bytes long"),

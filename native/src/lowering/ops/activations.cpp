@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <string_view>
@@ -26,7 +27,11 @@ float bound(const Node& n, std::size_t position, const char* name, double fallba
     throw Unsupported("a bound is no number");
 }
 
-Epilogue between(float low, float high) { return {Activation::hardtanh, low, high}; }
+// No bound that is NaN: then every result is.
+Found between(float low, float high) {
+    if (std::isnan(low) || std::isnan(high)) return std::nullopt;
+    return Epilogue{Activation::hardtanh, low, high};
+}
 // Bounds that are tensors have overloads of their own.
 bool has_number_bounds(const Node& n) { return overload_name(n.target) == "default"; }
 

@@ -105,6 +105,8 @@ void arithmetic(Context& c, const Node& n) {
     for (const View* v : {a, b})
         if (kind == Operands::bools && v != nullptr && v->dtype != DType::b8)
             throw Unsupported("bitwise logic of integers");
+    for (const View* v : {a, b})
+        if (op == Binary::sub && v != nullptr && !v->q && v->dtype == DType::b8) throw Unsupported("subtraction of bools");
     if (const auto known = foreknown(c, op, first, second)) return c.define(n.output, *known);
     if (a != nullptr && b != nullptr) {
         // Kinds of integers that widen each other, or that PyTorch computes in no byte of.

@@ -18,7 +18,7 @@ void arange(Context& c, const Node& n) {
     if (numbers.size() != (overload == "start_step" ? 3u : has_start ? 2u : 1u))
         throw Unsupported("arange with these arguments");
     bool are_integers = true;
-    for (const Val& v : numbers) are_integers = are_integers && v.as<std::int64_t>() != nullptr;
+    for (const Val& v : numbers) are_integers = are_integers && (v.as<std::int64_t>() != nullptr || v.as<bool>() != nullptr);
     const double start = has_start ? as_real(numbers[0], "start") : 0, end = as_real(numbers[has_start ? 1 : 0], "end"),
                  step = numbers.size() == 3 ? as_real(numbers[2], "step") : 1;
     const DType dtype = c.asked_dtype().value_or(are_integers ? DType::s64 : DType::f32);

@@ -11,6 +11,7 @@ bool is_weight(const Context& c, const View& v) {
 }
 
 void matmul(Context& c, const Node& n) {
+    if (overload_name(n.target) == "dtype") throw Unsupported("a product in another dtype");
     if (written_out_attention(c, n)) return;
     const View b = c.as_f32(c.real_operand(1, "other")), a = c.as_f32(c.real_operand(0, "self"));
     if (base_name(n.target) == "bmm" && (a.rank() != 3 || b.rank() != 3)) throw Error("bmm takes three dimensions");
@@ -63,9 +64,10 @@ void float_conv(Context& c, const Node& n) {
     Dims dims = x.dims;
     dims[1] = w.dims[0];
     for (std::size_t i = 0; i < spatial; ++i) {
-        if (g.stride[i] < 1 || g.dilation[i] < 1 || g.padding[i] < 0 ||
-            std::max({g.stride[i], g.dilation[i], g.padding[i]}) > kMaxExtent)
+        if (g.stride[i] < 1 || g.dilation[i] < 1 || g.padding[i] < 0)
             throw Error("an illegal stride, padding or dilation");
+        if (std::max({g.stride[i], g.dilation[i], g.padding[i]}) > kMaxExtent)
+            throw Unsupported("a stride, padding or dilation this large");
         const std::int64_t room = x.dims[i + 2] + 2 * g.padding[i] - g.dilation[i] * (w.dims[i + 2] - 1) - 1;
         if (room < 0) throw Error("its input is smaller than its kernel");
         dims[i + 2] = room / g.stride[i] + 1;

@@ -55,6 +55,7 @@ void pad(Context& c, const Node& n, const Arg* mode, std::size_t value_at) {
 View with_batch(const View& x, std::size_t spatial, bool& added) {
     View v = x;
     added = v.dims.size() == spatial + 1;
+    if (added && v.count() == 0) throw Unsupported("a pool of nothing");
     if (added) insert_dim(v, 0, v.count());
     if (v.dims.size() != spatial + 2) throw Error("a pool over another number of dimensions");
     return v;
@@ -100,7 +101,9 @@ void pool(Context& c, const Node& n) {
     Dims dims = x.dims;
     for (std::size_t i = 0; i < spatial; ++i) {
         for (const auto v : {g.stride.at(i), g.kernel.at(i), g.dilation.at(i)})
-            if (v < 1 || v > kMaxExtent) throw Error("a pool window of size or step " + std::to_string(v));
+            if (v < 1) throw Error("a pool window of size or step " + std::to_string(v));
+        if (std::max({g.stride[i], g.kernel[i], g.dilation[i]}) > kMaxExtent)
+            throw Unsupported("a pool window of a size or step this large");
         if (g.padding.at(i) < 0 || g.padding[i] > g.kernel[i] / 2)
             throw Error("pool padding must be at most half of the window");
         const std::int64_t room = x.dims[i + 2] + 2 * g.padding[i] - (g.dilation[i] * (g.kernel[i] - 1) + 1);
@@ -122,11 +125,9 @@ void adaptive_pool(Context& c, const Node& n) {
     Dims dims = x.dims;
     if (sizes == nullptr) throw Unsupported("a pool without a size");
     if (const auto* items = sizes->as<Args>()) {
-        if (items->size() != 1 && items->size() != spatial) throw Error("a pool to another number of sizes");
-        for (std::size_t i = 0; i < items->size() && i < spatial; ++i)
+        if (items->size() != spatial) throw Error("a pool to another number of sizes");
+        for (std::size_t i = 0; i < spatial; ++i)
             if (!(*items)[i].is_none()) dims[i + 2] = as_integer(c.evaluated((*items)[i]), "output_size");
-        if (items->size() == 1)
-            for (std::size_t i = 1; i < spatial; ++i) dims[i + 2] = dims[2];
     } else {
         for (std::size_t i = 0; i < spatial; ++i) dims[i + 2] = as_integer(c.evaluated(*sizes), "output_size");
     }
