@@ -14,6 +14,9 @@ namespace {
 constexpr std::int64_t kPart = 256;
 // Elements up to which a mean is one sum: of floats, its error grows with them.
 constexpr std::int64_t kDirect = 1024;
+// Positions are summed in up to so many groups, which threads share: the same groups in the same order for any number of
+// threads, so that sums of floats are the same.
+constexpr std::int64_t kMostGroups = 64;
 // Channels that a task holds sums of.
 constexpr std::int64_t kChannels = 256;
 
@@ -81,18 +84,20 @@ public:
         const bool rows_are_dense = positions_.row_stride() == 1 && positions_.row_size() > 1;
         is_side_by_side_ = kept_.column(0) == 1 && !rows_are_dense && kept_.count() > 0;
         if (!is_side_by_side_) return;
-        const std::int64_t wanted = task_count(pool_, kept_.count() * positions_.count() * size_of(x.dtype));
-        const std::int64_t blocks = (kept_.count() + kChannels - 1) / kChannels;
-        parts_ = std::clamp<std::int64_t>((wanted + blocks - 1) / blocks, 1,
-                                          std::max<std::int64_t>(1, positions_.count() / 64));
-        if (how == Reduction::mean && parts_ == 1 && positions_.count() <= kDirect && positions_.count() > 0 &&
-            kept_.column(1) == 1) {
+        if (how == Reduction::mean && positions_.count() <= kDirect && positions_.count() > 0 && kept_.column(1) == 1) {
             job_ = {from_, to_, positions_.count()};
             offsets_.resize(static_cast<std::size_t>(positions_.count()));
             positions_.offsets(0, positions_.count(), offsets_.data());
+            return;
         }
+        const std::int64_t pieces = (positions_.count() + kPart - 1) / kPart;
+        group_ = kPart * std::max<std::int64_t>(1, (pieces + kMostGroups - 1) / kMostGroups);
+        groups_ = std::max<std::int64_t>(1, (positions_.count() + group_ - 1) / group_);
+        const std::int64_t wanted = task_count(pool_, kept_.count() * positions_.count() * size_of(x.dtype));
+        const std::int64_t blocks = (kept_.count() + kChannels - 1) / kChannels;
+        parts_ = std::clamp<std::int64_t>((wanted + blocks - 1) / blocks, 1, groups_);
         // Few sums over many elements: threads share a sum, and what they found is put together afterwards.
-        if (parts_ > 1) partial_.resize(static_cast<std::size_t>(parts_ * kept_.count()));
+        if (parts_ > 1) partial_.resize(static_cast<std::size_t>(groups_ * kept_.count()));
     }
 
     std::string kernel() const override {
@@ -130,8 +135,9 @@ private:
         return from_.is_codes() ? static_cast<float>(found) * from_.scale : static_cast<float>(found);
     }
 
-    // found[i] over positions [first, last) for n <= kChannels kept elements from `offset` on, dense in x.
-    void columns(std::int64_t offset, std::int64_t n, std::int64_t first, std::int64_t last, double* found) const {
+    // found[i] over the positions of a group for n <= kChannels kept elements from `offset` on, dense in x.
+    void columns(std::int64_t offset, std::int64_t n, std::int64_t group, double* found) const {
+        const std::int64_t first = group * group_, last = std::min(first + group_, positions_.count());
         std::int64_t offsets[kPart];
         std::int32_t sums[kChannels];
         float reals[kChannels];
@@ -163,33 +169,37 @@ private:
             if (!offsets_.empty())
                 return k_.mean(job_, {offsets_.data(), positions_.count()},
                                {address(x_, offset[0]), kept_.row(0), address(y_, offset[1]), kept_.row(1), rows, n});
-            double found[kChannels];
+            double found[kChannels], next[kChannels];
             for (std::int64_t r = 0; r < rows; ++r)
                 for (std::int64_t i = 0; i < n; i += kChannels) {
-                    const std::int64_t count = std::min(kChannels, n - i);
-                    columns(offset[0] + r * kept_.row(0) + i, count, 0, positions_.count(), found);
+                    const std::int64_t count = std::min(kChannels, n - i), from = offset[0] + r * kept_.row(0) + i;
+                    columns(from, count, 0, found);
+                    for (std::int64_t group = 1; group < groups_; ++group) {
+                        columns(from, count, group, next);
+                        for (std::int64_t c = 0; c < count; ++c) join(found[c], next[c]);
+                    }
                     finish(found, count, offset[1] + r * kept_.row(1) + i * kept_.column(1));
                 }
         });
     }
 
-    // Each part of the positions in a task of its own, for all that is kept.
+    // Some groups of the positions in a task, for all that is kept.
     void run_shared() {
         const std::int64_t kept = kept_.count();
         const auto task = [&](std::int64_t part) {
-            const std::int64_t first = part * positions_.count() / parts_,
-                               last = (part + 1) * positions_.count() / parts_;
-            double* found = partial_.data() + part * kept;
-            each_block([&](std::int64_t x_offset, std::int64_t, std::int64_t count) {
-                columns(x_offset, count, first, last, found);
-                found += count;
-            });
+            for (std::int64_t group = part * groups_ / parts_; group < (part + 1) * groups_ / parts_; ++group) {
+                double* found = partial_.data() + group * kept;
+                each_block([&](std::int64_t x_offset, std::int64_t, std::int64_t count) {
+                    columns(x_offset, count, group, found);
+                    found += count;
+                });
+            }
         };
         pool_.run(parts_, [&task](std::int64_t part) { task(part); });
         double* total = partial_.data();
         each_block([&](std::int64_t, std::int64_t y_offset, std::int64_t count) {
-            for (std::int64_t part = 1; part < parts_; ++part)
-                for (std::int64_t i = 0; i < count; ++i) join(total[i], total[part * kept + i]);
+            for (std::int64_t group = 1; group < groups_; ++group)
+                for (std::int64_t i = 0; i < count; ++i) join(total[i], total[group * kept + i]);
             finish(total, count, y_offset);
             total += count;
         });
@@ -242,7 +252,7 @@ private:
     const WindowKernels& k_ = window_kernels();
     const ElementwiseKernels& e_ = elementwise_kernels();
     bool is_side_by_side_ = false;
-    std::int64_t parts_ = 1;
+    std::int64_t parts_ = 1, group_ = 1, groups_ = 1;  // tasks; positions of a group, groups
     std::vector<double> partial_;
     // A mean that one kernel finds.
     MeanJob job_;

@@ -283,7 +283,27 @@ void test_upsample() {
     end_group("upsampling");
 }
 
+// Sums of floats are the same for any number of threads.
+void test_order() {
+    ThreadPool one(1), four(4);
+    for (int round = 0; round < 40; ++round) {
+        const Dims dims{1, pick(1, 20), pick(200, 600), pick(1, 2) * 64}, out{1, 1, 1, dims[3]};
+        Value x = random_real(dims, strides_of(dims, Layout::row_major), false);
+        const auto how = pick(0, 1) ? Reduction::sum : Reduction::mean;
+        const Dims strides = strides_of(out, Layout::row_major);
+        Value alone = random_real(out, strides, false), shared = random_real(out, strides, false);
+        host::make_reduce(one, how, x, {1, 2}, alone)->run();
+        host::make_reduce(four, how, x, {1, 2}, shared)->run();
+        each_index(out, [&](const Dims& i) {
+            ++values;
+            if (raw(alone, i) != raw(shared, i)) fail("a sum by four threads");
+        });
+    }
+    end_group("sums by several threads");
+}
+
 int run() {
+    test_order();
     for (int threads : {1, 3}) {
         ThreadPool threads_of_test(threads);
         pool = &threads_of_test;

@@ -368,6 +368,7 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     "a clamp to NaN": aten("clamp.default", X, {"float": "nan"}, 1.0),
     "an activation up to NaN": two(node("add.Tensor", [X, X]), "hardtanh.default", {"value": "y"}, 0.0,
                                    {"float": "nan"}),
+    "positions at both ends of 64 bits": aten("lt.Tensor", tensor("ends"), tensor("ends")),
     "a bool taken away": aten("rsub.Tensor", tensor("mask"), X),
     "a product in another dtype": aten("bmm.dtype", tensor("cube"), tensor("turned"), {"dtype": "int64"}),
     "a fused clamp to NaN": coded({"name": "it", "op": "add", "output": "y", "args": [{"value": "q"}, {"value": "q"}],

@@ -51,7 +51,7 @@ def stored() -> dict[str, torch.Tensor]:
         "bytes": torch.ones(6, dtype=torch.uint8),
         "grid": floats(2, 3, 3, 2), "cube": floats(2, 3, 6), "turned": floats(2, 6, 3), "block": floats(3, 4, 4),
         "state": floats(1, 4, 4), "w16_4": floats(16, 4), "w16": floats(16), "w12_4": floats(12, 4), "w12": floats(12),
-        "ids4": torch.arange(4),
+        "ids4": torch.arange(4), "ends": torch.tensor([-(2**63), 2**63 - 1]),
     }  # fmt: skip
 
 

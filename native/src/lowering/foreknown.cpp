@@ -33,9 +33,11 @@ std::optional<Counting> Foreknown::counting(const View& v) {
         const auto it = stored_.find(v.buffer);
         if (it != stored_.end() && is_readable(*it->second, DType::s64)) {
             const auto* numbers = reinterpret_cast<const std::int64_t*>(it->second->data);
-            const std::int64_t count = it->second->count(), step = count > 1 ? numbers[1] - numbers[0] : 1;
+            const std::int64_t count = it->second->count();
             constexpr std::int64_t bound = std::int64_t{1} << 40;
-            bool counts = std::abs(numbers[0]) < bound && std::abs(step) < bound;
+            const auto is_small = [](std::int64_t number) { return -bound < number && number < bound; };
+            bool counts = is_small(numbers[0]) && (count == 1 || is_small(numbers[1]));
+            const std::int64_t step = counts && count > 1 ? numbers[1] - numbers[0] : 1;
             for (std::int64_t i = 1; counts && i < count; ++i) counts = numbers[i] == numbers[0] + i * step;
             if (counts) line = Line{numbers[0], step};
         }
