@@ -129,7 +129,7 @@ JOBS = {
         *TINY, "qconfig.weight.granularity=per_tensor", "tune.algorithms=[]", "tune.subject_to.min_sqnr_db=38",
         "output=out",
     ],
-    "compare": ["task=compare", "baseline=a", "candidate=b", "output=out"],
+    "compare": ["task=compare", "compare=untimed", "baseline=a", "candidate=b", "output=out"],
     "sweep, basic": SWEEP,
     "sweep, joblib": [*SWEEP, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
 }  # fmt: skip
