@@ -68,6 +68,7 @@ def quantize(
         runtime: "auto", "native", "triton", "torch" or "reference".
         device: "auto", "cpu", "cuda" or "xpu".
         inplace: mode="imperative": the layers of `module` itself become int8, once all is verified; else of a copy.
+            Refused where the model is quantized in parts.
         evaluation: input to compare int8 with float on; None compares on the calibration batches.
         benchmark: also time float and int8, interleaved.
         gates: limits as in a recipe; the verdict is in `model.results`, nothing is raised.
@@ -227,9 +228,17 @@ def _require_inplace_possible(inplace: bool, recipe: Recipe, model: LoadedModel,
 
 
 def _taken_over(model: Quantized | QuantizedParts, module: Module) -> Quantized | QuantizedParts:
+    """
+    Raises:
+        UsageError: the model was quantized in parts, which lie in a copy of it.
+    """
     if isinstance(model, QuantizedModule) and isinstance(module, nn.Module):
         model.take_over(module)
-    return model
+        return model
+    raise UsageError(
+        f"inplace=True: {type(module).__name__} is quantized in parts, which are put into a copy of it; leave inplace "
+        "out, or quantize its submodules in place yourself"
+    )
 
 
 def sensitivity(

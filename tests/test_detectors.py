@@ -71,7 +71,7 @@ def same(found: Any, wanted: Any) -> bool:
     )
 
 
-@pytest.mark.parametrize("mode", ["export", "torchscript"])
+@pytest.mark.parametrize("mode", ["export", "torchscript", "imperative"])
 def test_lists_of_images_of_different_sizes_in_lists_of_dicts_out(mode: str, tmp_path: Path) -> None:
     module = finder()
     model: Any = qf.quantize(module, BATCHES, mode=mode)
@@ -145,12 +145,29 @@ def test_what_parts_can_not_be_made_with_is_refused_by_name() -> None:
     module: Any = finder()
     for settings, message in (
         ({"dynamic": {"images": {1: "height"}}}, "dynamic: names inputs of the whole model"),
-        ({"mode": "imperative", "parts": ["head"]}, "parts: mode=imperative swaps every layer by itself"),
+        ({"mode": "imperative", "inplace": True}, r"inplace=True: Finder is quantized in parts, which .* a copy"),
     ):
         with pytest.raises(UsageError, match=message):
             qf.quantize(module, BATCHES, **settings)  # type: ignore[arg-type]
     with pytest.raises(CaptureError, match=r"captured as a whole .* quantize it in parts"):
         qf.sensitivity(module, [(batch,) for batch in BATCHES])
+
+
+def test_in_imperative_mode_a_part_runs_its_own_code() -> None:
+    module: Any = finder()
+    seen: list[str] = []
+    model: Any = qf.quantize(module, BATCHES, mode="imperative", parts=["backbone"])
+    own = model.parts["backbone"]
+    assert isinstance(own, qf.QuantizedModule)
+    found = model(BATCHES[0])
+    for name, layer in own.module.named_children():
+        layer.register_forward_hook(lambda _layer, _inputs, _output, name=name: seen.append(name))
+    assert same(model(BATCHES[0]), found)
+    assert seen == ["0", "1", "2", "3", "4"] * 2, "once per image"
+    exported: Any = qf.quantize(module, BATCHES, parts=["backbone"])
+    x, program = BATCHES[0][0][None], exported.parts["backbone"].record.program
+    assert program.nodes == own.record.program.nodes
+    assert torch.allclose(exported.parts["backbone"](x), own(x), rtol=1e-5, atol=1e-6)
 
 
 class Peeks(Finder):
@@ -358,6 +375,7 @@ PARTS = {
             for kind in ("FCOS", "FasterRCNN", "MaskRCNN", "KeypointRCNN")
         ),
         *(pytest.param(kind, "torchscript", marks=pytest.mark.slow) for kind in ("FasterRCNN", "MaskRCNN")),
+        *(pytest.param(kind, "imperative", marks=pytest.mark.slow) for kind in PARTS),
     ],
 )
 def test_torchvisions_detectors(detection: Any, kind: str, mode: str, tmp_path: Path) -> None:
@@ -373,7 +391,12 @@ def test_torchvisions_detectors(detection: Any, kind: str, mode: str, tmp_path: 
     assert all(a[key].dtype == b[key].dtype for a, b in zip(found, wanted, strict=True) for key in a)
     assert all(part["sqnr_in_model_db"] > 15 for part in model.results["parts"])
     model.save(tmp_path / "art")
-    assert same(qf.load(tmp_path / "art", module=module)(other), found)
+    again = qf.load(tmp_path / "art", module=module)(other)
+    if mode != "imperative":
+        assert same(again, found)
+    # Float code outside the parts may round otherwise on a result that lies otherwise in memory.
+    for a, b in zip(again, found, strict=True):
+        assert all(torch.allclose(a[key].float(), b[key].float(), rtol=1e-3, atol=1e-3) for key in b)
 
 
 @pytest.mark.slow
@@ -395,7 +418,7 @@ class Small(Finder):
         self.backbone = nn.Sequential(nn.Conv2d(3, 16, 3, 8, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 8, 1), nn.ReLU())
 
 
-@pytest.mark.parametrize("mode", ["export", "torchscript"])
+@pytest.mark.parametrize("mode", ["export", "torchscript", pytest.param("imperative", marks=pytest.mark.slow)])
 def test_feature_maps_with_a_side_of_1(mode: str) -> None:
     module = finder(Small)
     model: Any = qf.quantize(module, [images((64, 64), (60, 120)), images((60, 60))], mode=mode)

@@ -86,7 +86,7 @@ def _from_data(ops: frozenset[str]) -> str:
 def _may_be_parted(run: Run) -> bool:
     module = run.source.model.module
     is_module = isinstance(module, nn.Module) and not isinstance(module, torch.jit.ScriptModule)
-    return is_module and run.recipe.mode.kind != "imperative" and run.recipe.mode.method != "script"
+    return is_module and run.recipe.mode.method != "script"
 
 
 def execute_in_parts(run: Run, why: str, execute: Execute, baseline: Mapping[str, Any] | None = None) -> QuantizedParts:
@@ -164,8 +164,6 @@ def _checked(run: Run) -> nn.Module:
             f"parts: the model is a {type(model.module).__name__}, whose submodules can't be taken out; give the "
             "nn.Module"
         )
-    if recipe.mode.kind == "imperative":
-        raise UsageError("parts: mode=imperative swaps every layer by itself; leave parts out, or use mode=export")
     if model.original is not None:
         raise UsageError(
             "model: its weights are not float32, and it is quantized in parts; call model.float() and give it float32"
@@ -260,8 +258,10 @@ def _captures_best(recipe: Recipe, source: Source) -> tuple[dict[str, Any], list
     Raises:
         QuantflowError: the first one's error, where none does.
     """
-    other = "torchscript" if recipe.mode.kind == "export" else "export"
-    modes = [recipe.mode, recipe.mode.model_copy(update={"kind": other})]
+    modes = [recipe.mode]
+    if recipe.mode.kind != "imperative":
+        other = "torchscript" if recipe.mode.kind == "export" else "export"
+        modes.append(recipe.mode.model_copy(update={"kind": other}))
     calls, part = source.data.of_own_shapes, source.model.module
     assert isinstance(part, nn.Module), "a submodule"
     free = all_of_images(part, calls) if recipe.dynamic == "auto" else {}
