@@ -630,3 +630,24 @@ def test_a_folded_batchnorm_is_known_after_it_was_moved() -> None:
     norm.float()
     assert norm.running_mean is not before
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+
+
+class LowerInside(nn.Module):
+    """Asks for lower precision around two layers, and reads their result as float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = self.b(torch.relu(self.a(x)))
+        return self.fc(x.float().mean((2, 3)))
+
+
+def test_lower_precision_around_layers_is_left_out() -> None:
+    torch.manual_seed(0)
+    model = qf.quantize(LowerInside().eval(), [torch.rand(4, 3, 12, 12)], mode="imperative")
+    assert model.results["int8_proof"]["int8_layers"] == 3
+    assert model.results["accuracy"]["sqnr_db"] > 30
+    assert any("autocast" in notice for notice in model.results["notices"])

@@ -8,6 +8,7 @@ else gets the float result of what was called so far.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -98,12 +99,14 @@ class Pending:
         return self.call.expects[self.done]
 
     def replayed(self) -> torch.Tensor:
-        """The float32 result of the calls so far."""
-        first, *others = self.replay
-        value = first()
-        for step in others:
-            value = step(value)
-        return value
+        """The float32 result of the calls so far, also where the user's code asks for lower precision."""
+        kind = self.device.type
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+            first, *others = self.replay
+            value = first()
+            for step in others:
+                value = step(value)
+            return value
 
     def went_on(self, *steps: Callable[[torch.Tensor], torch.Tensor]) -> Pending:
         """With the next expected calls done, each given as what it does to float tensors."""
