@@ -393,10 +393,10 @@ def garbage(house: House, job: Sequence[str], expected: dict[str, Any], options:
             remove(house.cache)
             shutil.copytree(kept / "cache", house.cache)
             shutil.copytree(kept / "work", house.folder, dirs_exist_ok=True)
-            spoil(
-                (house.folder if path.is_relative_to(kept / "work") else house.cache)
-                / path.relative_to(kept / ("work" if path.is_relative_to(kept / "work") else "cache"))
-            )
+            part, place = ("work", house.folder) if path.is_relative_to(kept / "work") else ("cache", house.cache)
+            spoiled = place / path.relative_to(kept / part)
+            spoil(spoiled)
+            before = spoiled.read_bytes() if spoiled.is_file() and not spoiled.is_symlink() else None
             nobody = NOBODY if what == "no permission" else 0
             if nobody:
                 for place in (house.folder.parent, *house.folder.parent.rglob("*")):
@@ -411,6 +411,8 @@ def garbage(house: House, job: Sequence[str], expected: dict[str, Any], options:
                     raise Found(f"{what} in {name}: hangs")
                 time.sleep(0.01)
             code = house.wait(child)
+            if before is not None and spoiled.is_file() and spoiled.read_bytes() == before:
+                spoiled.unlink()  # nothing that the job keeps or reads
             try:
                 house.require_reason(code)
                 if code == 0:
