@@ -279,7 +279,7 @@ def _brought(
     place: torch.device, batches: Iterable[Batch], beside: ThreadPoolExecutor
 ) -> Iterator[tuple[Batch, Batch | None]]:
     """Each batch and the same on a card, where one is copied while the model runs on the one before it."""
-    if place.type == CPU.type:
+    if not hasattr(getattr(torch, place.type, None), "Stream") or place.type == CPU.type:
         yield from ((batch, None) for batch in batches)
         return
     waiting: deque[tuple[Batch, Future[Batch]]] = deque()
