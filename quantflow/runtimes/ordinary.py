@@ -154,7 +154,8 @@ def unrecorded() -> Iterator[None]:
 def as_function(script: torch.jit.ScriptModule) -> Callable[..., Any]:
     """A ScriptModule's forward as a function that holds the module's tensors, so that any trace can record its call."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch warns of TorchScript, and whoever traces knows
+        for kind in (DeprecationWarning, FutureWarning):  # torch warns of TorchScript, and whoever traces knows
+            warnings.simplefilter("ignore", kind)
         graph = torch.jit.freeze(script, optimize_numerics=False).graph.copy()
     graph.eraseInput(0)
     function: Callable[..., Any] = torch._C._create_function_from_graph("__torch__.quantflow.int8_model", graph)

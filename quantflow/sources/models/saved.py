@@ -32,6 +32,7 @@ def load_scriptmodule(path: Path) -> LoadedModel:
         check_script(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", FutureWarning)
             module = torch.jit.load(path, map_location="cpu")
     except (RuntimeError, ValueError, OSError, zipfile.BadZipFile) as problem:
         raise _unreadable(path, "torch.jit.save", problem) from problem
