@@ -12,7 +12,6 @@ else the machine does: ours is that of all of `quantize`, NNCF's that of `nncf.q
 
 from __future__ import annotations
 
-import json
 import statistics
 import subprocess
 import sys
@@ -21,17 +20,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import quantflow
+from bench import nncf_process
 from bench.ablation import MODELS
 from bench.reporting import arguments, console, show, show_machine, write
 from quantflow.schema import ALGORITHM_PRESETS
 from quantflow.sources.data import Data
 from quantflow.stages.evaluate import EMBEDDING
 
-PEER = Path(__file__).with_name("peer_nncf.py")
 COLUMNS = (
     "model",
     "what",
@@ -125,24 +123,11 @@ def _timed(module: torch.nn.Module, data: Data, preset: str) -> dict[str, float]
 def _peer(python: str, folder: Path, module: torch.nn.Module, data: Data, outputs: str) -> subprocess.Popen[str]:
     batches = list(data.calibration)
     inputs = [torch.cat(same) for same in zip(*(batch.tensors for batch in batches), strict=True)]
-    with torch.no_grad():
-        torch.jit.trace(module, tuple(x[:2] for x in inputs)).save(str(folder / "model.pt"))  # type: ignore[no-untyped-call]
-    np.savez(folder / "data.npz", **{str(i): x.numpy() for i, x in enumerate(inputs)})
-    command = [python, str(PEER), str(folder), *(["--transformer"] if outputs == EMBEDDING else [])]
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+    return nncf_process.started(python, folder, module, inputs, is_text=outputs == EMBEDDING)
 
 
 def _asked(peer: subprocess.Popen[str]) -> dict[str, float]:
-    assert peer.stdin is not None
-    assert peer.stdout is not None
-    peer.stdin.write("quantize\n")
-    peer.stdin.flush()
-    line = peer.stdout.readline()
-    if not line:
-        raise SystemExit("the peer ended without an answer; run bench/peer_nncf.py by itself to see why")
-    found = json.loads(line)
+    found = nncf_process.asked(peer)
     both = found["quantize_s"] + found["convert_s"]
     return {"seconds": both, "capture_s": found["convert_s"], "cpu_s": found["cpu_s"]}
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,16 +21,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 import quantflow
+from bench import nncf_process
 from bench.reporting import arguments, console, show, show_machine, write
 from quantflow.sources.models.torchvision_zoo import import_torchvision
 from quantflow.stages.record import weights_bytes
 
-PEER = Path(__file__).with_name("peer_nncf.py")
 COLUMNS = ("model", "ours, s", "NNCF, s", "time ratio", "ours, cpu s", "NNCF, cpu s", "cpu ratio", "stages", "figures")
 SAMPLES, TOKENS = 8, 128
 #: What all of `quantize` may take of the other's time.
@@ -61,10 +59,14 @@ def _row(name: str, rounds: int, peer_python: str | None) -> dict[str, Any]:
     ours: list[dict[str, Any]] = []
     theirs: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
-        peer = _peer(peer_python, Path(folder), module, inputs, is_text=len(inputs) > 1) if peer_python else None
+        peer = (
+            nncf_process.started(peer_python, Path(folder), module, inputs, is_text=len(inputs) > 1)
+            if peer_python
+            else None
+        )
         for _ in range(rounds):
             if peer is not None:
-                theirs.append(_asked(peer))
+                theirs.append(nncf_process.asked(peer))
             ours.append(_timed(module, inputs))
         if peer is not None:
             peer.communicate()
@@ -135,30 +137,6 @@ def _timed(module: nn.Module, inputs: list[torch.Tensor]) -> dict[str, Any]:
     made = hashlib.sha256(json.dumps(program.to_json(), sort_keys=True).encode() + weights_bytes(program)).hexdigest()
     stages = {stage["name"]: stage["seconds"] for stage in model.results["stages"]}
     return {"seconds": seconds, "cpu_s": cpu, "stages": stages, "figures": made[:12]}
-
-
-def _peer(
-    python: str, folder: Path, module: nn.Module, inputs: list[torch.Tensor], *, is_text: bool
-) -> subprocess.Popen[str]:
-    with torch.no_grad():
-        torch.jit.trace(module, tuple(x[:2] for x in inputs)).save(str(folder / "model.pt"))  # type: ignore[no-untyped-call]
-    np.savez(folder / "data.npz", **{str(i): x.numpy() for i, x in enumerate(inputs)})
-    command = [python, str(PEER), str(folder), *(["--transformer"] if is_text else [])]
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-
-
-def _asked(peer: subprocess.Popen[str]) -> dict[str, float]:
-    assert peer.stdin is not None
-    assert peer.stdout is not None
-    peer.stdin.write("quantize\n")
-    peer.stdin.flush()
-    line = peer.stdout.readline()
-    if not line:
-        raise SystemExit("the peer ended without an answer; run bench/peer_nncf.py by itself to see why")
-    answer: dict[str, float] = json.loads(line)
-    return answer
 
 
 if __name__ == "__main__":
