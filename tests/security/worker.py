@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from quantflow.errors import QuantflowError
 from quantflow.ir import program_json
@@ -74,12 +75,10 @@ def compute(data: dict[str, Any]) -> str:
     results = []
     for make in (ReferenceRunner, NativeRunner):
         try:
-            results.append(make(program)([x.clone() for x in values]))
+            results.append(tree_map(without_numbers, make(program)([x.clone() for x in values])))
         except (QuantflowError, *_REFUSALS) as error:
             results.append(error)
     wanted, found = results
-    if isinstance(found, Exception) and "can't allocate memory" in str(found):
-        return f"failed {str(found)[:120]!r}"  # what the reference made is still held
     if isinstance(wanted, Exception) or isinstance(found, Exception):
         if not isinstance(wanted, Exception):
             return f"differs: native refuses what the reference computes: {str(found)[:200]!r}"
@@ -108,9 +107,15 @@ def leave_all_to_native() -> None:
     native.run_in_torch = refuse
 
 
+def without_numbers(value: Any) -> Any:
+    """A result too large to be held beside another one, as its form."""
+    is_large = isinstance(value, torch.Tensor) and value.numel() > 1 << 26
+    return torch.empty(value.shape, dtype=value.dtype, device="meta") if is_large else value
+
+
 def agree(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor) and a.numel() > 1 << 26:
-        return isinstance(b, torch.Tensor) and a.shape == b.shape  # no memory to compare them in
+    if isinstance(a, torch.Tensor) and a.is_meta:
+        return isinstance(b, torch.Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype)
     if isinstance(a, (list, tuple)):
         return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(agree, a, b))
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
