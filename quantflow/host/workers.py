@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -138,15 +139,43 @@ def joined() -> Iterator[Workers]:
     def stop(*_: object) -> None:
         raise WorkerError(f"worker {rank} of {count}: stopped, because another one ended; torchrun says which")
 
-    torch.distributed.init_process_group("gloo", timeout=PATIENCE)
     before = signal.signal(signal.SIGTERM, stop) if rank == 0 else None
     workers = Workers(rank, count)
     try:
-        yield workers
-    except QuantflowError as error:
-        workers.tell(error)
+        _connect()
+        try:
+            yield workers
+        except QuantflowError as error:
+            _end_in_peace(rank)
+            workers.tell(error)
+            raise
+        finally:
+            torch.distributed.destroy_process_group()
+    except BaseException:
+        _end_in_peace(rank)
         raise
-    finally:
-        if rank == 0:
-            signal.signal(signal.SIGTERM, before)
-        torch.distributed.destroy_process_group()
+    if rank == 0:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end_in_peace(rank: int) -> None:
+    """The first worker is about to say why it ends; torchrun's signal, sent for the same reason, must not stop that."""
+    if rank == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _connect() -> None:
+    """Meets the other workers, in a thread: only so can the main one be told meanwhile that one of them has ended."""
+    failed: list[Exception] = []
+
+    def meet() -> None:
+        try:
+            torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+        except Exception as error:  # noqa: BLE001 raised below
+            failed.append(error)
+
+    meeting = threading.Thread(target=meet, daemon=True)
+    meeting.start()
+    meeting.join()
+    if failed:
+        raise failed[0]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
@@ -17,8 +20,8 @@ from own_models import net
 
 from quantflow.capture import capture
 from quantflow.cli import command as cli
-from quantflow.errors import CalibrationError, DataError
-from quantflow.host.workers import Workers, rank_and_count
+from quantflow.errors import CalibrationError, DataError, WorkerError
+from quantflow.host.workers import Workers, joined, rank_and_count
 from quantflow.ir.batch import Batch
 from quantflow.numerics.observers import OBSERVERS
 from quantflow.schema import ActivationSpec, ModeSettings, QConfig
@@ -65,6 +68,32 @@ def test_what_torchrun_says(monkeypatch: pytest.MonkeyPatch, variables: dict[str
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert rank_and_count() == found
+
+
+@pytest.mark.parametrize("where", ["meeting", "joined"])
+def test_the_first_worker_says_that_another_ended_from_the_meeting_on(
+    monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    met = threading.Event()
+    if where == "joined":
+        met.set()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: met.wait())
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(Workers, "tell", lambda *_: None)
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    try:
+        with pytest.raises(WorkerError, match="worker 0 of 2: stopped, because another one ended"), joined():
+            time.sleep(60)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN, "what it says now is not cut short"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        met.set()
+    with joined():
+        pass
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 class Everything:
