@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.export.graph_signature import ConstantArgument, InputKind
 
 from quantflow.capture.export_sizes import SizeNotFree, described_input, limits_of, require_dynamic
-from quantflow.capture.place import class_name, last_line, line_of, packs_sequences, solves_sizes
+from quantflow.capture.place import class_name, last_line, line_of, packs_sequences, solves_sizes, writes_into
 from quantflow.capture.quick_export import quick_export
 from quantflow.capture.sizes import FIXED, Sizes, larger
 from quantflow.errors import CaptureError, DataError, first_line
@@ -316,10 +316,7 @@ def _to_graph(program: torch.export.ExportedProgram, sizes: Sizes, names: Sequen
         lifted[spec.arg.name] = name
 
     if written := list(program.graph_signature.user_inputs_to_mutate.values()):
-        raise CaptureError(
-            f"mode: the model writes into its input {', '.join(written)}, which an int8 graph can't; "
-            "let it work on a copy (x = x.clone())"
-        )
+        raise writes_into(written)
     in_spec = program.call_spec.in_spec
     keywords: list[str] = []
     if in_spec is not None and in_spec.num_children > 1 and names is None:

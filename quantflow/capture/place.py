@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import linecache
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import PackedSequence
+
+from quantflow.errors import CaptureError
 
 _TORCH = str(Path(torch.__file__).parent)
 _OWN = str(Path(__file__).parents[1])
@@ -45,6 +48,14 @@ def solves_sizes(error: BaseException) -> bool:
 
 def _is_users(filename: str) -> bool:
     return not filename.startswith((_TORCH, _OWN, "<")) and "contextlib" not in filename
+
+
+def writes_into(inputs: Iterable[str]) -> CaptureError:
+    """The error of a model that changes what it is given: its graph would compute with other values than it does."""
+    return CaptureError(
+        f"mode: the model writes into what it is given ({', '.join(inputs)}), which an int8 graph can't; "
+        "let it work on a copy (x = x.clone())"
+    )
 
 
 def class_name(model: Any) -> str:

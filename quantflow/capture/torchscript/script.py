@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from quantflow.capture.export import at_least_two, plain_attention
 from quantflow.capture.flat import Flat
-from quantflow.capture.place import class_name
+from quantflow.capture.place import class_name, writes_into
 from quantflow.capture.sizes import FIXED, Sizes
 from quantflow.capture.torchscript.failure import CURE, DependsOnBatch, first_line
 from quantflow.capture.torchscript.walk import Names, Walk
@@ -146,6 +146,7 @@ def _import(
     names: Names,
 ) -> Graph:
     expected = []
+    before = _versions(batches)
     for batch in batches:
         try:
             expected.append(plain(model(*batch.args, **batch.kwargs)))
@@ -166,6 +167,8 @@ def _import(
             f"{first_line(error)}; {CURE}"
         ) from error
     graph = simplify(imported)
+    after = _versions(batches)
+    written = dict.fromkeys(now[0] for was, now in zip(before, after, strict=True) if was != now)
     batches, expected = list(batches), list(expected)
     if len(batches) > 1:
         # Both runs hold several samples; code may well treat one sample in another way.
@@ -179,11 +182,18 @@ def _import(
         except Exception as error:  # any op may raise anything
             raise DependsOnBatch(f"the imported graph fails on a batch of {batch.size}: {first_line(error)}") from error
         if not _agree(found, wanted, model, batch):
+            if written:
+                raise writes_into(written)
             raise DependsOnBatch(
                 f"the imported graph differs from the model on a batch of {batch.size} (tracing fixed a branch or a "
                 "size, or the model draws random numbers or writes into a view of another tensor)"
             )
     return graph
+
+
+def _versions(batches: Sequence[Batch]) -> list[tuple[str, int]]:
+    """Every input's name and how often it was written to; PyTorch does not count that of inference tensors."""
+    return [(name, 0 if x.is_inference() else x._version) for batch in batches for name, x in batch.named()]
 
 
 def _agree(found: Any, wanted: Any, model: nn.Module | torch.jit.ScriptModule, batch: Batch) -> bool:
