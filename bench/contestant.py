@@ -358,6 +358,7 @@ def _first(name: str, contestant: AbstractContestant, out: IO[str]) -> None:
     inputs = tuple(a[:1].copy() for a in contestant.arrays("evaluation"))
     for package in IMPORTS[name]:
         importlib.import_module(package)
+    imported = _peak_rss_bytes()
     start = time.perf_counter()
     contestant.load()
     compiled = contestant.compiled(inputs)
@@ -370,6 +371,7 @@ def _first(name: str, contestant: AbstractContestant, out: IO[str]) -> None:
             "load_s": loaded - start,
             "first_call_s": end - loaded,
             "after_imports_s": end - start,
+            "imported_rss_bytes": imported,
             "peak_rss_bytes": _peak_rss_bytes(),
             "versions": contestant.versions(),
         },

@@ -65,7 +65,9 @@ COLUMNS = (
     "to floor",
     "status",
 )
-FIRST_COLUMNS = ("what", "process_s", "after_imports_s", "load_s", "first_call_s", "peak_rss_mb", "status")
+FIRST_COLUMNS = (
+    "what", "process_s", "after_imports_s", "load_s", "first_call_s", "peak_rss_mb", "model_rss_mb", "status"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -453,8 +455,9 @@ def _timed_process(command: Sequence[str], options: argparse.Namespace) -> dict[
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or [f"the process ended ({done.returncode})"])[-1]}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    rss = found["peak_rss_bytes"]
-    return found | {"process_s": process_s, "peak_rss_mb": None if rss is None else rss / 1e6}
+    peak, imported = found["peak_rss_bytes"], found["imported_rss_bytes"]
+    memory = {} if peak is None else {"peak_rss_mb": peak / 1e6, "model_rss_mb": (peak - imported) / 1e6}
+    return found | {"process_s": process_s, **memory}
 
 
 if __name__ == "__main__":
