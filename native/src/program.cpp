@@ -3,8 +3,8 @@
 #include <cmath>
 #include <limits>
 #include <nlohmann/json.hpp>
-#include <set>
 
+#include "json_guard.hpp"
 #include "op_table.hpp"
 #include "program_rules.hpp"
 
@@ -400,21 +400,10 @@ const char* name_of(DType dtype) {
 }
 
 Program parse_program(const char* text_begin, std::size_t size, TensorTable tensors) {
-    // nlohmann's parser does not recurse, but what reads its result does: depth is limited here, before.
-    // And of two equal keys it would take one, which another reader may not.
-    std::vector<std::set<std::string>> keys;
-    const auto limit = [&keys](int depth, json::parse_event_t event, json& value) {
-        if (depth > 4 + kMaxNesting) throw Error("program.json: is nested deeper than a program can be");
-        if (event == json::parse_event_t::object_start) keys.emplace_back();
-        if (event == json::parse_event_t::object_end) keys.pop_back();
-        if (event == json::parse_event_t::key && !keys.back().insert(value.get<std::string>()).second)
-            throw Error("program.json: key " + shown(value) + " is given twice");
-        return true;
-    };
     Program program;
     program.tensors = std::move(tensors);
     try {
-        const json root = json::parse(text_begin, text_begin + size, limit);
+        const json root = json::parse(text_begin, text_begin + size, json_guard("program.json", 4 + kMaxNesting));
         Parser(root, program).run();
     } catch (const json::exception& error) {
         throw Error(std::string("program.json: is not what quantflow writes: ") + error.what());

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <nlohmann/json.hpp>
 
+#include "json_guard.hpp"
 #include "program.hpp"
 
 namespace quantflow {
@@ -29,11 +30,7 @@ TensorTable parse_safetensors(const std::byte* data, std::size_t size) {
     TensorTable table;
     try {
         const char* first = reinterpret_cast<const char*>(data + 8);
-        const auto limit = [&](int depth, json::parse_event_t, json&) {
-            if (depth > 4) throw Error(where + ": its header is nested too deep");
-            return true;
-        };
-        const json root = json::parse(first, first + header, limit);
+        const json root = json::parse(first, first + header, json_guard(where + ": its header", 4));
         if (!root.is_object()) throw Error(where + ": its header is not an object");
         for (const auto& [name, entry] : root.items()) {
             if (name == "__metadata__") continue;

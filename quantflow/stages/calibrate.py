@@ -28,6 +28,7 @@ from quantflow.errors import ArtifactError, CalibrationError, DataError, cause_l
 from quantflow.host.place import CPU, current, interface_of
 from quantflow.numerics.observers import AbstractObserver, Sketch, extremes, flat, make_observer, require_finite
 from quantflow.schema import ActivationSpec
+from quantflow.store.tensor_header import require_distinct
 from quantflow.store.whole_file import read_regular, write_whole
 
 if TYPE_CHECKING:
@@ -458,6 +459,7 @@ def _decode(data: bytes, where: str) -> tuple[CalibrationTable, str]:
     """The table and its key."""
     cure = "calibrate again"
     try:
+        require_distinct(data)
         tensors = load_tensors(data)
         length = int.from_bytes(data[:8], "little")
         header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["quantflow"])

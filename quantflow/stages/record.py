@@ -17,6 +17,7 @@ from quantflow.ir.program import Program
 from quantflow.stages.calibrate import CalibrationTable
 from quantflow.store import artifact
 from quantflow.store.json_values import from_json, to_json
+from quantflow.store.tensor_header import require_distinct
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class Record:
         if missing := [name for name in required if name not in files]:
             raise ArtifactError(f"'{directory}' lacks {', '.join(missing)}; run the recipe again")
         try:
+            require_distinct(files[artifact.WEIGHTS])
             tensors = load_tensors(files[artifact.WEIGHTS])
         except SafetensorError as error:
             raise ArtifactError(

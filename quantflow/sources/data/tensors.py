@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from quantflow.errors import DataError, found_at, nearest
 from quantflow.ir.batch import Batch
 from quantflow.sources.data.samples import Data, Samples, assemble, check_finite, hash_of, split, take
+from quantflow.store.tensor_header import require_distinct_file
 
 
 def load_tensors(
@@ -163,6 +164,7 @@ def _read(path: Path, field: str) -> dict[str, torch.Tensor]:
         raise DataError(f"{field}: {path} is {found_at(path)}, expected a file of tensors")
     if path.suffix == ".safetensors":
         try:
+            require_distinct_file(path)
             return load_file(path)
         except (SafetensorError, OSError) as problem:
             raise DataError(f"{field}: {path} can't be read as safetensors ({problem})") from problem

@@ -28,6 +28,7 @@ from quantflow.sources.models.weights import (
     load_state,
     random_notice,
 )
+from quantflow.store.tensor_header import require_distinct_file
 
 _DEFAULT_MAX_LENGTH = 128
 #: Products and softmax spelled out, so that each is a layer that can be seen, reported and quantized.
@@ -140,6 +141,8 @@ def _load(
                 if random or is_path(weights):
                     model, missing = auto.from_config(config, **options), []
                 else:
+                    for file in directory.glob("*.safetensors"):
+                        require_distinct_file(file)
                     model, report = auto.from_pretrained(
                         directory, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
                     )

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from quantflow.errors import ModelError, UnavailableError, first_line, found_at
+from quantflow.store.tensor_header import require_distinct_file
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def load_state(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise ModelError(f"model.weights: {path} is {found_at(path)}, expected a file")
     try:
-        loaded = load_file(path) if path.suffix == ".safetensors" else _load_pickled(path)
+        loaded = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickled(path)
     except pickle.UnpicklingError as problem:
         raise ModelError(
             f"model.weights: {path} is no plain state dict ({first_line(problem)}); nothing but tensors is ever "
@@ -133,6 +134,11 @@ def draw_zero_weights(module: nn.Module) -> None:
 def has_batchnorm(module: nn.Module) -> bool:
     """Whether any BatchNorm keeps running statistics."""
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats for m in module.modules())
+
+
+def _load_safetensors(path: Path) -> object:
+    require_distinct_file(path)
+    return load_file(path)
 
 
 def _load_pickled(path: Path) -> object:
