@@ -133,6 +133,7 @@ JOBS = {
     "sweep, basic": SWEEP,
     "sweep, joblib": [*SWEEP, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
 }  # fmt: skip
+SIGNALS = ["SIGKILL", "SIGINT"]
 TROUBLES = ("kill", "beside", "garbage", "full", "compiler", "clock")
 #: What an artifact holds that may not differ by a bit.
 EXACT = {"program.json", "weights.safetensors", "calibration.safetensors", "plan.json", "recipe.json"}
@@ -323,7 +324,7 @@ def without_clocks(value: Any) -> Any:
 
 
 def kill(house: House, job: Sequence[str], expected: dict[str, Any], options: Any) -> Iterator[str]:
-    for how in (signal.SIGKILL, signal.SIGINT):
+    for how in (signal.Signals[name] for name in options.signals):
         moments, done = random.Random(how), 0
         whole = untroubled_s(house, job)
         while done < options.kills:
@@ -547,6 +548,7 @@ def main() -> int:
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
     parser.add_argument("--troubles", nargs="+", choices=TROUBLES, default=list(TROUBLES))
     parser.add_argument("--kills", type=int, default=20, help="of each job, with each signal")
+    parser.add_argument("--signals", nargs="+", choices=SIGNALS, default=SIGNALS)
     options = parser.parse_args()
     if options.smoke:
         options.kills = 1

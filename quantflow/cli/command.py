@@ -168,7 +168,8 @@ def _interruptible() -> Iterator[None]:
     def press(number: int, frame: FrameType | None) -> None:
         nonlocal was_pressed
         was_pressed = True
-        signal.default_int_handler(number, frame)
+        if callable(before):
+            before(number, frame)
 
     before = signal.getsignal(signal.SIGINT)
     is_ours = callable(before) and threading.current_thread() is threading.main_thread()

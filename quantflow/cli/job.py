@@ -13,6 +13,7 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 
 from quantflow.cli import command as cli
 from quantflow.config.app import Job
@@ -37,10 +38,26 @@ def main() -> None:
     if os.getppid() != parent:
         raise SystemExit(cli.EXIT_CRASH)
     try:
+        _hear_once()
         code = run_request(request)
     except KeyboardInterrupt:
         code = cli.EXIT_INTERRUPTED
     raise SystemExit(code)
+
+
+def _hear_once() -> None:
+    """Takes Ctrl-C from here on, also one that came while this process was starting; the terminal and the sweep both
+    send it, and the second must not cut the end short."""
+    was_pressed = False
+
+    def press(number: int, frame: FrameType | None) -> None:
+        nonlocal was_pressed
+        if not was_pressed:
+            was_pressed = True
+            signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, press)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -272,22 +273,38 @@ def start_process(request: Path, sweep: Sweep, log: Path | None) -> int:
     for name in (name for name, value in sweep.environment.items() if value is None):
         environment.pop(name, None)
     command = [sys.executable, "-m", "quantflow.cli.job", str(request), str(os.getpid())]
-    with CORES.lent() as cores, open(log or os.devnull, "wb") as output:  # noqa: PTH123 a device or a file
-        environment |= {} if cores is None else {INHERITED: str(cores)}
-        process = subprocess.Popen(
-            command, cwd=sweep.cwd, env=environment, stdin=subprocess.DEVNULL,
-            stdout=output if log else None, stderr=subprocess.STDOUT if log else None,
-            pass_fds=() if cores is None else (cores,),
-        )  # fmt: skip
+    process = None
     try:
+        with CORES.lent() as cores, open(log or os.devnull, "wb") as output:  # noqa: PTH123 a device or a file
+            environment |= {} if cores is None else {INHERITED: str(cores)}
+            with _unheard():
+                process = subprocess.Popen(
+                    command, cwd=sweep.cwd, env=environment, stdin=subprocess.DEVNULL,
+                    stdout=output if log else None, stderr=subprocess.STDOUT if log else None,
+                    pass_fds=() if cores is None else (cores,),
+                )  # fmt: skip
         return process.wait()
     except BaseException:
-        with suppress(subprocess.TimeoutExpired):
-            process.send_signal(signal.SIGINT)
-            process.wait(20)
-        process.kill()
-        process.wait()
+        if process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                process.send_signal(signal.SIGINT)
+                process.wait(20)
+            process.kill()
+            process.wait()
         raise
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Ctrl-C waits in this thread, and in the processes that it starts, until they take it.
+
+    A terminal sends it to all of them, and one that still imports could only show a traceback.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _known(job: Job, sweep: Sweep, key: str) -> JobOutcome | None:
@@ -373,7 +390,10 @@ def _launch(arguments: Sequence[str], sweep: Sweep) -> str:
     while True:
         before = _progress(sweep)
         try:
-            with _grid_without_stop() if "hydra/sweeper=optuna" in arguments else nullcontext():
+            with (
+                _grid_without_stop() if "hydra/sweeper=optuna" in arguments else nullcontext(),
+                deaf_workers() if "hydra/launcher=joblib" in arguments else nullcontext(),
+            ):
                 app.run_app(arguments, partial(run_one, sweep=sweep), Path(sweep.folder))
             return ""
         except Exception as error:  # the launcher's, not a job's: those don't raise
@@ -404,6 +424,30 @@ def _grid_without_stop() -> Iterator[None]:
         yield
     finally:
         GridSampler.after_trial = stops
+
+
+@contextmanager
+def deaf_workers() -> Iterator[None]:
+    """joblib's processes never take Ctrl-C: this one does, and ends them. Their jobs take it themselves."""
+    try:
+        from joblib.externals.loky.backend import resource_tracker as lokys_tracker
+        from joblib.externals.loky.process_executor import ProcessPoolExecutor
+    except ImportError:  # Hydra says so
+        yield
+        return
+    start = ProcessPoolExecutor._adjust_process_count
+
+    def start_unheard(executor: Any) -> None:
+        for tracker in (lokys_tracker, resource_tracker):
+            tracker.ensure_running()  # when one of them is started, SIGINT is taken from then on
+        with _unheard():
+            start(executor)
+
+    ProcessPoolExecutor._adjust_process_count = start_unheard
+    try:
+        yield
+    finally:
+        ProcessPoolExecutor._adjust_process_count = start
 
 
 def _require_slurm(arguments: Sequence[str]) -> None:

@@ -382,6 +382,36 @@ def test_in_other_processes_one_fails_one_is_killed_none_is_lost(
     assert "3 jobs: 1 passed, 1 can&#39;t run as written, 1 crashed" in page
 
 
+def test_a_jobs_process_takes_ctrl_c_that_came_while_it_was_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No traceback of an import, and a second one, as the terminal and the sweep both send it, is not heard."""
+
+    class Started(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.send_signal(signal.SIGINT)
+
+        def wait(self, timeout: float | None = None) -> int:
+            self.send_signal(signal.SIGINT)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Started)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "0.request").write_text(json.dumps({"name": "it", "settings": {}, "overrides": []}))
+    code = sweep.start_process(tmp_path / "0.request", Sweep("sw", str(tmp_path), "run", {}), tmp_path / "0.log")
+    assert (code, (tmp_path / "0.log").read_text()) == (EXIT_INTERRUPTED, "")
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_joblibs_processes_never_take_ctrl_c() -> None:
+    from joblib.externals.loky.process_executor import ProcessPoolExecutor
+
+    with sweep.deaf_workers(), ProcessPoolExecutor(1) as executor:
+        assert signal.SIGINT in executor.submit(signal.pthread_sigmask, signal.SIG_BLOCK, ()).result(60)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
 @pytest.mark.slow
 def test_a_launchers_process_is_killed(tmp_path: Path) -> None:
     """joblib ends all its processes then; the sweep goes on, and what took them down is given up."""
