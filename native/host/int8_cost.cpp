@@ -1,24 +1,41 @@
-#include "int8_cost.hpp"
+#include "int8_steps.hpp"
 
 #include <algorithm>
 #include <limits>
 
 namespace quantflow::host::int8 {
 
-Grouping merge_groups(const Int8Kernels& kernels, i64 groups, i64 in_channels, i64 out_channels, i64 taps) {
+bool takes_windows(const Int8Kernels& kernels, const Grouping& grouping, const Shape3& s) {
+    const bool is_flat = s.in[0] == 1 && s.out[0] == 1 && s.kernel[0] == 1;
+    const i64 length = grouping.in_channels * (s.is_row_run(grouping.groups) ? s.kernel[2] : 1);
+    if (!is_flat || s.is_pointwise() || length == 0) return false;
+    const double padding = static_cast<double>(4 * Runs(kernels, 1, length).quads) / static_cast<double>(length);
+    if (kernels.depth > 1 && grouping.groups > 1) return false;  // a tile's row is longer than a group's pixel
+    if (kernels.depth == 1 && padding >= 1.4) return false;
+    // x is copied anyhow, and chunks of long rows fit the L1 cache; widened lines keep quads together, so that a run must
+    // begin with one.
+    if (!kernels.is_exact && (grouping.groups * grouping.merged == 1 || grouping.in_channels % 4 != 0)) return false;
+    return s.kernel[1] > 1 || s.kernel[2] > 1 || (kernels.is_exact && padding == 1);
+}
+
+Grouping merge_groups(const Int8Kernels& kernels, i64 groups, i64 in_channels, i64 out_channels, const Shape3& shape) {
+    const i64 taps = shape.taps();
     Grouping best{groups, in_channels, out_channels, 1};
     double best_cost = std::numeric_limits<double>::infinity();
     for (i64 merged = 1; merged <= groups; ++merged) {
         if (groups % merged != 0 || (merged > 1 && merged * out_channels > 2 * kernels.columns)) continue;
-        const i64 in = merged * in_channels, quads = divide_up(taps * in, 4);
-        const i64 vectors = divide_up(merged * out_channels, kernels.lanes);
+        const Grouping own{groups / merged, merged * in_channels, merged * out_channels, merged};
+        const i64 quads = divide_up(taps * own.in_channels, 4), vectors = divide_up(own.out_channels, kernels.lanes);
         // Cycles for one row of all groups: packing, then products.
-        const double cost = static_cast<double>(groups / merged) *
-                            (static_cast<double>(taps) * (6 + static_cast<double>(in) / 16) +
-                             0.75 * static_cast<double>(quads * std::max<i64>(vectors, 2)));
+        double cost = static_cast<double>(taps) * (6 + static_cast<double>(own.in_channels) / 16) +
+                      0.75 * static_cast<double>(quads * std::max<i64>(vectors, 2));
+        if (kernels.depth == 1 && takes_windows(kernels, own, shape))
+            cost = static_cast<double>(taps) +
+                   static_cast<double>(taps * divide_up(own.in_channels, 4) * vectors) * (kernels.is_exact ? 0.6 : 1.1);
+        cost *= static_cast<double>(own.groups);
         if (cost < best_cost) {
             best_cost = cost;
-            best = {groups / merged, in, merged * out_channels, merged};
+            best = own;
         }
     }
     return best;
@@ -50,8 +67,8 @@ Tasks cut(const Int8Kernels& kernels, const Int8Gemm& g, i64 groups, i64 rows, i
         const i64 row_bytes = g.is_windowed ? lines * line_bytes : task_rows * row_quads * 4;
         // Tile registers take rows in order, each through a whole block of panels.
         if (task_rows > unit && row_bytes > cache && !(has_tiles && g.is_direct)) continue;
-        for (i64 panel_tasks = 1; panel_tasks <= g.panels; panel_tasks = next(panel_tasks, g.panels)) {
-            const i64 task_panels = divide_up(g.panels, panel_tasks);
+        for (i64 panel_tasks = 1; panel_tasks <= g.task_panels; panel_tasks = next(panel_tasks, g.task_panels)) {
+            const i64 task_panels = divide_up(g.task_panels, panel_tasks);
             const i64 sums_bytes = task_rows * task_panels * kernels.columns * 4;
             if (!has_tiles && !by_lines && g.chunk < g.quads && task_panels > 1 && sums_bytes > cache) continue;
             const double r = static_cast<double>(task_rows), p = static_cast<double>(task_panels);
@@ -72,12 +89,12 @@ Tasks cut(const Int8Kernels& kernels, const Int8Gemm& g, i64 groups, i64 rows, i
             else if (!g.is_direct)
                 packing = r * (4 * quads * 0.06 + 5 * static_cast<double>(g.runs));
             const double task = products + fetching + finishing + passing + packing + 400;
-            const i64 tasks = divide_up(rows, task_rows) * divide_up(g.panels, task_panels) * groups;
+            const i64 tasks = divide_up(rows, task_rows) * divide_up(g.task_panels, task_panels) * groups;
             double cost = task * static_cast<double>(divide_up(tasks, threads));
             if (threads > 1 && tasks > 1) cost += 0.3 * task + kHandOver;
             if (cost < best_cost) {
                 best_cost = cost;
-                best = {task_rows, task_panels, divide_up(rows, task_rows), divide_up(g.panels, task_panels)};
+                best = {task_rows, task_panels, divide_up(rows, task_rows), divide_up(g.task_panels, task_panels)};
             }
         }
     }

@@ -5,7 +5,13 @@
 
 namespace quantflow::host::int8 {
 
-Grouping merge_groups(const Int8Kernels&, i64 groups, i64 in_channels, i64 out_channels, i64 taps);
+struct Shape3;
+
+// Whether windows are read from lines of x with their padding, which saves the copying of rows, where every pixel repeats
+// once per tap. What it costs is the padding of runs.
+bool takes_windows(const Int8Kernels&, const Grouping&, const Shape3&);
+
+Grouping merge_groups(const Int8Kernels&, i64 groups, i64 in_channels, i64 out_channels, const Shape3&);
 
 // Tasks of `rows` rows and `panels` panels. A thread works on neighbouring tasks: on the same rows, where these are the
 // larger part of what it touches (the next step finds them in its cache), else on the same panels.

@@ -49,7 +49,7 @@ StepPtr make_conv(ThreadPool& pool, const Weights& w, const ConvGeometry& geomet
     if (in == 1 && out == 1 && groups > 1) return make_depthwise_step(pool, w, shape, x, residual, epilogue, y, terms);
     if (terms.products.empty() && suits_winograd(*int8_kernels_in_use(), w, geometry, shape, x, y))
         return make_winograd_step(pool, w, shape, x, residual, epilogue, y, terms.rest);
-    const Grouping grouping = merge_groups(*int8_kernels_in_use(), groups, in, out, shape.taps());
+    const Grouping grouping = merge_groups(*int8_kernels_in_use(), groups, in, out, shape);
     return make_gemm_step(pool, w, grouping, shape, x, residual, epilogue, y, y.dims[0] * shape.pixels(), terms);
 }
 

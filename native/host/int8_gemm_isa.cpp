@@ -567,7 +567,10 @@ struct Tiling {
 };
 using PieceTiling = Tiling;  // of the rows of a line
 
-Tile piece_tile(i64 rows, i64, i64 channels) { return tile_for<Product::bytes>(rows, channels); }
+constexpr Product kWideProduct = Vector::kIsExact ? Product::bytes : Product::widened;
+Tile piece_tile(i64 rows, i64, i64 channels, bool is_wide) {
+    return is_wide ? tile_for<kWideProduct>(rows, channels) : tile_for<Product::bytes>(rows, channels);
+}
 #endif
 
 // ---- packing of rows ---------------------------------------------------------------------------------------------
@@ -768,8 +771,7 @@ void gemm_packed(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64
                 std::int32_t* sums = keeps_sums ? all_sums + tiling.slot(t) * s.sums_row + p * kColumns : tile_sums;
                 const i64 sums_row = keeps_sums ? s.sums_row : kColumns;
                 const bool starts = first == 0 && g.row_start == nullptr;
-                constexpr Product kWide = Vector::kIsExact ? Product::bytes : Product::widened;
-                const Tile run = is_wide ? tile_for<kWide>(height, count) : tile_for<Product::bytes>(height, count);
+                const Tile run = piece_tile(height, 1, count, is_wide);
                 const i64 low = tiling.low_rows(t);
                 const i64 next = g.quads * 4 * kColumns, chunk = quads * 4 * kColumns;
                 run({x + m * x_row, x + (m + low) * x_row, x_row, kNoOffset, 1, quads, w,
@@ -824,7 +826,7 @@ i64 line_bytes(const Int8Gemm& g) {
 }
 
 struct LineScratch {
-    i64 packed_row, pieces, sums, bytes;
+    i64 packed_row, pieces, sums, wide, offsets, bytes;  // wide: the lines in 16 bits; offsets: of runs there
 };
 
 // Input lines that `lines` lines of output read.
@@ -843,26 +845,27 @@ LineScratch line_scratch_of(const Int8Gemm& g, i64 rows) {
         s.pieces = rows * s.packed_row + 64;
     }
     s.sums = s.pieces + round_up(rows * static_cast<i64>(sizeof(Piece)), 64);
-    s.bytes = s.sums + 2 * Tiling::kPieces * kRows * kColumns * 4;
+    s.wide = s.sums + 2 * Tiling::kPieces * kRows * kColumns * 4;
+    s.offsets = s.wide + (Vector::kIsExact ? 0 : 2 * s.pieces);
+    s.bytes = s.offsets + (Vector::kIsExact ? 0 : g.runs * static_cast<i64>(sizeof(i64)));
     return s;
 }
 
 // Copies `lines` input lines from `line` (both of padded coordinates) of an image.
-void pad_lines(const Int8Gemm& g, i64 image, i64 line, i64 lines, u8* to) {
+void pad_lines(Copier& copier, const Int8Gemm& g, i64 image, i64 line, i64 lines, u8* to) {
     const i64 columns = (g.out[2] - 1) * g.stride[2] + g.reach[2] + 1, left = g.padding[2];
     const i64 begin = smaller(left, columns), end = smaller(columns, left + g.in[2]);
-    Copier copier(g);
     const i64 bytes = line_bytes(g);
     for (i64 l = 0; l < lines; ++l, to += bytes) {
         const i64 y = line + l - g.padding[1];
         if (y < 0 || y >= g.in[1]) {
-            std::memset(to, g.zero, bytes);
+            copier.fill(to, bytes);
             continue;
         }
         const u8* from = g.x + (image * g.in[1] + y) * g.in[2] * g.pixel;
         copier.copy(to + begin * g.pixel, from, (end - begin) * g.pixel);
-        std::memset(to, g.zero, begin * g.pixel);
-        std::memset(to + end * g.pixel, g.zero, bytes - end * g.pixel);
+        copier.fill(to, begin * g.pixel);
+        copier.fill(to + end * g.pixel, bytes - end * g.pixel);
     }
 }
 
@@ -895,8 +898,8 @@ void gemm_lines(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 
     i64 x_row = g.stride[2] * g.pixel;
     u8* padded_lines = scratch;
     const u8* x = g.x + row * g.pixel + group * g.in_channels;
+    Copier copier(g);
     if (s.packed_row > 0) {
-        Copier copier(g);
         if (g.quads > 0)
             (g.is_pointwise ? pack_pixels : pack_windows)(copier, g, group, row, rows, 0, g.runs * g.run_length, scratch,
                                                           s.packed_row);
@@ -913,7 +916,7 @@ void gemm_lines(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 
                     x = g.x + (image * g.in[1] + y * g.stride[1]) * line_bytes(g);
                 } else {
                     x = padded_lines;
-                    pad_lines(g, image, y * g.stride[1], input_lines(g, left_in_image), padded_lines);
+                    pad_lines(copier, g, image, y * g.stride[1], input_lines(g, left_in_image), padded_lines);
                     padded_lines += input_lines(g, left_in_image) * line_bytes(g);
                 }
                 if (spans) {
@@ -934,6 +937,17 @@ void gemm_lines(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 
                                tiling.slot(t) - tiling.first(t), tiling.height(t), 0};
     }
 
+    const i64* offsets = g.is_windowed ? g.window_offset : kNoOffset;
+    const bool is_wide = !Vector::kIsExact && !copier.is_low();
+    if (is_wide) {
+        u8* wide = scratch + s.wide;
+        widen_rows<Vector>(scratch, 0, wide, 0, 1, padded_lines - scratch, g.zero);
+        for (i64 i = 0; i < count; ++i) pieces[i].x = wide + 2 * (pieces[i].x - scratch);
+        x_row *= 2;
+        i64* doubled = reinterpret_cast<i64*>(scratch + s.offsets);
+        for (i64 run = 0; run < g.runs; ++run) doubled[run] = 2 * g.window_offset[run];
+        offsets = doubled;
+    }
     const FinishTile finish = finisher(g.output);
     const auto finish_rows = [&](const Pending& done, const std::int32_t* from, i64 first, i64 n) {
         finish(g.output, from, kColumns, first, n, done.padded, done.channel, done.channels);
@@ -956,7 +970,7 @@ void gemm_lines(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 
     };
     TileJob job;
     job.x_row = x_row;
-    job.offsets = g.is_windowed ? g.window_offset : kNoOffset;
+    job.offsets = offsets;
     job.runs = g.is_windowed ? g.runs : 1;
     job.sums_row = kColumns;
     job.steps = g.quads / job.runs;
@@ -970,13 +984,16 @@ void gemm_lines(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 
     std::int32_t* other_sums = sums + Tiling::kPieces * kRows * kColumns;
     Pending pending{};
     struct {
-        i64 padded, channel, channels;
+        i64 x, padded, channel, channels;  // x: where the panel's group begins in a pixel
     } own{};
     const auto begin_panel = [&](i64 p) {
-        own.padded = (group * g.panels + panel + p) * kColumns;
-        own.channel = group * g.channels + (panel + p) * kColumns;
-        own.channels = smaller(kColumns, g.channels - (panel + p) * kColumns);
-        job.w = reinterpret_cast<const u8*>(g.weights) + (group * g.panels + panel + p) * panel_bytes;
+        const i64 all = group * g.panels + panel + p;
+        const i64 own_group = g.task_panels > g.panels ? all / g.panels : group, within = all - own_group * g.panels;
+        own.x = (own_group - group) * g.in_channels * (is_wide ? 2 : 1);
+        own.padded = all * kColumns;
+        own.channel = own_group * g.channels + within * kColumns;
+        own.channels = smaller(kColumns, g.channels - within * kColumns);
+        job.w = reinterpret_cast<const u8*>(g.weights) + all * panel_bytes;
         job.start = g.start + own.padded;
     };
     for (i64 begin = 0; begin < panels; begin += block) {
@@ -985,8 +1002,8 @@ void gemm_lines(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 
         job.ahead = kDepth == 1 ? job.w + panel_bytes : nullptr;
         for (i64 i = 0; i < count; i += Tiling::kPieces) {
             const i64 together = smaller(Tiling::kPieces, count - i), height = together * pieces[i].height;
-            job.x = pieces[i].x;
-            job.x_high = pieces[i + together - 1].x;
+            job.x = pieces[i].x + own.x;
+            job.x_high = pieces[i + together - 1].x + own.x;
             job.low_rows = pieces[i].height;
             for (i64 p = begin; p < end; ++p) {
                 job.sums = sums;
@@ -999,7 +1016,7 @@ void gemm_lines(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 
                         job.start_row = kColumns;
                     }
                 }
-                piece_tile(height, together, own.channels)(job);
+                piece_tile(height, together, own.channels, is_wide)(job);
                 finish_pending(pending);
                 pending = {job.sums, pieces + i, together, own.padded, own.channel, own.channels};
             }

@@ -77,7 +77,8 @@ struct Int8Gemm {
     const std::int32_t *run_z = nullptr, *run_y = nullptr, *run_x = nullptr;  // dilation * tap - padding
     const std::int64_t* run_offset = nullptr;                                // bytes from a window's position
     // Windows are read from a copy of the lines of x with their padding. `window_offset`: where a run begins there.
-    // Weights of a run are padded to whole steps of `Int8Kernels::depth` quads.
+    // Weights of a run are padded to whole steps of `Int8Kernels::depth` quads. Groups share the copy: their panels are
+    // counted through, as those of group 0.
     bool is_windowed = false, reads_in_place = false;  // reads_in_place: from x itself, nothing needs padding
     const std::int64_t* window_offset = nullptr;
     std::int64_t padding[3] = {0, 0, 0}, reach[3] = {0, 0, 0};  // reach: dilation * (kernel - 1)
@@ -89,6 +90,7 @@ struct Int8Gemm {
     const std::int32_t* start = nullptr;  // what sums start from, per padded channel: -zero * (sum of weights)
     const std::int32_t* row_start = nullptr;  // per row, added to `start`; null: none
     std::int64_t channels = 0, panels = 0;  // per group
+    std::int64_t task_panels = 0;           // that one call may compute: of a group, or of all groups
     // chunk: quads summed at a time, so that operands stay in the L1 cache. Tile registers sum all of them.
     std::int64_t quads = 0, chunk = 0;
     Int8Output output;

@@ -8,7 +8,7 @@ class GemmStep final : public Step {
 public:
     GemmStep(ThreadPool& pool, const Weights& w, const Grouping& grouping, const Shape3& shape, const Tensor& x,
              const Tensor* residual, const Epilogue& epilogue, const Tensor& y, i64 rows, const Terms& terms)
-        : pool_(pool), kernels_(*int8_kernels_in_use()), x_(x), y_(y), rows_(rows), groups_(grouping.groups) {
+        : pool_(pool), kernels_(*int8_kernels_in_use()), x_(x), y_(y), rows_(rows) {
         for (const Product& p : terms.products)
             before_.push_back(std::make_unique<GemmStep>(pool, p.weights, grouping, shape, p.x, nullptr, Epilogue{}, y,
                                                          rows, Terms{}));
@@ -23,7 +23,7 @@ public:
         // Rows a multiple of 2 KiB apart would compete for the same few sets of the L1 cache.
         gemm_.is_direct = kernels_.is_exact && gemm_.is_pointwise && steps % (4 * kernels_.depth) == 0 &&
                           gemm_.pixel % 2048 != 0;
-        gemm_.is_row_run = grouping.groups == 1 && shape.dilation[2] == 1;
+        gemm_.is_row_run = shape.is_row_run(grouping.groups);
         taps_ = shape.table(gemm_.is_row_run);
         gemm_.runs = static_cast<i64>(taps_.z.size());
         gemm_.run_length = gemm_.is_row_run ? shape.kernel[2] * grouping.in_channels : grouping.in_channels;
@@ -40,8 +40,8 @@ public:
             gemm_.inside_to[i] = shape.in[i] + shape.padding[i] - gemm_.reach[i];
         }
         const Runs run(kernels_, gemm_.runs, gemm_.run_length);
-        gemm_.is_windowed = suits_windows(grouping, shape, run);
-        gemm_.reads_in_place = gemm_.is_windowed && 4 * run.quads == run.length;
+        gemm_.is_windowed = takes_windows(kernels_, grouping, shape);
+        gemm_.reads_in_place = gemm_.is_windowed && kernels_.is_exact && 4 * run.quads == run.length;
         for (int i = 1; i < 3; ++i)
             gemm_.reads_in_place = gemm_.reads_in_place && shape.padding[i] == 0 &&
                                    (shape.out[i] - 1) * shape.stride[i] + gemm_.reach[i] < shape.in[i];
@@ -65,6 +65,8 @@ public:
         gemm_.start = constants_->start.data();
         gemm_.channels = grouping.out_channels;
         gemm_.panels = panels;
+        groups_ = gemm_.is_windowed ? 1 : grouping.groups;
+        gemm_.task_panels = panels * grouping.groups / groups_;
         gemm_.quads = runs.runs * runs.quads;
         gemm_.chunk = chunk_of(kernels_, gemm_.quads);
         gemm_.output = output_of(residual, epilogue, y, grouping.groups * grouping.out_channels, terms.rest);
@@ -90,15 +92,6 @@ public:
     }
 
 private:
-    // Windows read from lines of x save the copying of rows, which repeats every pixel once per tap. What they cost is
-    // the padding of runs.
-    bool suits_windows(const Grouping& grouping, const Shape3& shape, const Runs& run) const {
-        const double padding = static_cast<double>(4 * run.quads) / static_cast<double>(std::max<i64>(run.length, 1));
-        return kernels_.is_exact && grouping.groups == 1 && !gemm_.is_pointwise && shape.in[0] == 1 &&
-               shape.out[0] == 1 && shape.kernel[0] == 1 && run.length > 0 && (kernels_.depth > 1 || padding < 1.4) &&
-               (shape.kernel[1] > 1 || shape.kernel[2] > 1 || padding == 1);
-    }
-
     void bind() {
         for (const auto& step : before_) step->bind();
         gemm_.x = x_.data<const u8>();
@@ -140,7 +133,7 @@ private:
     Tensor x_, y_;
     std::optional<Tensor> residual_, rest_;
     std::vector<std::unique_ptr<GemmStep>> before_;  // products that come before this one
-    i64 rows_, groups_;
+    i64 rows_, groups_ = 1;  // groups_: computed one by one
     std::shared_ptr<const PackedWeights> weights_;
     std::unique_ptr<ChannelConstants> constants_;
     TapTable taps_;

@@ -28,7 +28,7 @@ public:
         gemm_.pixel = copies_a_ ? steps_ : a.strides[rank - 2];
         gemm_.is_direct = kernels_.is_exact && steps_ % (4 * kernels_.depth) == 0 && gemm_.pixel % 2048 != 0;
         gemm_.channels = columns_;
-        gemm_.panels = divide_up(columns_, kernels_.columns);
+        gemm_.panels = gemm_.task_panels = divide_up(columns_, kernels_.columns);
         gemm_.quads = Runs(kernels_, 1, steps_).quads;
         gemm_.chunk = chunk_of(kernels_, gemm_.quads);
         gemm_.output = output_of(nullptr, Epilogue{}, y, columns_);

@@ -23,7 +23,7 @@ struct Part {
         row = (tasks.shares_rows ? rest / tasks.panel_tasks : rest % tasks.row_tasks) * tasks.rows;
         panel = (tasks.shares_rows ? rest % tasks.panel_tasks : rest / tasks.row_tasks) * tasks.panels;
         rows = std::min(tasks.rows, all_rows - row);
-        panels = std::min(tasks.panels, g.panels - panel);
+        panels = std::min(tasks.panels, g.task_panels - panel);
     }
 };
 void run_part(const Int8Kernels&, const Int8Gemm&, const Part&);
@@ -44,6 +44,8 @@ struct Shape3 {
         for (int i = 0; i < 3; ++i) all = all && kernel[i] == 1 && stride[i] == 1 && padding[i] == 0 && out[i] == in[i];
         return all;
     }
+    // Whether the pixels under a kernel row lie side by side.
+    bool is_row_run(i64 groups) const { return groups == 1 && dilation[2] == 1; }
     // One entry per tap, or per kernel row.
     TapTable table(bool of_rows) const {
         TapTable t;

@@ -288,6 +288,11 @@ struct Vector256 {
             _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm256_extracti128_si256(v, 1));
         }
         QF_INLINE_MEMBER void store(std::uint8_t* p, Int a, Int b, std::int64_t n) const {
+            if (n == 8) {
+                const Int v = of(a, a, a, a);
+                const __m128i halves = _mm_unpacklo_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+                return _mm_storel_epi64(reinterpret_cast<__m128i*>(p), halves);
+            }
             std::uint8_t bytes[32];
             store(bytes, bytes + 16, a, b, a, b);
             std::memcpy(p, bytes, static_cast<std::size_t>(n));

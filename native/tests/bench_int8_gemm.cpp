@@ -131,7 +131,13 @@ const Shape kDepthwise[] = {
 const Shape kOther[] = {
     {"dw 5x5 28", 28, 240, 240, 5, 1, 240, false, 1},
     {"dw 5x5/2 28", 28, 120, 120, 5, 2, 120, false, 1},
+    {"RegNetY 56 24", 56, 48, 48, 3, 1, 2, false, 1},
+    {"RegNetY 28 24", 28, 120, 120, 3, 1, 5, false, 5},
+    {"RegNetY 14 24", 14, 336, 336, 3, 1, 14, false, 16},
+    {"RegNetY 7 24", 7, 888, 888, 3, 1, 37, false, 1},
+    {"RegNetX 14 16", 14, 160, 160, 3, 1, 10, false, 1},
     {"ResNeXt 56 32x4", 56, 128, 128, 3, 1, 32, false, 1},
+    {"ResNeXt 28 32x8", 28, 256, 256, 3, 1, 32, false, 1},
     {"ResNeXt 14 32x16", 14, 512, 512, 3, 1, 32, false, 1},
     {"linear 128", 128, 384, 1536, 0, 1, 1, false, 1},
     {"linear 1", 1, 2048, 1000, 0, 1, 1, false, 1},

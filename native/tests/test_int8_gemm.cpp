@@ -544,6 +544,15 @@ int main() {
                 c.out_channels = c.groups * pick(1, 9);
             });
         });
+        group("groups of some channels", [] {
+            test_convolutions(80, [](Case& c) {
+                const i64 widths[] = {4, 8, 12, 16, 24, 32, pick(1, 40)};
+                const i64 own_in = widths[pick(0, 6)], own_out = pick(0, 1) ? own_in : pick(1, 40);
+                c.groups = pick(2, pick(0, 3) ? 6 : 33);
+                c.in_channels = c.groups * own_in;
+                c.out_channels = c.groups * own_out;
+            });
+        });
         group("depthwise convolutions", [] {
             test_convolutions(200, [](Case& c) { c.groups = c.in_channels = c.out_channels = pick(1, 150); });
         });
