@@ -366,35 +366,64 @@ void finish_codes(const Int8Output& o, const std::int32_t* sums, i64 stride, i64
         before0[i] = Vector::load(o.before[i].code_scale + padded);
         before1[i] = Vector::load(o.before[i].code_scale + padded + kLanes);
     }
-    const auto rounded = [&](i64 m, Int& a, Int& b) __attribute__((always_inline)) {
-        Float r0 = Vector::multiply_add(Vector::to_float(Vector::load(sums + m * stride)), scale0, bias0);
-        Float r1 = Vector::multiply_add(Vector::to_float(Vector::load(sums + m * stride + kLanes)), scale1, bias1);
-        for (int i = 0; i < kBefores; ++i) {
-            const std::int32_t* from = before[i] + m * o.sums_row;
-            r0 = Vector::multiply_add(Vector::to_float(Vector::load(from)), before0[i], r0);
-            r1 = Vector::multiply_add(Vector::to_float(Vector::load(from + kLanes)), before1[i], r1);
-        }
-        if constexpr (kHasResidual) {
-            Int q0, q1;
-            Vector::load_bytes(residual + m * o.row, count, q0, q1);
-            r0 = Vector::multiply_add(Vector::to_float(Vector::sub(q0, residual_zero)), residual_step, r0);
-            r1 = Vector::multiply_add(Vector::to_float(Vector::sub(q1, residual_zero)), residual_step, r1);
-        }
-        a = Vector::round(r0);
-        b = Vector::round(r1);
+    // Of channels from `v` * kLanes on; `codes`: of the residual.
+    const auto rounded = [&](i64 m, int v, Int codes) __attribute__((always_inline)) {
+        const i64 at = v * kLanes;
+        Float r = Vector::multiply_add(Vector::to_float(Vector::load(sums + m * stride + at)), v ? scale1 : scale0,
+                                       v ? bias1 : bias0);
+        for (int i = 0; i < kBefores; ++i)
+            r = Vector::multiply_add(Vector::to_float(Vector::load(before[i] + m * o.sums_row + at)),
+                                     v ? before1[i] : before0[i], r);
+        if constexpr (kHasResidual)
+            r = Vector::multiply_add(Vector::to_float(Vector::sub(codes, residual_zero)), residual_step, r);
+        return Vector::round(r);
     };
-    Int a, b, c, d;
-    i64 m = 0;
-    if (count == kColumns)
-        for (; m + 2 <= rows; m += 2) {
-            rounded(m, a, b);
-            rounded(m + 1, c, d);
-            codes.store(y + m * o.row, y + (m + 1) * o.row, a, b, c, d);
+    if (count == kColumns) {
+        const auto whole = [&](i64 m, Int& a, Int& b) __attribute__((always_inline)) {
+            Int q0{}, q1{};
+            if constexpr (kHasResidual) Vector::load_bytes(residual + m * o.row, kColumns, q0, q1);
+            a = rounded(m, 0, q0);
+            b = rounded(m, 1, q1);
+        };
+        Int a, b, c, d;
+        for (i64 m = 0; m < rows; m += 2) {
+            const i64 next = smaller(m + 1, rows - 1);
+            whole(m, a, b);
+            whole(next, c, d);
+            codes.store(y + m * o.row, y + next * o.row, a, b, c, d);
         }
-    for (; m < rows; ++m) {
-        rounded(m, a, b);
-        codes.store(y + m * o.row, a, b, count);
+        return;
     }
+    // Four vectors at a time, of four rows or two; beyond the last row, that row again. The residual is read one step
+    // ahead: a masked store holds up loads from where it does not write.
+    const auto edge = [&](auto narrow) __attribute__((always_inline)) {
+        constexpr bool kIsNarrow = decltype(narrow)::value;
+        constexpr int kTogether = kIsNarrow ? 4 : 2;
+        const auto read = [&](i64 m, Int(&q)[4]) __attribute__((always_inline)) {
+            if constexpr (kHasResidual)
+                for (int i = 0; i < kTogether; ++i) {
+                    const u8* from = residual + smaller(m + i, rows - 1) * o.row;
+                    if constexpr (kIsNarrow)
+                        q[i] = Vector::load_bytes(from, count);
+                    else
+                        Vector::load_bytes(from, count, q[2 * i], q[2 * i + 1]);
+                }
+        };
+        Int ahead[4] = {};
+        read(0, ahead);
+        for (i64 m = 0; m < rows; m += kTogether) {
+            Int v[4];
+            u8* to[kTogether];
+            for (int i = 0; i < 4; ++i) {
+                const i64 row = smaller(m + (kIsNarrow ? i : i / 2), rows - 1);
+                v[i] = rounded(row, kIsNarrow ? 0 : i % 2, ahead[i]);
+                to[kIsNarrow ? i : i / 2] = y + row * o.row;
+            }
+            read(m + kTogether, ahead);
+            codes.store(to, v, count);
+        }
+    };
+    count <= kLanes ? edge(std::true_type{}) : edge(std::false_type{});
 }
 
 using FinishTile = void (*)(const Int8Output&, const std::int32_t*, i64, i64, i64, i64, i64, i64);

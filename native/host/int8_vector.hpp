@@ -128,11 +128,13 @@ struct PortableVector {
             v = v > high ? high : v;
             return v < low ? low : v;
         }
-        // The first n of two vectors' lanes.
-        QF_INLINE_MEMBER void store(std::uint8_t* p, Int a, Int b, std::int64_t n) const {
-            std::uint8_t bytes[2 * Lanes];
-            store_bytes(bytes, of(a), of(b));
-            std::memcpy(p, bytes, static_cast<std::size_t>(n));
+        // The first n bytes of four rows of a vector, or of two rows of two.
+        template <int kRows>
+        QF_INLINE_MEMBER void store(std::uint8_t* const (&p)[kRows], const Int (&v)[4], std::int64_t n) const {
+            std::uint8_t bytes[4 * Lanes];
+            for (int i = 0; i < 4; ++i) store_bytes(bytes + i * Lanes, of(v[i]));
+            for (int i = 0; i < kRows; ++i)
+                std::memcpy(p[i], bytes + i * (4 / kRows) * Lanes, static_cast<std::size_t>(n));
         }
         // Two whole rows.
         QF_INLINE_MEMBER void store(std::uint8_t* p, std::uint8_t* q, Int a, Int b, Int c, Int d) const {
@@ -237,6 +239,7 @@ struct Vector256 {
     QF_INLINE Float load(const float* p, std::int64_t n) { return _mm256_maskload_ps(p, first_lanes(n)); }
     QF_INLINE void store(float* p, Float v, std::int64_t n) { _mm256_maskstore_ps(p, first_lanes(n), v); }
     QF_INLINE Int load_bytes(const std::uint8_t* p, std::int64_t n) {
+        if (n == 8) return load_bytes(p);
         std::uint8_t bytes[8] = {};
         std::memcpy(bytes, p, static_cast<std::size_t>(n));
         return load_bytes(bytes);
@@ -287,15 +290,15 @@ struct Vector256 {
             _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(v));
             _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm256_extracti128_si256(v, 1));
         }
-        QF_INLINE_MEMBER void store(std::uint8_t* p, Int a, Int b, std::int64_t n) const {
-            if (n == 8) {
-                const Int v = of(a, a, a, a);
-                const __m128i halves = _mm_unpacklo_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-                return _mm_storel_epi64(reinterpret_cast<__m128i*>(p), halves);
-            }
+        template <int kRows>
+        QF_INLINE_MEMBER void store(std::uint8_t* const (&p)[kRows], const Int (&v)[4], std::int64_t n) const {
             std::uint8_t bytes[32];
-            store(bytes, bytes + 16, a, b, a, b);
-            std::memcpy(p, bytes, static_cast<std::size_t>(n));
+            store(bytes, bytes + 16, v[0], v[1], v[2], v[3]);
+            for (int i = 0; i < kRows; ++i)
+                if (kRows == 4 && n == 8)
+                    std::memcpy(p[i], bytes + i * 8, 8);
+                else
+                    std::memcpy(p[i], bytes + i * (32 / kRows), static_cast<std::size_t>(n));
         }
         QF_INLINE_MEMBER void store_block(std::uint8_t* p, const Int (&v)[4]) const {
             _mm256_storeu_si256(reinterpret_cast<Int*>(p), of(v[0], v[1], v[2], v[3]));
@@ -502,10 +505,19 @@ struct Avx512Vector {
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(v));
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), _mm512_extracti64x4_epi64(v, 1));
         }
-        QF_INLINE_MEMBER void store(std::uint8_t* p, Int a, Int b, std::int64_t n) const {
+        QF_INLINE_MEMBER void store(std::uint8_t* const (&p)[2], const Int (&v)[4], std::int64_t n) const {
             const __mmask32 first = static_cast<__mmask32>((std::uint64_t{1} << n) - 1);
-            const Int v = _mm512_permutexvar_epi32(order, of(a, b, a, b));
-            _mm256_mask_storeu_epi8(p, first, _mm512_castsi512_si256(v));
+            const Int all = _mm512_permutexvar_epi32(order, of(v[0], v[1], v[2], v[3]));
+            _mm256_mask_storeu_epi8(p[0], first, _mm512_castsi512_si256(all));
+            _mm256_mask_storeu_epi8(p[1], first, _mm512_extracti64x4_epi64(all, 1));
+        }
+        QF_INLINE_MEMBER void store(std::uint8_t* const (&p)[4], const Int (&v)[4], std::int64_t n) const {
+            const __mmask16 first = static_cast<__mmask16>((1u << n) - 1);
+            const Int all = _mm512_permutexvar_epi32(order, of(v[0], v[1], v[2], v[3]));
+            _mm_mask_storeu_epi8(p[0], first, _mm512_castsi512_si128(all));
+            _mm_mask_storeu_epi8(p[1], first, _mm512_extracti32x4_epi32(all, 1));
+            _mm_mask_storeu_epi8(p[2], first, _mm512_extracti32x4_epi32(all, 2));
+            _mm_mask_storeu_epi8(p[3], first, _mm512_extracti32x4_epi32(all, 3));
         }
         QF_INLINE_MEMBER void store_block(std::uint8_t* p, const Int (&v)[4]) const {
             _mm512_storeu_si512(p, of(v[0], v[1], v[2], v[3]));

@@ -128,6 +128,16 @@ const Shape kDepthwise[] = {
     {"dw 3x3/2 14", 14, 576, 576, 3, 2, 576, false, 1}, {"dw 3x3 7", 7, 960, 960, 3, 1, 960, false, 3},
 };
 
+// MobileNetV2's products of few channels.
+const Shape kNarrow[] = {
+    {"stem 3x3/2", 224, 3, 32, 3, 2, 1, false, 1},  {"1x1 112", 112, 32, 16, 1, 1, 1, false, 1},
+    {"1x1 112", 112, 16, 96, 1, 1, 1, false, 1},    {"1x1 56", 56, 96, 24, 1, 1, 1, false, 1},
+    {"1x1 56 +", 56, 144, 24, 1, 1, 1, true, 1},    {"1x1 56", 56, 24, 144, 1, 1, 1, false, 2},
+    {"1x1 28 +", 28, 192, 32, 1, 1, 1, true, 2},    {"1x1 28", 28, 32, 192, 1, 1, 1, false, 3},
+    {"1x1 14 +", 14, 384, 64, 1, 1, 1, true, 3},    {"1x1 14", 14, 64, 384, 1, 1, 1, false, 4},
+    {"1x1 14 +", 14, 576, 96, 1, 1, 1, true, 2},    {"1x1 7 +", 7, 960, 160, 1, 1, 1, true, 2},
+};
+
 const Shape kOther[] = {
     {"dw 5x5 28", 28, 240, 240, 5, 1, 240, false, 1},
     {"dw 5x5/2 28", 28, 120, 120, 5, 2, 120, false, 1},
@@ -201,7 +211,7 @@ void chain(int threads, double budget_ms) {
 
 }  // namespace
 
-// Arguments: "full", and any of "chain", "resnet", "depthwise", "other"; none: all.
+// Arguments: "full", and any of "chain", "resnet", "depthwise", "narrow", "other"; none: all.
 int main(int argc, char** argv) {
     bool chosen = false;
     const auto has = [&](const char* word) {
@@ -210,7 +220,7 @@ int main(int argc, char** argv) {
         return false;
     };
     full_range = has("full");
-    for (const char* word : {"chain", "resnet", "depthwise", "other"}) chosen = chosen || has(word);
+    for (const char* word : {"chain", "resnet", "depthwise", "narrow", "other"}) chosen = chosen || has(word);
     std::printf("%s, %s\n", name_of(best_isa()), full_range ? "codes 0..255" : "codes 128..255, zero point 128");
     if (!chosen || has("chain")) {
         chain(1, 1500);
@@ -218,6 +228,7 @@ int main(int argc, char** argv) {
     }
     if (!chosen || has("resnet")) table(kResNet50, 60);
     if (!chosen || has("depthwise")) table(kDepthwise, 40);
+    if (!chosen || has("narrow")) table(kNarrow, 40);
     if (!chosen || has("other")) table(kOther, 40);
     return 0;
 }
