@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "../host/error_sums_isa.hpp"
 #include "../host/isa.hpp"
 #include "../sycl/sycl_backend.hpp"
 #include "engine.hpp"
@@ -235,6 +236,28 @@ std::int32_t qf_plan_profile(qf_plan* plan, const void* const* inputs, void* con
         const std::string text = list.dump();
         *needed = text.size();
         if (room > text.size()) std::memcpy(json, text.c_str(), text.size() + 1);
+    });
+}
+
+std::int32_t qf_error_sums(const float* expected, const void* actual, std::int32_t dtype, float scale,
+                           std::int32_t zero_point, std::size_t count, double* sums, char* error,
+                           std::size_t capacity) {
+    return guarded(error, capacity, [&] {
+        const host::ErrorKernels& kernels = host::error_kernels();
+        const host::Coding coding{scale, zero_point};
+        host::ErrorSums found;
+        if (dtype == QF_F32)
+            found = kernels.of_floats(expected, static_cast<const float*>(actual), count);
+        else if (dtype == QF_U8)
+            found = kernels.of_u8(expected, static_cast<const std::uint8_t*>(actual), coding, count);
+        else if (dtype == QF_S8)
+            found = kernels.of_s8(expected, static_cast<const std::int8_t*>(actual), coding, count);
+        else
+            throw Error("errors of dtype " + std::to_string(dtype) + " can't be summed: f32, u8 or s8");
+        sums[0] = found.signal;
+        sums[1] = found.noise;
+        sums[2] = found.largest;
+        sums[3] = found.largest_error;
     });
 }
 

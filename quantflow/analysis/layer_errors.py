@@ -47,7 +47,7 @@ def own_errors(
 
     def read(name: str) -> Any:
         if name not in held:
-            held[name] = _held(floats[_source(name)], _qparams(compiled, name))
+            held[name] = _held(floats[_source(name)], compiled.coding(name))
             if graph.place.type not in compiled.runner.takes and isinstance(held[name], torch.Tensor):
                 held[name] = held[name].cpu()
         return held[name]
@@ -55,12 +55,10 @@ def own_errors(
     with torch.inference_mode():
         for index, node in enumerate(program.nodes):
             if node.op in COMPUTING_OPS and all(_source(name) in floats for name in (*node.refs(), node.output)):
-                found = compiled.value(
-                    node, compiled.runner.run_node(index, {name: read(name) for name in node.refs()})
-                )
+                found = compiled.runner.run_node(index, {name: read(name) for name in node.refs()})
                 expected = floats[node.output]
                 if isinstance(expected, torch.Tensor) and expected.shape == found.shape:
-                    errors.setdefault(node.name, ErrorSum()).add(expected, found)
+                    errors.setdefault(node.name, ErrorSum()).add(expected, found, compiled.coding(node.output))
             for dead in frees.get(index, ()):
                 held.pop(dead, None)
             if progress is not None:
@@ -115,11 +113,6 @@ def _source(value: str) -> str:
     return value.removesuffix(".codes").removesuffix(".float")
 
 
-def _qparams(compiled: Compiled, value: str) -> QParams | None:
-    held = compiled.program.values.get(value)
-    return held.qparams if held is not None else None
-
-
 def _held(x: Any, qparams: QParams | None) -> Any:
     return quantize(x, qparams) if qparams is not None and isinstance(x, torch.Tensor) else x
 
@@ -127,7 +120,7 @@ def _held(x: Any, qparams: QParams | None) -> Any:
 def _histograms(graph: Graph, compiled: Compiled, node: Node, floats: Mapping[str, Any]) -> dict[str, Any]:
     shown: dict[str, Any] = {"name": node.name}
     for part, value in (("input", next(node.refs())), ("output", node.output)):
-        qparams, x = _qparams(compiled, value), floats[_source(value)]
+        qparams, x = compiled.coding(value), floats[_source(value)]
         if qparams is not None and x.numel():
             shown[part] = histogram(x, [_clip(qparams)])
     weight = _float_weight(graph, node.name)

@@ -20,6 +20,7 @@ from quantflow.ir.batch import Batch
 from quantflow.ir.binding import bind
 from quantflow.ir.graph import Graph, interpret
 from quantflow.ir.program import Program
+from quantflow.numerics.affine import QParams
 from quantflow.stages.compile import Compiled
 from quantflow.stages.evaluate import compare_layers, judge, tally
 from quantflow.stages.record import weights_bytes
@@ -128,13 +129,15 @@ def _layer_errors(run: Run, graph: Graph, compiled: Compiled, update: Update) ->
 
         interpret(graph, bind(graph, batch.args, batch.kwargs), seen)
 
-    def int8_run(batch: Batch, on_value: Callable[[str, torch.Tensor], None]) -> None:
+    def int8_run(batch: Batch, on_value: Callable[[str, torch.Tensor, QParams | None], None]) -> None:
         nonlocal done
-        for name, value in compiled.trace(_bound(compiled, batch, place)):
+        for index, value in compiled.runner.trace(_bound(compiled, batch, place)):
             done += 1
             update(done, steps)
-            if name in computed and name in names and _is_real(value):
-                on_value(computed[name], value)
+            name = program.nodes[index].output
+            qparams = compiled.coding(name)
+            if name in computed and name in names and (_is_real(value) or qparams is not None):
+                on_value(computed[name], value, qparams)
 
     rows = compare_layers(float_run, int8_run, parts)
     own, histograms = own_errors(graph, compiled, floats, lambda more, _: update(done + more, steps))

@@ -22,7 +22,7 @@ from quantflow.errors import ArtifactError, UnavailableError
 from quantflow.host.environment import cache_folder
 from quantflow.host.forks import in_forked_child, is_forked_child, lock
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 UNSUPPORTED = 2
 MAX_RANK = 16
 _CAPACITY = 4096
@@ -150,6 +150,10 @@ def library() -> ctypes.CDLL:
             f"runtime: 'native' at {path} has interface {found}, this quantflow needs {ABI_VERSION}; "
             "reinstall quantflow so that both come from one version"
         )
+    loaded.qf_error_sums.argtypes = (
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_float, ctypes.c_int32, ctypes.c_size_t,
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t,
+    )  # fmt: skip
     loaded.qf_host_borrow.argtypes, loaded.qf_host_borrow.restype = (ctypes.c_void_p,), None
     if (region := region_of_torch()) is not None:
         loaded.qf_host_borrow(region)

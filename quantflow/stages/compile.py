@@ -16,7 +16,7 @@ from quantflow.ir.program import Node, Program
 from quantflow.ir.program_shapes import Fits
 from quantflow.ir.returned import rebuilt
 from quantflow.ir.structure import holds_types, made
-from quantflow.numerics.affine import dequantize
+from quantflow.numerics.affine import QParams, dequantize
 from quantflow.runtimes import AbstractRunner, Choice
 from quantflow.runtimes.ordinary import as_function, ordinary, reachable, unrecorded
 
@@ -111,12 +111,15 @@ class Compiled:
             node = self.program.nodes[index]
             yield node.output, self.value(node, value)
 
+    def coding(self, value: str) -> QParams | None:
+        """How a value of the program is coded; None if it is not."""
+        held = self.program.values.get(value)
+        return None if held is None else held.qparams
+
     def value(self, node: Node, value: Any) -> Any:
         """What a node's result stands for: codes as reals, anything else as it is."""
-        coded = self.program.values.get(node.output)
-        if coded is not None and coded.qparams is not None and isinstance(value, torch.Tensor):
-            return dequantize(value, coded.qparams)
-        return value
+        qparams = self.coding(node.output)
+        return dequantize(value, qparams) if qparams is not None and isinstance(value, torch.Tensor) else value
 
     def left_to_torch(self) -> dict[str, str]:
         """Layers that the runtime has no kernel for and PyTorch computes, each with the reason."""

@@ -15,6 +15,8 @@ from quantflow.host.place import CPU
 from quantflow.ir.batch import Batch
 from quantflow.ir.structure import Typed, plain
 from quantflow.numerics import measures
+from quantflow.numerics.affine import QParams, dequantize
+from quantflow.runtimes.native_sums import error_sums
 
 TOP1 = "top1"
 SPEARMAN = "spearman"
@@ -24,6 +26,8 @@ _PIECE = 1 << 15
 
 #: Calls `on_value(name, tensor)` for every layer's output while it runs a batch.
 LayerRun = Callable[[Batch, Callable[[str, torch.Tensor], None]], Any]
+#: Calls `on_value(name, tensor, qparams)` so: codes of `qparams`, or reals where these are None.
+CodedRun = Callable[[Batch, Callable[[str, torch.Tensor, QParams | None], None]], Any]
 
 
 def evaluate(
@@ -103,7 +107,7 @@ def judge(tallies: Iterable[Tally]) -> dict[str, Any]:
     return whole.result()
 
 
-def compare_layers(float_run: LayerRun, int8_run: LayerRun, batches: Iterable[Batch]) -> list[dict[str, Any]]:
+def compare_layers(float_run: LayerRun, int8_run: CodedRun, batches: Iterable[Batch]) -> list[dict[str, Any]]:
     """Error of each layer's output against float's, in the int8 model's order, errors of earlier layers included.
 
     Layers that only one side reports are left out. Holds one batch's float activations in memory, as they are: no op
@@ -120,10 +124,12 @@ def compare_layers(float_run: LayerRun, int8_run: LayerRun, batches: Iterable[Ba
             def keep(name: str, x: torch.Tensor, into: dict[str, torch.Tensor] = expected) -> None:
                 into[name] = x.detach()
 
-            def compare(name: str, x: torch.Tensor, source: dict[str, torch.Tensor] = expected) -> None:
+            def compare(
+                name: str, x: torch.Tensor, qparams: QParams | None, source: dict[str, torch.Tensor] = expected
+            ) -> None:
                 reference = source.pop(name, None)
                 if reference is not None and reference.shape == x.shape:
-                    errors.setdefault(name, ErrorSum()).add(reference, x)
+                    errors.setdefault(name, ErrorSum()).add(reference, x, qparams)
 
             float_run(batch, keep)
             int8_run(batch, compare)
@@ -146,9 +152,14 @@ class ErrorSum:
     nonfinite_int8: int = 0
     is_broken: bool = False
 
-    def add(self, reference: torch.Tensor, actual: torch.Tensor) -> None:
-        """Both of one shape, any dtype."""
-        reference, actual = reference.detach(), actual.detach().to(reference.device)
+    def add(self, reference: torch.Tensor, actual: torch.Tensor, qparams: QParams | None = None) -> None:
+        """Both of one shape, any dtype; with `qparams`, `actual` holds codes."""
+        reference, actual = reference.detach(), actual.detach()
+        sums = error_sums(reference, actual, qparams)
+        if sums is not None:
+            self._count(reference.numel(), *sums)
+            return
+        actual = (actual if qparams is None else dequantize(actual, qparams)).to(reference.device)
         if reference.dim() > 2 and reference.movedim(1, -1).is_contiguous():
             reference, actual = reference.movedim(1, -1), actual.movedim(1, -1)  # as they lie in memory
         for x, y in zip(_pieces(reference), _pieces(actual), strict=True):
@@ -167,11 +178,14 @@ class ErrorSum:
             noise = error.dot(error).item()
         if reference.numel() == 0:
             return
-        self.elements += reference.numel()
-        self.signal += reference.dot(reference).item()
+        self._count(reference.numel(), reference.dot(reference).item(), noise, _largest(reference), _largest(error))
+
+    def _count(self, elements: int, signal: float, noise: float, largest: float, largest_error: float) -> None:
+        self.elements += elements
+        self.signal += signal
         self.noise += noise
-        self.largest = max(self.largest, _largest(reference))
-        self.largest_error = max(self.largest_error, _largest(error))
+        self.largest = max(self.largest, largest)
+        self.largest_error = max(self.largest_error, largest_error)
 
     def merge(self, other: ErrorSum) -> None:
         """Adds what the other saw after this."""

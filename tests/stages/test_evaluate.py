@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from quantflow.errors import DataError, ModelError, VerificationError
 from quantflow.ir.batch import Batch
+from quantflow.numerics.affine import QParams, dequantize, quantize
 from quantflow.numerics.measures import max_error, sqnr_db
 from quantflow.stages.evaluate import ErrorSum, compare_layers, evaluate, spearman, tensors
 
@@ -238,17 +239,17 @@ def test_outputs_of_another_shape(logits: torch.Tensor, int8_fn: Callable[..., A
 
 
 def test_layers_are_compared_in_the_int8_models_order() -> None:
-    def run(scale: float, names: tuple[str, ...]) -> Callable[[Batch, Callable[[str, torch.Tensor], None]], None]:
-        def layers(batch: Batch, on_value: Callable[[str, torch.Tensor], None]) -> None:
+    def run(scale: float, names: tuple[str, ...], *qparams: None) -> Callable[[Batch, Callable[..., None]], None]:
+        def layers(batch: Batch, on_value: Callable[..., None]) -> None:
             x = batch.args[0]
             for name in names:
                 x = (x + 1) * scale
-                on_value(name, x)
+                on_value(name, x, *qparams)
 
         return layers
 
     x = torch.arange(12.0).reshape(4, 3)
-    rows = compare_layers(run(1, ("a", "b", "only_float")), run(1.01, ("a", "b", "only_int8")), batches_of(x, 3))
+    rows = compare_layers(run(1, ("a", "b", "only_float")), run(1.01, ("a", "b", "only_int8"), None), batches_of(x, 3))
     assert [row["name"] for row in rows] == ["a", "b"]
     assert rows[0]["sqnr_db"] == pytest.approx(sqnr_db(x + 1, (x + 1) * 1.01), abs=1e-3)
     assert rows[1]["sqnr_db"] < rows[0]["sqnr_db"]
@@ -272,6 +273,38 @@ def test_errors_are_added_up_piece_by_piece(shape: tuple[int, ...]) -> None:
     broken.add(x, y)
     assert (broken.nonfinite_float, broken.nonfinite_int8, broken.elements) == (2, 0, x.numel() - 2)
     assert math.isnan(broken.sqnr_db)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+@pytest.mark.parametrize("shape", [(2, 5, 7, 9), (3, 17), ()])
+def test_errors_of_codes_are_those_of_what_they_stand_for(dtype: str, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    qparams = QParams(dtype, 0.03, 7)
+    x = torch.randn(shape)
+    codes = quantize(x, qparams)
+    if x.dim() == 4:
+        codes = codes.contiguous(memory_format=torch.channels_last)
+    found, wanted = ErrorSum(), ErrorSum()
+    found.add(x, codes, qparams)
+    wanted.add(x, dequantize(codes, qparams))
+    assert found == wanted
+    assert found.elements == x.numel()
+
+
+def test_errors_are_the_same_without_the_native_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x, qparams = torch.randn(3, 4, 50, 41), QParams("uint8", 0.03, 128)
+    pairs = [(x, x + 0.1 * torch.randn(x.shape), None), (x[:, ::2], quantize(x[:, ::2], qparams), qparams)]
+    sums = []
+    for native in (True, False):
+        if not native:
+            monkeypatch.setattr("quantflow.stages.evaluate.error_sums", lambda *_: None)
+        for pair in pairs:
+            sums.append(ErrorSum())
+            sums[-1].add(*pair)
+    for a, b in zip(sums[:2], sums[2:], strict=True):
+        assert (a.signal, a.noise) == pytest.approx((b.signal, b.noise), rel=1e-12)
+        assert (a.largest, a.largest_error, a.elements) == (b.largest, b.largest_error, b.elements)
 
 
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=40), st.integers(1, 40))

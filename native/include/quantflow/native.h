@@ -14,7 +14,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-#define QF_ABI_VERSION 3
+#define QF_ABI_VERSION 4
 #define QF_ERROR 1
 #define QF_UNSUPPORTED 2 /* no kernel here; the text begins with "node INDEX: " */
 
@@ -92,6 +92,12 @@ int32_t qf_plan_run(qf_plan*, const void* const* inputs, void* const* outputs, c
  * final zero to `needed`; nothing is written where `room` is too small. */
 int32_t qf_plan_profile(qf_plan*, const void* const* inputs, void* const* outputs, int32_t runs, char* json, size_t room,
                         size_t* needed, char* error, size_t capacity);
+
+/* How far `actual` is from `expected`, both of `count` values: sums = {sum x^2, sum (x - x')^2, max |x|, max |x - x'|}.
+ * `actual` is QF_F32, or QF_U8 or QF_S8 codes of x' = (q - zero_point) * scale. Where a value is not finite, the second
+ * sum is not either, and the others mean nothing. */
+int32_t qf_error_sums(const float* expected, const void* actual, int32_t dtype, float scale, int32_t zero_point,
+                      size_t count, double* sums, char* error, size_t capacity);
 
 #pragma GCC visibility pop
 #ifdef __cplusplus
