@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -71,3 +72,20 @@ def exact_float32() -> Iterator[None]:
         else:
             with _by_older_names():
                 cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+def adds_exactly_in_float32() -> bool:
+    """Whether float32 products on this CPU add up what they are given: in no shorter format, and by no transformation.
+
+    On x86-64 oneDNN's direct convolution does where it is asked for float32; NNPACK, which torch takes without it,
+    transforms.
+    """
+    mkldnn = torch.backends.mkldnn
+    if platform.machine() not in ("x86_64", "AMD64") or not mkldnn.is_available() or not mkldnn.enabled:
+        return False
+    try:
+        asked = torch.get_float32_matmul_precision()
+        kept = [getattr(getattr(mkldnn, name, None), "fp32_precision", "none") for name in ("matmul", "conv")]
+    except RuntimeError:  # set by newer names, beside which the older one can't be read
+        return False
+    return asked == "highest" and all(each in ("none", "ieee") for each in kept)

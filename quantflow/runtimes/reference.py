@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from quantflow.errors import ArtifactError
+from quantflow.host.place import adds_exactly_in_float32
 from quantflow.ir.activations import Epilogue, apply_epilogue
 from quantflow.ir.aten_policy import aten_op, computing
 from quantflow.ir.graph import SIZE_FUNCTIONS
@@ -25,6 +26,8 @@ from quantflow.runtimes.runner import AbstractRunner
 
 #: Ops that compute a real number per element; every other op moves codes, or is float by itself.
 _COMPUTED = ("quantize", *COMPUTING_OPS)
+#: Float32 holds every whole number up to this.
+FLOAT32_INTEGERS = 2**24
 _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
@@ -199,11 +202,10 @@ def _linear(program: Program, node: Node, args: Any, operands: Sequence[QParams 
 def _sums(
     program: Program, node: Node, args: Any, operands: Sequence[QParams | None]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(exact sums in float64, scale_x * scale_w, bias) of a convolution or linear; the last two fit the sums' shape."""
+    """(exact sums, scale_x * scale_w, bias) of a convolution or linear; the last two fit the sums' shape."""
     qx, attrs = _known(operands[0]), node.attrs
-    weight = program.tensors[attrs["weight"]].to(torch.float64)
     scale = program.tensors[attrs["weight_scale"]] * qx.scale
-    centered = _centered(args[0], qx)
+    centered, weight = _exact_operands(_centered(args[0], qx), program.tensors[attrs["weight"]])
     if node.op == "linear":
         acc, channel = F.linear(centered, weight), -1
     else:
@@ -215,6 +217,20 @@ def _sums(
     shape[channel] = -1
     bias = None if attrs["bias"] is None else program.tensors[attrs["bias"]].reshape(shape)
     return acc, scale.reshape(shape) if scale.numel() > 1 else scale, bias
+
+
+def _exact_operands(centered: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Centered codes in float64 and a weight's codes, as floats whose products' sums are exact.
+
+    That is float32 where no partial sum, in whatever order, can leave the whole numbers that it holds:
+    max |q| * max_c sum |w_c| <= 2**24. Float64 takes twice as long.
+    """
+    if centered.is_cpu and centered.numel() and weight.numel() and adds_exactly_in_float32():
+        narrow = weight.to(torch.float32)
+        most = torch.linalg.vector_norm(narrow.flatten(1), 1, dim=1).max() * centered.abs().max()
+        if float(most) <= FLOAT32_INTEGERS:
+            return centered.to(torch.float32), narrow
+    return centered, weight.to(torch.float64)
 
 
 def _recurrence(program: Program, node: Node, args: Any, found: torch.Tensor | None = None) -> torch.Tensor:
