@@ -44,11 +44,13 @@ class AbstractContestant(ABC):
     """How one library makes an int8 model of the task, and runs it.
 
     Attributes:
+        isa: the instruction set of its int8 kernels, where it says so.
         packages: distributions whose versions go into the record.
         notes: what a reader of the record should know about how the model was made.
     """
 
     packages: tuple[str, ...] = ()
+    isa: str | None = None
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder = folder
@@ -124,6 +126,11 @@ class Quantflow(AbstractContestant):
         proof = self.model.results["int8_proof"]
         self.notes.append(f"{proof['int8_layers_run']} of {proof['core_layers']} layers int8")
         self.notes.append(f"runtime {self.model.compiled.choice.runtime.name}")
+        with contextlib.suppress(quantflow.QuantflowError):
+            from quantflow.runtimes.native_library import host_isa
+
+            self.isa = host_isa()
+            self.notes.append(f"kernels for {self.isa}")
 
     def compiled(self, example: Arrays) -> Compiled:  # noqa: ARG002 - one model for all shapes
         return _inference(self.model)
@@ -167,6 +174,10 @@ class OpenVino(AbstractContestant):
         model = self.model.clone()
         model.reshape(dict(enumerate(a.shape for a in example)))
         hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": self.threads}
+        if limit := os.environ.get("ONEDNN_MAX_CPU_ISA"):
+            # It chooses bfloat16 by what the processor has, and then finds no kernel within the limit.
+            hints["INFERENCE_PRECISION_HINT"] = "f32"
+            self.isa = limit.lower()
         compiled = openvino.Core().compile_model(model, "CPU", hints)
         note = f"float parts in {compiled.get_property('INFERENCE_PRECISION_HINT').to_string()}"
         if note not in self.notes:
@@ -323,7 +334,7 @@ def _serve(make: Callable[[], AbstractContestant], out: IO[str]) -> None:
         start = time.perf_counter()
         contestant = make()
         contestant.prepare()
-        prepared = {"seconds": time.perf_counter() - start, "versions": contestant.versions()}
+        prepared = {"seconds": time.perf_counter() - start, "versions": contestant.versions(), "isa": contestant.isa}
         evaluation = contestant.arrays("evaluation")
     except Exception as error:  # noqa: BLE001 - every reason is reported
         _answer(out, _failure(error))

@@ -3,8 +3,9 @@
 Every contestant gets the same weights, calibration samples and inputs, and makes its int8 model once, in a process of
 its own; then all take turns, round after round, while the others wait. The table says how long a batch takes, how far
 the output is from the float model's, and the ratio to the fastest peer, of times in the same round. A contestant that
-fails is a row with its reason. The peers run in the interpreter `--peer-python`, an environment of their own with
-torch, openvino, nncf, onnx, onnxscript and onnxruntime.
+fails is a row with its reason. `--isa avx2` holds quantflow and OpenVINO to that instruction set; the others have no
+setting that covers all their kernels. The peers run in the interpreter `--peer-python`, an environment of their own
+with torch, openvino, nncf, onnx, onnxscript and onnxruntime.
 
     python -m bench.vs_peers --peer-python PATH/bin/python --threads 2 --floor --json vs_peers.json
     python -m bench.vs_peers --peer-python PATH/bin/python --threads 2 --first-result
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.engine_rate import NoEngineRate, built, engine_rate
 from bench.photo_models import float_module, model_on_photos, photos
 from bench.reporting import arguments, console, show, show_machine, write
 from quantflow.numerics.measures import sqnr_db
@@ -54,6 +56,13 @@ GEMM_SIZE, GEMM_LINEARS = 2048, 4
 SETTLE_S = 0.05
 #: Of one core, used by a contestant while others run: more would slow them down.
 IDLE_LIMIT = 0.02
+#: quantflow's name of an instruction set (QUANTFLOW_ISA), and the limit that oneDNN knows (ONEDNN_MAX_CPU_ISA).
+ISAS = {
+    "avx2": "AVX2",
+    "avx_vnni": "AVX2_VNNI",
+    "avx512_vnni": "AVX512_CORE_VNNI",
+    "amx_int8": "AVX512_CORE_AMX",
+}
 COLUMNS = (
     "what",
     "median_ms",
@@ -63,6 +72,7 @@ COLUMNS = (
     "to fastest peer",
     "quartiles",
     "to floor",
+    "isa",
     "status",
 )
 FIRST_COLUMNS = (
@@ -153,7 +163,12 @@ def main() -> int:
     parser.add_argument("--calibration", type=int, default=300, help="samples (default 300, as NNCF's own)")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--min-turn-ms", type=float, default=300.0)
-    parser.add_argument("--floor", action="store_true", help="also time a large int8 product, and what it predicts")
+    parser.add_argument("--isa", choices=ISAS, help="hold quantflow and OpenVINO to it (default: the best)")
+    parser.add_argument(
+        "--floor",
+        action="store_true",
+        help="time a large int8 product and the engine's own rate, too, and say what they predict",
+    )
     parser.add_argument("--first-result", action="store_true", help="instead: from a saved model to its first result")
     parser.add_argument("--timeout-s", type=float, default=1800, help="for any one answer of a contestant")
     options = parser.parse_args()
@@ -234,7 +249,7 @@ def _started(
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env=_environment(options.threads),
+            env=_environment(options),
         )
     worker = Worker(what, process, own / "log.txt", options.timeout_s)
     try:
@@ -258,8 +273,9 @@ def _command(
     return [python, str(CONTESTANT), what, name, str(folder), json.dumps(common | settings)]
 
 
-def _environment(count: int) -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": str(count), "HF_HUB_OFFLINE": "1"}
+def _environment(options: argparse.Namespace) -> dict[str, str]:
+    limits = {} if options.isa is None else {"QUANTFLOW_ISA": options.isa, "ONEDNN_MAX_CPU_ISA": ISAS[options.isa]}
+    return os.environ | {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"} | limits
 
 
 def _measure(
@@ -275,8 +291,10 @@ def _measure(
         calls[worker.what] = max(1, math.ceil(options.min_turn_ms / min(took)))
     rounds: dict[str, list[float]] = {w.what: [] for w in running}
     idle, elapsed = dict.fromkeys(rounds, 0.0), dict.fromkeys(rounds, 0.0)
+    engine = _Engine(gemm, folder, options.threads)
     for turn in range(options.rounds):
         first = turn % max(len(running), 1)
+        engine.turn()
         for worker in running[first:] + running[:first]:
             time.sleep(SETTLE_S)
             before, start = {w.what: w.cpu_s() for w in running}, time.perf_counter()
@@ -296,11 +314,12 @@ def _measure(
             "calls": calls.get(w.what),
             "rounds_ms": rounds.get(w.what, []),
             "idle_cpu": idle[w.what] / elapsed[w.what] if elapsed.get(w.what) else 0.0,
+            "isa": w.prepared.get("isa"),
         }
         | (_quartiles("_ms", rounds[w.what]) if w.failed is None else {})
         for w in (*workers, *([gemm] if gemm else ()))
     ]
-    return _with_ratios(rows, _floor_ms(rows, task, batch))
+    return _with_ratios(rows, _floor_ms(rows, task, batch, engine))
 
 
 def _sqnr_db(task: Task, batch: int, worker: Worker, folder: Path) -> float | None:
@@ -329,7 +348,38 @@ def _with_ratios(rows: list[dict[str, Any]], floor_ms: float | None) -> list[dic
     return rows
 
 
-def _floor_ms(rows: Sequence[dict[str, Any]], task: Task, batch: int) -> float | None:
+class _Engine:
+    """The processor's own int8 rate on the instruction set of the large linears, measured once in each round."""
+
+    def __init__(self, gemm: Worker | None, folder: Path, threads: int) -> None:
+        self.isa = None if gemm is None else gemm.prepared.get("isa")
+        self.threads = threads
+        self.rates: list[float] = []
+        self.missing = "the large linears don't say on which instruction set they run"
+        self.program: Path | None = None
+        if self.isa is not None:
+            self._try(lambda: setattr(self, "program", built(folder)))
+
+    def turn(self) -> None:
+        program, isa = self.program, self.isa
+        if program is not None and isa is not None:
+            self._try(lambda: self.rates.append(engine_rate(program, isa, self.threads)))
+
+    def _try(self, do: Callable[[], None]) -> None:
+        try:
+            do()
+        except NoEngineRate as error:
+            self.missing, self.program = str(error), None
+
+    def beside(self, gmacs: float) -> dict[str, Any]:
+        """For the record: the rate in GMAC/s, and the share of it that `gmacs` are."""
+        if not self.rates:
+            return {"engine": None, "reason": self.missing}
+        rate = statistics.median(self.rates)
+        return {"engine": rate, "isa": self.isa, "linears": gmacs, "share": gmacs / rate}
+
+
+def _floor_ms(rows: Sequence[dict[str, Any]], task: Task, batch: int, engine: _Engine) -> float | None:
     """The model's multiply-accumulates at the rate of the large linears in the same rounds."""
     gemm = next((row for row in rows if row["what"] == GEMM and row["status"] == "ok"), None)
     if gemm is None:
@@ -340,6 +390,14 @@ def _floor_ms(rows: Sequence[dict[str, Any]], task: Task, batch: int) -> float |
         f"\nfloor: {task.macs * batch / 1e9:.3f} GMAC at the {per_ms / 1e6:.0f} GMAC/s of {GEMM_LINEARS} linears of "
         f"{GEMM_SIZE} x {GEMM_SIZE} on {GEMM_SIZE} rows: {floor_ms:.3f} ms"
     )
+    gemm["engine"] = found = engine.beside(per_ms / 1e6)
+    if found["engine"] is None:
+        console.print(f"the engine's own rate: not measured ({found['reason']})", markup=False)
+    else:
+        console.print(
+            f"the engine's own rate ({found['isa']}, exact products of registers): {found['engine']:.0f} GMAC/s, "
+            f"of which the linears reach {found['share']:.2f}"
+        )
     return floor_ms
 
 
@@ -450,7 +508,7 @@ def _first_result(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def _timed_process(command: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, env=_environment(options.threads), check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=_environment(options), check=False)
     process_s = time.perf_counter() - start
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or [f"the process ended ({done.returncode})"])[-1]}

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.vs_peers import CONTESTANT, OURS, _with_ratios
+from bench.engine_rate import NoEngineRate, built, engine_rate
+from bench.vs_peers import CONTESTANT, ISAS, OURS, _with_ratios
+from quantflow import QuantflowError
+from quantflow.runtimes.native_library import host_isa, library
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,3 +48,15 @@ def test_ratios_are_taken_within_rounds_and_to_the_fastest_peer() -> None:
     assert (ours["fastest_peer"], ours["median_ratio"], ours["to floor"]) == ("openvino", 1.0, 2.0)
     assert openvino["median_ratio"] == 1.0
     assert "median_ratio" not in torch_ao
+
+
+def test_the_engine_has_a_rate_on_the_instruction_set_that_our_kernels_use(tmp_path: Path) -> None:
+    try:
+        library()
+        program = built(tmp_path)
+    except (QuantflowError, NoEngineRate) as error:
+        pytest.skip(str(error))
+    if host_isa() in ISAS:
+        assert engine_rate(program, host_isa(), 1) > 0.1
+    with pytest.raises(NoEngineRate, match="no loop of products that runs here on generic"):
+        engine_rate(program, "generic", 1)
