@@ -125,12 +125,12 @@ class Quantflow(AbstractContestant):
         self.model: Any = quantflow.quantize(module, batches, evaluation=batches[:1], **chosen)
         proof = self.model.results["int8_proof"]
         self.notes.append(f"{proof['int8_layers_run']} of {proof['core_layers']} layers int8")
-        self.notes.append(f"runtime {self.model.compiled.choice.runtime.name}")
-        with contextlib.suppress(quantflow.QuantflowError):
+        runtime = self.model.compiled.choice.runtime.name
+        self.notes.append(f"runtime {runtime}")
+        if runtime == "native":
             from quantflow.runtimes.native_library import host_isa
 
             self.isa = host_isa()
-            self.notes.append(f"kernels for {self.isa}")
 
     def compiled(self, example: Arrays) -> Compiled:  # noqa: ARG002 - one model for all shapes
         return _inference(self.model)
@@ -154,6 +154,7 @@ class OpenVino(AbstractContestant):
     """The PyTorch front end, NNCF's defaults for the kind of model, a fixed shape per batch size."""
 
     packages = ("openvino", "nncf", "torch", "numpy")
+    isa = os.environ.get("ONEDNN_MAX_CPU_ISA")
 
     def prepare(self) -> None:
         import nncf
@@ -174,10 +175,9 @@ class OpenVino(AbstractContestant):
         model = self.model.clone()
         model.reshape(dict(enumerate(a.shape for a in example)))
         hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": self.threads}
-        if limit := os.environ.get("ONEDNN_MAX_CPU_ISA"):
+        if self.isa is not None:
             # It chooses bfloat16 by what the processor has, and then finds no kernel within the limit.
             hints["INFERENCE_PRECISION_HINT"] = "f32"
-            self.isa = limit.lower()
         compiled = openvino.Core().compile_model(model, "CPU", hints)
         note = f"float parts in {compiled.get_property('INFERENCE_PRECISION_HINT').to_string()}"
         if note not in self.notes:

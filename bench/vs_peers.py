@@ -242,14 +242,15 @@ def _started(
         if (folder / file).exists():
             (own / file).symlink_to(folder / file)
     console.print(f"{what} …")
+    command = _command("serve", name, own, settings, options)
     with (own / "log.txt").open("w") as log:
         process = subprocess.Popen(
-            _command("serve", name, own, settings, options),
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env=_environment(options),
+            env=_environment(command, options),
         )
     worker = Worker(what, process, own / "log.txt", options.timeout_s)
     try:
@@ -273,8 +274,12 @@ def _command(
     return [python, str(CONTESTANT), what, name, str(folder), json.dumps(common | settings)]
 
 
-def _environment(options: argparse.Namespace) -> dict[str, str]:
-    limits = {} if options.isa is None else {"QUANTFLOW_ISA": options.isa, "ONEDNN_MAX_CPU_ISA": ISAS[options.isa]}
+def _environment(command: Sequence[str], options: argparse.Namespace) -> dict[str, str]:
+    """Of a contestant's process. oneDNN's limit is not for quantflow: its runtime on torch goes by the processor."""
+    limits = {}
+    if options.isa is not None:
+        is_ours = command[3] == OURS
+        limits = {"QUANTFLOW_ISA": options.isa} if is_ours else {"ONEDNN_MAX_CPU_ISA": ISAS[options.isa]}
     return os.environ | {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"} | limits
 
 
@@ -508,7 +513,7 @@ def _first_result(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def _timed_process(command: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, env=_environment(options), check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=_environment(command, options), check=False)
     process_s = time.perf_counter() - start
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or [f"the process ended ({done.returncode})"])[-1]}
