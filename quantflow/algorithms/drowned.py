@@ -21,8 +21,7 @@ from torch import fx
 
 from quantflow.algorithms.outcome import Material, db
 from quantflow.algorithms.simulate import on_grid
-from quantflow.ir.binding import bind
-from quantflow.ir.graph import Graph, interpret, op_name
+from quantflow.ir.graph import Graph, op_name
 from quantflow.ir.ops import MOVING_OPS
 from quantflow.ir.plan import Plan, PlannedUnit
 from quantflow.ir.units import ADD, CAT, CORE, SIZE
@@ -71,7 +70,7 @@ def drowned(graph: Graph, plan: Plan, material: Material) -> dict[str, str]:
     with torch.inference_mode():
         for batch in material.first(SAMPLES):
             values.append({})
-            interpret(graph, bind(graph, batch.args, batch.kwargs), on_value)
+            material.passes.run(graph, batch, on_value)
         grids = {root: _qparams(plan, observer) for root, observer in shared.items() if root in observed}
         alone = {node: _qparams(plan, observer) for node, observer in own.items() if node in observed}
         found = {}

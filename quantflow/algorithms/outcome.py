@@ -11,6 +11,7 @@ import torch
 
 from quantflow.host.place import CPU
 from quantflow.ir.batch import Batch
+from quantflow.ir.float_passes import NOTHING_HELD, FloatPasses
 from quantflow.ir.graph import Graph
 
 Update = Callable[[int, int | None], None]
@@ -80,6 +81,7 @@ class Material:
         fixed: constants that may not change: imperative mode can't carry all of them over to the user's module.
         may_insert: whether the graph may get new ops, which imperative mode has no place for.
         place: where float models and simulated ones are computed.
+        passes: what runs the float graph, and may hold what an earlier stage has computed.
     """
 
     batches: Sequence[Batch]
@@ -89,6 +91,7 @@ class Material:
     fixed: frozenset[str] = frozenset()
     may_insert: bool = True
     place: torch.device = CPU
+    passes: FloatPasses = NOTHING_HELD
 
     def first(self, samples: int) -> list[Batch]:
         """The first `samples` samples, in whole batches where these can't be cut."""

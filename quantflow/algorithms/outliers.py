@@ -23,8 +23,7 @@ from torch import fx
 
 from quantflow.algorithms.outcome import Material
 from quantflow.algorithms.simulate import on_grid, with_second_term
-from quantflow.ir.binding import bind
-from quantflow.ir.graph import Graph, interpret
+from quantflow.ir.graph import Graph
 from quantflow.ir.plan import Plan, PlannedUnit
 from quantflow.ir.units import CORE
 from quantflow.numerics.affine import activation_qparams
@@ -142,7 +141,7 @@ def find_outliers(settings: OutlierSettings, graph: Graph, plan: Plan, material:
 
     with torch.inference_mode():
         for done, batch in enumerate(batches, start=1):
-            interpret(placed, bind(graph, batch.args, batch.kwargs), on_value)
+            material.passes.run(placed, batch, on_value)
             material.update(done, len(batches))
         found = [each for seen in inputs.values() if seen.rows for each in _judged(settings, graph, plan, seen)]
     return Outliers(tuple(found))

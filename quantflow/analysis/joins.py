@@ -19,8 +19,6 @@ from torch import fx
 
 from quantflow.host.place import CPU
 from quantflow.ir.batch import Batch
-from quantflow.ir.binding import bind
-from quantflow.ir.graph import interpret
 from quantflow.ir.plan import PlannedUnit
 from quantflow.ir.units import ADD, CAT, MUL
 from quantflow.numerics.affine import dequantize, quantize
@@ -69,7 +67,7 @@ def join_costs(
                 errors[node].add(value, _rounded(node, places[node], kept, prepared, refined))
 
         with torch.inference_mode():
-            interpret(graph, bind(graph, batch.args, batch.kwargs), on_value)
+            prepared.passes.run(graph, batch, on_value)
     joins = []
     for node, planned in places.items():
         saved = sum(operand.name in written for operand in _operands(planned)) + planned.writes_codes

@@ -47,14 +47,14 @@ def own_errors(
 
     def read(name: str) -> Any:
         if name not in held:
-            held[name] = _held(floats[_source(name)], compiled.coding(name))
+            held[name] = _held(floats[float_source(name)], compiled.coding(name))
             if graph.place.type not in compiled.runner.takes and isinstance(held[name], torch.Tensor):
                 held[name] = held[name].cpu()
         return held[name]
 
     with torch.inference_mode():
         for index, node in enumerate(program.nodes):
-            if node.op in COMPUTING_OPS and all(_source(name) in floats for name in (*node.refs(), node.output)):
+            if node.op in COMPUTING_OPS and all(float_source(name) in floats for name in (*node.refs(), node.output)):
                 found = compiled.runner.run_node(index, {name: read(name) for name in node.refs()})
                 expected = floats[node.output]
                 if isinstance(expected, torch.Tensor) and expected.shape == found.shape:
@@ -108,7 +108,7 @@ def _extremes(x: torch.Tensor) -> tuple[float, float]:
     return low.item(), high.item()
 
 
-def _source(value: str) -> str:
+def float_source(value: str) -> str:
     """The graph's value behind a program's one: convert adds these endings where it changes how a value is held."""
     return value.removesuffix(".codes").removesuffix(".float")
 
@@ -120,7 +120,7 @@ def _held(x: Any, qparams: QParams | None) -> Any:
 def _histograms(graph: Graph, compiled: Compiled, node: Node, floats: Mapping[str, Any]) -> dict[str, Any]:
     shown: dict[str, Any] = {"name": node.name}
     for part, value in (("input", next(node.refs())), ("output", node.output)):
-        qparams, x = compiled.coding(value), floats[_source(value)]
+        qparams, x = compiled.coding(value), floats[float_source(value)]
         if qparams is not None and x.numel():
             shown[part] = histogram(x, [_clip(qparams)])
     weight = _float_weight(graph, node.name)

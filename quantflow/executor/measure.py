@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from quantflow.analysis.layer_errors import own_errors
+from quantflow.analysis.layer_errors import float_source, own_errors
 from quantflow.executor.contest import benchmark
 from quantflow.executor.run import Run
 from quantflow.executor.source import Source, Update, cut, takes
@@ -19,6 +19,7 @@ from quantflow.host.place import exact_float32
 from quantflow.ir.batch import Batch
 from quantflow.ir.binding import bind
 from quantflow.ir.graph import Graph, interpret
+from quantflow.ir.ops import COMPUTING_OPS
 from quantflow.ir.program import Program
 from quantflow.numerics.affine import QParams
 from quantflow.stages.compile import Compiled
@@ -111,23 +112,31 @@ def _inputs(program: Program, source: Source) -> str:
 @exact_float32()
 def _layer_errors(run: Run, graph: Graph, compiled: Compiled, update: Update) -> dict[str, Any]:
     """`per_layer`: each layer's error with those before it, and its own; `histograms` of the worst layers."""
-    parts = _parts(cut(next(iter(run.source.data.evaluation)), LAYER_SAMPLES, graph), graph)
+    batch = cut(next(iter(run.source.data.evaluation)), LAYER_SAMPLES, graph)
+    held = run.passes.held(graph, batch)
+    first = None if held is None else _of_first_samples(held, graph, compiled.program, batch)
+    if first is None:
+        run.passes.forget()
+    parts = _parts(batch, graph) if first is None else [batch]
+    floats: dict[str, Any] = {} if first is None else first
     program, graph, place = compiled.program, graph.at(run.place), run.int8_place(compiled.runner)
     names = {node.name: str(node.meta.get("layer", node.name)) for node in graph.fx.nodes}
     computed = {
         node.output: node.name for node in program.nodes if node.op not in ("quantize", "dequantize", "size", "shape")
     }
-    floats: dict[str, Any] = {}
     steps, done = (len(parts) + 1) * len(program.nodes), 0
 
     def float_run(batch: Batch, on_value: Callable[[str, torch.Tensor], None]) -> None:
         def seen(node: Any, value: Any) -> None:
-            if batch is parts[-1] and node.op != "get_attr":
+            if first is None and batch is parts[-1] and node.op != "get_attr":
                 floats[node.name] = value
             if _is_real(value) and node.name in computed:
                 on_value(computed[node.name], value)
 
-        interpret(graph, bind(graph, batch.args, batch.kwargs), seen)
+        if first is None:
+            interpret(graph, bind(graph, batch.args, batch.kwargs), seen)
+        else:
+            run.passes.run(graph, batch, seen)
 
     def int8_run(batch: Batch, on_value: Callable[[str, torch.Tensor, QParams | None], None]) -> None:
         nonlocal done
@@ -141,6 +150,7 @@ def _layer_errors(run: Run, graph: Graph, compiled: Compiled, update: Update) ->
 
     rows = compare_layers(float_run, int8_run, parts)
     own, histograms = own_errors(graph, compiled, floats, lambda more, _: update(done + more, steps))
+    run.passes.forget()
     for row in rows:
         if row["name"] in own:
             row["own_sqnr_db"] = own[row["name"]].sqnr_db
@@ -154,6 +164,30 @@ def _parts(batch: Batch, graph: Graph) -> list[Batch]:
     if not 0 < rest.size == batch.size - first.size or not takes(graph, batch, rest.size):
         return [batch]
     return [rest, first]
+
+
+def _of_first_samples(values: Mapping[str, Any], graph: Graph, program: Program, batch: Batch) -> dict[str, Any] | None:
+    """What own errors read, of a batch's values the rows of its first OWN_SAMPLES; None where that can't be told."""
+    samples = cut(batch, OWN_SAMPLES, graph).size
+    if samples == batch.size:
+        return dict(values)
+    if any(not isinstance(size, int) for item in graph.inputs for size in item.shape[1:]):
+        return None
+    shapes = {node.name: node.meta.get("shape") for node in graph.fx.nodes}
+    found: dict[str, Any] = {}
+    for name in {name for node in program.nodes if node.op in COMPUTING_OPS for name in (*node.refs(), node.output)}:
+        source = float_source(name)
+        if source not in values:
+            continue
+        value, shape = values[source], shapes[source]
+        if not isinstance(value, torch.Tensor) or shape is None:
+            return None
+        # Nothing but the batch varies, so that a size that varies and is the batch's counts samples.
+        varying = [dim for dim, size in enumerate(shape) if not isinstance(size, int)]
+        if varying not in ([], [0]) or (varying and value.shape[0] != batch.size):
+            return None
+        found[source] = value[:samples] if varying else value
+    return found
 
 
 def _bound(compiled: Compiled, batch: Batch, place: torch.device) -> list[torch.Tensor]:

@@ -98,7 +98,7 @@ def observed(run: Run, original: Graph) -> Observable:
             plan = plan_for(run, graph, example, outliers)
         plan, _ = without_drowned(run, graph, example, plan, material, outliers)
     with stage("prepare"):
-        prepared = prepare(graph, plan, module, run.stands_for)
+        prepared = replace(prepare(graph, plan, module, run.stands_for), passes=run.passes)
     return Observable(prepared, module, applied, outliers, run.place)
 
 

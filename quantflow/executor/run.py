@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from quantflow.algorithms.kept import NOTHING_KEPT, KeptAlgorithms
 from quantflow.executor.source import Source
 from quantflow.host.place import CPU
 from quantflow.host.workers import Workers
+from quantflow.ir.float_passes import FloatPasses
 from quantflow.ir.graph import Graph
 from quantflow.report import Progress
 from quantflow.runtimes import AbstractRunner, Choice, choose_runtime
@@ -32,6 +33,7 @@ class Run:
 
     Attributes:
         place: where torch computes what is not int8; the CPU until `placed` has tried the device.
+        passes: what runs the float graph, for all stages.
     """
 
     recipe: Recipe
@@ -42,6 +44,7 @@ class Run:
     workers: Workers = ONLY
     overrides: Sequence[str] = ()
     place: torch.device = CPU
+    passes: FloatPasses = field(default_factory=FloatPasses)
 
     @classmethod
     def of(cls, recipe: Recipe, source: Source, progress: Progress, **others: Any) -> Run:
@@ -73,7 +76,7 @@ class Run:
     def material(self, graph: Graph) -> Material:
         """What accuracy algorithms look at."""
         batches, seed = self.source.data.calibration, self.recipe.seed
-        return Material(batches, graph.batch_is_dynamic, seed, place=self.place)
+        return Material(batches, graph.batch_is_dynamic, seed, place=self.place, passes=self.passes)
 
     def kept_algorithms(self) -> KeptAlgorithms:
         """What an interrupted run's algorithms have finished. Every worker reads it; the first one writes."""

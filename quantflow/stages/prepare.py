@@ -11,8 +11,8 @@ from torch import nn
 
 from quantflow.host.place import CPU
 from quantflow.ir.batch import Batch
-from quantflow.ir.binding import HOST, bind
-from quantflow.ir.graph import Graph, interpret
+from quantflow.ir.float_passes import NOTHING_HELD, FloatPasses
+from quantflow.ir.graph import Graph
 from quantflow.ir.ops import MOVING_OPS
 from quantflow.ir.plan import Plan
 from quantflow.ir.units import makes_values
@@ -29,6 +29,7 @@ class Prepared:
         layers: value name → layer name, for messages.
         observed_module: imperative mode: the user's module with observers in place; None runs the graph.
         place: where it computes.
+        passes: what runs the graph.
     """
 
     graph: Graph
@@ -37,6 +38,7 @@ class Prepared:
     layers: Mapping[str, str]
     observed_module: nn.Module | None = None
     place: torch.device = CPU
+    passes: FloatPasses = NOTHING_HELD
 
     def at(self, place: torch.device) -> Prepared:
         """The same, computed on another device; the module is moved there."""
@@ -65,8 +67,7 @@ class Prepared:
             from quantflow.stages.imperative import run_observed
 
             return run_observed(self.observed_module, batch.at(self.place), observed)
-        inputs = bind(self.graph, batch.args, batch.kwargs, (*HOST, self.place.type))
-        return interpret(self.graph, inputs, lambda node, value: observed(node.name, value))
+        return self.passes.run(self.graph, batch, lambda node, value: observed(node.name, value))
 
 
 def prepare(
