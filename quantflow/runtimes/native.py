@@ -519,18 +519,20 @@ def _interleaved_ms(calls: Sequence[Callable[[], Any]], runs: int) -> list[float
     """The least time of each call over `runs` rounds in turn, in ms.
 
     A run during which the system took a core away says nothing about the call: with more threads it is the more
-    likely, so on a busy machine one thread would seem the fastest. Such rounds are repeated while patience lasts.
+    likely, so on a busy machine one thread would seem the fastest. Such rounds are repeated while patience lasts; not
+    where there is one call and nothing to choose.
     """
     import resource  # not on Windows, where nothing native runs
 
     best, done, start = [math.inf] * len(calls), 0, time.perf_counter()
     while done < runs:
         preempted = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+        is_patient = len(calls) > 1 and time.perf_counter() - start <= _PATIENCE_S
         for i, call in enumerate(calls):
             begin = time.perf_counter()
             call()
             best[i] = min(best[i], (time.perf_counter() - begin) * 1e3)
-        if preempted == resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw or time.perf_counter() - start > _PATIENCE_S:
+        if not is_patient or preempted == resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw:
             done += 1
     return best
 

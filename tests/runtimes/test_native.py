@@ -367,10 +367,12 @@ def test_a_busy_machine_does_not_choose_the_variant(monkeypatch: pytest.MonkeyPa
     assert calls == ["a", "b"] * 5
     always = itertools.count()
     monkeypatch.setattr("resource.getrusage", lambda _who: SimpleNamespace(ru_nivcsw=next(always)))
-    monkeypatch.setattr(native, "_PATIENCE_S", 0.0)
     calls.clear()
     native._interleaved_ms([lambda: calls.append("a")], 2)
     assert calls == ["a", "a"]
+    monkeypatch.setattr(native, "_PATIENCE_S", -1.0)
+    native._interleaved_ms([lambda: calls.append("b"), lambda: calls.append("c")], 2)
+    assert calls == ["a", "a", "b", "c", "b", "c"]
 
 
 def test_threads_share_a_model(convolutions: Program) -> None:
