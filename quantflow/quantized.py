@@ -42,7 +42,7 @@ from quantflow.stages.compile import Compiled, compile_program
 from quantflow.stages.imperative import int8_layers, put_in_place, run_module, with_tensors
 from quantflow.stages.record import Record, weights_bytes
 from quantflow.store import artifact
-from quantflow.store.json_values import from_json, to_json
+from quantflow.store.json_values import decoded, to_json
 
 if TYPE_CHECKING:
     from quantflow.exchange import OnnxExport
@@ -475,7 +475,8 @@ def load(
         }
         parts[name] = _compiled(Record.of_files(own, f"{directory}/{prefix}", operators), runtime, device)
     hooks = {name: hooks_of(module.get_submodule(name)) for name in parts}
-    return QuantizedParts(put_in(module, parts, hooks), parts, from_json(files[artifact.RESULTS]))
+    results = artifact.parse_json(files.get(artifact.RESULTS, b""), artifact.RESULTS)
+    return QuantizedParts(put_in(module, parts, hooks), parts, decoded(results))
 
 
 def _index_of_parts(files: Mapping[str, bytes], directory: str | Path, module: nn.Module) -> dict[str, Any]:
@@ -508,7 +509,7 @@ def _compiled(record: Record, runtime: str, device: str) -> Quantized:
     wanted = recipe.runtime.kind if runtime == "auto" else runtime
     mode = recipe.mode.kind
     choice = choose_runtime(wanted, device, "export" if runtime != "auto" else mode)
-    floats = (record.results.get("runtime") or {}).get("float", "float32")
+    floats = str(_section(record, "runtime").get("float", "float32"))
     if floats in choice.runtime.halves:
         choice = replace(choice, floats=floats)
     elif floats != "float32":
@@ -519,10 +520,17 @@ def _compiled(record: Record, runtime: str, device: str) -> Quantized:
         )
     compiled = compile_program(record.program, choice, is_from_file=True)
     if _same_machine(record.results.get("environment")):
-        compiled.runner.adopt(record.results.get("warmup", {}).get("variants", ()))
+        variants = _section(record, "warmup").get("variants")
+        compiled.runner.adopt([row for row in variants if isinstance(row, dict)] if isinstance(variants, list) else ())
     if mode == "torchscript" and choice.runtime.script is not None:
         return QuantizedScript.adopt(compiled, record)
     return QuantizedModel(compiled, record)
+
+
+def _section(record: Record, name: str) -> Mapping[str, Any]:
+    """A section of the results, which a file may hold in any form."""
+    found = record.results.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _same_machine(recorded: Any) -> bool:

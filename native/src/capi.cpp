@@ -55,6 +55,13 @@ std::int32_t guarded(char* error, std::size_t capacity, Body body) {
     return QF_ERROR;
 }
 
+// What a caller must give: null is refused by name, not followed.
+template <typename T>
+T* given(T* pointer, const char* what, std::size_t count = 1) {
+    if (pointer == nullptr && count != 0) throw Error(std::string(what) + " is null");
+    return pointer;
+}
+
 DType dtype_of(std::int32_t code) {
     if (code < QF_F32 || code > QF_BOOL) throw Error("dtype " + std::to_string(code) + " is not known");
     return static_cast<DType>(code);
@@ -62,6 +69,7 @@ DType dtype_of(std::int32_t code) {
 
 std::vector<std::int64_t> dims_of(const std::int64_t* dims, std::int32_t rank) {
     if (rank < 0 || rank > 16) throw Error("rank " + std::to_string(rank) + " is not in [0, 16]");
+    given(dims, "dims", static_cast<std::size_t>(rank));
     std::vector<std::int64_t> out(dims, dims + rank);
     checked_count(out);
     return out;
@@ -69,8 +77,9 @@ std::vector<std::int64_t> dims_of(const std::int64_t* dims, std::int32_t rank) {
 
 std::vector<int> values_of(const Program& program, const char* const* names, std::size_t count) {
     std::vector<int> out;
+    given(names, "the list of names", count);
     for (std::size_t i = 0; i < count; ++i) {
-        const int index = program.find(names[i]);
+        const int index = program.find(given(names[i], "a name"));
         if (index < 0) throw Error(std::string("the program has no value '") + names[i] + "'");
         out.push_back(index);
     }
@@ -80,7 +89,8 @@ std::vector<int> values_of(const Program& program, const char* const* names, std
 std::unique_ptr<Plan> planned(const qf_engine* engine, Section section, const char* const* input_names,
                               const qf_form* inputs, std::size_t input_count, const char* const* output_names,
                               std::size_t output_count) {
-    const Program& program = engine->engine->program->program;
+    const Program& program = given(engine, "engine")->engine->program->program;
+    given(inputs, "inputs", input_count);
     if (section.first < 0 || section.last < section.first ||
         static_cast<std::size_t>(section.last) > program.nodes.size())
         throw Error("a section must lie inside the program");
@@ -114,10 +124,13 @@ std::int32_t qf_program_parse(const char* json, std::size_t size, const qf_tenso
                               qf_program** program, char* error, std::size_t capacity) {
     return guarded(error, capacity, [&] {
         TensorTable table;
+        given(program, "program");
+        given(json, "json", size);
+        given(tensors, "tensors", count);
         for (std::size_t i = 0; i < count; ++i) {
             const qf_tensor& t = tensors[i];
             const bool is_opaque = t.dtype < 0;
-            table.emplace(t.name, Stored{is_opaque ? DType::u8 : dtype_of(t.dtype), dims_of(t.dims, t.rank),
+            table.emplace(given(t.name, "a tensor's name"), Stored{is_opaque ? DType::u8 : dtype_of(t.dtype), dims_of(t.dims, t.rank),
                                          is_opaque ? nullptr : static_cast<const std::byte*>(t.data)});
         }
         auto loaded = std::make_shared<LoadedProgram>();
@@ -130,8 +143,9 @@ std::int32_t qf_program_open(const char* json_path, const char* weights_path, qf
                              std::size_t capacity) {
     return guarded(error, capacity, [&] {
         auto loaded = std::make_shared<LoadedProgram>();
-        loaded->weights = std::make_unique<MappedFile>(weights_path);
-        const MappedFile text(json_path);
+        given(program, "program");
+        loaded->weights = std::make_unique<MappedFile>(given(weights_path, "weights_path"));
+        const MappedFile text(given(json_path, "json_path"));
         loaded->program = parse_program(reinterpret_cast<const char*>(text.data()), text.size(),
                                         parse_safetensors(loaded->weights->data(), loaded->weights->size()));
         *program = new qf_program{std::move(loaded)};
@@ -154,6 +168,7 @@ void qf_host_borrow(qf_region region) { ThreadPool::borrow_from(region); }
 
 std::int32_t qf_backend_host(std::int32_t threads, qf_backend** backend, char* error, std::size_t capacity) {
     return guarded(error, capacity, [&] {
+        given(backend, "backend");
         if (threads < 1 || threads > 1024) throw Error("threads must be in [1, 1024], is " + std::to_string(threads));
         *backend = new qf_backend{std::shared_ptr<Backend>(make_host_backend(threads))};
     });
@@ -162,8 +177,11 @@ std::int32_t qf_backend_host(std::int32_t threads, qf_backend** backend, char* e
 std::int32_t qf_backend_sycl(const char* library, const char* device, const char* cache_folder, qf_backend** backend,
                              char* error, std::size_t capacity) {
     return guarded(error, capacity, [&] {
+        given(backend, "backend");
+        given(device, "device");
+        given(cache_folder, "cache_folder");
         // Never unloaded: SYCL's own threads outlive any backend.
-        void* handle = dlopen(library, RTLD_NOW | RTLD_LOCAL);
+        void* handle = dlopen(given(library, "library"), RTLD_NOW | RTLD_LOCAL);
         if (handle == nullptr) throw Error(dlerror());
         const auto make = reinterpret_cast<decltype(&qf_sycl_make_backend)>(dlsym(handle, "qf_sycl_make_backend"));
         if (make == nullptr) throw Error(std::string(library) + " is not quantflow's SYCL library");
@@ -179,7 +197,9 @@ void qf_backend_free(qf_backend* backend) { delete backend; }
 std::int32_t qf_engine_create(const qf_program* program, const qf_backend* backend, qf_engine** engine, char* error,
                               std::size_t capacity) {
     return guarded(error, capacity, [&] {
-        *engine = new qf_engine{std::make_shared<Engine>(program->loaded, backend->backend)};
+        given(engine, "engine");
+        *engine = new qf_engine{
+            std::make_shared<Engine>(given(program, "program")->loaded, given(backend, "backend")->backend)};
     });
 }
 
@@ -190,6 +210,7 @@ std::int32_t qf_plan_create(const qf_engine* engine, std::int32_t first, std::in
                             const char* const* output_names, std::size_t output_count, qf_plan** plan, char* error,
                             std::size_t capacity) {
     return guarded(error, capacity, [&] {
+        given(plan, "plan");
         const Section section{first, last, {}, {}, false};
         *plan = new qf_plan{planned(engine, section, input_names, inputs, input_count, output_names, output_count)};
     });
@@ -200,6 +221,7 @@ std::int32_t qf_step_create(const qf_engine* engine, std::int32_t first, std::in
                             const char* const* output_names, std::size_t output_count, qf_plan** plan, char* error,
                             std::size_t capacity) {
     return guarded(error, capacity, [&] {
+        given(plan, "plan");
         const Section section{first, last, {}, {}, true};
         *plan = new qf_plan{planned(engine, section, input_names, inputs, input_count, output_names, output_count)};
     });
@@ -224,14 +246,14 @@ std::int64_t qf_plan_arena_bytes(const qf_plan* plan) { return plan->plan->arena
 
 std::int32_t qf_plan_run(qf_plan* plan, const void* const* inputs, void* const* outputs, char* error,
                          std::size_t capacity) {
-    return guarded(error, capacity, [&] { plan->plan->run(inputs, outputs); });
+    return guarded(error, capacity, [&] { given(plan, "plan")->plan->run(inputs, outputs); });
 }
 
 std::int32_t qf_plan_profile(qf_plan* plan, const void* const* inputs, void* const* outputs, std::int32_t runs,
                              char* json, std::size_t room, std::size_t* needed, char* error, std::size_t capacity) {
     return guarded(error, capacity, [&] {
         nlohmann::json list = nlohmann::json::array();
-        for (const StepTime& t : plan->plan->profile(inputs, outputs, std::max(1, runs)))
+        for (const StepTime& t : given(plan, "plan")->plan->profile(inputs, outputs, std::max(1, runs)))
             list.push_back({{"node", t.node}, {"kernel", t.kernel}, {"ms", t.milliseconds}});
         const std::string text = list.dump();
         *needed = text.size();

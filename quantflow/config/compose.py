@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 from pydantic import BaseModel
 
-from quantflow.config.foreign import check_config_dirs, is_about_hydra, targets_in
+from quantflow.config.foreign import check_config_dirs, is_about_hydra, search_path, targets_in
 from quantflow.config.overrides import OWN, UNIONS, chosen_groups, key_of, misused_group, requested_recipe
 from quantflow.config.recipe_file import config_dirs, group_choices, read_recipe, recipe_files, shipped, unwritten_kinds
 from quantflow.config.wording import explained
@@ -145,7 +145,7 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     _store_schema()
     ConfigStore.instance().repo.pop("recipe", None)
     known = recipe_files()
-    check_config_dirs(config_dirs(arguments), requested_recipe(arguments))
+    check_config_dirs([*config_dirs(arguments), *search_path(arguments)], requested_recipe(arguments))
     own = {name: file for name, file in recipe_files(config_dirs(arguments)).items() if file != known.get(name)}
     prepared = []
     for argument in arguments:

@@ -6,8 +6,9 @@ file puts it. So a file in a `--config-dir` holds settings, and says nothing of 
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +23,52 @@ RUN_FROM_FILE = ("scriptmodule", "exported")
 #: What Hydra instantiates.
 TARGETS = ("_target_", "_partial_", "_recursive_", "_convert_")
 _HYDRA = re.compile(r"(?<![\w.-])hydra(?![\w-])")
-_HEADER = re.compile(r"^\s*#\s*@package\b.*hydra", re.MULTILINE)
+_HEADER = re.compile(r"\s*#\s*@package\b.*hydra")
 _MAX_FILES = 10_000
 
 
 def check_config_dirs(folders: Sequence[Path], name: str) -> None:
-    """Every file that Hydra could take a group from.
+    """Every file that Hydra could take a group from, in folders of `--config-dir` and of Hydra's search path.
 
     Raises:
         RecipeError: one names an object to build, or Hydra's own settings; names the files.
     """
     problems = []
     for folder in folders:
-        for count, file in enumerate(sorted(folder.rglob("*.y*ml"))):
+        for count, file in enumerate(_files(folder)):
             if count >= _MAX_FILES:
                 raise RecipeError(name, [Problem(str(folder), f"holds over {_MAX_FILES} files; name the right folder")])
             inside = file.relative_to(folder)
-            if inside.parts[0] == "hydra":
+            if "hydra" in (*inside.parts, file.stem):
                 problems.append(Problem(str(file), "Hydra's own settings belong on the command line"))
             elif reason := _reason(file):
                 problems.append(Problem(str(file), reason))
     if problems:
         raise RecipeError(name, problems)
+
+
+def search_path(arguments: Sequence[str]) -> list[Path]:
+    """The folders of `hydra.searchpath=[…]`; a package there is installed, and trusted as such."""
+    found = []
+    for argument in arguments:
+        if key_of(argument) == "hydra.searchpath":
+            places = argument.partition("=")[2].strip().removeprefix("[").removesuffix("]").split(",")
+            named = (place.strip().strip("'\"").removeprefix("file://") for place in places)
+            found += [Path(place) for place in named if place and "://" not in place]
+    return found
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Every file of settings below a folder; Hydra follows links to folders, so they are followed here."""
+    seen = set()
+    for place, inner, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            inner.clear()  # a link that leads back
+            continue
+        seen.add(real)
+        inner.sort()
+        yield from (Path(place, file) for file in sorted(files) if Path(file).suffix in (".yaml", ".yml"))
 
 
 def strangers(arguments: Sequence[str]) -> list[str]:
@@ -95,13 +120,16 @@ def require_named(settings: Mapping[str, Any], overrides: Sequence[str], places:
 
 
 def _reason(file: Path) -> str:
-    """What is wrong with a file of settings; '' if nothing is, or if it can't be read, which Hydra says better."""
+    """What is wrong with a file of settings; '' if nothing is, or if it is no text or YAML, which Hydra says better."""
     try:
         text = file.read_text("utf-8")
         scalars = [str(event.value) for event in checked_events(text) if isinstance(event, yaml.ScalarEvent)]
-    except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError):
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return ""
-    if _HEADER.search(text) or any(is_about_hydra(value) for value in scalars):
+    except ValueError as error:  # what is too large to be looked at whole
+        return str(error)
+    # Hydra's headers end where Python's lines do.
+    if any(map(_HEADER.match, text.splitlines())) or any(is_about_hydra(value) for value in scalars):
         return "Hydra's own settings belong on the command line"
     if any("@" in value and "${" in value for value in scalars):
         return "packages are written out here; '${…}' is not replaced"

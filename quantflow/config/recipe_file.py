@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from quantflow.errors import Problem, RecipeError
 from quantflow.schema.settings import DeviceSettings, RuntimeSettings
+from quantflow.store.json_values import is_unshowable
 
 #: Bounds of a recipe file: far above what a person writes, far below what could hurt.
 _MAX_BYTES = 1 << 20
@@ -58,11 +59,11 @@ def _written() -> dict[str, list[str]]:
 
 
 def config_dirs(arguments: Sequence[str]) -> list[Path]:
-    """The folders that `--config-dir DIR` names."""
+    """The folders that `--config-dir DIR` names, or a beginning of it, which Python's parser takes as well."""
     folders = []
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         flag, _, value = argument.partition("=")
-        if flag in ("--config-dir", "-cd"):
+        if flag == "-cd" or ("--config-dir".startswith(flag) and flag.startswith("--config-d")):
             folders.append(Path(value or following))
     return folders
 
@@ -105,6 +106,8 @@ def _check_size(text: str) -> None:
 def checked_events(text: str) -> Iterator[yaml.Event]:
     """The events of a YAML text; refused is what grows out of a small file: nesting, aliases of aliases, long numbers.
 
+    So is what a terminal would obey.
+
     Raises:
         ValueError: says which of them.
         yaml.YAMLError: it is not YAML.
@@ -121,6 +124,8 @@ def checked_events(text: str) -> Iterator[yaml.Event]:
             values += 1
             if event.anchor is not None:
                 sizes[event.anchor] = 1
+            if is_unshowable(event.value):
+                raise ValueError(f"the value {event.value[:80]!a} holds control characters")
             if event.implicit[0] and len(event.value) > _MAX_PLAIN:
                 raise ValueError(f"a value without quotes has {len(event.value)} characters, {_MAX_PLAIN} at most")
         elif isinstance(event, yaml.CollectionStartEvent):

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from quantflow.errors import DataError
 from quantflow.ir.batch import Batch
@@ -62,8 +63,9 @@ def bind(
     if taken is not None and all(type(x) is torch.Tensor and not x.is_nested for x in bound):
         form = tuple([(x.shape, x.dtype, x.device, x.layout) for x in bound])
         if form in taken:
-            return [_plain(x) for x in bound]
+            return [_plain(item, x) for item, x in zip(inputs, bound, strict=True)]
     sizes: dict[str, int] = {}
+    bound = [_itself(item, x) for item, x in zip(inputs, bound, strict=True)]
     for item, value in zip(inputs, bound, strict=True):
         if not isinstance(value, torch.Tensor):
             raise DataError(f"input '{_called(item)}' is a {type(value).__name__}, not a tensor")
@@ -109,13 +111,43 @@ def _in_memory(item: Input, value: torch.Tensor, devices: Sequence[str]) -> torc
     if value.device.type not in devices:
         where = "has no data" if value.is_meta else f"is on {value.device}"
         raise DataError(f"input '{_called(item)}' {where}; the model takes tensors on {' or '.join(devices)}")
-    return _plain(value)
+    return _plain(item, value)
 
 
-def _plain(value: torch.Tensor) -> torch.Tensor:
+def _itself(item: Input, value: Any) -> Any:
+    """A tensor of a subclass as PyTorch holds it, whatever its Python attributes say."""
+    if not isinstance(value, torch.Tensor) or type(value) in (torch.Tensor, nn.Parameter, nn.Buffer):
+        return value
+    if isinstance(value, nn.parameter.UninitializedTensorMixin):
+        raise DataError(f"input '{_called(item)}' is an {type(value).__name__}, which has no numbers yet")
+    if type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise DataError(
+            f"input '{_called(item)}' is a {type(value).__name__}, whose numbers only its class knows; the model takes "
+            "plain tensors"
+        )
+    return torch.Tensor.as_subclass(value, torch.Tensor)
+
+
+def _plain(item: Input, value: torch.Tensor) -> torch.Tensor:
     if value.is_neg() or value.is_conj():
         return value.resolve_conj().resolve_neg()
-    return value.clone() if value._is_zerotensor() else value
+    if value._is_zerotensor():
+        return value.clone()
+    try:
+        address, held = value.data_ptr(), value.untyped_storage().nbytes()
+    except RuntimeError:
+        return value  # a wrapper of torch.func's, which gives its memory to nobody
+    # Freed or cut by resize_, or a compiler's stand-in for a tensor.
+    is_short = held < value.nbytes + value.storage_offset() * value.itemsize and held < _bytes_needed(value)
+    if value.numel() and (not address or is_short):
+        raise DataError(f"input '{_called(item)}' has no memory that holds all of its numbers; give a tensor that has")
+    return value
+
+
+def _bytes_needed(value: torch.Tensor) -> int:
+    """How long a tensor's storage must be."""
+    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    return (value.storage_offset() + last + 1) * value.itemsize
 
 
 def sizes_of(model: Callee, batch: Batch) -> dict[str, int]:

@@ -134,11 +134,7 @@ class NativeRunner(AbstractRunner):
         whole = self._run_variant(inputs, RunVariant(threads))
         names = set(self.program.output_names())
         counts = [threads, 1] if threads > 1 else [1]
-        regroups = any(BATCH in limit.names for limit in self.program.limits)
-        can_cut = (
-            self.program.batch_is_dynamic and not regroups and all(_has_rows(whole[name], batch) for name in names)
-        )
-        chunks = [0, *(c for c in (1, 2, 4, 8) if can_cut and c < batch)]
+        chunks = [0, *(self._chunks(batch) if all(_has_rows(whole[name], batch) for name in names) else ())]
         variants = []
         for variant in (RunVariant(t, c) for t in counts for c in chunks):
             values = self._run_variant(inputs, variant) if variant != RunVariant(threads) else whole
@@ -161,11 +157,21 @@ class NativeRunner(AbstractRunner):
         self._whole.clear()
         return rows
 
+    def _chunks(self, batch: int) -> list[int]:
+        """The pieces that a batch may be cut into, as far as the program tells."""
+        regroups = any(BATCH in limit.names for limit in self.program.limits)
+        return [c for c in (1, 2, 4, 8) if self.program.batch_is_dynamic and not regroups and c < batch]
+
     def adopt(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Take over what `tune` found on the same machine in an earlier process."""
         for row in rows:
-            if "threads" in row and row["chosen"]:
-                self.variants[row["batch"], row["asked_threads"]] = RunVariant(row["threads"], row["chunk"])
+            counts = [row.get(key) for key in ("batch", "asked_threads", "threads", "chunk")]
+            if row.get("chosen") is not True or not all(type(count) is int for count in counts):
+                continue
+            batch, asked, threads, chunk = counts
+            # A file's rows are taken where `tune` could have found them.
+            if threads in (asked, 1) and chunk in (0, *self._chunks(batch)):
+                self.variants[batch, asked] = RunVariant(threads, chunk)
         self._whole.clear()
 
     def left_to_torch(self) -> dict[int, str]:

@@ -98,7 +98,8 @@ class Record:
             ) from error
         artifact.parse_json(files[artifact.RESULTS], artifact.RESULTS)
         plan = artifact.parse_json(files[artifact.PLAN], artifact.PLAN)
-        if not isinstance(plan.get("rows"), list):
+        rows = plan.get("rows")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ArtifactError(f"'{directory}/{artifact.PLAN}' holds no rows; run the recipe again")
         return cls(
             recipe=artifact.parse_json(files[artifact.RECIPE], artifact.RECIPE),

@@ -26,6 +26,7 @@ from typing import Any
 
 from quantflow.errors import ArtifactError
 from quantflow.host.environment import versions
+from quantflow.store.json_values import encoded, unshowable
 from quantflow.store.places import exchange as _exchange
 from quantflow.store.places import is_mounted, is_writable, sync_directory
 
@@ -196,7 +197,8 @@ def parse_json(content: bytes, where: str) -> dict[str, Any]:
     """A JSON object from an untrusted file.
 
     Raises:
-        ArtifactError: not UTF-8, not JSON, nested too deeply, a key given twice, or not an object; names `where`.
+        ArtifactError: not UTF-8, not JSON, nested too deeply, a key given twice, a text that no terminal or file should
+            be given, or not an object; names `where`.
     """
     try:
         value = json.loads(content.decode("utf-8"), object_pairs_hook=_distinct)
@@ -207,6 +209,11 @@ def parse_json(content: bytes, where: str) -> dict[str, Any]:
         raise ArtifactError(f"{where} holds a JSON {type(value).__name__} where an object is expected")
     if _is_deeper(value, MAX_DEPTH):
         raise ArtifactError(f"{where} is nested deeper than {MAX_DEPTH} levels; restore it or run the recipe again")
+    if (found := unshowable(content, value)) is not None:
+        raise ArtifactError(
+            f"{where} holds the text {found[:80]!a}, whose control characters would reach your terminal; restore it or "
+            "run the recipe again"
+        )
     return value
 
 
@@ -258,7 +265,7 @@ def _manifest_json(files: Mapping[str, FileRecord], notices: Sequence[str]) -> b
         "quantflow": installed.get("quantflow", "not installed"),
         "versions": installed,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "notices": list(notices),
+        "notices": encoded(notices),
         "files": {name: asdict(files[name]) for name in sorted(files)},
     }
     manifest["sha256"] = _digest(manifest)

@@ -138,8 +138,9 @@ class Journal:
 def _locked(path: Path) -> IO[bytes]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # O_NONBLOCK: opening a named pipe must not wait for its other end.
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        # O_NONBLOCK: opening a named pipe must not wait for its other end. O_NOFOLLOW: what is cut off here is ours.
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(path, flags, 0o666)
         try:
             require_regular(descriptor, path)
             file: IO[bytes] = os.fdopen(descriptor, "a+b")

@@ -1,7 +1,7 @@
 /* The C interface of quantflow's native runtime: an int8 program, executed in one call. Knows nothing of Python or torch.
  *
  * Functions return 0, QF_ERROR or QF_UNSUPPORTED; on failure `error` (of `capacity` bytes) holds one line that names
- * the place and the cause. Handles are freed by their `_free` function, in any order. All functions may be called from
+ * the place and the cause; null where something is asked for is such a failure. Handles are freed by their `_free` function, in any order. All functions may be called from
  * several threads; freeing a handle while another thread uses it may not.
  */
 #pragma once
