@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from quantflow.report import tables
+from quantflow.report.fields import items
 from quantflow.report.tables import Table
 
 
@@ -62,8 +63,7 @@ def _first_blocks(results: Mapping[str, Any]) -> Iterator[str]:
 
 def _blocks(results: Mapping[str, Any]) -> Iterator[str]:
     yield from _first_blocks(results)
-    plan = results.get("plan")
-    if isinstance(plan, (list, tuple)) and plan:
+    if plan := items(results, "plan"):
         yield "## Plan"
         yield _escape(tables.plan_summary(plan)) + "."
         yield markdown_table(tables.plan(plan))

@@ -17,7 +17,8 @@ WORDS = (
     "settings: Hydra's folder",
     "settings: a folder below", "settings: an escape to", "settings: the beginning", "settings: Hydra's search",
     "settings: the environment", "artifact: results.json runtime/float", "artifact: results.json warmup/variants",
-    "artifact: plan.json rows/0", "file: an artifact's weights whose header has", "file: a pickle", "file: a function",
+    "artifact: plan.json rows/0", "artifact: results.json plan",
+    "file: an artifact's weights whose header has", "file: a pickle", "file: a function",
     "file: an array of objects", "file: an array of a header",
 )  # fmt: skip
 KINDS = {"artifact": 3, "C": 30, "cache": 20, "file": 8, "input": 54, "settings": 9}
