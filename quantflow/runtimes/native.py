@@ -254,19 +254,23 @@ class NativeRunner(AbstractRunner):
         return step
 
     def steps(
-        self, first: int, last: int, reads: str, gives: str
-    ) -> Callable[[torch.Tensor], torch.Tensor | None] | None:
+        self, first: int, last: int, reads: tuple[str, ...], gives: str, numbers: tuple[tuple[str, int], ...] = ()
+    ) -> Callable[..., torch.Tensor | None] | None:
         """Nodes [first, last) as one section."""
-        plan_of = self._steps_of(Section(first, last, (reads,), (gives,), is_step=True))
+        sizes = [number for _, number in numbers]
+        section = Section(first, last, (*reads, *(name for name, _ in numbers)), (gives,), is_step=True)
+        plan_of = self._steps_of(section, sizes)
 
-        def steps(x: torch.Tensor) -> torch.Tensor | None:
-            plan, values = plan_of([x])
-            return None if plan is None else plan.made(values)
+        def steps(*given: torch.Tensor) -> torch.Tensor | None:
+            plan, values = plan_of(given)
+            if plan is None:
+                return None
+            return plan.run([*values, *sizes])[0] if sizes else plan.made(values)  # type: ignore[return-value]
 
         return steps
 
     def _steps_of(
-        self, section: Section
+        self, section: Section, numbers: Sequence[int] = ()
     ) -> Callable[[Sequence[torch.Tensor]], tuple[SectionPlan | None, Sequence[torch.Tensor]]]:
         """Values → the plan for them, or None where the library takes them not, and the values as it takes them."""
         ready: dict[Any, SectionPlan] = {}
@@ -283,7 +287,7 @@ class NativeRunner(AbstractRunner):
                 values = [dense(x) for x in values]  # type: ignore[misc]
                 try:
                     with self._lock:
-                        plan = self._make_plan(section, values, threads)
+                        plan = self._make_plan(section, [*values, *numbers], threads)
                         while len(ready) >= PLANS_PER_SECTION:
                             del ready[next(iter(ready))]
                         ready[threads, *[(x.shape, x.stride(), x.dtype) for x in values]] = plan

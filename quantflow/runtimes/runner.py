@@ -63,12 +63,14 @@ class AbstractRunner(ABC):
         self,
         first: int,  # noqa: ARG002
         last: int,  # noqa: ARG002
-        reads: str,  # noqa: ARG002
+        reads: tuple[str, ...],  # noqa: ARG002
         gives: str,  # noqa: ARG002
-    ) -> Callable[[torch.Tensor], torch.Tensor | None] | None:
+        numbers: tuple[tuple[str, int], ...] = (),  # noqa: ARG002
+    ) -> Callable[..., torch.Tensor | None] | None:
         """Nodes [first, last), of which `reads` is all that they read and `gives` all that is asked, as one function.
 
-        It takes and gives values as `step` does, and None where it has no kernel. None: this runtime has no such call.
+        The sizes among what they read, `numbers`, are the same in every call. It takes and gives values as `step` does,
+        and None where it has no kernel. None: this runtime has no such call.
         """
         return None
 

@@ -5,6 +5,8 @@ functions   what torch functions mean for them
 moves       and those that move elements
 calls       which unit of the plan a call belongs to
 engines     how units are computed: in float32 under observation, or in int8 by a runner
+joins       blocks of int8 layers in one call where nobody looks inside; chains: the layers of a Sequential
+encoders    and layers of transformers, with their float ops; spans: which nodes of the program these are
 layers      a module with observers, or with int8 layers, in place
 carried     what algorithms changed in the graph, in the module
 """

@@ -21,6 +21,7 @@ from quantflow.runtimes import AbstractRunner
 from quantflow.runtimes.ordinary import below_autograd
 from quantflow.stages.imperative.calls import Pending, Site, UnitCall
 from quantflow.stages.imperative.joins import Join, Noted, Notes
+from quantflow.stages.imperative.spans import Layer, sizes_of, span
 from quantflow.stages.imperative.tensors import Coded
 
 OnValue = Callable[[str, torch.Tensor], None]
@@ -34,9 +35,11 @@ class Ran:
         complete: the units of which every call came as expected.
         counts: site → calls so far.
         last: the float tensor that was coded last: (itself, its version, root, codes).
+        inputs: what the module was called with: (args, kwargs).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *inputs: Any) -> None:
+        self.inputs = inputs
         self.complete: list[UnitCall] = []
         self.counts: dict[int, int] = {}
         self.last: tuple[torch.Tensor, int, str, torch.Tensor] | None = None
@@ -76,9 +79,9 @@ class Engine(ABC):
     # -- one forward
 
     @contextmanager
-    def forward(self) -> Iterator[Ran]:
-        """The module's own code runs in here."""
-        before, self._forward.ran = self._forward.ran, Ran()
+    def forward(self, *inputs: Any) -> Iterator[Ran]:
+        """The module's own code runs in here, called with (args, kwargs)."""
+        before, self._forward.ran = self._forward.ran, Ran(*inputs)
         try:
             yield self._forward.ran
         finally:
@@ -144,20 +147,34 @@ class Engine(ABC):
 
     def joined(self, join: Join, x: torch.Tensor) -> torch.Tensor | None:
         """What a block computes in one call; None: it has no kernel for this input after all."""
-        held = self.coded(x, join.reads)
+        last = join.units[-1]
+        value = self.at_once(join.units, {join.reads: self.coded(x, join.reads)}, join.run)
+        return Coded.of(self, value, last.root, last.node) if value is not None and last.root else value
+
+    def at_once(
+        self,
+        units: tuple[UnitCall, ...],
+        operands: dict[str, torch.Tensor],
+        run: Callable[..., torch.Tensor | None],
+    ) -> torch.Tensor | None:
+        """What `run`, several units, gives on these operands; None: it has no kernel for them after all."""
         with below_autograd():
-            value = join.run(held)
+            value = run(*operands.values())
         if value is None:
             return None
-        forward, last = self._forward, join.units[-1]
+        forward = self._forward
         if forward.ran is not None:
-            forward.ran.complete.extend(join.units)
+            forward.ran.complete.extend(units)
         if forward.notes is not None:
-            forward.notes.calls.append(Noted(join.units, {join.reads: held}, value))
-        return Coded.of(self, value, last.root, last.node) if last.root else value
+            forward.notes.calls.append(Noted(units, operands, value))
+        return value
 
     def run_of(self, calls: Sequence[UnitCall], reads: str) -> Callable[[torch.Tensor], torch.Tensor | None] | None:  # noqa: ARG002
         """These units as one function of the one value that they read from outside; None: it has none."""
+        return None
+
+    def layer_of(self, calls: Sequence[UnitCall], x: torch.Tensor) -> Layer | None:  # noqa: ARG002
+        """These units and the float ops around them as one function of x, a layer's input; None: it has none."""
         return None
 
     @abstractmethod
@@ -216,8 +233,8 @@ class Running(Engine):
         self._index = {node.output: index for index, node in enumerate(program.nodes)}
         self._program = program
         self._steps: dict[int, Step] = {}
-        #: (first node, behind the last, what they read, what they give) → one function, for all sizes.
-        self._runs: dict[tuple[int, int, str, str], Callable[[torch.Tensor], torch.Tensor | None] | None] = {}
+        #: (first node, behind the last, what they read, what they give, and sizes) → one function, for all shapes.
+        self._runs: dict[Any, Callable[..., torch.Tensor | None] | None] = {}
         #: Unit → its step, and the values that it reads.
         self._kernels: dict[UnitCall, tuple[Step, tuple[str, ...]]] = {}
         self._runner = runner
@@ -287,10 +304,24 @@ class Running(Engine):
         names = {name for node in nodes for name in node.refs()} - inside
         if len(names) != 1 or not names <= {reads, f"{reads}.codes"}:
             return None
-        key = (first, last, names.pop(), calls[-1].output)
+        return self._run(first, last, (names.pop(),), calls[-1].output)
+
+    def _run(self, *key: Any) -> Callable[..., torch.Tensor | None] | None:
         if key not in self._runs:
             self._runs[key] = self._runner.steps(*key)
         return self._runs[key]
+
+    def layer_of(self, calls: Sequence[UnitCall], x: torch.Tensor) -> Layer | None:
+        ran, indices = self._forward.ran, [self._index[call.output] for call in calls]
+        found = span(self._program, indices)
+        if ran is None or found is None:
+            return None
+        sizes = sizes_of(self._program, found, x, *ran.inputs)
+        if sizes is None:
+            return None
+        reads = (found.reads, found.mask) if found.mask else (found.reads,)
+        run = self._run(found.first, found.last, reads, found.gives, sizes)
+        return None if run is None else Layer(tuple(calls), reads, run)
 
     def _step(self, index: int) -> Step:
         step = self._steps.get(index)

@@ -34,7 +34,7 @@ _BLOCKS = {
     ("torchvision.ops.misc", "SqueezeExcitation"),
     ("torchvision.ops.stochastic_depth", "StochasticDepth"),
 }
-_LEAVES = (
+LEAVES = (
     nn.Identity, nn.Dropout, nn.Dropout2d, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.SiLU,
     nn.GELU, nn.Sigmoid, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
 )  # fmt: skip
@@ -93,17 +93,10 @@ class Join:
         self.engine, self.units, self.reads, self.run = engine, units, reads, run
 
 
-class _Block:
-    """What is known about a block as its modules are. Asked in every call, so without a loop of Python's own.
-
-    Attributes:
-        engine: of its layers; None: there is something in it that is not known.
-        joins: what comes in → the call, or None where the block is no such run.
-    """
+class State:
+    """A module's parts as they are. Compared in every call, so without a loop of Python's own."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.engine = _engine_of(module)
-        self.joins: dict[Any, Join | None] = {}
         inside = list(module.modules())
         # Hooks on the block itself are called by whoever calls it.
         self._hooks = [getattr(each, name) for each in inside if each is not module for name in _HOOKS]
@@ -129,6 +122,20 @@ class _Block:
             return all(map(is_, self._state(), self._kept)) and list(map(len, self._members)) == self._sizes
         except KeyError:
             return False
+
+
+class _Block(State):
+    """What is known about a block as its modules are.
+
+    Attributes:
+        engine: of its layers; None: there is something in it that is not known.
+        joins: what comes in → the call, or None where the block is no such run.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.engine = _engine_of(module)
+        self.joins: dict[Any, Join | None] = {}
 
 
 _known: WeakKeyDictionary[nn.Module, _Block] = WeakKeyDictionary()
@@ -177,7 +184,7 @@ def _engine_of(module: nn.Module) -> Engine | None:
     for each in module.modules():
         kind = type(each)
         is_sequential = kind.forward is nn.Sequential.forward
-        is_known = kind in _LEAVES or kind in LAYERS or kind in BLOCKS or is_sequential
+        is_known = kind in LEAVES or kind in LAYERS or kind in BLOCKS or is_sequential
         if not is_known or each.training or kind.__call__ is not nn.Module.__call__ or "forward" in each.__dict__:
             return None
         weight = each._parameters.get("weight")
@@ -190,16 +197,16 @@ def _engine_of(module: nn.Module) -> Engine | None:
 
 def _noted(block: _Block, engine: Engine, key: Any, x: Any, stepped: Callable[[Any], Any]) -> Any:
     """Step by step, with a look at what was computed."""
-    before = _version(x)
+    before = version_of(x)
     with engine.noting() as notes:
         result = stepped(x)
     if len(block.joins) >= _SIZES_PER_BLOCK:
         block.joins.clear()
-    block.joins[key] = _join(engine, x, result, notes) if _version(x) == before else None
+    block.joins[key] = _join(engine, x, result, notes) if version_of(x) == before else None
     return result
 
 
-def _version(x: Any) -> tuple[Any, ...]:
+def version_of(x: Any) -> tuple[Any, ...]:
     """What a change in place changes."""
     return (id(x.codes), x.node, x.pending) if type(x) is Coded else (0 if x.is_inference() else x._version,)
 

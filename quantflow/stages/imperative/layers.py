@@ -27,6 +27,7 @@ from quantflow.runtimes import AbstractRunner
 from quantflow.runtimes.ordinary import outside_compilers, refuse_export
 from quantflow.stages.imperative.calls import Pending, Site, UnitCall, calls_of
 from quantflow.stages.imperative.chains import NORMS, STARTS, block_class, chained_class, has_chains
+from quantflow.stages.imperative.encoders import encoder_class, is_encoder_layer
 from quantflow.stages.imperative.engines import Engine, Observing, OnValue, Running
 from quantflow.stages.imperative.functions import begun, fits, is_tracked, missed, normed, opened
 from quantflow.stages.imperative.joins import LAYERS, is_block
@@ -47,7 +48,7 @@ def run_module(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 
     A module that stands for one of another dtype takes and gives that.
     """
-    with _engine_of(module).forward():
+    with _engine_of(module).forward(args, kwargs):
         return _called(module, args, kwargs)
 
 
@@ -113,6 +114,8 @@ def swap_modules(
             layer.__class__ = chained_class(type(layer), tuple(_COPIED.items()))
         elif is_block(layer):
             layer.__class__ = block_class(type(layer), tuple(_COPIED.items()))
+        elif is_encoder_layer(layer):
+            layer.__class__ = encoder_class(type(layer), tuple(_COPIED.items()))
     for parameter in swapped.parameters():
         parameter.requires_grad_(False)
     return swapped
@@ -164,7 +167,7 @@ def with_tensors(value: Any, of: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
 def int8_calls(module: nn.Module, batch: Batch) -> int:
     """Int8 layers that run in one forward of a swapped module; one that computes the same several times counts once."""
-    with torch.inference_mode(), _engine_of(module).forward() as ran:
+    with torch.inference_mode(), _engine_of(module).forward(batch.args, batch.kwargs) as ran:
         _called(module, batch.args, batch.kwargs)
     return len({call.planned.unit.name for call in ran.complete if call.planned.unit.kind == CORE})
 
