@@ -63,13 +63,13 @@ def environment(folder: Path, packages: Sequence[str], wheel: Path) -> Path:
     return python
 
 
-def tested(python: Path, paths: Sequence[str]) -> dict[str, Any]:
+def tested(python: Path, paths: Sequence[str], workers: int) -> dict[str, Any]:
     """The tests' result: counts and the names of those that failed."""
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.xml"
-        command = [python, "-m", "pytest", "-n", "2", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--tb=line"]
+        command = [python, "-m", "pytest", "-n", str(workers), "-q", "-m", "not slow", "-p", "no:cacheprovider"]
         subprocess.run(
-            [*command, f"--junitxml={results}", *paths], cwd=ROOT, check=False, stdout=subprocess.DEVNULL,
+            [*command, "--tb=line", f"--junitxml={results}", *paths], cwd=ROOT, check=False, stdout=subprocess.DEVNULL,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         suite = next(ElementTree.parse(results).iter("testsuite"))
@@ -103,6 +103,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--wheel", type=Path, help="quantflow's wheel; built from this checkout where left out")
     parser.add_argument("--only", help="rows whose name holds this")
+    parser.add_argument("--workers", type=int, default=2, help="processes that run tests at once")
     parser.add_argument("--keep", type=Path, help="keep the environments in this folder")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -117,7 +118,7 @@ def main() -> None:
                 {
                     "row": name,
                     "versions": _printed(python, WHAT_RUNS),
-                    **tested(python, SMOKE if options.smoke else FAST),
+                    **tested(python, SMOKE if options.smoke else FAST, options.workers),
                 }
             )
             for failed in rows[-1]["names"]:
