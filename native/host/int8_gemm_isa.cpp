@@ -1073,6 +1073,13 @@ i64 gemm_scratch(const Int8Gemm& g, i64 rows, i64 panels) {
 }
 #endif
 
+#if defined(QF_INT8_AMX)
+// Tile registers multiply no taps: what vectors of this length do is compiled once.
+constexpr decltype(Int8Kernels::depthwise) depthwise = isa_avx512_vnni::Depthwise::lines;
+constexpr decltype(Int8Kernels::depthwise_scratch) depthwise_scratch = isa_avx512_vnni::Depthwise::scratch;
+constexpr decltype(Int8Kernels::rolling) rolling = isa_avx512_vnni::Depthwise::rolling_lines;
+constexpr decltype(Int8Kernels::rolling_scratch) rolling_scratch = isa_avx512_vnni::Depthwise::rolling_scratch;
+#else
 // ---- depthwise ---------------------------------------------------------------------------------------------------
 
 // Addresses of the taps, and a copy of the tensor's last bytes: whole blocks are read, also where channels end.
@@ -1168,6 +1175,7 @@ void depthwise(const Int8Depthwise& d, i64 line, i64 lines, i64 block, i64 block
 constexpr decltype(Int8Kernels::rolling) rolling = nullptr;
 constexpr decltype(Int8Kernels::rolling_scratch) rolling_scratch = nullptr;
 #endif
+#endif
 
 #if defined(QF_INT8_WINOGRAD)
 #include "int8_winograd.inc"
@@ -1177,6 +1185,17 @@ constexpr decltype(Int8Kernels::winograd_scratch) winograd_scratch = nullptr;
 #endif
 
 }  // namespace
+
+#if defined(__AVX512VNNI__) && !defined(QF_INT8_AMX) && !defined(QF_INT8_LANES)
+void Depthwise::lines(const Int8Depthwise& d, i64 line, i64 lines, i64 block, i64 blocks, u8* scratch) {
+    depthwise(d, line, lines, block, blocks, scratch);
+}
+i64 Depthwise::scratch(const Int8Depthwise& d) { return depthwise_scratch(d); }
+void Depthwise::rolling_lines(const Int8Depthwise& d, i64 line, i64 lines, i64 block, i64 blocks, u8* scratch) {
+    rolling(d, line, lines, block, blocks, scratch);
+}
+i64 Depthwise::rolling_scratch(const Int8Depthwise& d) { return QF_ISA_NAMESPACE::rolling_scratch(d); }
+#endif
 
 extern const Int8Kernels int8_kernels;
 const Int8Kernels int8_kernels = {

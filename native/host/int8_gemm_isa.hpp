@@ -171,6 +171,15 @@ extern const Int8Kernels int8_kernels;
 }
 namespace isa_avx512_vnni {
 extern const Int8Kernels int8_kernels;
+// Its depthwise kernels, which are AMX's, too.
+struct Depthwise {
+    static void lines(const Int8Depthwise&, std::int64_t line, std::int64_t lines, std::int64_t block,
+                      std::int64_t blocks, std::uint8_t* scratch);
+    static std::int64_t scratch(const Int8Depthwise&);
+    static void rolling_lines(const Int8Depthwise&, std::int64_t line, std::int64_t lines, std::int64_t block,
+                              std::int64_t blocks, std::uint8_t* scratch);
+    static std::int64_t rolling_scratch(const Int8Depthwise&);
+};
 }
 namespace isa_amx_int8 {
 extern const Int8Kernels int8_kernels;
