@@ -37,7 +37,9 @@ def test_generate_on_an_int8_model_gives_the_reference_runtimes_tokens() -> None
     tokens = []
     for runtime in ("native", "reference"):
         model: Any = qf.quantize(module, calibration, runtime=runtime)
-        assert any("is a cache of its past" in notice for notice in model.results["notices"])
+        # transformers 4.50 gives the past as tuples, which are results like any others.
+        if not isinstance(module(**prompt).past_key_values, tuple):
+            assert any("is a cache of its past" in notice for notice in model.results["notices"])
         shell = copy.copy(module)
         shell.forward = lambda input_ids, attention_mask=None, model=model, **_: model(
             input_ids=input_ids, attention_mask=attention_mask

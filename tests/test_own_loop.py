@@ -114,7 +114,8 @@ def test_generate() -> None:
     p: Any = qf.prepare(module, mode="torchscript")
     assert torch.equal(p.generate(**prompt, **settings), wanted)
     assert identity(qf.convert(p)) == identity(qf.quantize(module, seen, mode="torchscript"))
-    with pytest.raises(DataError, match="use_cache=False"):
+    # transformers 4.50 gives use_cache itself, later ones a cache.
+    with pytest.raises(DataError, match=r"use_cache=False|'use_cache' is True; the model was captured with False"):
         p.generate(**prompt, max_new_tokens=3)
 
 

@@ -16,6 +16,7 @@ from quantflow.ir.binding import bind
 from quantflow.runtimes.reference import ReferenceRunner
 
 MODES = ("export", "torchscript", "imperative")
+TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
 SERVED = [(mode, runtime) for mode in MODES[:2] for runtime in ("native", "torch", "reference")]
 SERVED = [pair for pair in SERVED if pair != ("torchscript", "reference")] + [("imperative", "torch")]
 
@@ -156,6 +157,7 @@ class Narrow(nn.Module):
         return self.head(self.pool(self.features(x)).flatten(1))
 
 
+@pytest.mark.skipif(TORCH < (2, 13), reason="torch.export of 2.9 and 2.11 can't solve such sizes")
 @pytest.mark.parametrize("other", [(96, 64), (72, 72)], ids=["one is larger inside", "all are 1 inside"])
 def test_sizes_that_come_to_1_inside_the_model(other: tuple[int, int]) -> None:
     torch.manual_seed(0)
