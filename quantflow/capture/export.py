@@ -7,7 +7,7 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,31 +16,20 @@ from torch import fx, nn
 from torch.export.graph_signature import ConstantArgument, InputKind
 
 from quantflow.capture.export_sizes import SizeNotFree, described_input, limits_of, require_dynamic
+from quantflow.capture.functional import functional_graph, is_plain, take_out_of_place
 from quantflow.capture.place import class_name, last_line, line_of, packs_sequences, solves_sizes, writes_into
 from quantflow.capture.quick_export import quick_export
 from quantflow.capture.sizes import FIXED, Sizes, larger
 from quantflow.errors import CaptureError, DataError, first_line
-from quantflow.ir import activations
 from quantflow.ir.batch import Batch
 from quantflow.ir.binding import bind
 from quantflow.ir.calls import Input
-from quantflow.ir.graph import Graph, arguments, name_layers, op_name
-from quantflow.ir.ops import TRANSPOSED
+from quantflow.ir.graph import Graph, name_layers
 from quantflow.ir.passes.normalize import simplify
 from quantflow.ir.structure import plain
 
-#: Ops that every pass knows by these names, and whose result is no part of an operand's memory.
-_FRESH = frozenset(
-    [
-        *activations.ATEN, *TRANSPOSED, "relu6", "conv1d", "conv2d", "conv3d", "linear", "batch_norm", "add", "sub",
-        "mul", "div", "cat", "mean", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
-        "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "pad", "constant_pad_nd", "sym_size",
-    ]
-)  # fmt: skip
 #: What may take a model that torch.export refuses.
 OTHER_MODES = "; try mode=torchscript (traces one path through the code) or mode=imperative"
-#: And those whose result may be their operand's own memory.
-_VIEWS = frozenset(["flatten", "view", "reshape", "permute", "transpose", "contiguous", "dropout"])
 
 
 def capture_export(
@@ -112,12 +101,14 @@ def _captured(
                 raise
             program = _export(model, example, sizes)  # code for one sample at a time
     limits = limits_of(program)
-    if _is_plain(program):
-        graph = _to_graph(program, sizes, names)
-        _take_out_of_place(graph.fx)
+    if is_plain(program):
+        graph = _to_graph(program, program.graph, sizes, names)
+        take_out_of_place(graph.fx)
+    elif (functional := functional_graph(program)) is not None:
+        graph = _to_graph(program, functional, sizes, names)
     else:
         program = _decomposed(program, model)
-        graph = _to_graph(program, sizes, names)
+        graph = _to_graph(program, program.graph, sizes, names)
     if sizes:
         require_dynamic(program, graph, sizes, model)
     return simplify(replace(graph, limits=limits(graph)))
@@ -189,61 +180,6 @@ def _decomposed(
         ) from error
 
 
-def _is_plain(program: torch.export.ExportedProgram) -> bool:
-    """Whether the program is functional as it stands, but for activations in place, and of ops that need no other form.
-
-    Decomposing a program takes longer than exporting it, and for most convolutional nets it changes nothing.
-    """
-    signature = program.graph_signature
-    if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
-        return False
-    place = {node: index for index, node in enumerate(program.graph.nodes)}
-    for node in place:
-        if node.op != "call_function":
-            continue
-        name = op_name(node)
-        if not isinstance(node.target, torch._ops.OpOverload) or name.removesuffix("_") not in _FRESH | _VIEWS:
-            return False
-        if name in ("batch_norm", "dropout") and arguments(node)["train" if name == "dropout" else "training"]:
-            return False
-        if _writes_in_place(node) and not _owns_its_operand(node, place):
-            return False
-    return True
-
-
-def _writes_in_place(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def _owns_its_operand(node: fx.Node, place: Mapping[fx.Node, int]) -> bool:
-    """Whether what the op writes into is a tensor that an op made, and no view of it was taken before."""
-    made = node.args[0]
-    while isinstance(made, fx.Node) and _writes_in_place(made):
-        made = made.args[0]
-    if not isinstance(made, fx.Node) or op_name(made) not in _FRESH:
-        return False
-    aliases = [made]
-    for alias in aliases:
-        for user in alias.users:
-            if _writes_in_place(user) and user.args[0] is alias:
-                aliases.append(user)
-            elif op_name(user) in _VIEWS and place[user] < place[node]:
-                return False
-    return True
-
-
-def _take_out_of_place(graph: fx.Graph) -> None:
-    """relu_(x) as relu(x), which everything behind it reads in place of x."""
-    seen: set[fx.Node] = set()
-    for node in graph.nodes:
-        seen.add(node)
-        if _writes_in_place(node):
-            x = node.args[0]
-            node.target = getattr(getattr(torch.ops.aten, op_name(node).removesuffix("_")), node.target._overloadname)
-            for user in [user for user in x.users if user not in seen]:
-                user.replace_input_with(x, node)
-
-
 @contextlib.contextmanager
 def plain_attention() -> Iterator[None]:
     """Keep nn.MultiheadAttention on its traceable path: the fused fast path hides the linears in one opaque op."""
@@ -298,7 +234,13 @@ def _dynamic(model: nn.Module, batch: Batch, sizes: Sizes) -> dict[str, Any]:
     return {name: torch.utils._pytree.tree_map(of, value) for name, value in bound.arguments.items()}
 
 
-def _to_graph(program: torch.export.ExportedProgram, sizes: Sizes, names: Sequence[str] | None) -> Graph:
+def _to_graph(
+    program: torch.export.ExportedProgram, exported: fx.Graph, sizes: Sizes, names: Sequence[str] | None
+) -> Graph:
+    """
+    Args:
+        exported: the program's graph, or the same in other ops.
+    """
     constants: dict[str, torch.Tensor] = {}
     lifted: dict[str, str] = {}
     own = "" if names is None else "module."
@@ -326,17 +268,17 @@ def _to_graph(program: torch.export.ExportedProgram, sizes: Sizes, names: Sequen
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     inputs: list[Input] = []
-    placeholders = [n for n in program.graph.nodes if n.op == "placeholder" and n.name not in lifted]
+    placeholders = [n for n in exported.nodes if n.op == "placeholder" and n.name not in lifted]
     positional = len(placeholders) - len(keywords)
-    for node in program.graph.nodes:
+    for node in exported.nodes:
         if node.op == "placeholder" and node.name in lifted:
             values[node] = graph.get_attr(lifted[node.name])
             _describe(values[node], constants[lifted[node.name]])
             continue
         if node.op == "output":
-            user = [o.arg for o in program.graph_signature.output_specs if o.kind.name == "USER_OUTPUT"]
-            named = {n.name: n for n in program.graph.nodes}
-            flat = [a.value if isinstance(a, ConstantArgument) else values[named[a.name]] for a in user]
+            specs = zip(program.graph_signature.output_specs, node.args[0], strict=True)
+            user = [(spec.arg, made) for spec, made in specs if spec.kind.name == "USER_OUTPUT"]
+            flat = [arg.value if isinstance(arg, ConstantArgument) else values[made] for arg, made in user]
             graph.output(tuple(flat) if names is not None else _structure(program, flat))
             continue
         _require_an_op(node)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quantflow.capture import SCRIPT_S, at_least_two, capture_export, export, likely_seconds
+from quantflow.capture import SCRIPT_S, at_least_two, capture_export, export, functional, likely_seconds
 from quantflow.capture.export import plain_attention
 from quantflow.capture.sizes import Sizes
 from quantflow.errors import CaptureError
@@ -223,7 +223,7 @@ class InPlace(nn.Module):
 def test_writing_in_place_means_the_same(how: str, is_plain: bool) -> None:
     torch.manual_seed(0)
     model, x = InPlace(how).eval(), torch.randn(3, 3, 5, 5)
-    assert export._is_plain(export._export(model, Batch((x,)))) is is_plain
+    assert functional.is_plain(export._export(model, Batch((x,)))) is is_plain
     graph = capture_export(model, Batch((x,)))
     assert not any(n.op == "call_function" and op_name(n).endswith("_") for n in graph.fx.nodes)
     with torch.no_grad():
