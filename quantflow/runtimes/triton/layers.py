@@ -26,6 +26,8 @@ _CACHED, _NUMBERED = 8 * 2**20, 2**21
 #: Terms of at most so many steps of the result may be taken as shares of its range: they differ by 2^-24 of each, far
 #: less than what the rule for codes next to a tie allows.
 _MOST_STEPS = 2048
+#: An activation may be off by so many steps of the result: the rule for codes next to a tie allows 1e-2.
+_MOST_OFF = 6e-3
 #: Taps of a depthwise kernel that are written out.
 _UNROLLED = 25
 #: A depthwise tile: positions, channels, warps.
@@ -153,6 +155,9 @@ class Layer:
         elif out is not None and bounds is None and not f.adds_float and math.isfinite(inverse):
             self.in_steps, length = -1, high - low
             inverse, low, high, zero_point = inverse / length, -low / length, length, out.range[0]
+            if self.activation == formulas.GELU:
+                short = (each for each, error in formulas.SHORT_GELUS.items() if error <= _MOST_OFF * out.scale)
+                self.activation = next(short, formulas.GELU)
         self.scale = scale.to(torch.float32).contiguous().to(self.card.device)
         self.bias = constant.to(torch.float32).contiguous().to(self.card.device)
         self.finishing = (residual_scale, residual_zero, first, second, inverse, low, high, zero_point)
