@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -30,7 +31,7 @@ from quantflow.runtimes import Choice
 from quantflow.schema import ModeSettings
 from quantflow.stages.benchmark import resized
 from quantflow.stages.calibrate import CalibrationTable, calibrate, require_complete
-from quantflow.stages.compile import compile_program
+from quantflow.stages.compile import Compiled, compile_program
 from quantflow.stages.evaluate import evaluate
 from quantflow.stages.imperative import carry_over, fixed_constants, not_reached, run_module, swap_modules
 from quantflow.stages.plan import make_plan
@@ -189,10 +190,15 @@ def ready(run: Run, graph: Graph, converted: Converted, module: nn.Module | None
     """compile → warm up, which is the first worker's."""
     plan, program = converted.plan, converted.program
     with run.progress.stage("compile"):
-        compiled = compile_program(program, _settled(run, graph, program, example))
-        swapped = (
-            None if module is None else swap_modules(module, graph, plan, program, compiled.runner, run.stands_for)
-        )
+
+        def swap(compiled: Compiled) -> nn.Module | None:
+            """The module with the program's layers in it."""
+            if module is None:
+                return None
+            return swap_modules(module, graph, plan, program, compiled.runner, run.stands_for)
+
+        compiled = compile_program(program, _settled(run, graph, program, example, swap))
+        swapped = swap(compiled)
     warm = None
     if run.workers.is_first:
         with run.progress.stage("warm up") as stage:
@@ -201,7 +207,7 @@ def ready(run: Run, graph: Graph, converted: Converted, module: nn.Module | None
                 cut(example, VERIFIED_SAMPLES, graph),
                 iterations=run.recipe.warmup.iterations,
                 min_sqnr_db=run.recipe.warmup.min_sqnr_db,
-                call=None if swapped is None else lambda *args, **kwargs: run_module(swapped, args, kwargs),
+                call=None if swapped is None else _served(compiled, swapped),
                 others=[cut(other, VERIFIED_SAMPLES, graph) for other in other_sizes(run, graph, example)],
                 tuned_for=_tuned_for(run, graph, example),
                 alone=run.progress.alone,
@@ -210,7 +216,9 @@ def ready(run: Run, graph: Graph, converted: Converted, module: nn.Module | None
     return Built(graph, plan, converted.table, program, compiled, warm, swapped, converted.algorithms)
 
 
-def _settled(run: Run, graph: Graph, program: Program, example: Batch) -> Choice:
+def _settled(
+    run: Run, graph: Graph, program: Program, example: Batch, swap: Callable[[Compiled], nn.Module | None]
+) -> Choice:
     """The run's choice with `policy.float: auto` decided: bfloat16 where it costs less than MOST_HALF_COST_DB."""
     choice = run.choice
     if choice.floats != "auto":
@@ -221,14 +229,12 @@ def _settled(run: Run, graph: Graph, program: Program, example: Batch) -> Choice
 
     if HALF not in choice.runtime.halves:
         return full(f"runtime {choice.runtime.name} computes floats in float32")
-    if run.recipe.mode.kind != "export":
-        return full(f"mode={run.recipe.mode.kind} computes floats in float32")
     half = compile_program(program, replace(choice, floats=HALF))
     if not half.runner.halves:
         return full(f"nothing between int8 layers is held in {HALF}")
     batch = [cut(example, VERIFIED_SAMPLES, graph)]
     ours, theirs = (
-        evaluate(run.source.float_model(), each, batch)["sqnr_db"]
+        evaluate(run.source.float_model(), _served(each, swap(each)), batch)["sqnr_db"]
         for each in (half, compile_program(program, full("")))
     )
     if ours is None or theirs is None:
@@ -237,6 +243,11 @@ def _settled(run: Run, graph: Graph, program: Program, example: Batch) -> Choice
     if not ours >= theirs - MOST_HALF_COST_DB:  # NaN costs too much
         return full(found)
     return replace(choice, floats=HALF, floats_reason=f"policy.float=auto: {found}")
+
+
+def _served(compiled: Compiled, swapped: nn.Module | None) -> Callable[..., Any]:
+    """What the user calls."""
+    return compiled if swapped is None else lambda *args, **kwargs: run_module(swapped, args, kwargs)
 
 
 def other_sizes(run: Run, graph: Graph, example: Batch) -> list[Batch]:

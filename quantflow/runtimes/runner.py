@@ -6,6 +6,7 @@ import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +27,7 @@ class AbstractRunner(ABC):
         script: the ScriptModule that it runs as; None: it runs as something else.
         takes: the devices on which inputs may lie.
         halves: values that it holds in half precision.
+        held: the type of these; float32 where there are none.
         kernelless: ops that the runtime has no kernel for on any machine, which PyTorch computes.
     """
 
@@ -35,6 +37,7 @@ class AbstractRunner(ABC):
     script: torch.jit.ScriptModule | None = None
     takes: tuple[str, ...] = ("cpu",)
     halves: int = 0
+    held: torch.dtype = torch.float32
 
     @abstractmethod
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Any:
@@ -47,8 +50,8 @@ class AbstractRunner(ABC):
     def step(self, index: int) -> Callable[[Sequence[torch.Tensor]], torch.Tensor]:
         """One node as a function of the values that it reads, each once, for a caller that goes through the program.
 
-        What it gives may lie channels-last, and int8 codes may be given as uint8, 128 higher (see `lowered`), as the
-        runtime's kernels hold them; it takes both.
+        What it gives may lie channels-last, or be held in half precision, and int8 codes may be given as uint8, 128
+        higher (see `lowered`), as the runtime's kernels hold them; it takes all of these.
         """
         names = tuple(dict.fromkeys(self.program.nodes[index].refs()))
 
@@ -73,6 +76,10 @@ class AbstractRunner(ABC):
         and None where it has no kernel. None: this runtime has no such call.
         """
         return None
+
+    def between(self) -> AbstractContextManager[Any]:
+        """Where a caller that goes through the program by `step` computes what lies between, with floats held so."""
+        return nullcontext()
 
     @abstractmethod
     def int8_layers(self) -> int:

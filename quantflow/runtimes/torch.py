@@ -324,8 +324,9 @@ def _is_pointwise(unit: Unit) -> bool:
 
 
 def build_script(
-    program: Program, lowering: Lowering | None = None, *, calls_native: bool = False, moves: bool = False
-) -> torch.jit.ScriptModule:
+    program: Program, lowering: Lowering | None = None, *, calls_native: bool = False, moves: bool = False,
+    floats: str = "float32",
+) -> torch.jit.ScriptModule:  # fmt: skip
     """The program as a ScriptModule that holds tensors and numbers only.
 
     forward(*inputs) returns what `returned` says.
@@ -333,6 +334,7 @@ def build_script(
     Args:
         calls_native: begin with a call of `quantflow::native`, taken where a runtime can run the program as a whole.
         moves: inputs go to the device that the module is on, and outputs back to the first input's.
+        floats: how `quantflow::native` holds floats where it can; the ops behind it compute in float32.
     """
     lowering = lowering or Lowering(program)
     holder = torch.nn.Module()
@@ -341,7 +343,7 @@ def build_script(
     if moves:
         lines += writer.moved_in()
     if calls_native:
-        lines += writer.native_call()
+        lines += writer.native_call(floats)
     for index in range(len(program.nodes)):
         lines += [f"    {writer.statement(call)}" for call in lowering.calls(index)]
     lines.append(f"    return {writer.expression(returned(program), moves=moves)}")
@@ -391,11 +393,12 @@ class _Writer:
         lines = [f"    place = self.{first}.device", f"    home = {names[0]}.device"]
         return lines + [f"    {name} = {name}.to(place)" for name in names]
 
-    def native_call(self) -> list[str]:
+    def native_call(self, floats: str) -> list[str]:
         """Lines that run the whole program by `quantflow::native` and return, where that can run."""
         program, module = self._program, self._module
         names = sorted(program.tensors)
-        module.native_program = torch.jit.Attribute(json.dumps(program.to_json()), str)
+        written = program.to_json() | ({} if floats == "float32" else {"floats": floats})
+        module.native_program = torch.jit.Attribute(json.dumps(written), str)
         module.native_names = torch.jit.Attribute(names, list[str])
         inputs = [self.expression(Ref(i.name)) for i in program.inputs]
         tensors = [f"self.{self._buffer(name)}" for name in names]

@@ -199,12 +199,6 @@ def _conflicts(settings: Mapping[str, Any]) -> list[Problem]:
     if isinstance(policy, Mapping) and policy.get("embedding") == "int8" and _is_imperative(mode):
         why = "int8 has no place in mode=imperative, where embeddings stay the model's own"
         problems.append(Problem("policy.embedding", f"{why}; leave it float, or use mode=export or mode=torchscript"))
-    half = policy.get("float") if isinstance(policy, Mapping) else None
-    kind = mode.get("kind", "export") if isinstance(mode, Mapping) else "export"
-    if half in ("bfloat16", "float16") and kind != "export":
-        problems.append(
-            Problem("policy.float", f"{half} is possible in mode=export only; leave it float32 in mode={kind}")
-        )
     return problems
 
 

@@ -161,7 +161,8 @@ def _require_code_equals_program(compiled: Compiled, batch: Batch, output: Any) 
     with torch.inference_mode():
         wanted = compiled(*batch.args, **batch.kwargs)
     for (path, expected), (_, actual) in zip(tensors(plain(wanted)), tensors(plain(output)), strict=True):
-        if not _sqnr_db(expected, actual) >= LEAST_WHOLE_DB:
+        least = LEAST_HALF_DB if compiled.runner.halves else LEAST_WHOLE_DB
+        if not _sqnr_db(expected, actual) >= least:
             raise VerificationError(
                 f"{path}: the module's own code gives another result ({_sqnr_db(expected, actual):.1f} dB) than the "
                 "int8 program that an artifact of it would hold; use mode=export, and report this"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ class TritonRunner(AbstractRunner):
         with self.card.current():
             self._lowering = Lowering(program, self.card, HALVES.get(floats, torch.float32))
         self.halves = len(self._lowering.halves)
+        if self.halves:
+            self.held = self._lowering.halves.held
         self._frees = last_uses(self._lowering.together, set(program.output_names()))
         self._own = {t.untyped_storage().data_ptr() for t in self._lowering.tensors.values() if t.numel()}
         self._recordings = Recordings(self.card, self._run)
@@ -84,7 +87,7 @@ class TritonRunner(AbstractRunner):
 
     def step(self, index: int) -> Callable[[Sequence[Tensor]], Tensor]:
         """One node as a function of the values that it reads, which come back to where the first of them lies."""
-        made, device = self._lowering.alone[index], self.card.device
+        made, device = self._lowering.whole[index], self.card.device
 
         def step(values: Sequence[Tensor]) -> Tensor:
             home = values[0].device
@@ -95,6 +98,10 @@ class TritonRunner(AbstractRunner):
             return result
 
         return step
+
+    def between(self) -> AbstractContextManager[Any]:
+        """PyTorch's autocast, where floats are held in half precision."""
+        return torch.autocast(self.card.device.type, self.held) if self.halves else nullcontext()
 
     def int8_layers(self) -> int:
         """Convolutions and linears: each runs on kernels of exact int8 products."""

@@ -178,14 +178,17 @@ def _whole(inputs: list[Tensor], program: str, names: list[str], tensors: list[T
             if runner is None:
                 # The ScriptModule that calls this may itself call any operator.
                 held = dict(zip(names, tensors, strict=True))
-                parsed = Program.from_json(json.loads(program), held, operators=ANY_OPERATOR)
-                runner = tensors[0].__dict__[_ATTRIBUTE] = _listing(parsed, str(place))
+                written = json.loads(program)
+                parsed = Program.from_json(written, held, operators=ANY_OPERATOR)
+                floats = str(written.get("floats", "float32"))
+                runner = tensors[0].__dict__[_ATTRIBUTE] = _listing(parsed, str(place), floats)
     return [x if isinstance(x, Tensor) else torch.tensor(x) for x in runner(inputs)]
 
 
-def _listing(program: Program, device: str) -> AbstractRunner:
+def _listing(program: Program, device: str, floats: str) -> AbstractRunner:
     """A runner that gives the values the program returns, each once."""
-    return devices.build(replace(program, output=[Ref(name) for name in dict.fromkeys(program.output_names())]), device)
+    listed = replace(program, output=[Ref(name) for name in dict.fromkeys(program.output_names())])
+    return devices.build(listed, device, floats)
 
 
 class _Plain(Lowering):
@@ -213,14 +216,16 @@ class _Plain(Lowering):
 def as_script(runner: AbstractRunner) -> torch.jit.ScriptModule:
     """A runner's program as a ScriptModule on its card.
 
-    Inputs on the CPU are moved to where the module is, and what comes of them is moved back.
+    Inputs on the CPU are moved to where the module is, and what comes of them is moved back. On a card floats are held
+    as the runner holds them.
     """
     from quantflow.runtimes.triton.runner import TritonRunner
 
     assert isinstance(runner, TritonRunner)
     program, device = runner.program, runner.card.device
     placed = replace(program, tensors={name: tensor.to(device) for name, tensor in program.tensors.items()})
-    return build_script(placed, _Plain(placed), calls_native=True, moves=True)
+    floats = str(runner.held).removeprefix("torch.")
+    return build_script(placed, _Plain(placed), calls_native=True, moves=True, floats=floats)
 
 
 def _register() -> None:

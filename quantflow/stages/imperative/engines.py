@@ -6,7 +6,7 @@ import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -61,7 +61,10 @@ class Engine(ABC):
         readers: value → the calls of other units than convolutions and linears that read it.
         moves: value → what moves its elements, and its shape afterwards.
         stands_for: the dtype of the model that the module is a float32 copy of.
+        held: the type in which floats between layers may be, beside float32.
     """
+
+    held: torch.dtype = torch.float32
 
     def __init__(self, plan: Plan, stands_for: torch.dtype) -> None:
         self.stands_for = stands_for
@@ -94,6 +97,14 @@ class Engine(ABC):
             return None
         ran.counts[id(site)] = found = ran.counts.get(id(site), -1) + 1
         return found
+
+    def between(self) -> AbstractContextManager[Any]:
+        """How PyTorch computes what is no unit."""
+        return nullcontext()
+
+    def is_real(self, x: torch.Tensor) -> bool:
+        """Whether a unit takes these numbers."""
+        return x.dtype is torch.float32 or x.dtype is self.held
 
     # -- values
 
@@ -183,7 +194,7 @@ class Engine(ABC):
 
     @abstractmethod
     def encode(self, x: torch.Tensor, name: str, root: str) -> torch.Tensor:
-        """Float32 as this engine holds codes."""
+        """Numbers as this engine holds codes."""
 
     @abstractmethod
     def decode(self, codes: torch.Tensor, root: str) -> torch.Tensor:
@@ -195,7 +206,7 @@ class Engine(ABC):
 
     @abstractmethod
     def compute(self, pending: Pending) -> torch.Tensor:
-        """A complete unit: codes, or float32 where it gives that."""
+        """A complete unit: codes, or numbers where it gives those."""
 
 
 class Observing(Engine):
@@ -237,13 +248,16 @@ class Running(Engine):
         self._runs: dict[Any, Callable[..., torch.Tensor | None] | None] = {}
         #: Unit → its step, and the values that it reads.
         self._kernels: dict[UnitCall, tuple[Step, tuple[str, ...]]] = {}
-        self._runner = runner
+        self._runner, self.held = runner, runner.held
         self._missed: set[Site] = set()
         self._qparams: dict[str, QParams] = {}
         for name, root in plan.codes.items():
             held = program.values.get(name) or program.values.get(f"{name}.codes")
             if held is not None and held.qparams is not None:
                 self._qparams[root] = held.qparams
+
+    def between(self) -> AbstractContextManager[Any]:
+        return self._runner.between()
 
     def missed(self, site: Site) -> None:
         if site not in self._missed:
@@ -267,7 +281,7 @@ class Running(Engine):
 
     def encode(self, x: torch.Tensor, name: str, root: str) -> torch.Tensor:
         index = self._index.get(f"{name}.codes")
-        if index is None or x.dtype is not torch.float32:
+        if index is None or not self.is_real(x):
             return quantize(x.detach(), self._qparams[root])
         return self._step(index)([x])
 

@@ -208,10 +208,10 @@ def fits(call: UnitCall, x: T, weight: Weight, bias: Any, geometry: Args) -> boo
     if bias is not weight.biases[call]:
         return False
     held, (sizes, device) = weight.plain, _form(x)
-    is_float32 = type(x) is Coded or x.dtype is torch.float32
-    if is_float32 and held.device == device and call.accepts(sizes, geometry):
+    is_real = type(x) is Coded or call.engine.is_real(x)
+    if is_real and held.device == device and call.accepts(sizes, geometry):
         return True  # as it did before
-    if held.dtype is not torch.float32 or not is_float32 or 0 in sizes:
+    if held.dtype is not torch.float32 or not is_real or 0 in sizes:
         return False
     if held.device != device or (not geometry) != (not call.geometry):
         return False
@@ -277,7 +277,7 @@ def _add(func: Callable[..., Any], args: Args, kwargs: Keywords) -> Any:
         if pending is None or pending.next != ADD or other is x or (in_place and type(args[0]) is not Coded):
             continue
         if _form(other)[0] != pending.shape or (
-            type(other) is not Coded and (other.dtype is not torch.float32 or other.requires_grad)
+            type(other) is not Coded and (not pending.call.engine.is_real(other) or other.requires_grad)
         ):
             continue
         engine, name = pending.call.engine, pending.call.operands[-1]
@@ -337,7 +337,7 @@ def _reader(kind: str, *operands: Any) -> UnitCall | None:
                 break
         else:
             others = [x for x in operands if not any(x is each for each in known)]
-            if len(free) == len(others) and all(isinstance(x, T) and x.dtype is torch.float32 for x in others):
+            if len(free) == len(others) and all(isinstance(x, T) and first.engine.is_real(x) for x in others):
                 found.append(call)
     return found[0] if len(found) == 1 else None
 

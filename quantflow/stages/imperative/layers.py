@@ -46,18 +46,22 @@ NOT_REACHED = (
 def run_module(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """One forward of the module from `insert_observers` or `swap_modules`; ordinary tensors come out.
 
-    A module that stands for one of another dtype takes and gives that.
+    A module that stands for one of another dtype takes and gives that; how its layers hold floats does not show.
     """
     with _engine_of(module).forward(args, kwargs):
         return _called(module, args, kwargs)
 
 
 def _called(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    dtype = _engine_of(module).stands_for
-    if dtype is torch.float32:
+    engine = _engine_of(module)
+    dtype = engine.stands_for
+    if dtype is torch.float32 is engine.held:
         return numbers(module(*args, **kwargs))
-    args, kwargs = with_tensors((args, dict(kwargs)), lambda x: x.float() if x.dtype is dtype else x)
-    return with_tensors(module(*args, **kwargs), lambda y: y.to(dtype) if y.dtype is torch.float32 else y)
+    if dtype is not torch.float32:
+        args, kwargs = with_tensors((args, dict(kwargs)), lambda x: x.float() if x.dtype is dtype else x)
+    with engine.between():
+        output = module(*args, **kwargs)
+    return with_tensors(numbers(output), lambda y: y.to(dtype) if engine.is_real(y) else y)
 
 
 def insert_observers(module: nn.Module, graph: Graph, plan: Plan, stands_for: torch.dtype = torch.float32) -> nn.Module:

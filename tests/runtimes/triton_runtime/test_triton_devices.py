@@ -11,7 +11,7 @@ from torch import nn
 
 import quantflow as qf
 from quantflow import runtimes
-from quantflow.errors import RecipeError, UnavailableError
+from quantflow.errors import UnavailableError
 from quantflow.runtimes import choose_runtime, choose_tested
 from quantflow.runtimes.triton import devices
 from quantflow.runtimes.triton.tuner import Tuner, Way
@@ -118,12 +118,6 @@ def test_auto_on_a_cpu_is_float32_and_says_why() -> None:
     section = model.results["runtime"]
     assert section["float"] == "float32"
     assert section["float_reason"] == "policy.float=auto: runtime reference computes floats in float32"
-
-
-@pytest.mark.parametrize("mode", ["torchscript", "imperative"])
-def test_half_precision_is_export_s(mode: str) -> None:
-    with pytest.raises(RecipeError, match=rf"policy\.float: bfloat16 is possible in mode=export only.*mode={mode}"):
-        qf.quantize(nn.Linear(2, 2), [torch.randn(2, 2)], mode=mode, policy={"float": "bfloat16"})
 
 
 def test_how_floats_are_held_is_no_matter_of_calibration_or_of_layers() -> None:

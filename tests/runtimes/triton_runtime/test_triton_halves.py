@@ -213,3 +213,61 @@ def test_auto_is_bfloat16_where_that_costs_little(monkeypatch: pytest.MonkeyPatc
     assert held_by(plain, "auto")[:2] == (
         "float32", "policy.float=auto: nothing between int8 layers is held in bfloat16"
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("floats", "least"), [("float16", 40), ("bfloat16", 25)])
+def test_a_script_holds_them_so_on_a_card(x: torch.Tensor, floats: str, least: float) -> None:
+    from quantflow.runtimes.triton.script import _whole
+
+    torch.manual_seed(0)
+    model = qf.quantize(Block(), [x], runtime="triton", device="cpu", mode="torchscript", policy={"float": floats})
+    section = model.results["runtime"]
+    assert (section["float"], section["float_reason"]) == (floats, "")
+    names = model.native_names
+    tensors = [model.compiled.program.tensors[name].clone() for name in names]
+    (found,) = _whole([x], model.native_program, names, tensors)
+    assert torch.equal(found, model.compiled.runner([x])), "as the program runs"
+    assert least < sqnr_db(model(x), found) < 100, "the ops behind it, for other devices, compute in float32"
+
+
+def test_a_script_in_float32_does_not_speak_of_it() -> None:
+    model = qf.quantize(small(), [torch.randn(4, 8)], runtime="triton", device="cpu", mode="torchscript")
+    assert '"floats"' not in model.native_program
+
+
+@pytest.mark.parametrize(("floats", "least"), [("float16", 40), ("bfloat16", 20)])
+def test_a_module_of_ones_own_holds_them_so(x: torch.Tensor, floats: str, least: float) -> None:
+    held = getattr(torch, floats)
+    torch.manual_seed(0)
+    net = Block()
+    asked = {"runtime": "triton", "device": "cpu", "mode": "imperative"}
+    full, half = qf.quantize(net, [x], **asked), qf.quantize(net, [x], **asked, policy={"float": floats})
+    assert half.results["runtime"]["float"] == floats
+    given: dict[str, torch.dtype] = {}
+    for name in ("q", "up", "last"):
+        half.module.get_submodule(name).register_forward_hook(
+            lambda _module, _args, output, name=name: given.update({name: output.dtype})
+        )
+    found = half(x)  # a layer that takes no half precision would warn
+    assert given == {"q": held, "up": torch.float32, "last": torch.float32}, "PyTorch's autocast leaves norms float32"
+    assert found.dtype is torch.float32, "what a model returns"
+    assert least < sqnr_db(full(x), found) < 100
+    assert half.module(x).dtype is torch.float32
+    assert half.int8_layers() == full.int8_layers()
+
+
+@pytest.mark.parametrize("mode", ["torchscript", "imperative"])
+def test_auto_is_decided_by_what_runs(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from quantflow.executor import steps
+
+    def found() -> tuple[str, str]:
+        model = qf.quantize(
+            small(), [torch.randn(4, 8)], runtime="triton", device="cpu", mode=mode, policy={"float": "auto"}
+        )
+        return model.results["runtime"]["float"], model.results["runtime"]["float_reason"]
+
+    floats, reason = found()
+    assert floats == "bfloat16"
+    assert "dB to the float model in bfloat16" in reason
+    monkeypatch.setattr(steps, "MOST_HALF_COST_DB", -100.0)
+    assert found()[0] == "float32"
