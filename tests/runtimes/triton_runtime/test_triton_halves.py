@@ -260,10 +260,11 @@ def test_a_module_of_ones_own_holds_them_so(x: torch.Tensor, floats: str, least:
 def test_auto_is_decided_by_what_runs(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from quantflow.executor import steps
 
+    torch.manual_seed(1)
+    batch = torch.randn(64, 8)
+
     def found() -> tuple[str, str]:
-        model = qf.quantize(
-            small(), [torch.randn(4, 8)], runtime="triton", device="cpu", mode=mode, policy={"float": "auto"}
-        )
+        model = qf.quantize(small(), [batch], runtime="triton", device="cpu", mode=mode, policy={"float": "auto"})
         return model.results["runtime"]["float"], model.results["runtime"]["float_reason"]
 
     floats, reason = found()
