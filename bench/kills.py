@@ -202,7 +202,12 @@ class House:
                     os.killpg(child, how) if how == signal.SIGINT else os.kill(child, how)
                 break
             time.sleep(0.0005)
-        return self.wait(child)
+        code, deadline = self.wait(child), time.monotonic() + 5
+        with suppress(ProcessLookupError):  # a forked job dies with its sweep, but later, and holds its locks
+            while code == -signal.SIGKILL and time.monotonic() < deadline:
+                os.killpg(child, 0)
+                time.sleep(0.001)
+        return code
 
     def must_pass(self, job: Sequence[str]) -> None:
         if code := self.run(job):

@@ -17,8 +17,8 @@ from quantflow.ir.graph import Graph, interpret
 
 #: Batches of more samples than any stage looks at one by one are computed anew.
 MOST_SAMPLES = 16
-#: The share of the machine's memory that a pass may hold.
-MEMORY_SHARE = 16
+#: What a pass may hold: a share of the machine's memory, and no more than so many bytes.
+MEMORY_SHARE, MOST_BYTES = 16, 1 << 30
 
 OnValue = Callable[[fx.Node, Any], None]
 
@@ -43,8 +43,8 @@ class FloatPasses:
     """
 
     def __init__(self, most_bytes: int | None = None) -> None:
-        """`most_bytes`: what one pass may hold; None: a share of the machine's memory."""
-        self._most_bytes = memory_bytes() // MEMORY_SHARE if most_bytes is None else most_bytes
+        """`most_bytes`: what one pass may hold; None: what the machine's memory allows."""
+        self._most_bytes = min(memory_bytes() // MEMORY_SHARE, MOST_BYTES) if most_bytes is None else most_bytes
         self._last: _Pass | None = None
 
     def run(self, graph: Graph, batch: Batch, on_value: OnValue | None = None) -> Any:

@@ -244,7 +244,7 @@ class Running(Engine):
         self._index = {node.output: index for index, node in enumerate(program.nodes)}
         self._program = program
         self._steps: dict[int, Step] = {}
-        #: (first node, behind the last, what they read, what they give, and sizes) → one function, for all shapes.
+        #: (first node, behind the last, what they read, what they give) → one function, for all shapes.
         self._runs: dict[Any, Callable[..., torch.Tensor | None] | None] = {}
         #: Unit → its step, and the values that it reads.
         self._kernels: dict[UnitCall, tuple[Step, tuple[str, ...]]] = {}
@@ -334,7 +334,7 @@ class Running(Engine):
         if sizes is None:
             return None
         reads = (found.reads, found.mask) if found.mask else (found.reads,)
-        run = self._run(found.first, found.last, reads, found.gives, sizes)
+        run = self._runner.steps(found.first, found.last, reads, found.gives, sizes)  # kept by its Encoder
         return None if run is None else Layer(tuple(calls), reads, run)
 
     def _step(self, index: int) -> Step:
