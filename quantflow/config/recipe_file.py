@@ -125,7 +125,8 @@ def checked_events(text: str) -> Iterator[yaml.Event]:
             if event.anchor is not None:
                 sizes[event.anchor] = 1
             if is_unshowable(event.value):
-                raise ValueError(f"the value {event.value[:80]!a} holds control characters")
+                where = f"line {event.start_mark.line + 1}"
+                raise ValueError(f"{where} holds control characters, which no value may: {event.value[:80]!a}")
             if event.implicit[0] and len(event.value) > _MAX_PLAIN:
                 raise ValueError(f"a value without quotes has {len(event.value)} characters, {_MAX_PLAIN} at most")
         elif isinstance(event, yaml.CollectionStartEvent):

@@ -67,6 +67,7 @@ def test_no_stage_imports_one_runtime() -> None:
         "quantflow.runtimes.ordinary",
         "quantflow.runtimes.runner",
         "quantflow.runtimes.specification",
+        "quantflow.runtimes.native_sums",  # of any two tensors, whatever computed them
     }
     imported = [
         f"{name}: {node.module}"

@@ -525,7 +525,7 @@ def test_torchscript_runs_natively_and_shows_its_fused_ops(tmp_path: Path) -> No
         (b'{"format": 1, "inputs": [], "values": {"v": {"dtype": "int8", "scale": 0, "zero_point": 0, '
          b'"is_nonnegative": false}}, "nodes": [], "output": null}', "scale is 0, must be positive and finite"),
         (b'{"format": 1, "inputs": [], "values": {}, "nodes": [], "output": ' + b"[" * 3000 + b"]" * 3000 + b"}",
-         "nested deeper"),
+         "nested too deep"),
     ],
 )  # fmt: skip
 def test_bad_programs(text: bytes, complaint: str) -> None:
