@@ -60,7 +60,7 @@ def main() -> int:
         show("int8 products, TOPS", products, ("n", "linear with its epilogue", "torch._int_mm", "share"))
     if "gelu" in options.only:
         gelus = [row for sizes in GELU_LAYERS[: 1 if options.smoke else None] for row in _gelus(*sizes)]
-        show(f"linear and GELU on {card}, us", gelus, ("rows", "tile", *_ENDS))
+        show(f"linear and GELU on {card}, us", gelus, list(gelus[0]))
     write(
         options.json,
         {"question": "gpu", "machine": found, "card": card, "rows": rows, "products": products, "gelus": gelus},
@@ -157,13 +157,10 @@ def _product(n: int) -> dict[str, Any]:
     return {"n": n, "linear with its epilogue": ours, "torch._int_mm": cublas, "share": ours / cublas}
 
 
-#: What ends a layer → the number of its activation in a kernel.
-_ENDS = {"none": None, "GELU": 6, "GELU in 9 terms": 11, "GELU in 7 terms": 10}
-
-
 def _gelus(rows: int, inputs: int, outputs: int) -> list[dict[str, Any]]:
     """A row per tile that would be tried, the ends one after the other, and one for the best of each end."""
     from quantflow.ir.activations import Epilogue
+    from quantflow.runtimes.triton import formulas
     from quantflow.runtimes.triton import layers as kernels
     from quantflow.runtimes.triton.cards import card_of
     from quantflow.runtimes.triton.tiles import candidates
@@ -173,7 +170,10 @@ def _gelus(rows: int, inputs: int, outputs: int) -> list[dict[str, Any]]:
     weight, scale = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8), torch.full((outputs,), 1e-3)
     card, layers = card_of("cuda"), {}
     untuned = replace(card, multiprocessors=0)  # takes the tile that it is given
-    for end, number in _ENDS.items():
+    # What ends a layer → the number of its activation in a kernel.
+    ends = {"none": None, "GELU": formulas.GELU}
+    ends |= {f"GELU within {error}": number for number, error in formulas.SHORT_GELUS.items()}
+    for end, number in ends.items():
         epilogue = None if number is None else Epilogue("gelu")
         finish = kernels.Finish(QParams("int8", 0.01, 0), QParams("int8", 0.05, 0), epilogue=epilogue)
         layers[end] = kernels.Layer(weight, scale, torch.zeros(outputs), None, finish, untuned)
@@ -189,7 +189,7 @@ def _gelus(rows: int, inputs: int, outputs: int) -> list[dict[str, Any]]:
             except Exception as error:  # noqa: BLE001 a tile that the card refuses
                 row[end] = type(error).__name__
         found.append(row)
-    best = {end: min(row[end] for row in found if isinstance(row[end], float)) for end in _ENDS}
+    best = {end: min(row[end] for row in found if isinstance(row[end], float)) for end in ends}
     return [*found, {"rows": rows, "tile": "the best of each", **best}]
 
 

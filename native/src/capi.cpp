@@ -130,8 +130,9 @@ std::int32_t qf_program_parse(const char* json, std::size_t size, const qf_tenso
         for (std::size_t i = 0; i < count; ++i) {
             const qf_tensor& t = tensors[i];
             const bool is_opaque = t.dtype < 0;
-            table.emplace(given(t.name, "a tensor's name"), Stored{is_opaque ? DType::u8 : dtype_of(t.dtype), dims_of(t.dims, t.rank),
-                                         is_opaque ? nullptr : static_cast<const std::byte*>(t.data)});
+            table.emplace(given(t.name, "a tensor's name"),
+                          Stored{is_opaque ? DType::u8 : dtype_of(t.dtype), dims_of(t.dims, t.rank),
+                                 is_opaque ? nullptr : static_cast<const std::byte*>(t.data)});
         }
         auto loaded = std::make_shared<LoadedProgram>();
         loaded->program = parse_program(json, size, std::move(table));
@@ -252,6 +253,8 @@ std::int32_t qf_plan_run(qf_plan* plan, const void* const* inputs, void* const* 
 std::int32_t qf_plan_profile(qf_plan* plan, const void* const* inputs, void* const* outputs, std::int32_t runs,
                              char* json, std::size_t room, std::size_t* needed, char* error, std::size_t capacity) {
     return guarded(error, capacity, [&] {
+        given(needed, "needed");
+        given(json, "json", room);
         nlohmann::json list = nlohmann::json::array();
         for (const StepTime& t : given(plan, "plan")->plan->profile(inputs, outputs, std::max(1, runs)))
             list.push_back({{"node", t.node}, {"kernel", t.kernel}, {"ms", t.milliseconds}});
@@ -265,6 +268,9 @@ std::int32_t qf_error_sums(const float* expected, const void* actual, std::int32
                            std::int32_t zero_point, std::size_t count, double* sums, char* error,
                            std::size_t capacity) {
     return guarded(error, capacity, [&] {
+        given(expected, "expected", count);
+        given(actual, "actual", count);
+        given(sums, "sums");
         const host::ErrorKernels& kernels = host::error_kernels();
         const host::Coding coding{scale, zero_point};
         host::ErrorSums found;

@@ -179,6 +179,14 @@ void Plan::give(std::unique_ptr<Instance> instance) {
 
 void Plan::execute(Instance& instance, const void* const* inputs, void* const* outputs, std::vector<StepTime>* times) {
     Lowered& l = instance.lowered;
+    for (std::size_t i = 0; i < forms_.size(); ++i)
+        if (l.input_cells[i] >= 0 && (inputs == nullptr || inputs[i] == nullptr) &&
+            bytes_of(forms_[i].dtype, forms_[i].dims) > 0)
+            throw Error("input " + std::to_string(i) + " is null");
+    for (std::size_t i = 0; i < l.outputs.size(); ++i)
+        if (l.output_cells[i] >= 0 && (outputs == nullptr || outputs[i] == nullptr) &&
+            bytes_of(l.outputs[i].dtype, l.outputs[i].dims) > 0)
+            throw Error("output " + std::to_string(i) + " is null");
     Backend& backend = *engine_->backend;
     const bool direct = backend.reads_process_memory();
     const Lease arena(engine_->arenas, l.arena_bytes);

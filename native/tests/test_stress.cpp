@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "../src/engine.hpp"
@@ -64,7 +65,20 @@ int main(int argc, char** argv) {
         void* out[] = {expected[static_cast<std::size_t>(i)].data()};
         plan.run(in, out);
     }
-    std::atomic<int> wrong{0};
+    // Null where something is asked for is refused, and the plan goes on.
+    int refused = 0;
+    const void* const no_input[] = {nullptr};
+    void* const no_output[] = {nullptr};
+    const void* const some[] = {inputs[0].data()};
+    void* into[] = {expected[0].data()};
+    using Given = std::pair<const void* const*, void* const*>;
+    for (const auto& [in, out] : {Given{no_input, into}, Given{nullptr, into}, Given{some, no_output}, Given{some, nullptr}})
+        try {
+            plan.run(in, out);
+        } catch (const Error&) {
+            ++refused;
+        }
+    std::atomic<int> wrong{refused == 4 ? 0 : 1};
     std::vector<std::thread> all;
     for (int t = 0; t < threads; ++t)
         all.emplace_back([&, t] {

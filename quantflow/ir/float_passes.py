@@ -57,8 +57,9 @@ class FloatPasses:
                     on_value(node, value)
             return last.output
         self.forget()
-        if graph.place != CPU or batch.size > MOST_SAMPLES:
+        if graph.place != CPU or batch.size > MOST_SAMPLES or not self._most_bytes:
             return interpret(graph, inputs, on_value)
+        inputs = [x.clone() for x in inputs]  # a loader may use the memory of a batch for the next one
         values: list[tuple[fx.Node, Any]] = []
         held: dict[int, int] = {}
         size = 0

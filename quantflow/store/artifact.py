@@ -26,7 +26,7 @@ from typing import Any
 
 from quantflow.errors import ArtifactError
 from quantflow.host.environment import versions
-from quantflow.store.json_values import encoded, unshowable
+from quantflow.store.json_values import distinct, encoded, unshowable
 from quantflow.store.places import exchange as _exchange
 from quantflow.store.places import is_mounted, is_writable, sync_directory
 
@@ -201,7 +201,7 @@ def parse_json(content: bytes, where: str) -> dict[str, Any]:
             be given, or not an object; names `where`.
     """
     try:
-        value = json.loads(content.decode("utf-8"), object_pairs_hook=_distinct)
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=distinct)
     except (ValueError, RecursionError) as error:
         reason = str(error) or type(error).__name__
         raise ArtifactError(f"{where} is not valid JSON ({reason}); restore it or run the recipe again") from None
@@ -215,15 +215,6 @@ def parse_json(content: bytes, where: str) -> dict[str, Any]:
             "run the recipe again"
         )
     return value
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of keys that differ: of two equal ones each reader might take another."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
-    return found
 
 
 def _is_deeper(value: Any, levels: int) -> bool:

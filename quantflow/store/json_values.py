@@ -17,6 +17,11 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 #: How JSON may write such a character.
 _ESCAPED = re.compile(rb"\\u00[0-9][0-9a-f]|\\ud[89a-f]|\\[bf]|\x7f|\xc2[\x80-\x9f]", re.IGNORECASE)
 
+
+class RepeatedKeyError(ValueError):
+    """An object of a JSON text gives a key twice."""
+
+
 _NONFINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
@@ -33,6 +38,19 @@ def from_json(content: bytes) -> dict[str, Any]:
     """What `to_json` wrote. Sequences come back as lists."""
     results: dict[str, Any] = decoded(json.loads(content))
     return results
+
+
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of keys that differ (an `object_pairs_hook`): of two equal ones each reader might take another.
+
+    Raises:
+        RepeatedKeyError: names the key.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RepeatedKeyError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return found
 
 
 def encoded(value: Any) -> Any:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
+
+from quantflow.store.json_values import RepeatedKeyError, distinct
 
 
 def require_distinct(content: bytes) -> None:
@@ -20,8 +20,12 @@ def require_distinct(content: bytes) -> None:
         SafetensorError: a name, or a key of its entry, is given twice; names it.
     """
     length = int.from_bytes(content[:8], "little")
-    with suppress(ValueError, RecursionError):
-        json.loads(content[8 : 8 + length], object_pairs_hook=_distinct)
+    try:
+        json.loads(content[8 : 8 + length], object_pairs_hook=distinct)
+    except RepeatedKeyError as error:
+        raise SafetensorError(f"in the .safetensors header {error}") from error
+    except (ValueError, RecursionError):
+        return
 
 
 def require_distinct_file(path: Path) -> None:
@@ -35,12 +39,3 @@ def require_distinct_file(path: Path) -> None:
         length = int.from_bytes(start, "little")
         if length <= path.stat().st_size:
             require_distinct(start + file.read(length))
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise SafetensorError(f"the .safetensors header gives {twice!r} twice")
-    return found

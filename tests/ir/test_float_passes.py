@@ -76,6 +76,17 @@ def test_another_batch_graph_or_a_forgotten_one_is_computed_anew(graph: Graph, c
     assert len(counted) == 7
 
 
+def test_a_loader_may_use_its_memory_again(graph: Graph, counted: list[Graph]) -> None:
+    passes, memory = FloatPasses(), torch.randn(4, 3, 8, 8)
+    first, kept = passes.run(graph, Batch((memory,))).clone(), memory.clone()
+    memory.normal_()
+    second = passes.run(graph, Batch((memory,)))
+    assert len(counted) == 2
+    assert not torch.equal(first, second)
+    memory.copy_(kept)
+    assert torch.equal(passes.run(graph, Batch((memory,))), first)
+
+
 @pytest.mark.parametrize(("most_bytes", "samples"), [(1000, 4), (None, 17)])
 def test_what_is_too_large_is_not_held(graph: Graph, most_bytes: int | None, samples: int) -> None:
     passes, batch = FloatPasses(most_bytes), Batch((torch.randn(samples, 3, 8, 8),))

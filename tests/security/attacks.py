@@ -31,18 +31,10 @@ from quantflow.store.journal import Journal
 from quantflow.tasks.artifact import inspect, report_again
 from quantflow.tasks.stage_times import earlier_times
 from tests.security.forked import FOREIGN, command, guarded
+from tests.security.test_hostile_files import Net
 
 Attack = Callable[[], str | None]
 X = torch.linspace(-1, 1, 2 * 3 * 64).reshape(2, 3, 8, 8)
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.conv(x).relu().mean((2, 3)))
 
 
 def attacks(folder: Path) -> dict[str, Attack]:
@@ -309,6 +301,7 @@ def of_the_c_interface(good: Path) -> Iterator[tuple[str, Attack]]:
     yield "no library", lambda: asked("qf_backend_sycl", null, b"cpu", b"/tmp")
     yield "a library that is none", lambda: asked("qf_backend_sycl", program, b"cpu", b"/tmp")
     yield "no engine", lambda: asked("qf_engine_create", null, null)
+    yield "nothing to sum", lambda: asked("qf_error_sums", null, null, 0, ctypes.c_float(1), 0, size(8))
 
     def freed() -> None:
         for name in ("program", "backend", "engine", "plan"):

@@ -43,7 +43,7 @@ TWICE = file_of(f'{{"a":{REALS},"a":{CODES}}}')
     ],
 )
 def test_a_name_that_is_given_twice(header: str, name: str) -> None:
-    with pytest.raises(SafetensorError, match=f"the .safetensors header gives '{name}' twice"):
+    with pytest.raises(SafetensorError, match=f"in the .safetensors header key '{name}' is given twice"):
         require_distinct(file_of(header))
 
 
@@ -94,7 +94,7 @@ def test_every_reader_refuses_it(
     read: Callable[[Path], None], error: type[Exception], where: str, tmp_path: Path
 ) -> None:
     (tmp_path / "x.safetensors").write_bytes(TWICE)
-    with pytest.raises(error, match=f"{re.escape(where)}.*gives 'a' twice"):
+    with pytest.raises(error, match=f"{re.escape(where)}.*key 'a' is given twice"):
         read(tmp_path)
 
 

@@ -11,8 +11,8 @@ import torch
 
 from quantflow.errors import QuantflowError
 from quantflow.ir.binding import bind
-from quantflow.ir.graph import SIZE_FUNCTIONS
-from quantflow.ir.program import Program, Ref, substitute
+from quantflow.ir.program import Program, Ref
+from quantflow.runtimes.specification import run_node
 
 if TYPE_CHECKING:
     from quantflow.stages.imperative.calls import UnitCall
@@ -104,11 +104,11 @@ def sizes_of(
     held: dict[str, Any] = {found.reads: x}
     try:
         inputs = bind(program, args, kwargs or {})
+        held |= {item.name: value for item, value in zip(program.inputs, inputs, strict=True)}
+        for name in found.numbers:
+            _compute(program, name, held)
     except QuantflowError:  # not a call of the program's; the module's own code may well take it
         return None
-    held |= {item.name: value for item, value in zip(program.inputs, inputs, strict=True)}
-    for name in found.numbers:
-        _compute(program, name, held)
     sizes = [(name, held.get(name)) for name in found.numbers]
     return tuple(sizes) if all(type(size) is int for _, size in sizes) else None  # type: ignore[arg-type]
 
@@ -120,10 +120,5 @@ def _compute(program: Program, name: str, held: dict[str, Any]) -> None:
         return
     for each in node.refs():
         _compute(program, each, held)
-    if not all(each in held for each in node.refs()):
-        return
-    values = substitute(node.args, lambda ref: held[ref.name])
-    if node.target == "sym_size.int":
-        held[name] = int(values[0].shape[values[1]])
-    elif node.target in SIZE_FUNCTIONS:
-        held[name] = SIZE_FUNCTIONS[node.target](*values)
+    if all(each in held for each in node.refs()):
+        held[name] = run_node(program, node, held)
