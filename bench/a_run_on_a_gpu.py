@@ -68,6 +68,7 @@ SECTIONS = ("agreement", "calibration", "first", "endurance", "failures", "torch
 def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--named", default="", metavar="WORD", help="agreement of models with this word in the name")
     parser.add_argument("--agreement-s", type=float, default=150.0, help="what is not begun by then is left out")
     parser.add_argument("--images", type=int, default=512, help="of the calibration")
     parser.add_argument("--calls", type=int, default=20_000, help="of the endurance")
@@ -81,7 +82,9 @@ def main() -> int:
     if options.smoke:
         options.images, options.calls = 32, 200
     sections: dict[str, Callable[[], list[dict[str, Any]]]] = {
-        "agreement": lambda: _agreement(options.agreement_s, ("resnet18",) if options.smoke else ARCHITECTURES),
+        "agreement": lambda: _agreement(
+            options.agreement_s, options.named, ("resnet18",) if options.smoke else ARCHITECTURES
+        ),
         "calibration": lambda: _calibration("resnet18" if options.smoke else "resnet50", options.images),
         "first": lambda: _first("resnet18" if options.smoke else "resnet50"),
         "endurance": lambda: _endurance(options.calls),
@@ -122,11 +125,12 @@ def _net(name: str) -> torch.nn.Module:
 # -- agreement
 
 
-def _agreement(seconds: float, architectures: tuple[str, ...]) -> list[dict[str, Any]]:
+def _agreement(seconds: float, word: str, architectures: tuple[str, ...]) -> list[dict[str, Any]]:
     jobs = [("net", name, mode) for name in architectures for mode in MODES]
     jobs += [("recipe", name, mode) for name in recipe_files() for mode in MODES if name != "template"]
     if len(architectures) == 1:
         jobs = jobs[:3]
+    jobs = [job for job in jobs if word in job[1]]
     rows: list[dict[str, Any]] = []
     workers = max(1, min(14, (os.cpu_count() or 2) - 2))
     started = multiprocessing.get_context("spawn")
