@@ -155,19 +155,28 @@ class OpenVino(AbstractContestant):
 
     packages = ("openvino", "nncf", "torch", "numpy")
     isa = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    # Of float parts. It chooses bfloat16 by what the processor has, and then finds no kernel within a limit.
+    precision = None if isa is None else "f32"
 
     def prepare(self) -> None:
         import nncf
+
+        samples = self.calibration()
+        kind = nncf.ModelType.TRANSFORMER if self.task["is_transformer"] else None
+        self.model = nncf.quantize(
+            self.converted(samples[0]), nncf.Dataset(samples), model_type=kind, subset_size=len(samples)
+        )
+        self.notes.append(f"model_type {kind}")
+
+    def converted(self, sample: Arrays) -> Any:
+        """The float model in OpenVINO's form, for any batch size."""
         import openvino
         import torch
 
         script = torch.jit.load(self.folder / "traced.pt").eval()  # type: ignore[no-untyped-call]
-        samples = self.calibration()
-        model = openvino.convert_model(script, example_input=_tensors(samples[0]))
-        model.reshape(dict(enumerate([-1, *a.shape[1:]] for a in samples[0])))
-        kind = nncf.ModelType.TRANSFORMER if self.task["is_transformer"] else None
-        self.model = nncf.quantize(model, nncf.Dataset(samples), model_type=kind, subset_size=len(samples))
-        self.notes.append(f"model_type {kind}")
+        model = openvino.convert_model(script, example_input=_tensors(sample))
+        model.reshape(dict(enumerate([-1, *a.shape[1:]] for a in sample)))
+        return model
 
     def compiled(self, example: Arrays) -> Compiled:
         import openvino
@@ -175,9 +184,8 @@ class OpenVino(AbstractContestant):
         model = self.model.clone()
         model.reshape(dict(enumerate(a.shape for a in example)))
         hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": self.threads}
-        if self.isa is not None:
-            # It chooses bfloat16 by what the processor has, and then finds no kernel within the limit.
-            hints["INFERENCE_PRECISION_HINT"] = "f32"
+        if self.precision is not None:
+            hints["INFERENCE_PRECISION_HINT"] = self.precision
         compiled = openvino.Core().compile_model(model, "CPU", hints)
         note = f"float parts in {compiled.get_property('INFERENCE_PRECISION_HINT').to_string()}"
         if note not in self.notes:
@@ -200,6 +208,16 @@ class OpenVino(AbstractContestant):
         import openvino
 
         self.model = openvino.Core().read_model(self.folder / SAVED / "model.xml")
+
+
+class OpenVinoBfloat16(OpenVino):
+    """The float model, not quantized, computed in bfloat16."""
+
+    packages = ("openvino", "torch", "numpy")
+    precision = "bf16"
+
+    def prepare(self) -> None:
+        self.model = self.converted(self.calibration()[0])
 
 
 class OnnxRuntime(AbstractContestant):
@@ -310,6 +328,7 @@ class TorchAo(AbstractContestant):
 CONTESTANTS: dict[str, type[AbstractContestant]] = {
     "quantflow": Quantflow,
     "openvino": OpenVino,
+    "openvino_bf16": OpenVinoBfloat16,
     "onnxruntime": OnnxRuntime,
     "torch_ao": TorchAo,
 }

@@ -41,12 +41,17 @@ from quantflow.numerics.measures import sqnr_db
 from quantflow.sources.data import Batch, Data, TextPreprocess
 from quantflow.sources.data.text import load_lee
 from quantflow.sources.models.efficientnet_lite0 import load_efficientnet_lite0
-from quantflow.sources.models.transformers_zoo import load_minilm
+from quantflow.sources.models.torchvision_zoo import import_torchvision
+from quantflow.sources.models.transformers_zoo import TextEmbedding, load_minilm
 from quantflow.stages.benchmark import threads
 
 CONTESTANT = Path(__file__).with_name("contestant.py")
 OURS, PEERS = "quantflow", ("openvino", "onnxruntime", "torch_ao")
+#: Where it is asked for: the float model in bfloat16, which some processors compute as fast as others do int8.
+IN_BFLOAT16 = "openvino_bf16"
 MODELS = ("resnet50", "resnet18", "mobilenet_v2", "efficientnet_lite0", "minilm", "vit_b_16")
+#: Named by hand: BERT-base of random weights on random tokens.
+BERT = "bert_base"
 TOKENS = 128
 CALIBRATION_BATCH = 16
 #: The large product whose speed is the floor's: a chain of linears, so that making codes of its input hardly counts.
@@ -151,11 +156,13 @@ class Worker:
 
 def main() -> int:
     parser = arguments(__doc__)
-    parser.add_argument("--models", nargs="+", metavar="NAME", help=f"torchvision's, or of {', '.join(MODELS)} (all)")
+    parser.add_argument(
+        "--models", nargs="+", metavar="NAME", help=f"torchvision's, {BERT}, or of {', '.join(MODELS)} (all)"
+    )
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 16], help="batch sizes (default 1 16)")
     parser.add_argument("--size", type=int, default=224, help="side of images (default 224)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of every contestant")
-    parser.add_argument("--contestants", nargs="+", default=[OURS, *PEERS], choices=[OURS, *PEERS])
+    parser.add_argument("--contestants", nargs="+", default=[OURS, *PEERS], choices=[OURS, *PEERS, IN_BFLOAT16])
     parser.add_argument("--peer-python", metavar="PATH", default=sys.executable, help="interpreter of the peers")
     parser.add_argument("--qconfig", nargs="+", default=["sym_int8"], help="quantflow's presets, one contestant each")
     parser.add_argument("--mode", default="export", choices=("export", "torchscript", "imperative"))
@@ -437,7 +444,9 @@ def _load(name: str, options: argparse.Namespace) -> Task:
     """The float model, and samples that fill every batch size."""
     calibration, evaluation = options.calibration, max(8, *options.batch)
     data: Data
-    if name == "minilm":
+    if name == BERT:
+        module, data, weights = _bert(calibration, evaluation)
+    elif name == "minilm":
         loaded = load_minilm("pretrained", TOKENS, seed=0)
         assert isinstance(loaded.preprocess, TextPreprocess)
         data = load_lee(loaded.preprocess, TOKENS, calibration, evaluation, CALIBRATION_BATCH, 0)
@@ -454,6 +463,19 @@ def _load(name: str, options: argparse.Namespace) -> Task:
         module(*(x[:1] for x in inputs))
     macs = counter.get_total_flops() // 2
     return Task(name, module, weights, is_transformer, inputs, _inputs(data.evaluation), macs)
+
+
+def _bert(calibration: int, evaluation: int) -> tuple[nn.Module, Data, str]:
+    import_torchvision()  # before transformers, which looks for it
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig()
+    config._attn_implementation = "eager"
+    module = TextEmbedding(BertModel(config, add_pooling_layer=False)).eval()
+    tokens = torch.randint(0, config.vocab_size, (calibration + evaluation, TOKENS)).split([calibration, evaluation])
+    made = [[Batch((ids, torch.ones_like(ids)))] for ids in tokens]
+    return module, Data(*made, identity={}), "random"
 
 
 def _inputs(batches: Iterable[Batch]) -> tuple[torch.Tensor, ...]:
