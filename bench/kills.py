@@ -39,7 +39,7 @@ NOBODY = 65534
 #: Imports everything once, then forks a child for each line: a start costs milliseconds. What a change to the model
 #: costs is fixed, so that two searches decide alike. The parent never computes: its children inherit no threads.
 NURSERY = """
-import ctypes, json, os, signal, sys, time
+import ctypes, json, os, signal, sys, time, traceback
 from quantflow.cli import command as cli, job, sweep
 import quantflow.tasks.table, quantflow.executor.order, quantflow.analysis.compare
 import quantflow.sources.models.user_model
@@ -64,6 +64,9 @@ def forked(request, sweep, log):
             code = job.run_request(request)
         except KeyboardInterrupt:
             code = 130
+        except BaseException:  # as an interpreter of its own ends
+            traceback.print_exc()
+            code = 1
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -17,17 +17,22 @@ from types import FrameType
 
 from quantflow.cli import command as cli
 from quantflow.config.app import Job
-from quantflow.store.whole_file import replace_file
+from quantflow.store.whole_file import disk_trouble, replace_file
 
 _PR_SET_PDEATHSIG = 1
 
 
 def run_request(request: Path) -> int:
-    """Runs the job that the file describes and writes how it ended."""
+    """Runs the job that the file describes and writes how it ended, where the disk has room for that."""
     content = json.loads(request.read_text())
     ending = cli.run_job(Job(content["name"], content["settings"], tuple(content["overrides"])))
     told = {"exit_code": ending.exit_code, "reason": ending.reason}
-    replace_file(request.with_suffix(".ending"), json.dumps(told).encode())
+    try:
+        replace_file(request.with_suffix(".ending"), json.dumps(told).encode())
+    except OSError as error:
+        if not disk_trouble(error):
+            raise
+        print(disk_trouble(error), file=sys.stderr)
     return ending.exit_code
 
 

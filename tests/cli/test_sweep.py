@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from quantflow.cli import command as cli
-from quantflow.cli import sweep
+from quantflow.cli import job, sweep
 from quantflow.cli.sweep import JobOutcome, Sweep, figures, pareto, read_outcomes, run_one
 from quantflow.config import app
 from quantflow.config.app import Job
@@ -402,6 +403,19 @@ def test_a_jobs_process_takes_ctrl_c_that_came_while_it_was_starting(
     code = sweep.start_process(tmp_path / "0.request", Sweep("sw", str(tmp_path), "run", {}), tmp_path / "0.log")
     assert (code, (tmp_path / "0.log").read_text()) == (EXIT_INTERRUPTED, "")
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_a_job_whose_ending_has_no_room_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    request = tmp_path / "0.request"
+    request.write_text(json.dumps({"name": "it", "settings": {"no": "such key"}, "overrides": []}))
+    monkeypatch.setattr(job, "replace_file", full)
+    assert job.run_request(request) == EXIT_USAGE
+    assert f"'{tmp_path}/0.ending' can't be used (No space left on device); free some space" in capsys.readouterr().err
 
 
 def test_joblibs_processes_never_take_ctrl_c() -> None:
