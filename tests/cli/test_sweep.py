@@ -408,7 +408,7 @@ def test_a_jobs_process_takes_ctrl_c_that_came_while_it_was_starting(
 def test_a_job_whose_ending_has_no_room_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(path: Path, data: bytes) -> None:
+    def full(path: Path, _: bytes) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     request = tmp_path / "0.request"
