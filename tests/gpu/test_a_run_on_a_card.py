@@ -111,6 +111,7 @@ def test_float32_is_not_cut_to_ten_bits_and_the_settings_come_back(net: nn.Modul
     assert torch.backends.cudnn.allow_tf32 is before
 
 
+@pytest.mark.filterwarnings("ignore")  # torch.compile's own
 def test_the_benchmark_has_compiled_bfloat16_and_its_times_are_of_events(batches: list[torch.Tensor]) -> None:
     torch.manual_seed(0)
     convolutions = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3)).eval()

@@ -241,16 +241,17 @@ class Lowering:
     def _aten(self, node: Node) -> Callable[[Values], Any]:
         """An op of PyTorch, on the card: what it makes from nothing is made there."""
         op, device = aten_op(node.target), self.card.device
+        args = tuple(device if isinstance(v, torch.device) else v for v in node.args)
         kwargs: dict[str, Any] = {k: device if isinstance(v, torch.device) else v for k, v in node.kwargs.items()}
         schema = op._schema  # type: ignore[attr-defined]
-        if any(argument.name == "device" for argument in schema.arguments):
+        if device not in args and any(argument.name == "device" for argument in schema.arguments):
             has_tensors = any("Tensor" in str(argument.type) for argument in schema.arguments)
             if not has_tensors or kwargs.get("device") is not None:
                 kwargs["device"] = device
         value = self.half if self.halves.computes(node) else self.value if node.output in self.halves else self.full
         if node.target in _CONVOLUTIONS:
-            return lambda values: _float_convolution(op, value(node.args, values), value(kwargs, values))
-        return lambda values: op(*value(node.args, values), **value(kwargs, values))
+            return lambda values: _float_convolution(op, value(args, values), value(kwargs, values))
+        return lambda values: op(*value(args, values), **value(kwargs, values))
 
 
 def last_uses(made: Sequence[Step], kept: set[str]) -> dict[int, list[str]]:
