@@ -26,6 +26,7 @@ PAST = (
     "split that does not sum up", "conv with a short bias", "images of a size and a scale", "roll by 2^63",
     "codes padded by NaN", "sizes that wrap to 16", "stack of other ranks at the end",
     "a convolution of lines longer than a task", "positions at both ends of 64 bits",
+    "a norm of no channels",
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ namespace {
 constexpr Int kElementsPerTask = 8192;
 
 // Row by row: x is read as floats (dequantized into scratch memory if need be), y is written as floats or quantized
-// from scratch memory.
+// from scratch memory. Floats may be written as codes, too.
 class Rows : public Step {
 public:
     void run() override {
@@ -24,19 +24,22 @@ public:
                 float* to = y_.is_plain() ? static_cast<float*>(y.data) : memory;
                 compute(from, to);
                 if (!y_.is_plain()) kernels_.store(memory, n_, 1, n_, y);
+                if (codes_) kernels_.store(to, n_, 1, n_, codes_->at(offset[2]));
             }
         });
     }
 
 protected:
-    Rows(ThreadPool& pool, const Tensor& x, int axis, const Tensor& y, const char* kernel)
+    Rows(ThreadPool& pool, const Tensor& x, int axis, const Tensor& y, const Tensor* codes, const char* kernel)
         : kernels_(kernels()), n_(x.dims[static_cast<std::size_t>(axis)]), pool_(pool) {
         const auto a = static_cast<std::size_t>(axis);
         x_ = {x.place, real_of(x, kernel), 0, n_ > 1 ? x.strides[a] : 1};
         y_ = {y.place, real_of(y, kernel), 0, n_ > 1 ? y.strides[a] : 1};
         auto dims = x.dims, x_strides = x.strides, y_strides = y.strides;
-        for (auto* v : {&dims, &x_strides, &y_strides}) v->erase(v->begin() + axis);
-        walk_ = Walk<2>(dims, {x_strides, y_strides});
+        auto code_strides = codes != nullptr ? codes->strides : y.strides;
+        if (codes != nullptr) codes_ = Operand{codes->place, real_of(*codes, kernel), 0, n_ > 1 ? codes->strides[a] : 1};
+        for (auto* v : {&dims, &x_strides, &y_strides, &code_strides}) v->erase(v->begin() + axis);
+        walk_ = Walk<3>(dims, {x_strides, y_strides, code_strides});
         if (x.count() > 0) parts_ = Parts(walk_.count(), kElementsPerTask / n_, pool.size());
     }
     // y may be x.
@@ -48,13 +51,14 @@ protected:
 private:
     ThreadPool& pool_;
     Operand x_, y_;
-    Walk<2> walk_;
+    std::optional<Operand> codes_;
+    Walk<3> walk_;
     Parts parts_;
 };
 
 class SoftmaxRows final : public Rows {
 public:
-    SoftmaxRows(ThreadPool& pool, const Tensor& x, int axis, const Tensor& y) : Rows(pool, x, axis, y, "softmax") {}
+    SoftmaxRows(ThreadPool& pool, const Tensor& x, int axis, const Tensor& y) : Rows(pool, x, axis, y, nullptr, "softmax") {}
     std::string kernel() const override { return kernel_name("softmax"); }
 
 private:
@@ -64,8 +68,9 @@ private:
 class LayerNorm final : public Rows {
 public:
     LayerNorm(ThreadPool& pool, const Tensor& x, const Tensor* gamma, const Tensor* beta, float eps, bool is_rms,
-              const Tensor& y)
-        : Rows(pool, x, x.rank() - 1, y, "layer_norm"), eps_(eps), is_rms_(is_rms) {
+              const Tensor& y, const Tensor* codes)
+        : Rows(pool, x, x.rank() - 1, y, codes, "layer_norm"), eps_(eps), is_rms_(is_rms) {
+        if (codes != nullptr && (y.q || !codes->q)) throw Unsupported("layer_norm gives codes beside an f32 y only");
         for (const Tensor* t : {gamma, beta})
             if (t != nullptr && (t->dtype != DType::f32 || t->q || !is_row_major(*t)))
                 throw Unsupported("layer_norm takes dense f32 gamma and beta");
@@ -147,8 +152,8 @@ StepPtr make_softmax(ThreadPool& pool, const Tensor& x, int axis, const Tensor& 
 }
 
 StepPtr make_layer_norm(ThreadPool& pool, const Tensor& x, const Tensor* gamma, const Tensor* beta, float eps,
-                        bool is_rms, const Tensor& y) {
-    return std::make_unique<LayerNorm>(pool, x, gamma, beta, eps, is_rms, y);
+                        bool is_rms, const Tensor& y, const Tensor* codes) {
+    return std::make_unique<LayerNorm>(pool, x, gamma, beta, eps, is_rms, y, codes);
 }
 
 }  // namespace quantflow::host

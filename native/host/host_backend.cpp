@@ -84,8 +84,8 @@ public:
         return host::make_softmax(pool_, x, axis, y);
     }
     std::unique_ptr<Step> layer_norm(const Tensor& x, const Tensor* gamma, const Tensor* beta, float eps, bool is_rms,
-                                     const Tensor& y) override {
-        return host::make_layer_norm(pool_, x, gamma, beta, eps, is_rms, y);
+                                     const Tensor& y, const Tensor* codes) override {
+        return host::make_layer_norm(pool_, x, gamma, beta, eps, is_rms, y, codes);
     }
     std::unique_ptr<Step> group_norm(const Tensor& x, std::int64_t groups, const Tensor* gamma, const Tensor* beta,
                                      float eps, const Epilogue& e, const Tensor& y) override {

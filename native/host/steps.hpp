@@ -24,7 +24,7 @@ StepPtr make_attention(ThreadPool&, const Tensor& q, const Tensor& k, const Tens
                        float scale, const Tensor& y);
 StepPtr make_softmax(ThreadPool&, const Tensor& x, int axis, const Tensor& y);
 StepPtr make_layer_norm(ThreadPool&, const Tensor& x, const Tensor* gamma, const Tensor* beta, float eps, bool is_rms,
-                        const Tensor& y);
+                        const Tensor& y, const Tensor* codes = nullptr);
 
 // recurrence_step.cpp
 StepPtr make_recurrence(ThreadPool&, const Recurrence&, const RecurrenceTensors&);

@@ -195,8 +195,9 @@ public:
     // Along dimension `axis`; any strides; real operand and result.
     virtual std::unique_ptr<Step> softmax(const Tensor& x, int axis, const Tensor& y) = 0;
     // Over the last dimension (dense there; other dimensions any strides); gamma, beta f32 or null; is_rms: no mean.
+    // With `takes_terms`: codes that are made of an f32 y, too.
     virtual std::unique_ptr<Step> layer_norm(const Tensor& x, const Tensor* gamma, const Tensor* beta, float eps,
-                                             bool is_rms, const Tensor& y) = 0;
+                                             bool is_rms, const Tensor& y, const Tensor* codes = nullptr) = 0;
     // y = epilogue((x - mean) / sqrt(variance + eps) * gamma[c] + beta[c]) with mean and variance of each sample's groups
     // of channels / groups channels. x, y (batch, channels, *spatial), both row-major or both channels_last, real
     // operand and result; gamma, beta f32 (channels) or null.

@@ -93,7 +93,8 @@ public:
         return locked([&] { return xpu::make_softmax(device_, x, axis, y); });
     }
     StepPtr layer_norm(const Tensor& x, const Tensor* gamma, const Tensor* beta, float eps, bool is_rms,
-                       const Tensor& y) override {
+                       const Tensor& y, const Tensor* codes) override {
+        if (codes != nullptr) throw Unsupported("a norm that gives codes beside floats");
         return locked([&] { return xpu::make_layer_norm(device_, x, gamma, beta, eps, is_rms, y); });
     }
     StepPtr gather(const Tensor& table, const Tensor& index, const Tensor& y) override {

@@ -112,9 +112,9 @@ public:
                     {{"gamma", gamma}, {"beta", beta}});
     }
     std::unique_ptr<Step> layer_norm(const Tensor& x, const Tensor* gamma, const Tensor* beta, float eps, bool is_rms,
-                                     const Tensor& y) override {
+                                     const Tensor& y, const Tensor* codes) override {
         return step("layer_norm", number(eps) + number(is_rms), {{"x", x}, {"y", y}},
-                    {{"gamma", gamma}, {"beta", beta}});
+                    {{"gamma", gamma}, {"beta", beta}, {"codes", codes}});
     }
     std::unique_ptr<Step> gather(const Tensor& table, const Tensor& index, const Tensor& y) override {
         return step("gather", "", {{"table", table}, {"index", index}, {"y", y}});

@@ -599,7 +599,14 @@ void test_layer_norm(ThreadPool& pool) {
             const Tensor* g = variant == 2 ? nullptr : &gamma.t;
             const Tensor* b = variant == 3 || variant == 2 ? nullptr : &beta.t;
             const float eps = 1e-5f;
-            host::make_layer_norm(pool, x.t, g, b, eps, is_rms, y.t)->run();
+            const Value codes(dims, kU8, DType::u8), copied(dims, kU8, DType::u8);
+            const Tensor* coded = out.q ? nullptr : &codes.t;
+            host::make_layer_norm(pool, x.t, g, b, eps, is_rms, y.t, coded)->run();
+            if (coded != nullptr) {
+                host::make_copy(pool, y.t, copied.t)->run();
+                for (Int i = 0; i < y.t.count(); ++i)
+                    if (codes.code(i) != copied.code(i)) fail("codes beside floats");
+            }
             Dims rows = dims;
             rows.back() = n > 0 ? 1 : 0;
             for_each(rows, [&](Dims i) {

@@ -132,6 +132,27 @@ void quantize_is_folded() {
     expect_steps(lowered(past, {form({2, 4})}, {q}), "unary copy copy", "not past what is no mere move");
 }
 
+// A sum with what is there by now is the product's; codes of a norm that others read as a float are the norm's.
+void sums_and_norms() {
+    const auto steps = [](const Dims& added, bool has_terms = true) {
+        Build b;
+        const int x = b.input(kQ), r = b.input();
+        const int sum = b.aten("add.Tensor", {Ref{r}, Ref{b.linear(x, 8, 8)}});
+        const int y = b.aten("layer_norm.default", {Ref{sum}, list({8})});
+        const int next = b.linear(b.quantize(y, kQ), 8, 8);
+        recording::RecordingBackend backend;
+        backend.terms = has_terms;
+        return lowered(b, {form({8, 8}, DType::s8), form(added)}, {b.aten("add.Tensor", {Ref{next}, Ref{y}})}, backend);
+    };
+    const Result r = steps({8, 8});
+    expect_steps(r, "copy linear layer_norm linear", "sums and codes take no step");
+    expect(r.step(1).operand("residual") != nullptr && r.step(3).operand("residual") != nullptr, "both products add");
+    expect(r.step(2).operand("codes") != nullptr && r.step(2).operand("codes")->q->zero_point == 128,
+           "codes as they are stored");
+    expect_steps(steps({8}), "copy linear binary layer_norm linear", "a sum that broadcasts is a step");
+    expect_steps(steps({8, 8}, false), "copy linear binary layer_norm copy linear binary", "without terms each is a step");
+}
+
 void layouts() {
     Build b;
     const int x = b.input();
@@ -247,6 +268,7 @@ int main() {
     borders_are_left_to_convolutions();
     terms();
     quantize_is_folded();
+    sums_and_norms();
     layouts();
     moves_take_no_step();
     attention_written_out();

@@ -100,6 +100,8 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     "layer_norm with an expanded weight": two(node("expand.default", [tensor("one"), [6]]), "layer_norm.default", X,
                                               [6], {"value": "y"}),
     "rms_norm with another weight": aten("rms_norm.default", X, [6], tensor("w66")),
+    "a norm of no channels": two(node("slice.Tensor", [X, 1, 0, 0]), "batch_norm.default", {"value": "y"},
+                                 tensor("empty"), None, tensor("empty"), tensor("empty"), False, 0.1, 1e-5, False),
     "batch_norm of other channels": aten("batch_norm.default", X, None, None, tensor("w66"), tensor("w66"), False, 0.1,
                                          1e-5, False),
     "linear with a short bias": aten("linear.default", X, tensor("w66"), tensor("w4")),

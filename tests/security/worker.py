@@ -46,7 +46,7 @@ def stored() -> dict[str, torch.Tensor]:
         "w4": floats(4), "w44": floats(4, 4), "conv": floats(4, 4, 3, 3), "conv1": floats(4, 4, 3),
         "conv3": floats(4, 4, 3, 3, 3), "one": floats(1), "zero": torch.tensor(0.5), "table": floats(10, 4),
         "mask": torch.ones(6, dtype=torch.bool), "ids": torch.arange(6), "small": torch.arange(6, dtype=torch.int32),
-        "positive": floats(4).abs() + 1, "w66": floats(6, 6), "none": floats(0, 4),
+        "positive": floats(4).abs() + 1, "w66": floats(6, 6), "none": floats(0, 4), "empty": floats(0),
         "codes": torch.ones(4, 4, dtype=torch.int8), "conv_codes": torch.ones(4, 4, 3, 3, dtype=torch.int8),
         "codes4": torch.ones(4, 4, 3, 3, dtype=torch.int8), "scale": torch.ones(1),
         "bytes": torch.ones(6, dtype=torch.uint8),

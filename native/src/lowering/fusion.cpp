@@ -40,6 +40,28 @@ std::optional<TwoTerms> Fusion::absorb_two_terms(int value) {
     return TwoTerms{quantize.output, rest.output, graph_.stored_as(quantize.output), graph_.stored_as(rest.output)};
 }
 
+std::optional<Sum> Fusion::sum_after(int value) const {
+    const int user = graph_.only_user(value);
+    if (!takes_terms_ || graph_.value(value).q || user < 0) return std::nullopt;
+    const Node& n = graph_.node(user);
+    if (n.op != Op::aten || n.target != "add.Tensor" || n.args.size() != 2 || !n.kwargs.empty()) return std::nullopt;
+    const auto *a = n.args[0].as<Ref>(), *b = n.args[1].as<Ref>();
+    if (a == nullptr || b == nullptr || (a->value == value) == (b->value == value)) return std::nullopt;
+    return Sum{user, a->value == value ? b->value : a->value, n.output};
+}
+
+int Fusion::absorb_codes(int value) {
+    if (!takes_terms_) return -1;
+    for (int user : graph_.value(value).users) {
+        if (!graph_.is_inside(user) || is_absorbed(user)) continue;
+        const Node& n = graph_.node(user);
+        if (n.op != Op::quantize || graph_.feeds_conv(n.output)) continue;
+        absorb(std::initializer_list<int>{user});
+        return n.output;
+    }
+    return -1;
+}
+
 bool Fusion::leave_border(int value, const Dims& inside, const Dims& before, const Dims& padded) {
     int read = value, user = graph_.only_user(value);
     if (user >= 0 && graph_.node(user).op == Op::quantize) {

@@ -1,7 +1,7 @@
 // What a node's step computes besides the node. A node may steer later ones in four ways, all decided here, from the
 // graph, when the first node of such a group is lowered:
-//  * an activation, or quantize and the rest that it leaves over, that follows it: its own step computes them, and the
-//    walk skips them (`is_absorbed`);
+//  * an activation, a sum with an earlier value, or quantize and the rest that it leaves over, that follows it: its own
+//    step computes them, and the walk skips them (`is_absorbed`);
 //  * attention written out as separate nodes: the first product's step computes all of them, too;
 //  * zeros around an image: the convolution that reads it pads (`border_of`);
 //  * a product that the next node adds to its own of the same shapes: the next node's step computes it, too
@@ -38,6 +38,11 @@ struct TwoTerms {
     StoredAs first, second;
 };
 
+// What a sum adds to a value.
+struct Sum {
+    int node, other, output;
+};
+
 class Fusion {
 public:
     Fusion(const Graph& graph, bool takes_terms, std::size_t nodes)
@@ -55,6 +60,11 @@ public:
     // Where all that reads a float value is quantize and x - dequantize(quantize(x)), itself only quantized: absorbs
     // these.
     std::optional<TwoTerms> absorb_two_terms(int value);
+    // The sum of two float values, one of which is `value` that nothing else reads: the caller absorbs it where the other
+    // one is there by now and of the same shape.
+    std::optional<Sum> sum_after(int value) const;
+    // Absorbs a quantize of a float value that others read as a float; returns its codes, -1: there is none.
+    int absorb_codes(int value);
 
     // Whether the one reader of a padded value, as it is or quantized, is a convolution; it then pads `inside` itself.
     bool leave_border(int value, const Dims& inside, const Dims& before, const Dims& padded);

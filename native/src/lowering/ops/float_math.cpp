@@ -99,12 +99,22 @@ void normalize(Context& c, const Node& n, const Dims& shape, std::size_t weight_
         *v = c.reshaped(c.in_row_major(**v), {width});
     }
     View y = c.allocate_result(x.dims, row_major(x.dims), n.output);
+    std::optional<View> codes;
+    const int coded = y.q ? -1 : c.fusion.absorb_codes(n.output);
+    if (coded >= 0) {
+        const StoredAs s = c.graph.stored_as(coded);
+        codes = c.allocate(s.dtype, x.dims, row_major(x.dims), s.q);
+    }
     c.emit(c.backend.layer_norm(c.tensor(x), c.tensor(gamma).get(), c.tensor(beta).get(), static_cast<float>(eps),
-                                is_rms, c.tensor(y)),
-           {&x, pointer_to(gamma), pointer_to(beta)}, {&y});
-    y.strides = row_major(given);
-    y.dims = given;
-    c.define(n.output, y);
+                                is_rms, c.tensor(y), c.tensor(codes).get()),
+           {&x, pointer_to(gamma), pointer_to(beta)}, {&y, pointer_to(codes)});
+    const auto define = [&](int value, View v) {
+        v.strides = row_major(given);
+        v.dims = given;
+        c.define(value, v);
+    };
+    define(n.output, y);
+    if (codes) define(coded, *codes);
 }
 
 void layer_norm(Context& c, const Node& n) {
@@ -129,7 +139,7 @@ void batch_norm(Context& c, const Node& n) {
         if (stored == nullptr || stored->data == nullptr || stored->dtype != DType::f32 || stored->count() != channels)
             throw Unsupported("BatchNorm whose numbers are not constant float32");
         std::vector<float> out(static_cast<std::size_t>(channels));
-        std::memcpy(out.data(), stored->data, out.size() * sizeof(float));
+        if (!out.empty()) std::memcpy(out.data(), stored->data, out.size() * sizeof(float));
         return out;
     };
     // What must be there first: its number of channels is that of real memory.

@@ -148,7 +148,18 @@ void int8_linear(Context& c, const Node& n) {
         products.push_back({&n, x, products.empty() ? residual : std::nullopt});
         return c.fusion.hold(std::move(products));
     }
-    const Form form = c.graph.form_of(n.output);
+    int output = n.output;
+    if (!residual && n.epilogue.kind == Activation::none && !is_empty)
+        if (const auto sum = c.fusion.sum_after(output)) {
+            const View* other = c.value(sum->other).as<View>();
+            if (other != nullptr && other->dtype == DType::f32 && other->dims == dims &&
+                same_layout(dims, other->strides, strides)) {
+                residual = *other;
+                output = sum->output;
+                c.fusion.absorb(std::initializer_list<int>{sum->node});
+            }
+        }
+    const Form form = c.graph.form_of(output);
     if (adds_reals && !c.backend.takes_terms() && !is_empty) {
         const View product = c.allocate(DType::f32, dims, strides);
         c.emit(step_of(product, nullptr, {}), {&x}, {&product});
@@ -166,7 +177,7 @@ void int8_linear(Context& c, const Node& n) {
             y.q = form.q;
         }
     }
-    const std::optional<TwoTerms> written = is_empty ? std::nullopt : c.fusion.absorb_two_terms(n.output);
+    const std::optional<TwoTerms> written = is_empty ? std::nullopt : c.fusion.absorb_two_terms(output);
     std::optional<View> rest;
     if (written) {
         y = c.allocate(written->first.dtype, dims, strides, written->first.q);
@@ -175,7 +186,7 @@ void int8_linear(Context& c, const Node& n) {
         c.define(written->rest, *rest);
     } else {
         if (y.buffer < 0) y = c.allocate(form.dtype, dims, strides, form.q, form.is_real);
-        c.define(n.output, y);
+        c.define(output, y);
     }
     if (is_empty) return c.emit(c.backend.fill(0, c.plain_tensor(y)), {}, {&y});
     Terms terms;
