@@ -91,15 +91,34 @@ def _captured(
     model: nn.Module | torch.export.ExportedProgram, example: Batch, sizes: Sizes, names: Sequence[str] | None
 ) -> Graph:
     if isinstance(model, torch.export.ExportedProgram):
-        program = model
-    else:
-        model = model.eval()
-        try:
-            program = _export(model, at_least_two(example), sizes)
-        except CaptureError:
-            if example.size != 1:
-                raise
-            program = _export(model, example, sizes)  # code for one sample at a time
+        return _graph_of(model, model, sizes, names)
+    model = model.eval()
+    program = _exported(model, example, sizes)
+    try:
+        return _graph_of(program, model, sizes, names)
+    except SizeNotFree:
+        raise
+    except CaptureError as error:
+        placed = _exported(model, example, sizes, places=True)
+        _graph_of(placed, model, sizes, names)  # says the same, with the line of code
+        raise error from None
+
+
+def _exported(model: nn.Module, example: Batch, sizes: Sizes, *, places: bool = False) -> torch.export.ExportedProgram:
+    try:
+        return _export(model, at_least_two(example), sizes, places=places)
+    except CaptureError:
+        if example.size != 1:
+            raise
+        return _export(model, example, sizes, places=places)  # code for one sample at a time
+
+
+def _graph_of(
+    program: torch.export.ExportedProgram,
+    model: nn.Module | torch.export.ExportedProgram,
+    sizes: Sizes,
+    names: Sequence[str] | None,
+) -> Graph:
     limits = limits_of(program)
     if is_plain(program):
         graph = _to_graph(program, program.graph, sizes, names)
@@ -114,10 +133,16 @@ def _captured(
     return simplify(replace(graph, limits=limits(graph)))
 
 
-def _export(model: nn.Module, batch: Batch, sizes: Sizes = FIXED) -> torch.export.ExportedProgram:
+def _export(
+    model: nn.Module, batch: Batch, sizes: Sizes = FIXED, *, places: bool = False
+) -> torch.export.ExportedProgram:
+    """
+    Args:
+        places: whether nodes say which line of code they come from.
+    """
     try:
         shapes = _dynamic(model, batch, sizes)
-        with plain_attention(), _without_noise(), quick_export(), torch.no_grad():
+        with plain_attention(), _without_noise(), quick_export(places=places), torch.no_grad():
             return torch.export.export(model, batch.args, dict(batch.kwargs), dynamic_shapes=shapes, strict=False)
     except Exception as error:
         where = line_of(error)
@@ -169,7 +194,7 @@ def _decomposed(
         CaptureError: torch can't write one of its ops so.
     """
     try:
-        with _without_noise(), quick_export(), torch.no_grad():
+        with _without_noise(), quick_export(places=True), torch.no_grad():
             return _functional(program)
     except Exception as error:  # torch raises many unrelated types
         where = last_line(str(error))

@@ -5,10 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._subclasses.fake_impls import get_fast_op_impls
+from torch.fx.experimental import proxy_tensor
 
+from quantflow.capture import capture_export
 from quantflow.capture.quick_export import quick_export
+from quantflow.errors import CaptureError
+from quantflow.ir.batch import Batch
 
 
 class Dense(nn.Module):
@@ -53,7 +57,7 @@ def test_the_graph_is_the_one_that_torch_makes_by_itself(layout: torch.memory_fo
             return torch.export.export(module, (x,), dynamic_shapes={"x": {0: auto, 2: auto, 3: auto}})
 
     plain = export()
-    with quick_export():
+    with quick_export(places=False):
         assert described(export()) == described(plain)
 
 
@@ -63,13 +67,34 @@ def test_a_join_of_unlike_sizes_is_refused_as_torch_refuses_it() -> None:
             return torch.cat([x, x[:, :, :3]], 1)
 
     shapes = {"x": {0: torch.export.Dim.AUTO}}
-    with quick_export(), pytest.raises(Exception, match="Sizes of tensors"):
+    with quick_export(places=False), pytest.raises(Exception, match="Sizes of tensors"):
         torch.export.export(Unlike(), (torch.randn(2, 4, 6),), dynamic_shapes=shapes)
 
 
+@pytest.mark.parametrize("places", [False, True])
+def test_nodes_know_their_line_where_it_is_asked_for(places: bool) -> None:
+    with quick_export(places=places):
+        program = torch.export.export(nn.Linear(4, 2).eval(), (torch.randn(2, 4),))
+    lines = [node.meta.get("stack_trace") for node in program.graph.nodes if node.op == "call_function"]
+    assert [line is not None for line in lines] == [places]
+
+
 def test_torch_and_the_collector_are_as_before_after_an_error() -> None:
-    before = dict(get_fast_op_impls())
-    with pytest.raises(ZeroDivisionError), quick_export():
+    def state() -> list[Any]:
+        changed = proxy_tensor._extract_tensor_metadata, proxy_tensor.track_tensor_tree
+        return [dict(get_fast_op_impls()), fx.config.do_not_emit_stack_traces, *changed]
+
+    before = state()
+    with pytest.raises(ZeroDivisionError), quick_export(places=False):
         gc.isenabled() or 1 / 0
     assert gc.isenabled()
-    assert get_fast_op_impls() == before
+    assert state() == before
+
+
+def test_a_graph_that_cannot_be_taken_names_its_line() -> None:
+    class Choice(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
+
+    with pytest.raises(CaptureError, match=r"runs torch\.cond \(at .*test_quick_export\.py:\d+"):
+        capture_export(Choice(), Batch((torch.randn(2, 4),)))
