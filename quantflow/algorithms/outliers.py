@@ -107,9 +107,12 @@ class _Input:
     rows: list[torch.Tensor] = field(default_factory=list)
 
     def observe(self, x: torch.Tensor, batches: int, generator: torch.Generator) -> None:
+        """A value, which is left out if it holds NaN or infinities: they show in the largest of their channel."""
         rows = x.detach().reshape(-1, x.shape[-1])
         magnitude = rows.abs()
         channels = magnitude.amax(0)
+        if not bool(channels.isfinite().all()):
+            return
         self.channels = channels if self.channels is None else torch.maximum(self.channels, channels)
         self.tokens.append(magnitude.amax(1))
         self.places.append(torch.arange(len(rows)) % x.shape[-2])
@@ -136,7 +139,7 @@ def find_outliers(settings: OutlierSettings, graph: Graph, plan: Plan, material:
     generator = torch.Generator().manual_seed(material.seed)
 
     def on_value(node: fx.Node, value: Any) -> None:
-        if node in inputs and value.numel() and bool(value.isfinite().all()):
+        if node in inputs and value.numel():
             inputs[node].observe(value, len(batches), generator)
 
     with torch.inference_mode():

@@ -246,7 +246,7 @@ def _require_float32(model: Model) -> None:
         if weight.is_floating_point() and weight.dtype is not torch.float32:
             found = str(weight.dtype).removeprefix("torch.")
             raise ModelError(f"model: '{name}' is {found}; quantization starts from float32: call model.float()")
-        if weight.is_floating_point() and bool(weight.isnan().any()):
+        if weight.is_floating_point() and weight.numel() and bool(weight.detach().aminmax().max.isnan()):
             raise ModelError(f"model: '{name}' holds NaN; check where the weights come from")
 
 

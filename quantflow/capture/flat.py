@@ -120,8 +120,8 @@ def _neutral(model: nn.Module, given: Mapping[str, Any], names: tuple[str, ...],
             continue
         others = {key: value for key, value in given.items() if key != name and not key.startswith("*")}
         with contextlib.suppress(Exception), torch.no_grad():  # the model may need it, or not take it so
-            filled = model(**others, **{name: torch.full_like(first, int(number))})
             left = model(**others) if name in given else result
+            filled = model(**others, **{name: torch.full_like(first, int(number))})
             if _same(filled, left):
                 found[name] = number
     return found

@@ -18,7 +18,7 @@ from quantflow.ir.graph import Graph, interpret
 #: Batches of more samples than any stage looks at one by one are computed anew.
 MOST_SAMPLES = 16
 #: What a pass may hold: a share of the machine's memory, and no more than so many bytes.
-MEMORY_SHARE, MOST_BYTES = 16, 1 << 30
+MEMORY_SHARE, MOST_BYTES = 16, 3 << 29
 
 OnValue = Callable[[fx.Node, Any], None]
 

@@ -28,6 +28,8 @@ from quantflow.runtimes.runner import AbstractRunner
 _COMPUTED = ("quantize", *COMPUTING_OPS)
 #: Float32 holds every whole number up to this.
 FLOAT32_INTEGERS = 2**24
+#: No int8 number is larger.
+WEIGHT_REACH = 128
 _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
@@ -205,7 +207,7 @@ def _sums(
     """(exact sums, scale_x * scale_w, bias) of a convolution or linear; the last two fit the sums' shape."""
     qx, attrs = _known(operands[0]), node.attrs
     scale = program.tensors[attrs["weight_scale"]] * qx.scale
-    centered, weight = _exact_operands(_centered(args[0], qx), program.tensors[attrs["weight"]])
+    centered, weight = _exact_operands(args[0], qx, program.tensors[attrs["weight"]])
     if node.op == "linear":
         acc, channel = F.linear(centered, weight), -1
     else:
@@ -219,18 +221,21 @@ def _sums(
     return acc, scale.reshape(shape) if scale.numel() > 1 else scale, bias
 
 
-def _exact_operands(centered: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Centered codes in float64 and a weight's codes, as floats whose products' sums are exact.
+def _exact_operands(q: torch.Tensor, qparams: QParams, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Centered codes and a weight's codes, as floats whose products' sums are exact.
 
     That is float32 where no partial sum, in whatever order, can leave the whole numbers that it holds:
     max |q| * max_c sum |w_c| <= 2**24. Float64 takes twice as long.
     """
-    if centered.is_cpu and centered.numel() and weight.numel() and adds_exactly_in_float32():
+    if q.is_cpu and q.numel() and weight.numel() and adds_exactly_in_float32():
         narrow = weight.to(torch.float32)
-        most = torch.linalg.vector_norm(narrow.flatten(1), 1, dim=1).max() * centered.abs().max()
-        if float(most) <= FLOAT32_INTEGERS:
-            return centered.to(torch.float32), narrow
-    return centered, weight.to(torch.float64)
+        largest = max(abs(int(extreme) - qparams.zero_point) for extreme in q.aminmax())
+        most = largest * WEIGHT_REACH * weight[0].numel()
+        if most > FLOAT32_INTEGERS:
+            most = largest * float(torch.linalg.vector_norm(narrow.flatten(1), 1, dim=1).max())
+        if most <= FLOAT32_INTEGERS:
+            return q.to(torch.float32) - qparams.zero_point, narrow
+    return _centered(q, qparams), weight.to(torch.float64)
 
 
 def _recurrence(program: Program, node: Node, args: Any, found: torch.Tensor | None = None) -> torch.Tensor:
@@ -281,7 +286,7 @@ def _steps(program: Program, node: Node, values: Mapping[str, Any], out: QParams
 
 def _fused_multiply_add(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     """a * b + c, rounded to float32 once: the product of two float32 is exact in float64."""
-    return (a.to(torch.float64) * b.to(torch.float64) + c.to(torch.float64)).to(torch.float32)
+    return torch.addcmul(c.to(torch.float64), a.to(torch.float64), b.to(torch.float64)).to(torch.float32)
 
 
 def bounds_in_steps(epilogue: Epilogue | None, out: QParams) -> tuple[float, float]:
@@ -295,7 +300,7 @@ def bounds_in_steps(epilogue: Epilogue | None, out: QParams) -> tuple[float, flo
 
 def _coded(steps: torch.Tensor, epilogue: Epilogue | None, out: QParams) -> torch.Tensor:
     low, high = bounds_in_steps(epilogue, out)
-    return (torch.round(steps).clamp_(low, high) + out.zero_point).to(out.torch_dtype)
+    return torch.round(steps).clamp_(low, high).add_(out.zero_point).to(out.torch_dtype)
 
 
 def _centered(q: torch.Tensor, qparams: QParams) -> torch.Tensor:

@@ -11,8 +11,11 @@ from torch import nn
 
 import quantflow as qf
 from quantflow.algorithms import Material, Outliers, find_outliers
+from quantflow.algorithms.outliers import Outlier
 from quantflow.capture import capture_export
 from quantflow.ir.batch import Batch
+from quantflow.ir.graph import Graph
+from quantflow.ir.plan import Plan
 from quantflow.schema import OutlierSettings, QConfig
 from quantflow.stages.plan import make_plan
 
@@ -152,3 +155,23 @@ def test_images_have_no_tokens() -> None:
     x[:, 0] = 1e6
     graph = capture_export(model, Batch((x,)))
     assert not find_outliers(OutlierSettings(), graph, make_plan(graph, QConfig()), Material([Batch((x,))])).found
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_not_finite_is_left_out(bad: float) -> None:
+    model, good = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)).eval(), torch.ones(2, 3, 8)
+    good[:, :, 2] = 1e4
+    broken = good.clone()
+    broken[1, 2, 5] = bad
+    graph = capture_export(model, Batch((good,)))
+    plan = make_plan(graph, QConfig())
+    batches = [Batch((good,)), Batch((broken,))]
+    found = find_outliers(OutlierSettings(), graph, plan, Material(batches)).found
+    assert [each.channels for each in found] == [each.channels for each in only(graph, plan, good)]
+    assert found[0].channels == (2,)
+    assert not only(graph, plan, broken)
+
+
+def only(graph: Graph, plan: Plan, x: torch.Tensor) -> tuple[Outlier, ...]:
+    """What is found on one batch."""
+    return find_outliers(OutlierSettings(), graph, plan, Material([Batch((x,))])).found
