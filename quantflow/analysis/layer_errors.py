@@ -90,7 +90,8 @@ def histogram(x: torch.Tensor, clips: Iterable[tuple[float, float]]) -> dict[str
         counts[BINS // 2] = x.numel()
     ordered = sorted(clips, key=lambda clip: clip[1] - clip[0])
     narrowest, widest = ordered[0], ordered[-1]
-    beyond = int(torch.count_nonzero(x < widest[0])) + int(torch.count_nonzero(x > widest[1]))
+    beyond = int(torch.count_nonzero(x < widest[0])) if low < widest[0] else 0
+    beyond += int(torch.count_nonzero(x > widest[1])) if high > widest[1] else 0
     found = {
         "low": low,
         "high": high,

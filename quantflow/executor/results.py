@@ -68,9 +68,11 @@ def finished(
         "warmup": warm.to_json(),
         "runtime": _runtime_section(built.compiled.choice),
     }
-    results["int8_proof"] = _int8_proof(built, run.source)
+    layers_run = _int8_layers_run(built, run.source)
+    measured = measure(run, built.compiled, built.graph, built.call_at(run.int8_place(built.compiled.runner)))
+    results["int8_proof"] = _int8_proof(built, run.source, layers_run, measured.get("accuracy"))
     results |= added.sections
-    results |= measure(run, built.compiled, built.graph, built.call_at(run.int8_place(built.compiled.runner)))
+    results |= measured
     results["notices"] = [
         *run.source.notices,
         *poor_output_notices(results.get("accuracy")),
@@ -145,36 +147,55 @@ def timed(results: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     return configs
 
 
-def _int8_proof(built: Built, source: Source) -> dict[str, Any]:
-    """Count int8 layers in what really runs, and show that its output, or a layer's, is not float's.
+def _int8_layers_run(built: Built, source: Source) -> int:
+    """How many int8 layers there are in what really runs.
 
     Raises:
-        NothingQuantizedError: nothing runs in int8, or output and layers equal float's to the last bit.
+        NothingQuantizedError: none.
     """
     runs = built.compiled.runner.int8_layers()
     if built.module is not None:
         runs = int8_calls(built.module, source.first_batch)
     if runs == 0:
         raise NothingQuantizedError("int8 proof: no int8 layer runs in the converted model; nothing was quantized")
+    return runs
+
+
+def _int8_proof(built: Built, source: Source, layers_run: int, accuracy: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Show that the output of what runs, or a layer's, is not float's.
+
+    Args:
+        accuracy: the comparison with float on the evaluation data, where there was one.
+
+    Raises:
+        NothingQuantizedError: output and layers equal float's to the last bit.
+    """
+    return {
+        "int8_layers": built.plan.int8_layers,
+        "int8_layers_run": layers_run - built.plan.second_terms + built.plan.int8_tables,
+        "core_layers": built.plan.core_layers,
+        "coverage": built.plan.int8_coverage,
+        "float_layers": [{"name": row.name, "op": row.op, "reason": row.reason} for row in built.plan.float_layers],
+        "output_differs": (accuracy is not None and not accuracy["identical"]) or _output_differs(built, source),
+    }
+
+
+def _output_differs(built: Built, source: Source) -> bool:
+    """Whether the output on calibration data is another than float's.
+
+    Raises:
+        NothingQuantizedError: it is the same, and so is every layer's own.
+    """
     # Classes, flags and constants may well be the same; then the layers' own results have to differ. In one sample of a
     # small model those may all be cut off at 0.
     for batch in (cut(source.first_batch, 1, built.graph), source.first_batch):
         difference = evaluate(source.float_model(), built.call, [batch])
         if not difference["identical"] or _some_layer_differs(built, batch):
-            break
-    else:
-        raise NothingQuantizedError(
-            "int8 proof: the converted model's output, and every int8 layer's own, equals the float model's to the "
-            "last bit, so int8 can't have run"
-        )
-    return {
-        "int8_layers": built.plan.int8_layers,
-        "int8_layers_run": runs - built.plan.second_terms + built.plan.int8_tables,
-        "core_layers": built.plan.core_layers,
-        "coverage": built.plan.int8_coverage,
-        "float_layers": [{"name": row.name, "op": row.op, "reason": row.reason} for row in built.plan.float_layers],
-        "output_differs": not difference["identical"],
-    }
+            return not difference["identical"]
+    raise NothingQuantizedError(
+        "int8 proof: the converted model's output, and every int8 layer's own, equals the float model's to the "
+        "last bit, so int8 can't have run"
+    )
 
 
 def _some_layer_differs(built: Built, batch: Batch) -> bool:

@@ -78,7 +78,9 @@ def quantize(x: torch.Tensor, qparams: QParams) -> torch.Tensor:
         int8 or uint8 codes of x's shape.
     """
     qmin, qmax = qparams.range
-    q = (x / qparams.scale).round_().add_(qparams.zero_point)
+    q = (x / qparams.scale).round_()
+    if qparams.zero_point:
+        q.add_(qparams.zero_point)
     return q.nan_to_num_(nan=qmax, posinf=qmax, neginf=qmin).clamp_(qmin, qmax).to(qparams.torch_dtype)
 
 
