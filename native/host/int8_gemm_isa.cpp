@@ -184,10 +184,10 @@ QF_INLINE Float add_residual(Float r, Int codes, const OutputConstants& k) {
     return Vector::add(r, Vector::mul(Vector::to_float(Vector::sub(codes, k.residual_zero)), k.residual_scale));
 }
 // Clamped before it is rounded: the bounds are whole numbers, or lie inside them.
-QF_INLINE Int code_of(Float r, const OutputConstants& k) {
-    const Float t = Vector::max(Vector::min(Vector::mul(r, k.inverse_scale), k.high), k.low);
-    return Vector::add(Vector::round(t), k.zero);
+QF_INLINE Int steps_of(Float r, const OutputConstants& k) {
+    return Vector::round(Vector::max(Vector::min(Vector::mul(r, k.inverse_scale), k.high), k.low));
 }
+QF_INLINE Int code_of(Float r, const OutputConstants& k) { return Vector::add(steps_of(r, k), k.zero); }
 
 // sum * scale + bias of product `i` that comes before: its sums at `place`, its constants at `channel`.
 QF_INLINE Float real_before(const Int8Output& o, int i, i64 place, i64 channel) {
@@ -848,13 +848,7 @@ struct Piece {
     i64 first;      // position of its first row, counted from the one of output row `row`
 };
 constexpr i64 kSpan = 16;  // positions of a piece that spans lines
-
-// What is done with a tile's sums while the next tile is computed.
-struct Pending {
-    const std::int32_t* sums;
-    const Piece* pieces;
-    i64 count, padded, channel, channels;
-};
+constexpr i64 kSumsRow = kDepth > 1 ? 2 * kColumns : kColumns;  // of the sums of tiles, in elements
 
 // Positions from one line to the next where pieces span lines.
 i64 line_pitch(const Int8Gemm& g) { return g.out[2] + g.reach[2]; }
@@ -894,7 +888,7 @@ LineScratch line_scratch_of(const Int8Gemm& g, i64 rows) {
         s.pieces = rows * s.packed_row + 64;
     }
     s.sums = s.pieces + round_up(rows * static_cast<i64>(sizeof(Piece)), 64);
-    s.wide = s.sums + 2 * Tiling::kPieces * kRows * kColumns * 4;
+    s.wide = s.sums + 2 * kRows * kSumsRow * 4;
     s.offsets = s.wide + (Vector::kIsExact ? 0 : 2 * s.pieces);
     s.bytes = s.offsets + (Vector::kIsExact ? 0 : g.runs * static_cast<i64>(sizeof(i64)));
     return s;
@@ -918,24 +912,9 @@ void pad_lines(Copier& copier, const Int8Gemm& g, i64 image, i64 line, i64 lines
     }
 }
 
-// Panels that pass over a tile's rows before the next tile: as many as stay in the L2 cache, so that rows of x are read
-// and rows of y written once, in order.
-i64 panels_at_a_time(i64 panel_bytes, i64 panels) {
-    const i64 most = panel_bytes < kInt8BlockBytes ? kInt8BlockBytes / (panel_bytes > 0 ? panel_bytes : 1) : 1;
-    const i64 blocks = (panels + most - 1) / most;
-    return (panels + blocks - 1) / blocks;
-}
-
-// What the sums of `count` pieces start from where every row has a number of its own.
-void start_rows(const Int8Gemm& g, i64 padded, const Piece* pieces, i64 count, std::int32_t* to) {
-    const Int low = Vector::load(g.start + padded), high = Vector::load(g.start + padded + kLanes);
-    for (i64 i = 0; i < count; ++i)
-        for (i64 m = 0; m < pieces[i].height; ++m, to += kColumns) {
-            const Int own = Vector::set(g.row_start[pieces[i].row + m]);
-            Vector::store(to, Vector::add(low, own));
-            Vector::store(to + kLanes, Vector::add(high, own));
-        }
-}
+#if defined(QF_INT8_AMX)
+#include "int8_amx_pieces.inc"
+#endif
 
 void gemm_lines(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 panels, u8* scratch) {
     const LineScratch s = line_scratch_of(g, rows);
@@ -997,82 +976,53 @@ void gemm_lines(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 
         for (i64 run = 0; run < g.runs; ++run) doubled[run] = 2 * g.window_offset[run];
         offsets = doubled;
     }
-    const FinishTile finish = finisher(g.output);
-    const auto finish_rows = [&](const Pending& done, const std::int32_t* from, i64 first, i64 n) {
-        finish(g.output, from, kColumns, first, n, done.padded, done.channel, done.channels);
-    };
-    const auto finish_pending = [&](const Pending& done) {
-        for (i64 i = 0; i < done.count; ++i) {
-            const Piece& piece = done.pieces[i];
-            const std::int32_t* own = done.sums + (i == 0 ? 0 : done.pieces[0].height) * kColumns;
-            if (!spans) {
-                finish_rows(done, own + piece.skip * kColumns, piece.row + piece.skip, piece.end - piece.skip);
-                continue;
-            }
-            for (i64 m = piece.skip; m < piece.end;) {
-                const i64 line = (piece.first + m) / line_pitch(g), column = piece.first + m - line * line_pitch(g);
-                const i64 n = smaller(piece.end - m, width - column);
-                if (n > 0) finish_rows(done, own + m * kColumns, piece.row + line * width + column, n);
-                m += n > 0 ? n : line_pitch(g) - column;
-            }
-        }
-    };
     TileJob job;
     job.x_row = x_row;
     job.offsets = offsets;
     job.runs = g.is_windowed ? g.runs : 1;
-    job.sums_row = kColumns;
+    job.sums_row = kSumsRow;
     job.steps = g.quads / job.runs;
+    std::int32_t* sums = reinterpret_cast<std::int32_t*>(scratch + s.sums);
+#if defined(QF_INT8_AMX)
+    multiply_pieces(g, group, panel, panels, pieces, count, job, sums);
+#else
     // The tiles of one panel together fetch the next one.
     job.ahead_step = (4 * kColumns + count - 1) / count;
-    // With vector registers one panel after the other: its weights stay in the L1 cache. Tiles of a short reduction take
-    // some 100 cycles, so that little may be done for each.
-    const i64 panel_bytes = g.quads * 4 * kColumns, block = kDepth > 1 ? panels_at_a_time(panel_bytes, panels) : 1;
-    const i64 ahead = panel_bytes / count * Tiling::kPieces;
-    std::int32_t* sums = reinterpret_cast<std::int32_t*>(scratch + s.sums);
-    std::int32_t* other_sums = sums + Tiling::kPieces * kRows * kColumns;
-    Pending pending{};
+    // One panel after the other: its weights stay in the L1 cache. Tiles of a short reduction take some 100 cycles, so that
+    // little may be done for each.
+    const FinishTile finish = finisher(g.output);
+    const i64 panel_bytes = g.quads * 4 * kColumns, ahead = panel_bytes / count;
+    std::int32_t* other_sums = sums + kRows * kColumns;
     struct {
-        i64 x, padded, channel, channels;  // x: where the panel's group begins in a pixel
-    } own{};
-    const auto begin_panel = [&](i64 p) {
+        const std::int32_t* sums;
+        i64 row, rows, padded, channel, channels;
+    } pending{};
+    const auto finish_pending = [&] {
+        if (pending.rows > 0)
+            finish(g.output, pending.sums, kColumns, pending.row, pending.rows, pending.padded, pending.channel,
+                   pending.channels);
+    };
+    for (i64 p = 0; p < panels; ++p) {
         const i64 all = group * g.panels + panel + p;
         const i64 own_group = g.task_panels > g.panels ? all / g.panels : group, within = all - own_group * g.panels;
-        own.x = (own_group - group) * g.in_channels * (is_wide ? 2 : 1);
-        own.padded = all * kColumns;
-        own.channel = own_group * g.channels + within * kColumns;
-        own.channels = smaller(kColumns, g.channels - within * kColumns);
+        const i64 own_x = (own_group - group) * g.in_channels * (is_wide ? 2 : 1);  // where its group begins in a pixel
+        const i64 padded = all * kColumns, channel = own_group * g.channels + within * kColumns;
+        const i64 channels = smaller(kColumns, g.channels - within * kColumns);
         job.w = reinterpret_cast<const u8*>(g.weights) + all * panel_bytes;
-        job.start = g.start + own.padded;
-    };
-    for (i64 begin = 0; begin < panels; begin += block) {
-        const i64 end = smaller(begin + block, panels);
-        begin_panel(begin);
-        job.ahead = kDepth == 1 ? job.w + panel_bytes : nullptr;
-        for (i64 i = 0; i < count; i += Tiling::kPieces) {
-            const i64 together = smaller(Tiling::kPieces, count - i), height = together * pieces[i].height;
-            job.x = pieces[i].x + own.x;
-            job.x_high = pieces[i + together - 1].x + own.x;
-            job.low_rows = pieces[i].height;
-            for (i64 p = begin; p < end; ++p) {
-                job.sums = sums;
-                std::swap(sums, other_sums);
-                if (kDepth > 1) {
-                    begin_panel(p);
-                    if (g.row_start != nullptr) {
-                        start_rows(g, own.padded, pieces + i, together, job.sums);
-                        job.start = job.sums;
-                        job.start_row = kColumns;
-                    }
-                }
-                piece_tile(height, together, own.channels, is_wide)(job);
-                finish_pending(pending);
-                pending = {job.sums, pieces + i, together, own.padded, own.channel, own.channels};
-            }
-            if (kDepth == 1) job.ahead += ahead;
+        job.start = g.start + padded;
+        job.ahead = job.w + panel_bytes;
+        for (i64 i = 0; i < count; ++i) {
+            job.x = pieces[i].x + own_x;
+            job.sums = sums;
+            std::swap(sums, other_sums);
+            piece_tile(pieces[i].height, 1, channels, is_wide)(job);
+            finish_pending();
+            pending = {job.sums, pieces[i].row, pieces[i].height, padded, channel, channels};
+            job.ahead += ahead;
         }
     }
-    finish_pending(pending);
+    finish_pending();
+#endif
 }
 
 #if defined(QF_INT8_AMX)

@@ -500,6 +500,15 @@ struct Avx512Vector {
             const Int cd = _mm512_adds_epi16(_mm512_packs_epi32(c, d), zero);
             return _mm512_max_epu8(_mm512_min_epu8(_mm512_packus_epi16(ab, cd), high), low);
         }
+        // A whole row of four vectors.
+        QF_INLINE_MEMBER void store_row(std::uint8_t* p, const Int (&v)[4]) const {
+            _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, of(v[0], v[1], v[2], v[3])));
+        }
+        // The same where zero is 0 and all codes are legal.
+        QF_INLINE_MEMBER void store_plain_row(std::uint8_t* p, const Int (&v)[4]) const {
+            const Int ab = _mm512_packs_epi32(v[0], v[1]), cd = _mm512_packs_epi32(v[2], v[3]);
+            _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(ab, cd)));
+        }
         QF_INLINE_MEMBER void store(std::uint8_t* p, std::uint8_t* q, Int a, Int b, Int c, Int d) const {
             const Int v = _mm512_permutexvar_epi32(order, of(a, b, c, d));
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(v));
