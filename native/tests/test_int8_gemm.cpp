@@ -268,7 +268,7 @@ void test_activations() {
                 Case c;
                 c.batch = 40;
                 c.in_channels = 24;
-                c.out_channels = 35;
+                c.out_channels = 99;
                 c.epilogue = {static_cast<Activation>(kind), kind == 2 ? -1.0f : 0.05f, 6.0f};
                 c.is_float = is_float;
                 c.has_residual = residuals > 0;
@@ -284,7 +284,7 @@ void test_not_finite() {
             Case c;
             c.batch = 7;
             c.in_channels = 20;
-            c.out_channels = 33;
+            c.out_channels = 67;
             c.epilogue = {static_cast<Activation>(kind), kind == 2 ? -1.0f : 0.05f, 6.0f};
             c.bias_at_0 = bias;
             run_case(c);
@@ -353,6 +353,8 @@ void test_usual_convolutions() {
     conv(28, 3, 32, 3, 2);
     conv(14, 64, 64, 3, 1);
     conv(7, 200, 72, 3, 1);
+    conv(7, 64, 160, 3, 1);
+    conv(13, 64, 72, 3, 2);
     conv(9, 33, 20, 3, 1);
     conv(14, 64, 96, 1, 1);
     conv(14, 64, 96, 1, 2);
