@@ -12,11 +12,13 @@ bool tiles_take_windows(const Int8Kernels& kernels, const Grouping& grouping, co
     const i64 rows = s.out[1] * s.out[2], height = kernels.rows / 2, steps = run.runs * run.length;
     i64 pieces = s.out[1] * divide_up(s.out[2], height);
     if (s.stride[1] == 1 && s.stride[2] == 1)  // they span lines
-        pieces = std::min(pieces, divide_up(s.out[1] * (s.out[2] + (s.kernel[2] - 1) * s.dilation[2]), height));
-    const double cycles = 2.0 * static_cast<double>(height * divide_up(grouping.out_channels, kernels.columns));  // of a step
+        pieces = std::min(pieces, divide_up(s.out[1] * (s.out[2] + s.dilation[2] * (s.kernel[2] - 1)), height));
+    // Of a step, through all panels.
+    const double cycles = 2.0 * static_cast<double>(height * divide_up(grouping.out_channels, kernels.columns));
     const double windows = cycles * static_cast<double>(pieces * run.runs * (run.quads / kernels.depth));
-    const double copying = static_cast<double>(rows) * (6 * static_cast<double>(run.runs) + static_cast<double>(steps) / 24);
-    return windows <= cycles * static_cast<double>(divide_up(rows, height) * divide_up(steps, 4 * kernels.depth)) + copying;
+    const double row = 6 * static_cast<double>(run.runs) + static_cast<double>(steps) / 24;  // to copy it
+    const i64 packed = divide_up(rows, height) * divide_up(steps, 4 * kernels.depth);
+    return windows <= cycles * static_cast<double>(packed) + static_cast<double>(rows) * row;
 }
 
 }  // namespace
@@ -28,8 +30,8 @@ bool takes_windows(const Int8Kernels& kernels, const Grouping& grouping, const S
     const double padding = static_cast<double>(4 * Runs(kernels, 1, length).quads) / static_cast<double>(length);
     if (kernels.depth > 1 && grouping.groups > 1) return false;  // a tile's row is longer than a group's pixel
     if (kernels.depth == 1 && padding >= 1.4) return false;
-    if (kernels.depth > 1 && !tiles_take_windows(kernels, grouping, s, Runs(kernels, s.taps() * grouping.in_channels / length, length)))
-        return false;
+    const Runs run(kernels, s.taps() * grouping.in_channels / length, length);
+    if (kernels.depth > 1 && !tiles_take_windows(kernels, grouping, s, run)) return false;
     // x is copied anyhow, and chunks of long rows fit the L1 cache; widened lines keep quads together, so that a run must
     // begin with one.
     if (!kernels.is_exact && (grouping.groups * grouping.merged == 1 || grouping.in_channels % 4 != 0)) return false;
