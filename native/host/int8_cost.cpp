@@ -38,6 +38,10 @@ bool takes_windows(const Int8Kernels& kernels, const Grouping& grouping, const S
     return s.kernel[1] > 1 || s.kernel[2] > 1 || (kernels.is_exact && padding == 1);
 }
 
+bool joins_runs(const Int8Kernels& kernels, const Runs& run) {
+    return kernels.depth > 1 && 3 * Runs::joined(kernels, run.runs, run.length).all_quads <= 2 * run.all_quads;
+}
+
 Grouping merge_groups(const Int8Kernels& kernels, i64 groups, i64 in_channels, i64 out_channels, const Shape3& shape) {
     const i64 taps = shape.taps();
     Grouping best{groups, in_channels, out_channels, 1};
@@ -75,7 +79,8 @@ Tasks cut(const Int8Kernels& kernels, const Int8Gemm& g, i64 groups, i64 rows, i
     const double quads = static_cast<double>(g.quads), columns = kernels.columns;
     // Windows are cut at the ends of lines.
     const i64 unit = g.is_windowed ? std::max<i64>(g.out[2], 1) : kernels.rows, units = divide_up(rows, unit);
-    const i64 line_bytes = (g.out[2] * g.stride[2] + g.reach[2]) * g.pixel;
+    const i64 line_bytes =
+        g.column_bytes > 0 ? g.out[2] * g.column_bytes : (g.out[2] * g.stride[2] + g.reach[2]) * g.pixel;
     Tasks best;
     double best_cost = std::numeric_limits<double>::infinity();
     // The smallest tasks are always among those that are looked at: they are the only ones that fit where a line is long.

@@ -11,6 +11,9 @@ struct Shape3;
 // once per tap. What it costs is the padding of runs.
 bool takes_windows(const Int8Kernels&, const Grouping&, const Shape3&);
 
+// Whether short runs are copied side by side, where tiles would multiply mostly padding.
+bool joins_runs(const Int8Kernels&, const Runs&);
+
 Grouping merge_groups(const Int8Kernels&, i64 groups, i64 in_channels, i64 out_channels, const Shape3&);
 
 // Tasks of `rows` rows and `panels` panels. A thread works on neighbouring tasks: on the same rows, where these are the

@@ -856,24 +856,31 @@ i64 positions(const Int8Gemm& g, i64 lines) { return (lines - 1) * line_pitch(g)
 
 // A tile register's time does not depend on its rows: lines of 7 pixels one by one would use less than half of it.
 bool spans_lines(const Int8Gemm& g) {
-    if (kDepth == 1 || !g.is_windowed || g.reads_in_place || g.stride[1] != 1 || g.stride[2] != 1) return false;
+    if (kDepth == 1 || !g.is_windowed || g.reads_in_place || g.column_bytes > 0 || g.stride[1] != 1 || g.stride[2] != 1) return false;
     return g.out[2] >= 4 && g.reach[2] <= g.out[2] &&  // there is room for no more pieces than rows
            (positions(g, g.out[1]) + kSpan - 1) / kSpan < g.out[1] * ((g.out[2] + 15) / 16);
 }
 
+// Input lines that `lines` lines of output read.
+i64 input_lines(const Int8Gemm& g, i64 lines) { return (lines - 1) * g.stride[1] + g.reach[1] + 1; }
+
 i64 line_bytes(const Int8Gemm& g) {
     if (g.reads_in_place) return g.in[2] * g.pixel;
+    if (g.column_bytes > 0) return g.column_bytes;
     if (spans_lines(g)) return line_pitch(g) * g.pixel;
     // The last row's run may be padded beyond the line.
     return round_up(((g.out[2] - 1) * g.stride[2] + g.reach[2] + 1) * g.pixel, 64) + 64;
 }
 
+// Of the columns of up to `lines` lines of y, see `column_bytes`: the last part is read, and written, by whole vectors.
+i64 column_pitch(const Int8Gemm& g, i64 lines) {
+    return round_up(input_lines(g, smaller(lines, g.out[1])) * g.column_bytes, 64) + 64;
+}
+i64 padded_line_bytes(const Int8Gemm& g) { return ((g.out[2] - 1) * g.stride[2] + g.reach[2] + 1) * g.pixel; }
+
 struct LineScratch {
     i64 packed_row, pieces, sums, wide, offsets, bytes;  // wide: the lines in 16 bits; offsets: of runs there
 };
-
-// Input lines that `lines` lines of output read.
-i64 input_lines(const Int8Gemm& g, i64 lines) { return (lines - 1) * g.stride[1] + g.reach[1] + 1; }
 
 LineScratch line_scratch_of(const Int8Gemm& g, i64 rows) {
     LineScratch s{};
@@ -881,6 +888,8 @@ LineScratch line_scratch_of(const Int8Gemm& g, i64 rows) {
         const i64 lines = rows / g.out[2], images = (lines + g.out[1] - 2) / g.out[1] + 1;
         s.pieces = (lines * g.stride[1] + images * (g.reach[1] + 1)) * line_bytes(g) + 64;  // copies are of whole vectors
         if (spans_lines(g)) s.pieces += kSpan * g.pixel;  // the last piece may read beyond
+        if (g.column_bytes > 0)
+            s.pieces = images * g.out[2] * column_pitch(g, lines) + round_up(padded_line_bytes(g), 64) + 128;
         s.pieces = round_up(s.pieces, 64);
     } else if (!g.is_windowed && !g.is_direct) {
         // 64 bytes more than a multiple of 64: rows a power of two apart would share a cache set.
@@ -894,11 +903,10 @@ LineScratch line_scratch_of(const Int8Gemm& g, i64 rows) {
     return s;
 }
 
-// Copies `lines` input lines from `line` (both of padded coordinates) of an image.
-void pad_lines(Copier& copier, const Int8Gemm& g, i64 image, i64 line, i64 lines, u8* to) {
+// Copies `lines` input lines from `line` (both of padded coordinates) of an image, `bytes` apart.
+void pad_lines(Copier& copier, const Int8Gemm& g, i64 image, i64 line, i64 lines, u8* to, i64 bytes) {
     const i64 columns = (g.out[2] - 1) * g.stride[2] + g.reach[2] + 1, left = g.padding[2];
     const i64 begin = smaller(left, columns), end = smaller(columns, left + g.in[2]);
-    const i64 bytes = line_bytes(g);
     for (i64 l = 0; l < lines; ++l, to += bytes) {
         const i64 y = line + l - g.padding[1];
         if (y < 0 || y >= g.in[1]) {
@@ -914,6 +922,19 @@ void pad_lines(Copier& copier, const Int8Gemm& g, i64 image, i64 line, i64 lines
 
 #if defined(QF_INT8_AMX)
 #include "int8_amx_pieces.inc"
+#endif
+
+#if defined(QF_INT8_AMX)
+// The same by columns, `pitch` bytes apart. What lies behind a part is overwritten, or multiplied by weights of 0.
+void copy_columns(Copier& copier, const Int8Gemm& g, i64 image, i64 line, i64 lines, u8* to, i64 pitch, u8* padded) {
+    for (i64 l = 0; l < lines; ++l, to += g.column_bytes) {
+        pad_lines(copier, g, image, line + l, 1, padded, padded_line_bytes(g));
+        for (i64 column = 0; column < g.out[2]; ++column)
+            for (i64 i = 0; i < g.column_bytes; i += Vector::kCopy)
+                Vector::copy(to + column * pitch + i, padded + column * g.stride[2] * g.pixel + i);
+    }
+}
+
 #endif
 
 void gemm_lines(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 panels, u8* scratch) {
@@ -934,6 +955,7 @@ void gemm_lines(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 
         x = scratch;
         x_row = s.packed_row;
     }
+    if (g.column_bytes > 0) x_row = column_pitch(g, lines);
     i64 left_in_image = 0;  // output lines
     for (i64 line = 0; line < lines; ++line) {
         if (g.is_windowed) {
@@ -944,8 +966,18 @@ void gemm_lines(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 
                     x = g.x + (image * g.in[1] + y * g.stride[1]) * line_bytes(g);
                 } else {
                     x = padded_lines;
-                    pad_lines(copier, g, image, y * g.stride[1], input_lines(g, left_in_image), padded_lines);
-                    padded_lines += input_lines(g, left_in_image) * line_bytes(g);
+                    const i64 from = y * g.stride[1], read = input_lines(g, left_in_image);
+#if defined(QF_INT8_AMX)
+                    if (g.column_bytes > 0) {
+                        u8* padded = scratch + s.pieces - round_up(padded_line_bytes(g), 64) - 128;
+                        copy_columns(copier, g, image, from, read, padded_lines, x_row, padded);
+                        padded_lines += g.out[2] * x_row;
+                    } else
+#endif
+                    {
+                        pad_lines(copier, g, image, from, read, padded_lines, line_bytes(g));
+                        padded_lines += read * line_bytes(g);
+                    }
                 }
                 if (spans) {
                     const i64 all = positions(g, left_in_image);

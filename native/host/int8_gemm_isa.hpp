@@ -81,6 +81,9 @@ struct Int8Gemm {
     // counted through, as those of group 0.
     bool is_windowed = false, reads_in_place = false;  // reads_in_place: from x itself, nothing needs padding
     const std::int64_t* window_offset = nullptr;
+    // Not 0: the copy holds the windows' parts in each line side by side, of one column of y below another, so that a whole
+    // window lies in one run. Bytes of a part.
+    std::int64_t column_bytes = 0;
     std::int64_t padding[3] = {0, 0, 0}, reach[3] = {0, 0, 0};  // reach: dilation * (kernel - 1)
     // Positions (stride * output) whose windows lie inside x: [inside_from, inside_to) in every dimension.
     std::int64_t inside_from[3] = {0, 0, 0}, inside_to[3] = {1, 1, 1};

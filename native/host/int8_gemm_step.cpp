@@ -42,7 +42,13 @@ public:
         }
         const Runs run(kernels_, gemm_.runs, gemm_.run_length);
         gemm_.is_windowed = takes_windows(kernels_, grouping, shape);
-        gemm_.reads_in_place = gemm_.is_windowed && kernels_.is_exact && 4 * run.quads == run.length;
+        Runs runs = gemm_.is_windowed ? run : Runs(kernels_, 1, steps);
+        if (gemm_.is_windowed && joins_runs(kernels_, run) && gemm_.is_row_run && shape.dilation[1] == 1) {
+            runs = Runs::joined(kernels_, run.runs, run.length);
+            gemm_.column_bytes = 4 * runs.quads;
+            gemm_.runs = 1;
+        }
+        gemm_.reads_in_place = gemm_.is_windowed && gemm_.column_bytes == 0 && kernels_.is_exact && 4 * run.quads == run.length;
         for (int i = 1; i < 3; ++i)
             gemm_.reads_in_place = gemm_.reads_in_place && shape.padding[i] == 0 &&
                                    (shape.out[i] - 1) * shape.stride[i] + gemm_.reach[i] < shape.in[i];
@@ -54,8 +60,8 @@ public:
         }
         gemm_.run_offset = run_offset_.data();
         gemm_.window_offset = window_offset_.data();
-        const Runs runs = gemm_.is_windowed ? run : Runs(kernels_, 1, steps);
-        std::vector<i64> key{address(w.codes), address(&kernels_), grouping.merged, taps, gemm_.is_windowed};
+        std::vector<i64> key{address(w.codes), address(&kernels_), grouping.merged, taps, gemm_.is_windowed,
+                             gemm_.column_bytes};
         key.insert(key.end(), w.dims.begin(), w.dims.end());
         weights_ = shared_weights(key, [&] { return pack_gemm_weights(kernels_, w, grouping, taps, runs); });
         constants_ = std::make_unique<ChannelConstants>(
@@ -68,7 +74,7 @@ public:
         gemm_.panels = panels;
         groups_ = gemm_.is_windowed ? 1 : grouping.groups;
         gemm_.task_panels = panels * grouping.groups / groups_;
-        gemm_.quads = runs.runs * runs.quads;
+        gemm_.quads = runs.all_quads;
         gemm_.chunk = chunk_of(kernels_, gemm_.quads);
         gemm_.output = output_of(residual, epilogue, y, grouping.groups * grouping.out_channels, terms.rest);
         std::vector<const ChannelConstants*> before;

@@ -6,7 +6,7 @@ namespace quantflow::host::int8 {
 
 PackedWeights pack_gemm_weights(const Int8Kernels& kernels, const Weights& w, const Grouping& g, i64 taps,
                                 const Runs& runs) {
-    const i64 columns = kernels.columns, quads = runs.runs * runs.quads;
+    const i64 columns = kernels.columns, quads = runs.all_quads;
     const i64 panels = divide_up(g.out_channels, columns);
     const i64 own_in = g.in_channels / g.merged, own_out = g.out_channels / g.merged;
     PackedWeights packed{Aligned<std::int8_t>(g.groups * panels * quads * columns * 4),

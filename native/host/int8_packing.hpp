@@ -46,9 +46,16 @@ struct Grouping {
 
 // The reduction as the kernels run through it: `runs` runs of `length` steps, each padded to whole multiplications.
 struct Runs {
-    i64 runs, length, quads;  // quads: of a padded run
+    i64 runs, length, quads, all_quads;  // quads: of a padded run
     Runs(const Int8Kernels& kernels, i64 count, i64 steps)
-        : runs(count), length(steps), quads(round_up(divide_up(steps, 4), kernels.depth)) {}
+        : runs(count), length(steps), quads(round_up(divide_up(steps, 4), kernels.depth)), all_quads(runs * quads) {}
+    // Padded to quads, and all together to whole multiplications.
+    static Runs joined(const Int8Kernels& kernels, i64 count, i64 steps) {
+        Runs all(kernels, count, steps);
+        all.quads = divide_up(steps, 4);
+        all.all_quads = round_up(count * all.quads, kernels.depth);
+        return all;
+    }
 };
 
 // [group][panel][quad][column][4]; the reduction runs over (tap, channel).
