@@ -32,14 +32,15 @@ public:
 
     std::unique_ptr<Step> linear(const Weights& w, const Tensor& x, const Tensor* residual, const Epilogue& e,
                                  const Tensor& y, const Terms& terms) override {
-        return host::make_linear(pool_, w, x, residual, e, y, terms);
+        return decided([&] { return host::make_linear(pool_, w, x, residual, e, y, terms); });
     }
     std::unique_ptr<Step> conv(const Weights& w, const ConvGeometry& g, const Tensor& x, const Tensor* residual,
                                const Epilogue& e, const Tensor& y, const Terms& terms) override {
-        return host::make_conv(pool_, w, g, x, residual, e, y, terms);
+        return decided([&] { return host::make_conv(pool_, w, g, x, residual, e, y, terms); });
     }
     std::unique_ptr<Step> matmul(const Tensor& a, const Tensor& b, const Tensor& y) override {
-        return a.q ? host::make_int8_matmul(pool_, a, b, y) : host::make_float_matmul(pool_, a, b, y);
+        return a.q ? decided([&] { return host::make_int8_matmul(pool_, a, b, y); })
+                   : host::make_float_matmul(pool_, a, b, y);
     }
     std::unique_ptr<Step> float_linear(const Tensor& x, const Tensor& w, const Tensor* bias,
                                        const Tensor& y) override {
@@ -107,6 +108,14 @@ public:
     }
 
 private:
+    template <typename Make>
+    static std::unique_ptr<Step> decided(const Make& make) {
+        take_decision();
+        std::unique_ptr<Step> step = make();
+        step->decision = take_decision();
+        return step;
+    }
+
     ThreadPool pool_;
 };
 

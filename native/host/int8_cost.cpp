@@ -1,7 +1,8 @@
-#include "int8_steps.hpp"
-
 #include <algorithm>
 #include <limits>
+
+#include "int8_steps.hpp"
+#include "rates.hpp"
 
 namespace quantflow::host::int8 {
 namespace {
@@ -44,6 +45,7 @@ bool joins_runs(const Int8Kernels& kernels, const Runs& run) {
 
 Grouping merge_groups(const Int8Kernels& kernels, i64 groups, i64 in_channels, i64 out_channels, const Shape3& shape) {
     const i64 taps = shape.taps();
+    const Rates rates = rates_of(kernels);
     Grouping best{groups, in_channels, out_channels, 1};
     double best_cost = std::numeric_limits<double>::infinity();
     for (i64 merged = 1; merged <= groups; ++merged) {
@@ -52,10 +54,10 @@ Grouping merge_groups(const Int8Kernels& kernels, i64 groups, i64 in_channels, i
         const i64 quads = divide_up(taps * own.in_channels, 4), vectors = divide_up(own.out_channels, kernels.lanes);
         // Cycles for one row of all groups: packing, then products.
         double cost = static_cast<double>(taps) * (6 + static_cast<double>(own.in_channels) / 16) +
-                      0.75 * static_cast<double>(quads * std::max<i64>(vectors, 2));
+                      rates.narrow_product * static_cast<double>(quads * std::max<i64>(vectors, 2));
         if (kernels.depth == 1 && takes_windows(kernels, own, shape))
             cost = static_cast<double>(taps) +
-                   static_cast<double>(taps * divide_up(own.in_channels, 4) * vectors) * (kernels.is_exact ? 0.6 : 1.1);
+                   static_cast<double>(taps * divide_up(own.in_channels, 4) * vectors) * rates.narrow_window;
         cost *= static_cast<double>(own.groups);
         if (cost < best_cost) {
             best_cost = cost;
@@ -71,18 +73,44 @@ i64 chunk_of(const Int8Kernels& kernels, i64 quads) {
     return std::max<i64>(kernels.depth, round_up(divide_up(quads, std::max<i64>(1, divide_up(quads, most))), kernels.depth));
 }
 
-Tasks cut(const Int8Kernels& kernels, const Int8Gemm& g, i64 groups, i64 rows, int threads) {
+namespace {
+
+// Of what a step's rows take: all that decides which ways it has, and their costs.
+std::string shape_text(const Int8Kernels& kernels, const Int8Gemm& g, i64 groups, i64 rows, int threads) {
+    std::string text = std::to_string(rows) + "x" + std::to_string(4 * g.quads) + "x" +
+                       std::to_string(g.task_panels * kernels.columns);
+    if (groups > 1) text += " of " + std::to_string(groups) + " groups";
+    if (g.is_windowed)
+        text += " windows " + std::to_string(g.reach[1] + 1) + "x" + std::to_string(g.reach[2] + 1) + "/" +
+                std::to_string(g.stride[1]) + " over lines of " + std::to_string(g.out[2]) + "x" +
+                std::to_string(g.pixel) + (g.reads_in_place ? " in place" : "");
+    else if (!g.is_direct)
+        text += " packed" + (g.runs > 1 ? " from " + std::to_string(g.runs) : std::string());
+    if (g.output.is_float) text += " to float";
+    if (g.output.residual_scale != 0 || g.output.real_residual != nullptr) text += " + residual";
+    return text + ", " + kernels.name + ", " + std::to_string(threads) + (threads == 1 ? " thread" : " threads");
+}
+
+struct Candidate {
+    i64 rows, panels;
+    double cycles;
+};
+
+// Calls visit(candidate) for the cuts that fit into the caches.
+template <typename Visit>
+void each_cut(const Int8Kernels& kernels, const Rates& rates, const Int8Gemm& g, i64 groups, i64 rows, int threads,
+              const Visit& visit) {
     const bool has_tiles = kernels.depth > 1, by_lines = g.is_windowed || g.is_direct;
-    const double cycles_per_tile_row = has_tiles ? 0.16 : kernels.is_exact ? 1.6 : 2.4;  // of one quad and panel
-    const double tile_cost = has_tiles ? 8 : 1;                                        // in rows: its weights are loaded
-    const i64 cache = (has_tiles || by_lines ? 512 : 128) * 1024;
+    const double product = g.is_windowed ? rates.window_product : rates.product;
+    const double tile_cost = has_tiles ? 8 : 1;  // in rows: its weights are loaded
+    const i64 l1 = caches().l1, l2 = caches().l2, cache = has_tiles || by_lines ? l2 / 2 : l2 / 8;
     const double quads = static_cast<double>(g.quads), columns = kernels.columns;
+    const bool stays_near = groups * g.task_panels * g.quads * kernels.columns * 4 <= l2 / 2;
+    const double fetching_rate = stays_near ? rates.fetching_near : rates.fetching_far;
     // Windows are cut at the ends of lines.
     const i64 unit = g.is_windowed ? std::max<i64>(g.out[2], 1) : kernels.rows, units = divide_up(rows, unit);
     const i64 line_bytes =
         g.column_bytes > 0 ? g.out[2] * g.column_bytes : (g.out[2] * g.stride[2] + g.reach[2]) * g.pixel;
-    Tasks best;
-    double best_cost = std::numeric_limits<double>::infinity();
     // The smallest tasks are always among those that are looked at: they are the only ones that fit where a line is long.
     const auto next = [](i64 tasks, i64 most) { return tasks == most ? tasks + 1 : std::min(tasks + 1 + tasks / 8, most); };
     for (i64 row_tasks = 1; row_tasks <= units; row_tasks = next(row_tasks, units)) {
@@ -98,33 +126,77 @@ Tasks cut(const Int8Kernels& kernels, const Int8Gemm& g, i64 groups, i64 rows, i
             if (!has_tiles && !by_lines && g.chunk < g.quads && task_panels > 1 && sums_bytes > cache) continue;
             const double r = static_cast<double>(task_rows), p = static_cast<double>(task_panels);
             const double tile_rows = static_cast<double>(divide_up(task_rows, kernels.rows)) * tile_cost + r;
-            const double products = tile_rows * p * quads * cycles_per_tile_row;
-            const double fetching = p * quads * columns * 4 / 16;
-            const double finishing = r * p * columns * (has_tiles ? 0.3 : 0.5);
+            const double products = tile_rows * p * quads * product;
+            const double fetching = p * quads * columns * 4 * fetching_rate;
+            const double finishing = r * p * columns * rates.finishing;
             // Every panel passes over the task's rows of x and y, which lie in the L1 cache or beyond; of tile registers,
             // every block of panels.
             const double x_bytes = static_cast<double>(row_bytes) / r, y_bytes = g.output.residual_scale != 0 ? 128 : 64;
-            double passing = r * (x_bytes + y_bytes) <= 32 * 1024 ? 0 : r * p * (x_bytes + y_bytes) / 24;
+            double passing = r * (x_bytes + y_bytes) <= static_cast<double>(l1) ? 0
+                                                                                : r * p * (x_bytes + y_bytes) * rates.passing;
             if (has_tiles)
-                passing = r * x_bytes / 24 *
+                passing = r * x_bytes * rates.passing *
                           static_cast<double>(divide_up(task_panels * g.quads * kernels.columns * 4, kInt8BlockBytes));
             double packing = 0;
             if (g.is_windowed)
                 packing = g.reads_in_place ? 0 : static_cast<double>(lines) * (static_cast<double>(line_bytes) / 16 + 40);
             else if (!g.is_direct)
-                packing = r * (4 * quads * 0.06 + 5 * static_cast<double>(g.runs));
+                packing = r * (4 * quads * rates.packing + 5 * static_cast<double>(g.runs));
             const double task = products + fetching + finishing + passing + packing + 400;
             const i64 tasks = divide_up(rows, task_rows) * divide_up(g.task_panels, task_panels) * groups;
-            double cost = task * static_cast<double>(divide_up(tasks, threads));
-            if (threads > 1 && tasks > 1) cost += 0.3 * task + kHandOver;
-            if (cost < best_cost) {
-                best_cost = cost;
-                best = {task_rows, task_panels, divide_up(rows, task_rows), divide_up(g.task_panels, task_panels)};
-            }
+            double cycles = task * static_cast<double>(divide_up(tasks, threads));
+            if (threads > 1 && tasks > 1) cycles += 0.3 * task + rates.hand_over;
+            visit(Candidate{task_rows, task_panels, cycles});
         }
     }
-    best.shares_rows = rows * (g.in_channels + g.channels) > g.channels * g.quads * 4;
-    return best;
+}
+
+// The best predictions that are not nearly the same: neighbours take the same time.
+std::vector<Candidate> distinct(std::vector<Candidate> all, const Trial& trial) {
+    std::stable_sort(all.begin(), all.end(), [](const Candidate& a, const Candidate& b) { return a.cycles < b.cycles; });
+    const auto is_near = [](i64 a, i64 b) { return 4 * std::max(a, b) < 6 * std::min(a, b); };
+    std::vector<Candidate> kept;
+    for (const Candidate& c : all) {
+        if (kept.size() == trial.most || c.cycles > (1 + trial.margin) * all[0].cycles) break;
+        if (std::none_of(kept.begin(), kept.end(), [&](const Candidate& k) {
+                return is_near(k.rows, c.rows) && is_near(k.panels, c.panels);
+            }))
+            kept.push_back(c);
+    }
+    return kept;
+}
+
+}  // namespace
+
+Tasks cut(const Int8Kernels& kernels, const Int8Gemm& g, i64 groups, i64 rows, int threads) {
+    const Rates rates = rates_of(kernels);
+    auto decision = std::make_shared<Decision>();
+    decision->shape = shape_text(kernels, g, groups, rows, threads);
+    const Trial* trial = current_trial();
+    const std::optional<Way> wanted = trial != nullptr ? trial->forced : measured_way(decision->shape);
+    const bool looks_at_all = trial != nullptr && !trial->forced;
+    std::vector<Candidate> all;
+    Candidate best{1, 1, std::numeric_limits<double>::infinity()};
+    bool found = false;
+    each_cut(kernels, rates, g, groups, rows, threads, [&](const Candidate& c) {
+        if (looks_at_all) all.push_back(c);
+        const bool is_wanted = wanted && wanted->rows == c.rows && wanted->panels == c.panels;
+        if (is_wanted || (!found && c.cycles < best.cycles)) best = c;
+        found = found || is_wanted;
+    });
+    const auto way = [&](const Candidate& c) { return Way{c.rows, c.panels, c.cycles / (rates.ghz * 1e6)}; };
+    if (looks_at_all && !all.empty()) {
+        all = distinct(std::move(all), *trial);
+        for (const Candidate& c : all) decision->ways.push_back(way(c));
+        decision->taken = std::min(trial->rank, all.size() - 1);
+        best = all[decision->taken];
+    } else {
+        decision->ways.push_back(way(best));
+        decision->is_measured = found;
+    }
+    leave_decision(std::move(decision));
+    const bool shares_rows = rows * (g.in_channels + g.channels) > g.channels * g.quads * 4;
+    return {best.rows, best.panels, divide_up(rows, best.rows), divide_up(g.task_panels, best.panels), shares_rows};
 }
 
 }  // namespace quantflow::host::int8

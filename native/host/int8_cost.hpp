@@ -26,10 +26,11 @@ struct Tasks {
 // Quads summed at a time: the panel's and the tile's operands then share the L1 cache.
 i64 chunk_of(const Int8Kernels&, i64 quads);
 
-// Cycles that spreading a step over threads costs.
+// Cycles that spreading a step over threads costs, where it was not measured.
 constexpr double kHandOver = 6000;
 
-// Weighs packing and fetching, which small tasks repeat, against idle threads at the end, which large ones cause.
+// Weighs packing and fetching, which small tasks repeat, against idle threads at the end, which large ones cause: by the
+// rates in use, or as was measured for this shape. Leaves its decision.
 Tasks cut(const Int8Kernels&, const Int8Gemm&, i64 groups, i64 rows, int threads);
 
 }  // namespace quantflow::host::int8

@@ -4,6 +4,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
@@ -46,6 +47,22 @@ const char* name_of(Isa isa) {
         case Isa::amx_int8: return "amx_int8";
         default: return "generic";
     }
+}
+
+std::string cpu_name() {
+    char brand[49] = "";
+    unsigned words[4] = {};
+    for (unsigned i = 0; i < 3; ++i)
+        if (__get_cpuid(0x80000002u + i, &words[0], &words[1], &words[2], &words[3]) != 0)
+            std::memcpy(brand + 16 * i, words, 16);
+    std::string name(brand);
+    for (char& c : name)  // it goes into file names and JSON
+        if (c < ' ' || c > '~') c = ' ';
+    name = name.substr(std::min(name.find_first_not_of(' '), name.size()));
+    name = name.substr(0, name.find_last_not_of(' ') + 1);
+    __get_cpuid(1, &words[0], &words[1], &words[2], &words[3]);
+    const unsigned a = words[0], family = (a >> 8 & 15) + (a >> 20 & 255), model = (a >> 4 & 15) + (a >> 12 & 240);
+    return name + " " + std::to_string(family) + "." + std::to_string(model) + "." + std::to_string(a & 15);
 }
 
 Isa best_isa() {

@@ -1,6 +1,8 @@
 // Which instruction sets this CPU and operating system offer, in the order in which kernels get faster.
 #pragma once
 
+#include <string>
+
 namespace quantflow {
 
 enum class Isa { generic, avx2, avx_vnni, avx512_vnni, amx_int8 };
@@ -9,5 +11,7 @@ enum class Isa { generic, avx2, avx_vnni, avx512_vnni, amx_int8 };
 // avx512_vnni with tiles for int8 products.
 Isa best_isa();
 const char* name_of(Isa isa);
+// What the processor calls itself, with its family, model and stepping.
+std::string cpu_name();
 
 }  // namespace quantflow

@@ -20,6 +20,7 @@
 
 #include "activations.hpp"
 #include "tensor.hpp"
+#include "ways.hpp"
 
 namespace quantflow {
 
@@ -35,6 +36,8 @@ public:
     virtual std::string kernel() const = 0;
     // Adds what a step of the same weights for other shapes would make again, if nobody held it.
     virtual void share(Lasting&) const {}
+    // What was chosen when it was made; null: there was nothing to choose.
+    std::shared_ptr<const Decision> decision;
 };
 
 // int8 weight codes in [-127, 127], symmetric. `codes`: (out, in / groups, *kernel), row-major; they stay valid as

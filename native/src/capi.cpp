@@ -3,11 +3,13 @@
 #include <algorithm>
 #include <cstring>
 #include <fstream>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <sstream>
 
 #include "../host/error_sums_isa.hpp"
 #include "../host/isa.hpp"
+#include "../host/rates.hpp"
 #include "../sycl/sycl_backend.hpp"
 #include "engine.hpp"
 #include "quantflow/native.h"
@@ -111,6 +113,25 @@ std::unique_ptr<Plan> planned(const qf_engine* engine, Section section, const ch
         forms.push_back(std::move(form));
     }
     return std::make_unique<Plan>(engine->engine, std::move(section), std::move(forms));
+}
+
+void hand_over(const nlohmann::json& found, char* json, std::size_t room, std::size_t* needed) {
+    given(needed, "needed");
+    given(json, "json", room);
+    const std::string text = found.dump();
+    *needed = text.size();
+    if (room > text.size()) std::memcpy(json, text.c_str(), text.size() + 1);
+}
+
+// The rates by name, in the order of the C interface; `ghz` apart.
+using Named = std::map<std::string, double host::int8::Rates::*>;
+const Named& rates_by_name() {
+    static const Named named{
+#define QF_RATE(name) {#name, &host::int8::Rates::name},
+        QF_RATES(QF_RATE)
+#undef QF_RATE
+    };
+    return named;
 }
 
 }  // namespace
@@ -253,14 +274,80 @@ std::int32_t qf_plan_run(qf_plan* plan, const void* const* inputs, void* const* 
 std::int32_t qf_plan_profile(qf_plan* plan, const void* const* inputs, void* const* outputs, std::int32_t runs,
                              char* json, std::size_t room, std::size_t* needed, char* error, std::size_t capacity) {
     return guarded(error, capacity, [&] {
-        given(needed, "needed");
-        given(json, "json", room);
         nlohmann::json list = nlohmann::json::array();
         for (const StepTime& t : given(plan, "plan")->plan->profile(inputs, outputs, std::max(1, runs)))
             list.push_back({{"node", t.node}, {"kernel", t.kernel}, {"ms", t.milliseconds}});
-        const std::string text = list.dump();
-        *needed = text.size();
-        if (room > text.size()) std::memcpy(json, text.c_str(), text.size() + 1);
+        hand_over(list, json, room, needed);
+    });
+}
+
+std::int32_t qf_plan_predicted_ms(qf_plan* plan, double* ms, char* error, std::size_t capacity) {
+    return guarded(error, capacity, [&] { *given(ms, "ms") = given(plan, "plan")->plan->predicted_ms(); });
+}
+
+std::int32_t qf_plan_tune(qf_plan* plan, const void* const* inputs, void* const* outputs, std::int32_t runs,
+                          std::int32_t most, double margin, double budget_ms, char* json, std::size_t room,
+                          std::size_t* needed, char* error, std::size_t capacity) {
+    return guarded(error, capacity, [&] {
+        Tuning tuning;
+        tuning.runs = std::max(2, runs);
+        tuning.most = static_cast<std::size_t>(std::max(1, most));
+        tuning.margin = margin;
+        tuning.budget_ms = budget_ms;
+        nlohmann::json list = nlohmann::json::array();
+        for (const Tried& t : given(plan, "plan")->plan->tune(inputs, outputs, tuning)) {
+            nlohmann::json ways = nlohmann::json::array();
+            for (std::size_t i = 0; i < t.ways.size(); ++i) {
+                const Way& way = t.ways[i];
+                ways.push_back({{"rows", way.rows}, {"panels", way.panels}, {"predicted_ms", way.predicted_ms}, {"ms", t.milliseconds[i]}});
+            }
+            list.push_back({{"node", t.node}, {"kernel", t.kernel}, {"shape", t.shape}, {"count", t.count},
+                            {"kept", t.kept}, {"ways", ways}});
+        }
+        hand_over(list, json, room, needed);
+    });
+}
+
+std::int32_t qf_host_keep_way(const char* shape, std::int64_t rows, std::int64_t panels, char* error,
+                              std::size_t capacity) {
+    return guarded(error, capacity, [&] { keep_way(given(shape, "shape"), Way{rows, panels, 0}); });
+}
+
+std::int32_t qf_host_rates(char* json, std::size_t room, std::size_t* needed, char* error, std::size_t capacity) {
+    return guarded(error, capacity, [&] {
+        const host::Int8Kernels& kernels = *host::int8_kernels_in_use();
+        const host::int8::Rates rates = host::int8::rates_of(kernels), usual = host::int8::built_in_rates(kernels);
+        const host::int8::Caches& caches = host::int8::caches();
+        nlohmann::json now, built_in;
+        for (const auto& [name, member] : rates_by_name()) {
+            now[name] = rates.*member;
+            built_in[name] = usual.*member;
+        }
+        hand_over({{"cpu", cpu_name()}, {"isa", name_of(best_isa())}, {"l1_bytes", caches.l1}, {"l2_bytes", caches.l2},
+                   {"caches", caches.source}, {"is_measured", rates.is_measured}, {"ghz", rates.ghz}, {"rates", now},
+                   {"built_in", built_in}},
+                  json, room, needed);
+    });
+}
+
+std::int32_t qf_host_measure_rates(std::int32_t threads, char* error, std::size_t capacity) {
+    return guarded(error, capacity, [&] {
+        if (threads < 1 || threads > 1024) throw Error("threads must be in [1, 1024], is " + std::to_string(threads));
+        host::int8::set_rates(host::int8::measure_rates(threads));
+    });
+}
+
+std::int32_t qf_host_set_rates(const double* values, std::size_t count, char* error, std::size_t capacity) {
+    return guarded(error, capacity, [&] {
+        if (count == 0) return host::int8::forget_rates();
+        const Named& named = rates_by_name();
+        if (count != named.size() + 1)
+            throw Error(std::to_string(count) + " rates; there are " + std::to_string(named.size() + 1));
+        host::int8::Rates rates = host::int8::built_in_rates(*host::int8_kernels_in_use());
+        given(values, "values");
+        for (const auto& [name, member] : named) rates.*member = *values++;
+        rates.ghz = *values;
+        host::int8::set_rates(rates);
     });
 }
 

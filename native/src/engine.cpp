@@ -255,4 +255,111 @@ std::vector<StepTime> Plan::profile(const void* const* inputs, void* const* outp
     return times;
 }
 
+double Plan::predicted_ms() {
+    auto instance = take();
+    double sum = 0;
+    for (const NamedStep& s : instance->lowered.steps)
+        if (const Decision* d = s.step->decision.get()) sum += d->ways[d->taken].predicted_ms;
+    give(std::move(instance));
+    return sum;
+}
+
+void Plan::drop_free() {
+    std::vector<std::unique_ptr<Instance>> dropped;
+    std::lock_guard<std::mutex> lock(mutex_);
+    dropped.swap(free_);
+    built_ -= static_cast<int>(dropped.size());
+}
+
+std::vector<Tried> Plan::tune(const void* const* inputs, void* const* outputs, const Tuning& tuning) {
+    using Times = std::vector<StepTime>;
+    const auto made = [&](std::size_t rank) {
+        Trial trial;
+        trial.rank = rank;
+        trial.most = tuning.most;
+        trial.margin = tuning.margin;
+        const InTrial now(trial);
+        return build();
+    };
+    const auto blank = [](const Instance& instance) {
+        Times times;
+        for (const NamedStep& s : instance.lowered.steps)
+            times.push_back({s.node, s.step->kernel(), std::numeric_limits<double>::infinity()});
+        return times;
+    };
+    const auto total = [](const Times& times) {
+        double sum = 0;
+        for (const StepTime& t : times) sum += t.milliseconds;
+        return sum;
+    };
+    // Rounds in turn, so that what disturbs the machine disturbs all.
+    const auto race = [&](const std::vector<Instance*>& instances, std::vector<Times>& times) {
+        const auto start = std::chrono::steady_clock::now();
+        for (int round = 0; round < tuning.runs; ++round) {
+            const std::chrono::duration<double, std::milli> taken = std::chrono::steady_clock::now() - start;
+            if (round >= 2 && taken.count() > tuning.budget_ms) break;
+            for (std::size_t i = 0; i < instances.size(); ++i) execute(*instances[i], inputs, outputs, &times[i]);
+        }
+    };
+
+    std::vector<std::unique_ptr<Instance>> instances;
+    instances.push_back(made(0));
+    const std::vector<NamedStep>& steps = instances[0]->lowered.steps;
+    std::size_t ranks = 1;
+    for (const NamedStep& s : steps)
+        if (s.step->decision) ranks = std::max(ranks, s.step->decision->ways.size());
+    while (instances.size() < ranks) instances.push_back(made(instances.size()));
+    std::vector<Instance*> racing;
+    std::vector<Times> times;
+    for (const auto& instance : instances) {
+        racing.push_back(instance.get());
+        times.push_back(blank(*instance));
+    }
+    race(racing, times);
+
+    std::vector<Tried> found;
+    for (std::size_t i = 0; i < steps.size(); ++i) {
+        const Decision* d = steps[i].step->decision.get();
+        if (d == nullptr) continue;
+        auto at = std::find_if(found.begin(), found.end(), [&](const Tried& t) { return t.shape == d->shape; });
+        if (at == found.end()) {
+            Tried tried;
+            tried.node = steps[i].node;
+            tried.kernel = steps[i].step->kernel();
+            tried.shape = d->shape;
+            tried.ways = d->ways;
+            at = found.insert(found.end(), tried);
+            at->milliseconds.assign(d->ways.size(), 0);
+        }
+        ++at->count;
+        for (std::size_t way = 0; way < at->milliseconds.size(); ++way)
+            at->milliseconds[way] += times[way][i].milliseconds;
+    }
+    bool differs = false;
+    for (Tried& t : found) {
+        for (double& ms : t.milliseconds) ms /= t.count;
+        forget_way(t.shape);
+        const auto best = std::min_element(t.milliseconds.begin(), t.milliseconds.end());
+        if (*best > 0.97 * t.milliseconds[0]) continue;
+        t.kept = static_cast<std::size_t>(best - t.milliseconds.begin());
+        keep_way(t.shape, t.ways[t.kept]);
+        differs = true;
+    }
+    if (differs) {
+        // All of them at once, against what was predicted: steps find in the caches what those before them left there.
+        instances.resize(1);
+        instances.push_back(build());
+        racing = {instances[0].get(), instances[1].get()};
+        times = {blank(*instances[0]), blank(*instances[1])};
+        race(racing, times);
+        if (total(times[1]) > total(times[0]))
+            for (Tried& t : found) {
+                forget_way(t.shape);
+                t.kept = 0;
+            }
+        drop_free();
+    }
+    return found;
+}
+
 }  // namespace quantflow

@@ -63,6 +63,25 @@ struct StepTime {
     double milliseconds;  // least of the runs
 };
 
+// A shape of steps that `Plan::tune` tried several ways of.
+struct Tried {
+    int node;           // the first of `count`
+    std::string kernel;
+    std::string shape;
+    int count = 0;
+    std::vector<Way> ways;             // the best prediction first
+    std::vector<double> milliseconds;  // of each way, least of the runs, of one step
+    std::size_t kept = 0;
+};
+
+// How `Plan::tune` looks: at most `most` ways per step, none predicted to take more than (1 + margin) of the best; at
+// least two rounds, then as many of `runs` as fit into `budget_ms`.
+struct Tuning {
+    int runs = 5;
+    std::size_t most = 3;
+    double margin = 0.25, budget_ms = 1000;
+};
+
 // Safe to run from several threads: each run takes an instance and an arena for itself.
 class Plan {
 public:
@@ -74,6 +93,11 @@ public:
     // Dense tensors in the forms agreed on; numbers are null on both sides.
     void run(const void* const* inputs, void* const* outputs);
     std::vector<StepTime> profile(const void* const* inputs, void* const* outputs, int runs);
+    // Times the steps that might be done in several ways, and makes this plan, and those made from now on, with the
+    // fastest. Ways that only seem faster, because something disturbed the others, are not kept.
+    std::vector<Tried> tune(const void* const* inputs, void* const* outputs, const Tuning&);
+    // What the steps with a decision are predicted to take together.
+    double predicted_ms();
 
 private:
     struct Instance;
@@ -91,6 +115,7 @@ private:
     std::unique_ptr<Instance> take();
     void give(std::unique_ptr<Instance> instance);
     void run_once(Instance& instance);
+    void drop_free();
     void execute(Instance& instance, const void* const* inputs, void* const* outputs, std::vector<StepTime>* times);
 };
 

@@ -8,32 +8,34 @@ section becomes a plan (kernels chosen, weights packed, one arena), kept in a bo
 from __future__ import annotations
 
 import ctypes
-import json
 import math
 import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
+from quantflow.errors import VerificationError
 from quantflow.host.forks import in_forked_child, lock
 from quantflow.ir.calls import BATCH
 from quantflow.ir.plan import PlannedUnit
 from quantflow.ir.program import Program, Ref
 from quantflow.ir.units import CORE
 from quantflow.runtimes import native_library as lib
-from quantflow.runtimes.native_sections import RunVariant, Section, SectionPlan
+from quantflow.runtimes import native_rates, native_ways
+from quantflow.runtimes.native_sections import RunVariant, Section, SectionPlan, parsed
 from quantflow.runtimes.native_values import (
     dense,
     foreign_dtype,
+    has_rows,
     is_dense,
     is_list,
     keep_lists_together,
+    same,
     strides_of,
     why_foreign,
 )
@@ -44,6 +46,8 @@ from quantflow.runtimes.runner import AbstractRunner, lowered
 
 #: Plans kept per section, one per set of input shapes; the least recently used is dropped.
 PLANS_PER_SECTION = 16
+#: The backend whose steps are cut by the rates of the machine.
+HOST = "host"
 #: Functions on sizes whose results are flags; the library knows whole numbers only.
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 _AS_IT_IS = nullcontext()
@@ -71,14 +75,18 @@ class NativeRunner(AbstractRunner):
         #: Node index → why it runs in torch.
         self.in_torch: dict[int, str] = {}
         self._tensors = {name: tensor.contiguous() for name, tensor in program.tensors.items()}
-        self._parsed = _parse(program, self._tensors)
+        self._parsed = parsed(program, self._tensors)
         self._engines: dict[int, lib.Handle] = {}
         self._lock = lock()
         _runners.add(self)
+        if backend == HOST:
+            native_rates.take_up(self._threads())
         self._engine(self._threads())
         self._plans: dict[Section, OrderedDict[Any, SectionPlan]] = {}
         #: (batch size, threads asked for) → the variant that `tune` found fastest.
         self.variants: dict[tuple[int, int], RunVariant] = {}
+        #: What `choices` tells, per batch size and threads asked for.
+        self._choices: dict[tuple[int, int], dict[str, Any]] = {}
         #: What each step has ready, per set of inputs.
         self._ready: list[dict[Any, SectionPlan]] = []
         #: What a call has ready whose inputs one section makes into the one result, per set of inputs.
@@ -125,20 +133,38 @@ class NativeRunner(AbstractRunner):
         return [value if isinstance(value, torch.Tensor) else torch.tensor(value) for value in found]
 
     def tune(self, inputs: Sequence[torch.Tensor], runs: int = 5) -> list[dict[str, Any]]:
-        """Time the variants worth trying on an input, and keep the fastest for its batch size.
+        """Time what is worth trying on an input, and keep the fastest: the cuts of its steps, then whole variants.
 
         Returns:
-            One row per variant: {"batch", "asked_threads", "threads", "chunk", "ms" (least of `runs`), "chosen"}.
+            One row per variant: {"batch", "asked_threads", "threads", "chunk", "ms" (least of `runs`), "chosen"}; the
+            chosen one has the "cuts" of steps that are not as predicted, too.
+
+        Raises:
+            VerificationError: another cut of the steps gives another result.
         """
         batch, threads = self._batch(inputs), self._threads()
+        if self.backend == HOST and native_rates.measure(threads):
+            self._forget_plans()
         whole = self._run_variant(inputs, RunVariant(threads))
         names = set(self.program.output_names())
-        counts = [threads, 1] if threads > 1 else [1]
-        chunks = [0, *(self._chunks(batch) if all(_has_rows(whole[name], batch) for name in names) else ())]
+        layers: list[dict[str, Any]] = []
+        skipped = ""
+        if self.backend == HOST:
+            layers = native_ways.try_all(self.program, self._sections(inputs, threads), runs)
+            self._forget_plans()
+            again = self._run_variant(inputs, RunVariant(threads))
+            if not all(same(again[name], whole[name]) for name in names):
+                raise VerificationError(f"batch of {batch}: steps cut in another way give another result; report this")
+            if threads > 1:
+                plain_ms = native_ways.least_ms(partial(self._run_variant, inputs, RunVariant(threads)))
+                alone = (plan for _, _, plan in self._sections(inputs, 1))
+                skipped = native_ways.why_not_alone(layers, alone, threads, plain_ms)
+        counts = [threads, 1] if threads > 1 and not skipped else [threads]
+        chunks = [0, *(self._chunks(batch) if all(has_rows(whole[name], batch) for name in names) else ())]
         variants = []
         for variant in (RunVariant(t, c) for t in counts for c in chunks):
             values = self._run_variant(inputs, variant) if variant != RunVariant(threads) else whole
-            if all(_same(values[name], whole[name]) for name in names):
+            if all(same(values[name], whole[name]) for name in names):
                 variants.append(variant)
         taken = _interleaved_ms([partial(self._run_variant, inputs, variant) for variant in variants], runs)
         rows: list[dict[str, Any]] = [
@@ -153,9 +179,43 @@ class NativeRunner(AbstractRunner):
             if best["ms"] > 0.97 * rows[0]["ms"] or other > 0.97 * plain:
                 best = rows[0]
         best["chosen"] = True
+        if layers:
+            best["cuts"] = native_ways.kept(layers)
+            self._choices[batch, threads] = {"batch": batch, "threads": threads, "layers": layers, "skipped": skipped}
         self.variants[batch, threads] = RunVariant(best["threads"], best["chunk"])
         self._whole.clear()
         return rows
+
+    def choices(self) -> dict[str, Any]:
+        """The rates by which steps are cut, and per batch size what `tune` tried: see `native_ways.try_ways`."""
+        if self.backend != HOST or not self._choices:
+            return {}
+        return {"rates": native_rates.described(self._threads()), "batches": list(self._choices.values())}
+
+    def _sections(
+        self, inputs: Sequence[torch.Tensor], threads: int
+    ) -> list[tuple[Section, list[torch.Tensor | int], SectionPlan]]:
+        """Every section with what reaches it and its plan, in order; what ran before knows that there are no others."""
+        values: dict[str, Any] = {i.name: x for i, x in zip(self.program.inputs, inputs, strict=True)}
+        found = []
+        with torch.inference_mode():
+            for part in self._parts:
+                if isinstance(part, int):
+                    node = self.program.nodes[part]
+                    values[node.output] = run_in_torch(self.program, node, values)
+                    continue
+                given = self._given(part, values)
+                plan = self._plan(part, given, threads)
+                found.append((part, given, plan))
+                values.update(zip(part.outputs, plan.run(given), strict=True))
+        return found
+
+    def _forget_plans(self) -> None:
+        """Have all plans made again, by the rates and ways that are in use now."""
+        with self._lock:
+            self._plans.clear()
+            for ready in self._ready:
+                ready.clear()
 
     def _chunks(self, batch: int) -> list[int]:
         """The pieces that a batch may be cut into, as far as the program tells."""
@@ -172,6 +232,7 @@ class NativeRunner(AbstractRunner):
             # A file's rows are taken where `tune` could have found them.
             if threads in (asked, 1) and chunk in (0, *self._chunks(batch)):
                 self.variants[batch, asked] = RunVariant(threads, chunk)
+                native_ways.adopt(row.get("cuts"))
         self._whole.clear()
 
     def left_to_torch(self) -> dict[int, str]:
@@ -490,37 +551,6 @@ def kernel_of(planned: PlannedUnit) -> str:
     return f"native.{unit.kind}"
 
 
-def _parse(program: Program, tensors: Mapping[str, torch.Tensor]) -> lib.Handle:
-    """The program inside the library, over the tensors' own memory."""
-    rows = []
-    for name, tensor in tensors.items():
-        dims = (ctypes.c_int64 * max(1, tensor.dim()))(*tensor.shape)
-        code = lib.DTYPES.get(tensor.dtype, -1)
-        rows.append(lib.Tensor(name.encode(), code, tensor.dim(), dims, tensor.data_ptr()))
-    text = json.dumps(_plain(program).to_json()).encode()
-    return lib.make(
-        "qf_program_parse", "qf_program_free", text, ctypes.c_size_t(len(text)), (lib.Tensor * len(rows))(*rows),
-        ctypes.c_size_t(len(rows)),
-    )  # fmt: skip
-
-
-def _plain(program: Program) -> Program:
-    """The program as the library reads it: it plans each set of shapes by itself, and returns values."""
-    sizes = (tuple(None if isinstance(size, str) else size for size in item.shape) for item in program.inputs)
-    inputs = tuple(replace(item, shape=shape) for item, shape in zip(program.inputs, sizes, strict=True))
-    output = [Ref(name) for name in program.output_names()]
-    return replace(program, inputs=inputs, output=output, arguments=None, limits=())
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two outputs agree as far as the order of float sums allows."""
-    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
-        return type(a) is type(b) and bool(a == b)
-    if a.shape != b.shape or not a.is_floating_point():
-        return torch.equal(a, b)
-    return bool(torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True))
-
-
 #: Runs that other programs interrupted are repeated for at most this long.
 _PATIENCE_S = 2.0
 
@@ -545,11 +575,6 @@ def _interleaved_ms(calls: Sequence[Callable[[], Any]], runs: int) -> list[float
         if not is_patient or preempted == resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw:
             done += 1
     return best
-
-
-def _has_rows(value: Any, batch: int) -> bool:
-    """Whether it is a tensor of a row per sample."""
-    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == batch
 
 
 def _names(names: Sequence[str]) -> Any:

@@ -14,6 +14,7 @@ import torch
 from quantflow.errors import UnavailableError
 from quantflow.host.finding import Finding
 from quantflow.runtimes import native_library as lib
+from quantflow.runtimes import native_rates
 
 _INTEL = "0x8086"
 #: What the SYCL backend consists of.
@@ -86,8 +87,10 @@ def _sycl_devices() -> list[dict[str, Any]]:
 
 
 def findings() -> list[Finding]:
-    """PyTorch's and SYCL's devices, Intel's driver, and what is missing."""
-    rows = [Finding("torch xpu", f"{torch.xpu.device_count()} devices")] if torch.xpu.is_available() else []
+    """The CPU's rates, PyTorch's and SYCL's devices, Intel's driver, and what is missing."""
+    rows = [] if missing("cpu") else native_rates.findings(torch.get_num_threads())
+    if torch.xpu.is_available():
+        rows.append(Finding("torch xpu", f"{torch.xpu.device_count()} devices"))
     try:
         devices = sycl_devices(strict=True)
     except UnavailableError as error:

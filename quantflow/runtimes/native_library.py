@@ -22,7 +22,7 @@ from quantflow.errors import ArtifactError, UnavailableError
 from quantflow.host.environment import cache_folder
 from quantflow.host.forks import in_forked_child, is_forked_child, lock
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 UNSUPPORTED = 2
 MAX_RANK = 16
 _CAPACITY = 4096
@@ -315,16 +315,28 @@ def distribution_file(distribution: str, name: str) -> Path | None:
 
 def profile(plan: Handle, inputs: Any, outputs: Any, runs: int) -> list[dict[str, Any]]:
     """[{"node", "kernel", "ms"}] of a plan's kernels, each timed alone."""
-    room, needed = 1 << 16, ctypes.c_size_t()
+    found: list[dict[str, Any]] = text_of("qf_plan_profile", plan.pointer, inputs, outputs, ctypes.c_int32(runs))
+    return found
+
+
+def host_rates() -> dict[str, Any]:
+    """What the host's kernels are chosen by now; see qf_host_rates."""
+    found: dict[str, Any] = text_of("qf_host_rates")
+    return found
+
+
+def text_of(name: str, *args: Any, room: int = 1 << 16) -> Any:
+    """Call a function that writes JSON and says how much room it needs, once more where that was more than it had.
+
+    Raises:
+        Unsupported, ArtifactError: as `call`.
+    """
+    needed = ctypes.c_size_t()
     while True:
         text = ctypes.create_string_buffer(room)
-        call(
-            "qf_plan_profile", plan.pointer, inputs, outputs, ctypes.c_int32(runs), text, ctypes.c_size_t(room),
-            ctypes.byref(needed),
-        )  # fmt: skip
+        call(name, *args, text, ctypes.c_size_t(room), ctypes.byref(needed))
         if needed.value < room:
-            found: list[dict[str, Any]] = json.loads(text.value)
-            return found
+            return json.loads(text.value)
         room = needed.value + 1
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import ctypes
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
+from quantflow.ir.program import Program, Ref
 from quantflow.runtimes import native_library as lib
 
 
@@ -54,3 +57,25 @@ class SectionPlan:
             self.handle, lib.ADDRESSES[len(values)](*[x.data_ptr() for x in values]), lib.ONE(output.data_ptr())
         )
         return output
+
+
+def parsed(program: Program, tensors: Mapping[str, torch.Tensor]) -> lib.Handle:
+    """The program inside the library, over the tensors' own memory."""
+    rows = []
+    for name, tensor in tensors.items():
+        dims = (ctypes.c_int64 * max(1, tensor.dim()))(*tensor.shape)
+        code = lib.DTYPES.get(tensor.dtype, -1)
+        rows.append(lib.Tensor(name.encode(), code, tensor.dim(), dims, tensor.data_ptr()))
+    text = json.dumps(_plain(program).to_json()).encode()
+    return lib.make(
+        "qf_program_parse", "qf_program_free", text, ctypes.c_size_t(len(text)), (lib.Tensor * len(rows))(*rows),
+        ctypes.c_size_t(len(rows)),
+    )  # fmt: skip
+
+
+def _plain(program: Program) -> Program:
+    """The program as the library reads it: it plans each set of shapes by itself, and returns values."""
+    sizes = (tuple(None if isinstance(size, str) else size for size in item.shape) for item in program.inputs)
+    inputs = tuple(replace(item, shape=shape) for item, shape in zip(program.inputs, sizes, strict=True))
+    output = [Ref(name) for name in program.output_names()]
+    return replace(program, inputs=inputs, output=output, arguments=None, limits=())

@@ -83,3 +83,17 @@ def strides_of(form: lib.Form) -> tuple[int, ...]:
         strides[axis] = step
         step *= max(shape[axis], 1)
     return tuple(strides)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two outputs agree as far as the order of float sums allows."""
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return type(a) is type(b) and bool(a == b)
+    if a.shape != b.shape or not a.is_floating_point():
+        return torch.equal(a, b)
+    return bool(torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True))
+
+
+def has_rows(value: Any, batch: int) -> bool:
+    """Whether it is a tensor of a row per sample."""
+    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == batch

@@ -92,6 +92,10 @@ class AbstractRunner(ABC):
     def adopt(self, rows: Sequence[Mapping[str, Any]]) -> None:  # noqa: B027 nothing to do is a good default
         """Run as `tune` found fastest for another program of the same model, or in an earlier process."""
 
+    def choices(self) -> dict[str, Any]:
+        """By what `tune` chose kernels and their cuts, and what it tried, for the results; empty: nothing to tell."""
+        return {}
+
     def left_to_torch(self) -> dict[int, str]:
         """Node index → why PyTorch computes it instead of a kernel of the runtime."""
         return {}

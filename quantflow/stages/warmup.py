@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ class Warmup:
         one_code_differences: codes that legally differ from the reference's, over all layers.
         layers_checked: int8 nodes compared with the reference on its own codes.
         variants: what the runtime tried per batch size, and what it keeps (see AbstractRunner.tune).
+        choices: by what it chose kernels and their cuts (see AbstractRunner.choices).
     """
 
     time_to_first_result_s: float
@@ -57,6 +58,7 @@ class Warmup:
     layers_checked: int
     notices: tuple[str, ...] = ()
     variants: tuple[dict[str, Any], ...] = ()
+    choices: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {k: v for k, v in asdict(self).items() if k != "notices"}
@@ -132,8 +134,9 @@ def warmup(
             row for tuned in tuned_for for row in compiled.runner.tune(bind(compiled.program, tuned.args, tuned.kwargs))
         ]
     return Warmup(
-        first, statistics.median(taken), iterations, batch.size, quality, differences, checked, notices, tuple(variants)
-    )
+        first, statistics.median(taken), iterations, batch.size, quality, differences, checked, notices,
+        tuple(variants), compiled.runner.choices(),
+    )  # fmt: skip
 
 
 def _require_whole_equals_parts(compiled: Compiled, batch: Batch) -> None:

@@ -14,7 +14,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-#define QF_ABI_VERSION 4
+#define QF_ABI_VERSION 5
 #define QF_ERROR 1
 #define QF_UNSUPPORTED 2 /* no kernel here; the text begins with "node INDEX: " */
 
@@ -92,6 +92,30 @@ int32_t qf_plan_run(qf_plan*, const void* const* inputs, void* const* outputs, c
  * final zero to `needed`; nothing is written where `room` is too small. */
 int32_t qf_plan_profile(qf_plan*, const void* const* inputs, void* const* outputs, int32_t runs, char* json, size_t room,
                         size_t* needed, char* error, size_t capacity);
+
+/* What the steps whose cut into tasks is chosen by predicted cost are predicted to take together, in ms. */
+int32_t qf_plan_predicted_ms(qf_plan*, double* ms, char* error, size_t capacity);
+/* Runs steps that might be cut in several ways in each of them, and makes this plan, and all that are made from now on in
+ * this process, with the fastest; every way gives the same result. At most `most` ways per step, none of which is
+ * predicted to take more than (1 + margin) of the best; the least of at most `runs` times each, of at least two, within
+ * about `budget_ms`. Writes a JSON list, one entry per shape: {"node": the first of its steps, "kernel", "shape", "count",
+ * "kept": place in "ways", "ways": [{"rows", "panels", "predicted_ms", "ms" of one step}]}. `room`,
+ * `needed`: as above. */
+int32_t qf_plan_tune(qf_plan*, const void* const* inputs, void* const* outputs, int32_t runs, int32_t most,
+                     double margin, double budget_ms, char* json, size_t room, size_t* needed, char* error,
+                     size_t capacity);
+/* Takes up what qf_plan_tune kept in an earlier process on this machine. A way that a step of that shape doesn't have is
+ * not taken. */
+int32_t qf_host_keep_way(const char* shape, int64_t rows, int64_t panels, char* error, size_t capacity);
+
+/* What the host's kernels are chosen by: {"cpu", "isa", "l1_bytes", "l2_bytes", "caches": where these sizes come from,
+ * "is_measured", "ghz", "rates": {name: cycles}, "built_in": {name: cycles}}. host/rates.hpp says what each counts. */
+int32_t qf_host_rates(char* json, size_t room, size_t* needed, char* error, size_t capacity);
+/* Measures the rates in about a third of a second and takes them up; plans that exist stay as they are. */
+int32_t qf_host_measure_rates(int32_t threads, char* error, size_t capacity);
+/* Takes up rates that were measured in an earlier process on this machine: as many as qf_host_rates has names, in the
+ * names' alphabetical order, with ghz last. None: the built-in ones again. */
+int32_t qf_host_set_rates(const double* values, size_t count, char* error, size_t capacity);
 
 /* How far `actual` is from `expected`, both of `count` values: sums = {sum x^2, sum (x - x')^2, max |x|, max |x - x'|}.
  * `actual` is QF_F32, or QF_U8 or QF_S8 codes of x' = (q - zero_point) * scale. Where a value is not finite, the second
