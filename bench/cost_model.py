@@ -3,13 +3,17 @@
     python -m bench.cost_model --threads 1 2
     QUANTFLOW_ISA=avx2 python -m bench.cost_model --threads 1 2
 
-Every shape of step of ResNet-50, MobileNetV2 (224 x 224) and MiniLM (128 tokens) is run in up to --ways cuts, of those that
-the built-in rates rank first and those that this machine's measured rates rank first, in turn; a cut's time is the least of
-all rounds. "rank" is Spearman's correlation of predicted and measured times: "of cuts" among those of one shape (mean over
-the shapes, weighted by their time, with at least four cuts), "of shapes" among all shapes at the first choice. "loss" is
-the time of the cuts that a set of rates ranks first over that of the fastest cuts, of all steps; "worst" that of one shape
-which takes at least a hundredth of the whole. "tried" is what is left to lose after warm-up's tries. "off" is the median
-factor between predicted and measured.
+Every shape of step of ResNet-50, MobileNetV2 (224 x 224) and MiniLM (128 tokens) is run in up to --ways cuts, of those
+that the built-in rates rank first and those that this machine's measured rates rank first, in turn; a cut's time is the
+least of all rounds.
+
+rank of cuts    Spearman's correlation of predicted and measured times of one shape's cuts: mean of the shapes that have
+                four or more, weighted by their time
+rank of shapes  the same among all shapes, each at the cut ranked first
+off             median of measured over predicted time
+loss            time of the cuts ranked first, over that of the fastest, all steps together
+worst           the same for one shape that takes a hundredth of the whole or more
+tried           what is left of the loss after warm-up's tries
 """
 
 from __future__ import annotations
@@ -100,9 +104,14 @@ def of_model(name: str, threads: int, measured: Mapping[str, Any], options: Any)
                         cut = way["rows"], way["panels"]
                         times[row["shape"]][cut] = min(way["ms"], times[row["shape"]].get(cut, math.inf))
     use(measured)
+    cuts = {shape: [[*cut, ms] for cut, ms in sorted(found.items())] for shape, found in times.items()}
     return [
-        {"model": name, "threads": threads, "rates": rates, **summary(ranked[rates], times, counts)} for rates in sets
-    ]
+        {
+            "model": name, "threads": threads, "rates": rates, **summary(ranked[rates], times, counts),
+            "counts": counts, "ranked": ranked[rates], "times": cuts,
+        }
+        for rates in sets
+    ]  # fmt: skip
 
 
 def use(rates: Mapping[str, Any] | None) -> None:

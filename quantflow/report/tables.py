@@ -438,6 +438,14 @@ def _warmup(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     yield "first result", "", seconds(warmup.get("time_to_first_result_s")), steady
     if warmup.get("sqnr_vs_reference_db") is not None:
         yield "runtime", "", db(warmup["sqnr_vs_reference_db"]), "against the reference"
+    choices = _section(warmup, "choices")
+    if choices:
+        layers = [row for batch in _list(choices, "batches") for row in _list(batch, "layers")]
+        ways, other = sum(len(_list(row, "ways")) for row in layers), sum(bool(row.get("kept")) for row in layers)
+        rates = _section(choices, "rates")
+        by = f"rates {_text(rates.get('source'))} {_text(rates.get('measured_at'))}".strip()
+        note = f"; {_text(rates['note'])}" if rates.get("note") else ""
+        yield "cuts of int8 steps", "", f"{ways} tried", f"{len(layers)} shapes, {other} not as predicted, {by}{note}"
 
 
 def _settings(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
