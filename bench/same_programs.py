@@ -17,7 +17,7 @@ alone, so that modules may be moved and renamed. Without --other-python the runn
 
 Searches (`*_tuned` recipes) decide by measured time: those recipes are run without their search (tune=none), and of a
 search only the keys are compared. Left out besides, because clocks or the moment decide: manifest.json,
-seconds and milliseconds, the warm-up's `variants`, and every number of a printed text.
+seconds and milliseconds, the warm-up's `variants` and `choices`, and every number of a printed text.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ TEXTS = ("report.html", "report.md", "summary.md", "junit.xml", "graph.txt")
 #: A line about a stage that is over.
 STAGE_S = re.compile(r"((?:done|failed) +)[\d.]+ s")
 #: Fields of results.json that a clock decides.
-TIMED = re.compile(r"(.*_)?(seconds|ms|s)|stages|variants|benchmark|latency")
+TIMED = re.compile(r"(.*_)?(seconds|ms|s)|stages|variants|choices|benchmark|latency")
 LIMIT_S = 600.0
 
 
