@@ -47,8 +47,8 @@ constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 4, kDepth = 1;
 #endif
 constexpr int kBlock = 4 * kLanes;  // channels of a depthwise block
 
-#if defined(__AVX512F__) || defined(QF_INT8_LANES)
-#define QF_INT8_ROLLING  // its sums take 20 registers
+#if defined(__AVX2__) || defined(QF_INT8_LANES)
+#define QF_INT8_ROLLING  // its sums take 20 registers, or 10 where there are 16
 #endif
 
 constexpr i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
@@ -129,7 +129,8 @@ QF_INLINE Float gelu(Float r) {
         const Float size = Vector::abs(r);
         return Vector::multiply_add(size, T::half_erf(size), half);
     } else {
-        return Vector::mul(half, Vector::add(Vector::set(1.0f), error_function(Vector::mul(r, Vector::set(0.70710678f)))));
+        const Float erf = error_function(Vector::mul(r, Vector::set(0.70710678f)));
+        return Vector::mul(half, Vector::add(Vector::set(1.0f), erf));
     }
 }
 
