@@ -13,7 +13,7 @@ const ElementwiseKernels& elementwise_kernels() {
     switch (best_isa()) {
         case Isa::amx_int8:
         case Isa::avx512_vnni: return isa_avx512_vnni::elementwise_kernels();
-        case Isa::avx_vnni: return isa_avx_vnni::elementwise_kernels();
+        case Isa::avx_vnni:
         case Isa::avx2: return isa_avx2::elementwise_kernels();
         default: return isa_generic::elementwise_kernels();
     }

@@ -79,7 +79,6 @@ struct ElementwiseKernels {
 
 namespace isa_generic { const ElementwiseKernels& elementwise_kernels(); }
 namespace isa_avx2 { const ElementwiseKernels& elementwise_kernels(); }
-namespace isa_avx_vnni { const ElementwiseKernels& elementwise_kernels(); }
 namespace isa_avx512_vnni { const ElementwiseKernels& elementwise_kernels(); }
 
 // Those of `best_isa()`.

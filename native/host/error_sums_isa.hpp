@@ -26,7 +26,6 @@ struct ErrorKernels {
 
 namespace isa_generic { const ErrorKernels& error_kernels(); }
 namespace isa_avx2 { const ErrorKernels& error_kernels(); }
-namespace isa_avx_vnni { const ErrorKernels& error_kernels(); }
 namespace isa_avx512_vnni { const ErrorKernels& error_kernels(); }
 
 // Those of this CPU.

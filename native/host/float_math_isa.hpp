@@ -95,7 +95,6 @@ struct FloatKernels {
 
 namespace isa_generic { const FloatKernels& float_kernels(); }
 namespace isa_avx2 { const FloatKernels& float_kernels(); }
-namespace isa_avx_vnni { const FloatKernels& float_kernels(); }
 namespace isa_avx512_vnni { const FloatKernels& float_kernels(); }
 
 }  // namespace quantflow::host

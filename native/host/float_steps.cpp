@@ -14,7 +14,7 @@ const FloatKernels& kernels() {
     switch (best_isa()) {
         case Isa::amx_int8:
         case Isa::avx512_vnni: return isa_avx512_vnni::float_kernels();
-        case Isa::avx_vnni: return isa_avx_vnni::float_kernels();
+        case Isa::avx_vnni:
         case Isa::avx2: return isa_avx2::float_kernels();
         default: return isa_generic::float_kernels();
     }

@@ -30,7 +30,6 @@ struct RecurrenceKernels {
 
 namespace isa_generic { extern const RecurrenceKernels recurrence_kernels; }
 namespace isa_avx2 { extern const RecurrenceKernels recurrence_kernels; }
-namespace isa_avx_vnni { extern const RecurrenceKernels recurrence_kernels; }
 namespace isa_avx512_vnni { extern const RecurrenceKernels recurrence_kernels; }
 
 }  // namespace quantflow::host

@@ -22,7 +22,7 @@ const RecurrenceKernels& kernels() {
     switch (best_isa()) {
         case Isa::amx_int8:
         case Isa::avx512_vnni: return isa_avx512_vnni::recurrence_kernels;
-        case Isa::avx_vnni: return isa_avx_vnni::recurrence_kernels;
+        case Isa::avx_vnni:
         case Isa::avx2: return isa_avx2::recurrence_kernels;
         default: return isa_generic::recurrence_kernels;
     }

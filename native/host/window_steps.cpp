@@ -8,7 +8,7 @@ const WindowKernels& window_kernels() {
     switch (best_isa()) {
         case Isa::amx_int8:
         case Isa::avx512_vnni: return isa_avx512_vnni::window_kernels();
-        case Isa::avx_vnni: return isa_avx_vnni::window_kernels();
+        case Isa::avx_vnni:
         case Isa::avx2: return isa_avx2::window_kernels();
         default: return isa_generic::window_kernels();
     }

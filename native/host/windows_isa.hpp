@@ -62,7 +62,6 @@ struct WindowKernels {
 
 namespace isa_generic { const WindowKernels& window_kernels(); }
 namespace isa_avx2 { const WindowKernels& window_kernels(); }
-namespace isa_avx_vnni { const WindowKernels& window_kernels(); }
 namespace isa_avx512_vnni { const WindowKernels& window_kernels(); }
 
 }  // namespace quantflow::host
