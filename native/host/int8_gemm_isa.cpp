@@ -1112,6 +1112,16 @@ QF_INLINE void depthwise_block(const Int8Depthwise& d, const OutputConstants& co
                               (pixel * d.blocks + b) * kBlock, smaller(kBlock, d.channels - b * kBlock));
 }
 
+// `count` pixels of blocks [block, block + blocks), from `pixel` on, whose taps lie `step` bytes apart. Compiled once for
+// edges, which call it per pixel, and what lies between them.
+template <int kActivation>
+__attribute__((noinline)) void depthwise_pixels(const Int8Depthwise& d, const OutputConstants& constants,
+                                                const u8* const* taps, i64 step, i64 block, i64 blocks, i64 pixel,
+                                                i64 count) {
+    for (i64 b = block; b < block + blocks; ++b)
+        for (i64 i = 0; i < count; ++i) depthwise_block<kActivation>(d, constants, taps, i * step, b, pixel + i);
+}
+
 template <int kActivation>
 void depthwise_lines(const Int8Depthwise& d, i64 line, i64 lines, i64 block, i64 blocks, u8* scratch) {
     const OutputConstants constants = constants_of(d.output);
@@ -1140,8 +1150,7 @@ void depthwise_lines(const Int8Depthwise& d, i64 line, i64 lines, i64 block, i64
                     taps[t] = row + x * d.channels;
                     if (d.x_end - taps[t] < padded) taps[t] = tail + (taps[t] - tail_begin);
                 }
-                for (i64 b = block; b < block + blocks; ++b)
-                    depthwise_block<kActivation>(d, constants, taps, 0, b, l * d.out[2] + ox);
+                depthwise_pixels<kActivation>(d, constants, taps, 0, block, blocks, l * d.out[2] + ox, 1);
             }
         };
         // Between the edges every tap moves on by the same step.
@@ -1154,9 +1163,7 @@ void depthwise_lines(const Int8Depthwise& d, i64 line, i64 lines, i64 block, i64
             const i64 room = (row == nullptr ? d.outside + d.outside_bytes : d.x_end) - taps[t] - padded;
             end = smaller(end, room < 0 ? begin : begin + room / step + 1);
         }
-        for (i64 b = block; b < block + blocks; ++b)
-            for (i64 ox = begin; ox < end; ++ox)
-                depthwise_block<kActivation>(d, constants, taps, (ox - begin) * step, b, l * d.out[2] + ox);
+        depthwise_pixels<kActivation>(d, constants, taps, step, block, blocks, l * d.out[2] + begin, end - begin);
         edge(0, begin);
         edge(end > begin ? end : begin, d.out[2]);
     }
