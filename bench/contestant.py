@@ -122,7 +122,7 @@ class Quantflow(AbstractContestant):
         module = torch.load(self.folder / "module.pt", weights_only=False)
         batches = self.calibration_batches()
         chosen = {key: self.settings[key] for key in ("qconfig", "mode", "runtime")}
-        self.model: Any = quantflow.quantize(module, batches, evaluation=batches[:1], **chosen)
+        self.model: Any = quantflow.quantize(module, batches, evaluation=batches[:1], device="cpu", **chosen)
         proof = self.model.results["int8_proof"]
         self.notes.append(f"{proof['int8_layers_run']} of {proof['core_layers']} layers int8")
         runtime = self.model.compiled.choice.runtime.name
@@ -147,7 +147,7 @@ class Quantflow(AbstractContestant):
         import quantflow
 
         torch.set_num_threads(self.threads)
-        self.model = quantflow.load(self.folder / SAVED, runtime=self.settings["runtime"])
+        self.model = quantflow.load(self.folder / SAVED, runtime=self.settings["runtime"], device="cpu")
 
 
 class OpenVino(AbstractContestant):
