@@ -28,7 +28,7 @@ from quantflow.numerics.affine import QParams, quantize
 from quantflow.numerics.agreement import disagreement
 from quantflow.numerics.measures import sqnr_db
 from quantflow.runtimes.reference import ReferenceRunner, run_node, unrounded
-from quantflow.runtimes.triton import cards, devices, tuner
+from quantflow.runtimes.triton import devices
 from quantflow.runtimes.triton import script as triton_script
 from quantflow.schema import PRESETS
 from quantflow.tasks.selftest import quantized_program, selftest
@@ -516,7 +516,7 @@ def test_runs_are_recorded_with_the_graphs_that_the_devices_torch_has() -> None:
 def test_what_names_the_cpu_is_made_on_the_card(target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     node = Node("it", "aten", "y", args, kwargs, target=target)
     program = program_of(node, {"x": Value(), "y": Value()}, {}, {"x": torch.zeros(6)})
-    from quantflow.runtimes.triton import lower  # only where Triton is
+    from quantflow.runtimes.triton import cards, lower, tuner  # they need Triton
 
     elsewhere = cards.Card(torch.device("meta"), "no card", 0, tuner.Tuner(None, lambda _call, _runs: 0.0))
     values = {"x": torch.zeros(6, device="meta")}
