@@ -857,7 +857,8 @@ i64 positions(const Int8Gemm& g, i64 lines) { return (lines - 1) * line_pitch(g)
 
 // A tile register's time does not depend on its rows: lines of 7 pixels one by one would use less than half of it.
 bool spans_lines(const Int8Gemm& g) {
-    if (kDepth == 1 || !g.is_windowed || g.reads_in_place || g.column_bytes > 0 || g.stride[1] != 1 || g.stride[2] != 1) return false;
+    if (kDepth == 1 || !g.is_windowed || g.reads_in_place || g.column_bytes > 0) return false;
+    if (g.stride[1] != 1 || g.stride[2] != 1) return false;
     return g.out[2] >= 4 && g.reach[2] <= g.out[2] &&  // there is room for no more pieces than rows
            (positions(g, g.out[1]) + kSpan - 1) / kSpan < g.out[1] * ((g.out[2] + 15) / 16);
 }
@@ -923,10 +924,9 @@ void pad_lines(Copier& copier, const Int8Gemm& g, i64 image, i64 line, i64 lines
 
 #if defined(QF_INT8_AMX)
 #include "int8_amx_pieces.inc"
-#endif
 
-#if defined(QF_INT8_AMX)
-// The same by columns, `pitch` bytes apart. What lies behind a part is overwritten, or multiplied by weights of 0.
+// Input lines as `pad_lines` copies them, by columns, `pitch` bytes apart. What lies behind a part is overwritten, or
+// multiplied by weights of 0.
 void copy_columns(Copier& copier, const Int8Gemm& g, i64 image, i64 line, i64 lines, u8* to, i64 pitch, u8* padded) {
     for (i64 l = 0; l < lines; ++l, to += g.column_bytes) {
         pad_lines(copier, g, image, line + l, 1, padded, padded_line_bytes(g));
@@ -935,7 +935,6 @@ void copy_columns(Copier& copier, const Int8Gemm& g, i64 image, i64 line, i64 li
                 Vector::copy(to + column * pitch + i, padded + column * g.stride[2] * g.pixel + i);
     }
 }
-
 #endif
 
 void gemm_lines(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 panels, u8* scratch) {

@@ -94,7 +94,8 @@ def predicted_ms(plan: SectionPlan) -> float:
 def adopt(rows: Any) -> None:
     """Cut steps as `try_ways` found fastest in an earlier process: [shape, rows, panels] each, out of a file."""
     for row in rows if isinstance(rows, list) else ():
-        if isinstance(row, list) and [type(part) for part in row] == [str, int, int] and max(row[1:]) < 2**40:
+        is_way = isinstance(row, list) and [type(part) for part in row] == [str, int, int]
+        if is_way and row[0].isascii() and all(0 < part < 2**40 for part in row[1:]):
             # The library takes it where a step of that shape has such a way.
             lib.call("qf_host_keep_way", row[0].encode(), *(ctypes.c_int64(part) for part in row[1:]))
 

@@ -210,6 +210,8 @@ def test_an_artifact_brings_its_cuts_and_never_its_rates(model: qf.Quantized, tm
         [["x", 2**70, 1]],
         [["x", True, 1]],
         [["1x64x128", -1, 0]],
+        [["1x64x128", -(2**70), 1]],
+        [["\ud800", 1, 1]],
     ):
         runner.adopt([{**row, "cuts": cuts}])
         assert torch.equal(runner([x]), expected)
