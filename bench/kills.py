@@ -100,6 +100,10 @@ for line in sys.stdin:
         if asked["backwards"]:
             time.time = backwards
         code = cli.run(asked["arguments"])
+        # What an interpreter does at its end; joblib's workers would hold their memory for minutes.
+        pool = sys.modules.get("joblib.externals.loky.reusable_executor")
+        if pool is not None and pool._executor is not None:
+            pool._executor.shutdown(kill_workers=True)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
