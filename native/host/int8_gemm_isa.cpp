@@ -1095,8 +1095,8 @@ QF_INLINE Int tap_weights(const u8* w, int i) {
 
 // What becomes of the sums of a block of `outputs` pixels, which lie one after the other: those of the first at y's element
 // `at`, and, where sums are kept, at `place`; `places` from one to the next. Compiled once for all loops of taps.
-using FinishBlocks = void (*)(const Int8Output&, const OutputConstants&, const std::int32_t*, i64 outputs, i64 block, i64 at,
-                              i64 place, i64 places, i64 count);
+using FinishBlocks = void (*)(const Int8Output&, const OutputConstants&, const std::int32_t* sums, i64 outputs, i64 block,
+                              i64 at, i64 place, i64 places, i64 count);
 
 // Codes of a block that is half empty or more, without the empty lanes.
 template <int kActivation, int kVectors, class Merge = Tables<Vector>>
