@@ -48,9 +48,25 @@ inline std::int64_t task_count(const ThreadPool& pool, std::int64_t bytes) {
     return std::max<std::int64_t>(1, std::min<std::int64_t>(bytes / kTaskBytes, 4 * pool.size()));
 }
 
+// A function object that outlives the call, behind a pointer: what takes it is compiled once, and not for each.
+template <class... Args>
+class Callable {
+public:
+    template <class Function>
+    explicit Callable(const Function& f)
+        : object_(&f),
+          call_([](const void* object, Args... args) { (*static_cast<const Function*>(object))(args...); }) {}
+    void operator()(Args... args) const { call_(object_, args...); }
+
+private:
+    const void* object_;
+    void (*call_)(const void*, Args...);
+};
+using OnRange = Callable<std::int64_t, std::int64_t>;                             // first, last
+using OnPlane = Callable<const std::int64_t*, std::int64_t, std::int64_t>;  // offsets, rows, n
+
 // Calls f(first, last) for pieces of [0, count), `bytes` of work in all.
-template <class Function>
-void run_ranges(ThreadPool& pool, std::int64_t count, std::int64_t bytes, const Function& f) {
+inline void run_ranges(ThreadPool& pool, std::int64_t count, std::int64_t bytes, const OnRange& f) {
     const std::int64_t tasks = std::min(count, task_count(pool, bytes));
     if (tasks <= 1) {
         if (count > 0) f(std::int64_t{0}, count);
@@ -58,6 +74,10 @@ void run_ranges(ThreadPool& pool, std::int64_t count, std::int64_t bytes, const 
     }
     const auto task = [&](std::int64_t t) { f(t * count / tasks, (t + 1) * count / tasks); };
     pool.run(tasks, [&task](std::int64_t t) { task(t); });  // one pointer: std::function needs no memory
+}
+template <class Function>
+void run_ranges(ThreadPool& pool, std::int64_t count, std::int64_t bytes, const Function& f) {
+    run_ranges(pool, count, bytes, OnRange(f));
 }
 
 class Nest {
@@ -135,9 +155,20 @@ public:
     // rows of at most `n()` elements. `bytes`: what an element costs, in bytes of memory traffic.
     template <class Function>
     void run(ThreadPool& pool, std::int64_t bytes, const Function& f) const {
+        run_planes(pool, bytes, OnPlane(f));
+    }
+
+    // The same on this thread alone, in order.
+    template <class Function>
+    void run_here(const Function& f) const {
+        run_planes_here(OnPlane(f));
+    }
+
+private:
+    void run_planes(ThreadPool& pool, std::int64_t bytes, const OnPlane& f) const {
         if (count_ == 0) return;
         const std::int64_t wanted = task_count(pool, count_ * bytes);
-        if (wanted == 1) return run_here(f);
+        if (wanted == 1) return run_planes_here(f);
         const std::int64_t outer = this->outer();
         if (outer >= wanted)
             return run_ranges(pool, outer, count_ * bytes, [&](std::int64_t first, std::int64_t last) {
@@ -159,22 +190,18 @@ public:
         pool.run(outer * pieces, [&task](std::int64_t t) { task(t); });
     }
 
-    // The same on this thread alone, in order.
-    template <class Function>
-    void run_here(const Function& f) const {
+    void run_planes_here(const OnPlane& f) const {
         if (count_ > 0) planes(0, outer(), 0, rows(), 0, n(), f);
     }
 
-private:
     std::int64_t outer() const {
         std::int64_t count = 1;
         for (int d = 0; d < rank_ - 2; ++d) count *= dims_[d];
         return count;
     }
 
-    template <class Function>
     void planes(std::int64_t first, std::int64_t last, std::int64_t first_row, std::int64_t last_row,
-                std::int64_t first_column, std::int64_t last_column, const Function& f) const {
+                std::int64_t first_column, std::int64_t last_column, const OnPlane& f) const {
         std::int64_t index[kMaxRank] = {}, offsets[kMaxOperands] = {};
         std::int64_t rest = first;
         for (int d = rank_ - 3; d >= 0; --d) {

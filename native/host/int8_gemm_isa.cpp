@@ -1093,10 +1093,55 @@ QF_INLINE Int tap_weights(const u8* w, int i) {
     return Vector::load(reinterpret_cast<const std::int32_t*>(w) + i * kLanes);
 }
 
-// Block b of the pixel at y's element `at`; taps lie `offset` bytes beyond their addresses.
+// What becomes of the sums of a block of `outputs` pixels, which lie one after the other: those of the first at y's element
+// `at`, and, where sums are kept, at `place`; `places` from one to the next. Compiled once for all loops of taps.
+using FinishBlocks = void (*)(const Int8Output&, const OutputConstants&, const std::int32_t* sums, i64 outputs, i64 block,
+                              i64 at, i64 place, i64 places, i64 count);
+
+// Codes of a block that is half empty or more, without the empty lanes.
+template <int kActivation, int kVectors, class Merge = Tables<Vector>>
+void finish_merged(const Int8Output& o, const OutputConstants& constants, const std::int32_t* sums, i64 outputs, i64 block,
+                   i64 at, i64 count) {
+    const float *scale = o.scale + block * kBlock, *bias = o.bias + block * kBlock;
+    for (; outputs > 0; --outputs, sums += kBlock, at += o.row) {
+        Int codes[kVectors];
+        for (int i = 0; i < kVectors; ++i) {
+            const Float r = real_of(Merge::template merged<kVectors>(sums, i), Merge::template merged<kVectors>(scale, i),
+                                    Merge::template merged<kVectors>(bias, i));
+            codes[i] = code_of(activate<kActivation>(r, constants.a, constants.b), constants);
+        }
+        Merge::template store<kVectors>(static_cast<u8*>(o.y) + at, codes, count);
+    }
+}
+
 template <int kActivation>
-QF_INLINE void depthwise_block(const Int8Depthwise& d, const OutputConstants& constants, const u8* const* taps,
-                               i64 offset, i64 b, i64 pixel) {
+void finish_blocks(const Int8Output& o, const OutputConstants& constants, const std::int32_t* sums, i64 outputs, i64 block,
+                   i64 at, i64 place, i64 places, i64 count) {
+    if constexpr (Tables<Vector>::kMerges && kActivation != kInt8Linear) {
+        const bool is_alone = o.residual == nullptr && o.real_residual == nullptr && o.befores == 0;
+        if (is_alone && !o.is_float && o.rest == nullptr) {
+            if (count <= kBlock / 4) return finish_merged<kActivation, 1>(o, constants, sums, outputs, block, at, count);
+            if (count <= kBlock / 2) return finish_merged<kActivation, 2>(o, constants, sums, outputs, block, at, count);
+        }
+    }
+    for (; outputs > 0; --outputs, sums += kBlock, at += o.row, place += places) {
+        const Int all[4] = {Vector::load(sums), Vector::load(sums + kLanes), Vector::load(sums + 2 * kLanes),
+                            Vector::load(sums + 3 * kLanes)};
+        finish_block<kActivation>(o, constants, all, block, at, place, count);
+    }
+}
+template <int... kActivations>
+FinishBlocks block_finisher(int activation, std::integer_sequence<int, kActivations...>) {
+    static constexpr FinishBlocks all[] = {finish_blocks<kActivations>...};
+    return all[activation];
+}
+FinishBlocks block_finisher(const Int8Output& o) {
+    return block_finisher(o.is_linear || o.raw_sums != nullptr ? kInt8Linear : o.activation,
+                          std::make_integer_sequence<int, kInt8Linear + 1>{});
+}
+
+// The sums of block b; taps lie `offset` bytes beyond their addresses.
+QF_INLINE void depthwise_sums(const Int8Depthwise& d, const u8* const* taps, i64 offset, i64 b, std::int32_t* to) {
     const i64 groups = d.taps / Vector::kTapGroup;
     Int sums[4], codes[4];
     for (int i = 0; i < 4; ++i) sums[i] = Vector::load(d.start + b * kBlock + i * kLanes);
@@ -1107,22 +1152,27 @@ QF_INLINE void depthwise_block(const Int8Depthwise& d, const OutputConstants& co
         Vector::interleave(group, codes);
         for (int i = 0; i < 4; ++i) Vector::dot_taps(sums[i], codes[i], tap_weights(w, i));
     }
-    finish_block<kActivation>(d.output, constants, sums, b, pixel * d.output.row + b * kBlock,
-                              (pixel * d.blocks + b) * kBlock, smaller(kBlock, d.channels - b * kBlock));
+    for (int i = 0; i < 4; ++i) Vector::store(to + i * kLanes, sums[i]);
 }
 
 // `count` pixels of blocks [block, block + blocks), from `pixel` on, whose taps lie `step` bytes apart. Compiled once for
 // edges, which call it per pixel, and what lies between them.
-template <int kActivation>
 __attribute__((noinline)) void depthwise_pixels(const Int8Depthwise& d, const OutputConstants& constants,
                                                 const u8* const* taps, i64 step, i64 block, i64 blocks, i64 pixel,
                                                 i64 count) {
+    constexpr i64 kTogether = 8;
+    alignas(64) std::int32_t sums[kTogether * kBlock];
+    const FinishBlocks finish = block_finisher(d.output);
     for (i64 b = block; b < block + blocks; ++b)
-        for (i64 i = 0; i < count; ++i) depthwise_block<kActivation>(d, constants, taps, i * step, b, pixel + i);
+        for (i64 i = 0; i < count; i += kTogether) {
+            const i64 n = smaller(kTogether, count - i), first = pixel + i;
+            for (i64 j = 0; j < n; ++j) depthwise_sums(d, taps, (i + j) * step, b, sums + j * kBlock);
+            finish(d.output, constants, sums, n, b, first * d.output.row + b * kBlock, (first * d.blocks + b) * kBlock,
+                   d.blocks * kBlock, smaller(kBlock, d.channels - b * kBlock));
+        }
 }
 
-template <int kActivation>
-void depthwise_lines(const Int8Depthwise& d, i64 line, i64 lines, i64 block, i64 blocks, u8* scratch) {
+void depthwise(const Int8Depthwise& d, i64 line, i64 lines, i64 block, i64 blocks, u8* scratch) {
     const OutputConstants constants = constants_of(d.output);
     const u8** taps = reinterpret_cast<const u8**>(scratch);
     const i64 padded = d.blocks * kBlock, step = d.stride[2] * d.channels;
@@ -1149,7 +1199,7 @@ void depthwise_lines(const Int8Depthwise& d, i64 line, i64 lines, i64 block, i64
                     taps[t] = row + x * d.channels;
                     if (d.x_end - taps[t] < padded) taps[t] = tail + (taps[t] - tail_begin);
                 }
-                depthwise_pixels<kActivation>(d, constants, taps, 0, block, blocks, l * d.out[2] + ox, 1);
+                depthwise_pixels(d, constants, taps, 0, block, blocks, l * d.out[2] + ox, 1);
             }
         };
         // Between the edges every tap moves on by the same step.
@@ -1162,20 +1212,10 @@ void depthwise_lines(const Int8Depthwise& d, i64 line, i64 lines, i64 block, i64
             const i64 room = (row == nullptr ? d.outside + d.outside_bytes : d.x_end) - taps[t] - padded;
             end = smaller(end, room < 0 ? begin : begin + room / step + 1);
         }
-        depthwise_pixels<kActivation>(d, constants, taps, step, block, blocks, l * d.out[2] + begin, end - begin);
+        depthwise_pixels(d, constants, taps, step, block, blocks, l * d.out[2] + begin, end - begin);
         edge(0, begin);
         edge(end > begin ? end : begin, d.out[2]);
     }
-}
-
-template <int... kActivations>
-void depthwise_for(const Int8Depthwise& d, i64 line, i64 lines, i64 block, i64 blocks, u8* scratch,
-                   std::integer_sequence<int, kActivations...>) {
-    static constexpr decltype(&depthwise_lines<0>) all[] = {depthwise_lines<kActivations>...};
-    all[d.output.is_linear ? kInt8Linear : d.output.activation](d, line, lines, block, blocks, scratch);
-}
-void depthwise(const Int8Depthwise& d, i64 line, i64 lines, i64 block, i64 blocks, u8* scratch) {
-    depthwise_for(d, line, lines, block, blocks, scratch, std::make_integer_sequence<int, kInt8Linear + 1>{});
 }
 
 #if defined(QF_INT8_ROLLING)
