@@ -16,8 +16,9 @@ from quantflow.runtimes.native_sections import Section, SectionPlan
 #: Ways per shape of step that are tried: one that is predicted to take more than 1 + MARGIN of the best is not, because
 #: predictions order ways better than that (bench.cost_model).
 MOST, MARGIN = 3, 0.15
-#: For all of a plan's steps together; two rounds are run in any case.
-BUDGET_MS = 400.0
+#: For all ways of a plan's steps together, and once more for the winners beside what was predicted; two rounds of each
+#: are run in any case.
+BUDGET_MS = 200.0
 #: Variants whose int8 steps alone are predicted to take this much of what the plain way takes in all are not tried.
 HOPELESS = 1.25
 
