@@ -62,7 +62,7 @@ private:
     const void* object_;
     void (*call_)(const void*, Args...);
 };
-using OnRange = Callable<std::int64_t, std::int64_t>;                             // first, last
+using OnRange = Callable<std::int64_t, std::int64_t>;                       // first, last
 using OnPlane = Callable<const std::int64_t*, std::int64_t, std::int64_t>;  // offsets, rows, n
 
 // Calls f(first, last) for pieces of [0, count), `bytes` of work in all.
