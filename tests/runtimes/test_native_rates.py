@@ -191,8 +191,9 @@ def test_rates_and_cuts_never_change_a_result(model: qf.Quantized) -> None:
         lib.call("qf_host_set_rates", (ctypes.c_double * 11)(*values, 3.0), ctypes.c_size_t(11))
         assert torch.equal(NativeRunner(program, threads=2)([x]), expected)
     ((_, given, plan),) = runner._sections([x], 2)
-    # Where Winograd takes the 3x3 convolution, that one has no cut to try.
-    assert len(native_ways.try_ways(plan, given, 2, most=5, margin=10.0)) >= 2
+    # Where Winograd takes a 3x3 convolution, that one has no cut to try.
+    shapes = 2 if any("winograd" in row["kernel"] for row in runner.profile([x], 1)) else 3
+    assert len(native_ways.try_ways(plan, given, 2, most=5, margin=10.0)) >= shapes
     runner._forget_plans()
     assert torch.equal(runner([x]), expected)
 
