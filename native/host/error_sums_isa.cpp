@@ -19,7 +19,7 @@ constexpr std::size_t kLanes = 8;
 using Floats = __m256;
 using Doubles = __m512d;
 Doubles widened(Floats v) { return _mm512_cvtps_pd(v); }
-Doubles zero() { return _mm512_setzero_pd(); }
+Doubles none() { return _mm512_setzero_pd(); }
 Doubles minus(Doubles a, Doubles b) { return _mm512_sub_pd(a, b); }
 Doubles plus_square(Doubles sum, Doubles v) { return _mm512_add_pd(sum, _mm512_mul_pd(v, v)); }
 Doubles larger(Doubles most, Doubles v) { return _mm512_max_pd(_mm512_abs_pd(v), most); }
@@ -32,7 +32,7 @@ struct Doubles {
 Doubles widened(Floats v) {
     return {_mm256_cvtps_pd(_mm256_castps256_ps128(v)), _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1))};
 }
-Doubles zero() { return {_mm256_setzero_pd(), _mm256_setzero_pd()}; }
+Doubles none() { return {_mm256_setzero_pd(), _mm256_setzero_pd()}; }
 Doubles minus(Doubles a, Doubles b) { return {_mm256_sub_pd(a.low, b.low), _mm256_sub_pd(a.high, b.high)}; }
 Doubles plus_square(Doubles sum, Doubles v) {
     return {_mm256_add_pd(sum.low, _mm256_mul_pd(v.low, v.low)),
@@ -61,7 +61,7 @@ Doubles each(Of of) {
     return r;
 }
 Doubles widened(const Floats& a) { return each([&](std::size_t i) { return static_cast<double>(a.v[i]); }); }
-Doubles zero() { return {}; }
+Doubles none() { return {}; }
 Doubles minus(const Doubles& a, const Doubles& b) { return each([&](std::size_t i) { return a.v[i] - b.v[i]; }); }
 Doubles plus_square(const Doubles& sum, const Doubles& a) {
     return each([&](std::size_t i) { return sum.v[i] + a.v[i] * a.v[i]; });
@@ -80,7 +80,7 @@ Floats load(const float* p) {
 
 template <typename Code>
 struct Decoded {
-    Coding coding;
+    ErrorCoding coding;
     Floats operator()(const Code* p) const {
 #if defined(__AVX2__)
         const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
@@ -102,7 +102,7 @@ struct AsTheyAre {
 
 template <typename Actual, typename Values>
 ErrorSums added(const float* x, const Actual* actual, std::size_t n, Values values) {
-    Doubles signal = zero(), noise = zero(), largest = zero(), largest_error = zero();
+    Doubles signal = none(), noise = none(), largest = none(), largest_error = none();
     const auto add = [&](const Floats& expected, const Floats& found) {
         const Doubles real = widened(expected), error = minus(real, widened(found));
         signal = plus_square(signal, real);
@@ -138,11 +138,11 @@ ErrorSums added(const float* x, const Actual* actual, std::size_t n, Values valu
 
 ErrorSums of_floats(const float* x, const float* actual, std::size_t n) { return added(x, actual, n, AsTheyAre{}); }
 
-ErrorSums of_u8(const float* x, const std::uint8_t* codes, Coding coding, std::size_t n) {
+ErrorSums of_u8(const float* x, const std::uint8_t* codes, ErrorCoding coding, std::size_t n) {
     return added(x, codes, n, Decoded<std::uint8_t>{coding});
 }
 
-ErrorSums of_s8(const float* x, const std::int8_t* codes, Coding coding, std::size_t n) {
+ErrorSums of_s8(const float* x, const std::int8_t* codes, ErrorCoding coding, std::size_t n) {
     return added(x, codes, n, Decoded<std::int8_t>{coding});
 }
 

@@ -13,15 +13,15 @@ struct ErrorSums {
 };
 
 // Codes stand for x' = (q - zero_point) * scale in float.
-struct Coding {
+struct ErrorCoding {
     float scale;
     std::int32_t zero_point;
 };
 
 struct ErrorKernels {
     ErrorSums (*of_floats)(const float* x, const float* actual, std::size_t n);
-    ErrorSums (*of_u8)(const float* x, const std::uint8_t* codes, Coding, std::size_t n);
-    ErrorSums (*of_s8)(const float* x, const std::int8_t* codes, Coding, std::size_t n);
+    ErrorSums (*of_u8)(const float* x, const std::uint8_t* codes, ErrorCoding, std::size_t n);
+    ErrorSums (*of_s8)(const float* x, const std::int8_t* codes, ErrorCoding, std::size_t n);
 };
 
 namespace isa_generic { const ErrorKernels& error_kernels(); }

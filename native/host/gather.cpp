@@ -10,7 +10,7 @@ using namespace windows;
 StepPtr make_gather(ThreadPool& pool, const Tensor& table, const Tensor& index, const Tensor& y) {
     const bool is_moved = table.dtype == y.dtype && table.q == y.q;
     const bool are_rows_moved = is_moved && table.strides[1] == 1 && y.strides.back() == 1;
-    if (index.dtype != DType::s64 || (!are_rows_moved && (!is_real(table) || !is_real(y))))
+    if (index.dtype != DType::s64 || (!are_rows_moved && (!holds_reals(table) || !holds_reals(y))))
         refuse("a gather", table, y);
     const std::int64_t count = index.count(), width = table.dims[1];
     // Where the k-th row of y and its index lie.

@@ -10,6 +10,7 @@ namespace {
 
 // QF_INT8_LANES: tests compile the plain C++ code with another vector length in place of an instruction set.
 // QF_INT8_EMULATED_AMX: they define the tile instructions themselves.
+// QF_INT8_FINISHING: what writes sums, compiled for vectors of the same length.
 #if defined(QF_INT8_LANES)
 using Vector = PortableVector<QF_INT8_LANES>;
 constexpr char kName[] = "portable";
@@ -17,12 +18,14 @@ constexpr char kName[] = "portable";
 using Vector = Avx512Vector;
 constexpr char kName[] = "amx_int8";
 #define QF_INT8_AMX
+#define QF_INT8_FINISHING isa_avx512_vnni::Finishing
 #elif defined(__AVX512VNNI__)
 using Vector = Avx512Vector;
 constexpr char kName[] = "avx512_vnni";
 #elif defined(__AVXVNNI__)
 using Vector = AvxVnniVector;
 constexpr char kName[] = "avx_vnni";
+#define QF_INT8_FINISHING isa_avx2::Finishing
 #elif defined(__AVX2__)
 using Vector = Avx2Vector;
 constexpr char kName[] = "avx2";
@@ -447,8 +450,9 @@ void finish_codes(const Int8Output& o, const std::int32_t* sums, i64 stride, i64
     count <= kLanes ? edge(std::true_type{}) : edge(std::false_type{});
 }
 
-using FinishTile = void (*)(const Int8Output&, const std::int32_t*, i64, i64, i64, i64, i64, i64);
-
+#if defined(QF_INT8_FINISHING)
+constexpr auto finisher = QF_INT8_FINISHING::tile;
+#else
 template <int... kActivations>
 FinishTile finisher(int activation, std::integer_sequence<int, kActivations...>) {
     static constexpr FinishTile all[] = {finish_tile<kActivations>...};
@@ -465,6 +469,7 @@ FinishTile finisher(const Int8Output& o) {
     }
     return finisher(o.activation, std::make_integer_sequence<int, kInt8Activations>{});
 }
+#endif
 
 // ---- register tile -----------------------------------------------------------------------------------------------
 
@@ -1235,6 +1240,9 @@ constexpr decltype(Int8Kernels::winograd_scratch) winograd_scratch = nullptr;
 
 }  // namespace
 
+#if defined(__AVX2__) && !defined(QF_INT8_FINISHING) && !defined(QF_INT8_LANES)
+FinishTile Finishing::tile(const Int8Output& o) { return finisher(o); }
+#endif
 #if defined(__AVX512VNNI__) && !defined(QF_INT8_AMX) && !defined(QF_INT8_LANES)
 void Depthwise::lines(const Int8Depthwise& d, i64 line, i64 lines, i64 block, i64 blocks, u8* scratch) {
     depthwise(d, line, lines, block, blocks, scratch);

@@ -163,18 +163,30 @@ struct Int8Kernels {
     std::int64_t (*winograd_scratch)(const Int8Winograd&, std::int64_t tiles);
 };
 
+// Writes a tile of sums, `channels` wide, into rows [row, row + rows) of the output. stride: from one row of sums to the
+// next; padded: where the tile's channels begin in what is kept per channel; channel: where they begin in a row.
+using FinishTile = void (*)(const Int8Output&, const std::int32_t* sums, std::int64_t stride, std::int64_t row,
+                            std::int64_t rows, std::int64_t padded, std::int64_t channel, std::int64_t channels);
+
 namespace isa_generic {
 extern const Int8Kernels int8_kernels;
 }
 namespace isa_avx2 {
 extern const Int8Kernels int8_kernels;
+// AVX-VNNI's, too.
+struct Finishing {
+    static FinishTile tile(const Int8Output&);
+};
 }
 namespace isa_avx_vnni {
 extern const Int8Kernels int8_kernels;
 }
 namespace isa_avx512_vnni {
 extern const Int8Kernels int8_kernels;
-// Its depthwise kernels, which are AMX's, too.
+// AMX's, too.
+struct Finishing {
+    static FinishTile tile(const Int8Output&);
+};
 struct Depthwise {
     static void lines(const Int8Depthwise&, std::int64_t line, std::int64_t lines, std::int64_t block,
                       std::int64_t blocks, std::uint8_t* scratch);

@@ -228,7 +228,7 @@ bool is_global_mean(const PoolGeometry& g, const Tensor& x, const Tensor& y) {
 
 StepPtr make_pool(ThreadPool& pool, const PoolGeometry& g, const Tensor& x, const Tensor& y) {
     const bool is_moved = g.is_max && x.dtype == y.dtype && x.q == y.q;
-    if (!is_real(x) || !is_real(y) || (g.is_max && !is_moved)) refuse("a pool", x, y);
+    if (!holds_reals(x) || !holds_reals(y) || (g.is_max && !is_moved)) refuse("a pool", x, y);
     if (x.rank() < 3 || x.rank() > 5) throw Unsupported("a pool over other than 1 to 3 dimensions");
     if (is_global_mean(g, x, y)) {
         std::vector<int> axes(x.dims.size() - 2);

@@ -262,7 +262,7 @@ private:
 }  // namespace
 
 StepPtr make_reduce(ThreadPool& pool, Reduction how, const Tensor& x, const std::vector<int>& axes, const Tensor& y) {
-    if (!is_real(x) || !is_real(y)) refuse("a reduction", x, y);
+    if (!holds_reals(x) || !holds_reals(y)) refuse("a reduction", x, y);
     return std::make_unique<ReduceStep>(pool, how, x, axes, y);
 }
 

@@ -175,7 +175,7 @@ StepPtr make_upsample(ThreadPool& pool, Interpolation how, bool align_corners, c
                       const Tensor& x, const Tensor& y) {
     const bool is_moved = x.dtype == y.dtype && x.q == y.q;
     const bool is_nearest = how == Interpolation::nearest;
-    if (is_nearest ? !is_moved : !is_real(x) || !is_real(y)) refuse("upsampling", x, y);
+    if (is_nearest ? !is_moved : !holds_reals(x) || !holds_reals(y)) refuse("upsampling", x, y);
     if (x.rank() < 3 || x.rank() > 5 || (!is_nearest && x.rank() != 4))
         throw Unsupported("upsampling of this many dimensions");
     return std::make_unique<UpsampleStep>(pool, how, align_corners, scales, x, y);

@@ -9,7 +9,7 @@ namespace quantflow::host::windows {
 
 const WindowKernels& window_kernels();
 
-inline bool is_real(const Tensor& t) { return t.dtype == DType::f32 ? !t.q : t.dtype == DType::u8 && t.q; }
+inline bool holds_reals(const Tensor& t) { return t.dtype == DType::f32 ? !t.q : t.dtype == DType::u8 && t.q; }
 
 [[noreturn]] void refuse(const char* what, const Tensor& x, const Tensor& y);
 

@@ -359,7 +359,7 @@ std::int32_t qf_error_sums(const float* expected, const void* actual, std::int32
         given(actual, "actual", count);
         given(sums, "sums");
         const host::ErrorKernels& kernels = host::error_kernels();
-        const host::Coding coding{scale, zero_point};
+        const host::ErrorCoding coding{scale, zero_point};
         host::ErrorSums found;
         if (dtype == QF_F32)
             found = kernels.of_floats(expected, static_cast<const float*>(actual), count);

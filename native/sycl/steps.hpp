@@ -3,7 +3,7 @@
 
 #include <algorithm>
 #include <functional>
-#include <tuple>
+#include <vector>
 
 #include "device.hpp"
 #include "kernel_arguments.hpp"
@@ -122,46 +122,22 @@ const T& resolved(const T& value) {
     return value;
 }
 
-template <typename... Args>
-class KernelStep final : public Step {
-public:
-    KernelStep(Device& device, const std::string& kernel, const sycl::nd_range<3>& range, Args... args)
-        : device_(device),
-          kernel_(device.kernels.get(kernel)),
-          range_(range),
-          args_(std::move(args)...),
-          name_("sycl." + kernel.substr(3)) {}
+// Sets the kernel's argument of this number. One type for all kernels: SYCL's templates are compiled once per kind of
+// argument instead of once per kernel.
+using SetArgument = std::function<void(sycl::handler&, int)>;
+template <typename T>
+SetArgument argument(T value) {
+    return [value = std::move(value)](sycl::handler& handler, int number) { handler.set_arg(number, resolved(value)); };
+}
 
-    void run() override {
-        device_.begin(name_);
-        std::apply([this](const auto&... args) { submit(resolved(args)...); }, args_);
-    }
-    std::string kernel() const override { return name_; }
-
-private:
-    template <typename... Values>
-    void submit(const Values&... values) {
-        try {
-            sycl::ext::oneapi::experimental::submit(device_.queue, [&](sycl::handler& handler) {
-                handler.set_args(values...);
-                handler.parallel_for(range_, kernel_);
-            });
-        } catch (const sycl::exception& e) {
-            throw Error(name_ + " on " + device_.description() + ": " + e.what());
-        }
-    }
-
-    Device& device_;
-    sycl::kernel kernel_;
-    sycl::nd_range<3> range_;
-    std::tuple<Args...> args_;
-    std::string name_;
-};
-
-// kernel: "qf_...".
+// launch.cpp; kernel: "qf_...".
+StepPtr make_launch(Device&, const std::string& kernel, const sycl::nd_range<3>&, std::vector<SetArgument>);
 template <typename... Args>
 StepPtr launch(Device& device, const std::string& kernel, const sycl::nd_range<3>& range, Args... args) {
-    return std::make_unique<KernelStep<Args...>>(device, kernel, range, std::move(args)...);
+    std::vector<SetArgument> all;
+    all.reserve(sizeof...(args));
+    (all.push_back(argument(std::move(args))), ...);
+    return make_launch(device, kernel, range, std::move(all));
 }
 
 }  // namespace quantflow::xpu

@@ -3,7 +3,7 @@
 #include "check.hpp"
 
 using namespace check;
-using host::Coding;
+using host::ErrorCoding;
 using host::ErrorKernels;
 using host::ErrorSums;
 
@@ -34,11 +34,11 @@ void expect_equal(const ErrorSums& a, const ErrorSums& b, const std::string& wha
 }
 
 template <typename Code>
-void test_codes(const ErrorKernels& k, ErrorSums (*ErrorKernels::*of)(const float*, const Code*, Coding, std::size_t),
+void test_codes(const ErrorKernels& k, ErrorSums (*ErrorKernels::*of)(const float*, const Code*, ErrorCoding, std::size_t),
                 const std::vector<float>& x, const std::string& what) {
     std::vector<Code> codes(x.size());
     for (Code& q : codes) q = static_cast<Code>(pick(0, 255));
-    const Coding coding{0.037f, static_cast<std::int32_t>(pick(-128, 127))};
+    const ErrorCoding coding{0.037f, static_cast<std::int32_t>(pick(-128, 127))};
     const auto real = [&](Code q) { return static_cast<float>(std::int32_t{q} - coding.zero_point) * coding.scale; };
     const ErrorSums found = (k.*of)(x.data(), codes.data(), coding, x.size());
     expect(found, looped(x, codes, real), what);

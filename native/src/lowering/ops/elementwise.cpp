@@ -21,8 +21,7 @@ void signed_integer(Context& c, Unary op, const View& x, int output) {
     c.define(output, y);
 }
 
-template <Unary op>
-void unary(Context& c, const Node& n) {
+void unary(Context& c, const Node& n, Unary op) {
     const View x = c.spread_out(c.operand(0, "self"));
     const bool is_integer = !x.q && (x.dtype == DType::s64 || x.dtype == DType::s32);
     if (is_integer && (op == Unary::neg || op == Unary::abs)) return signed_integer(c, op, x, n.output);
@@ -89,8 +88,7 @@ std::optional<View> foreknown(Context& c, Binary op, const Val& first, const Val
     return moved;
 }
 
-template <Binary op, Operands kind = Operands::in_order>
-void arithmetic(Context& c, const Node& n) {
+void arithmetic(Context& c, const Node& n, Binary op, Operands kind) {
     if (c.has(99, "rounding_mode")) throw Unsupported("a division that rounds");
     if (n.args.size() < 2) throw Unsupported("an operand is missing");
     if (const Arg* given = c.argument(2, "alpha"); given != nullptr && given->as<bool>() != nullptr)
@@ -149,10 +147,9 @@ void arithmetic(Context& c, const Node& n) {
 }
 
 // Two tensors; another overload reduces.
-template <Binary op>
-void lesser_or_greater(Context& c, const Node& n) {
+void lesser_or_greater(Context& c, const Node& n, Binary op) {
     if (overload_name(n.target) != "other") throw Unsupported("a reduction with positions");
-    arithmetic<op>(c, n);
+    arithmetic(c, n, op, Operands::in_order);
 }
 
 // condition ? a : b, broadcast.
@@ -262,41 +259,41 @@ void apply(Context& c, Unary op, float a, float b, const Epilogue& epilogue, con
 
 const OpRows& elementwise_ops() {
     static const OpRows rows = {
-        {"exp", unary<Unary::exp>},
-        {"log", unary<Unary::log>},
-        {"sqrt", unary<Unary::sqrt>},
-        {"rsqrt", unary<Unary::rsqrt>},
-        {"neg", unary<Unary::neg>},
-        {"abs", unary<Unary::abs>},
-        {"erf", unary<Unary::erf>},
-        {"reciprocal", unary<Unary::reciprocal>},
-        {"sin", unary<Unary::sin>},
-        {"cos", unary<Unary::cos>},
-        {"floor", unary<Unary::floor>},
-        {"logical_not", unary<Unary::logical_not>},
-        {"bitwise_not", unary<Unary::logical_not>},
+        {"exp", with<unary, Unary::exp>},
+        {"log", with<unary, Unary::log>},
+        {"sqrt", with<unary, Unary::sqrt>},
+        {"rsqrt", with<unary, Unary::rsqrt>},
+        {"neg", with<unary, Unary::neg>},
+        {"abs", with<unary, Unary::abs>},
+        {"erf", with<unary, Unary::erf>},
+        {"reciprocal", with<unary, Unary::reciprocal>},
+        {"sin", with<unary, Unary::sin>},
+        {"cos", with<unary, Unary::cos>},
+        {"floor", with<unary, Unary::floor>},
+        {"logical_not", with<unary, Unary::logical_not>},
+        {"bitwise_not", with<unary, Unary::logical_not>},
         {"pow", power},
-        {"add", arithmetic<Binary::add>, Role::add},
-        {"sub", arithmetic<Binary::sub>, Role::subtract},
-        {"mul", arithmetic<Binary::mul>, Role::multiply},
-        {"div", arithmetic<Binary::div>, Role::divide},
-        {"maximum", arithmetic<Binary::maximum>},
-        {"minimum", arithmetic<Binary::minimum>},
-        {"max", lesser_or_greater<Binary::maximum>},
-        {"min", lesser_or_greater<Binary::minimum>},
-        {"eq", arithmetic<Binary::eq>},
-        {"ne", arithmetic<Binary::ne>},
-        {"lt", arithmetic<Binary::lt>},
-        {"le", arithmetic<Binary::le>},
-        {"gt", arithmetic<Binary::gt>},
-        {"ge", arithmetic<Binary::ge>},
-        {"logical_and", arithmetic<Binary::logical_and>},
-        {"logical_or", arithmetic<Binary::logical_or>},
-        {"rsub", arithmetic<Binary::sub, Operands::swapped>},
-        {"bitwise_and", arithmetic<Binary::logical_and, Operands::bools>},
-        {"bitwise_or", arithmetic<Binary::logical_or, Operands::bools>},
-        {"__and__", arithmetic<Binary::logical_and, Operands::bools>},
-        {"__or__", arithmetic<Binary::logical_or, Operands::bools>},
+        {"add", with<arithmetic, Binary::add, Operands::in_order>, Role::add},
+        {"sub", with<arithmetic, Binary::sub, Operands::in_order>, Role::subtract},
+        {"mul", with<arithmetic, Binary::mul, Operands::in_order>, Role::multiply},
+        {"div", with<arithmetic, Binary::div, Operands::in_order>, Role::divide},
+        {"maximum", with<arithmetic, Binary::maximum, Operands::in_order>},
+        {"minimum", with<arithmetic, Binary::minimum, Operands::in_order>},
+        {"max", with<lesser_or_greater, Binary::maximum>},
+        {"min", with<lesser_or_greater, Binary::minimum>},
+        {"eq", with<arithmetic, Binary::eq, Operands::in_order>},
+        {"ne", with<arithmetic, Binary::ne, Operands::in_order>},
+        {"lt", with<arithmetic, Binary::lt, Operands::in_order>},
+        {"le", with<arithmetic, Binary::le, Operands::in_order>},
+        {"gt", with<arithmetic, Binary::gt, Operands::in_order>},
+        {"ge", with<arithmetic, Binary::ge, Operands::in_order>},
+        {"logical_and", with<arithmetic, Binary::logical_and, Operands::in_order>},
+        {"logical_or", with<arithmetic, Binary::logical_or, Operands::in_order>},
+        {"rsub", with<arithmetic, Binary::sub, Operands::swapped>},
+        {"bitwise_and", with<arithmetic, Binary::logical_and, Operands::bools>},
+        {"bitwise_or", with<arithmetic, Binary::logical_or, Operands::bools>},
+        {"__and__", with<arithmetic, Binary::logical_and, Operands::bools>},
+        {"__or__", with<arithmetic, Binary::logical_or, Operands::bools>},
         {"where", where},
         {"masked_fill", masked_fill},
         {"to", convert},

@@ -36,8 +36,7 @@ View reduced(Context& c, Reduction how, const View& x, const std::vector<int>& a
     return y;
 }
 
-template <Reduction how>
-void reduce(Context& c, const Node& n) {
+void reduce(Context& c, const Node& n, Reduction how) {
     const View x = c.operand(0, "self");
     if (!x.q && x.dtype != DType::f32) throw Unsupported("a reduction of integers");
     if (c.has(3, "dtype")) throw Unsupported("a reduction to another dtype");
@@ -59,8 +58,7 @@ void vector_norm(Context& c, const Node& n) {
     c.define(n.output, y);
 }
 
-template <bool has_dtype>
-void softmax(Context& c, const Node& n) {
+void softmax(Context& c, const Node& n, bool has_dtype) {
     const View x = c.real_operand(0, "self");
     if (!has_dtype && c.flag(2, "half_to_float", false)) throw Unsupported("softmax of halves");
     if (has_dtype && c.has(2, "dtype")) {
@@ -230,13 +228,13 @@ void embedding(Context& c, const Node& n) {
 
 const OpRows& float_math_ops() {
     static const OpRows rows = {
-        {"mean", reduce<Reduction::mean>},
-        {"sum", reduce<Reduction::sum>},
-        {"amax", reduce<Reduction::max>},
-        {"amin", reduce<Reduction::min>},
+        {"mean", with<reduce, Reduction::mean>},
+        {"sum", with<reduce, Reduction::sum>},
+        {"amax", with<reduce, Reduction::max>},
+        {"amin", with<reduce, Reduction::min>},
         {"linalg_vector_norm", vector_norm},
-        {"softmax", softmax<true>, Role::softmax},
-        {"_softmax", softmax<false>},
+        {"softmax", with<softmax, true>, Role::softmax},
+        {"_softmax", with<softmax, false>},
         {"layer_norm", layer_norm},
         {"rms_norm", rms_norm},
         {"batch_norm", batch_norm},

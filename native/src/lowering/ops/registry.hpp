@@ -29,6 +29,12 @@ struct OpRow {
     std::optional<Epilogue> (*activation)(const Node&) = nullptr;
 };
 
+// The lowering of one op by a function for several.
+template <auto lower, auto... which>
+void with(Context& c, const Node& n) {
+    lower(c, n, which...);
+}
+
 using OpRows = std::vector<OpRow>;
 const OpRows& shape_ops();
 const OpRows& piece_ops();

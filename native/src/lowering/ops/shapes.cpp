@@ -125,8 +125,7 @@ void require_parts(std::int64_t count) {
 }
 
 // `counts`: one number is how many parts there are, not how long each is.
-template <bool counts>
-void split(Context& c, const Node& n) {
+void split(Context& c, const Node& n, bool counts) {
     const View x = c.operand(0, "self");
     const int at = axis(c.integer(2, "dim", 0), x.rank());
     const std::int64_t size = x.dims[static_cast<std::size_t>(at)];
@@ -198,9 +197,9 @@ const OpRows& shape_ops() {
         {"squeeze", squeeze, Role::move},
         {"unsqueeze", unsqueeze, Role::move},
         {"expand", expand},
-        {"split", split<false>},
-        {"split_with_sizes", split<false>},
-        {"chunk", split<true>},
+        {"split", with<split, false>},
+        {"split_with_sizes", with<split, false>},
+        {"chunk", with<split, true>},
         {"unbind", unbind},
         {"contiguous", identity, Role::move},
         {"clone", identity, Role::move},

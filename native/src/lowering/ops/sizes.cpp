@@ -106,8 +106,7 @@ void fill(Context& c, const Node& n, double value, const Dims& dims, DType dtype
     c.define(n.output, y);
 }
 
-template <Filling filling>
-void filled(Context& c, const Node& n) {
+void filled(Context& c, const Node& n, Filling filling) {
     const Dims dims = c.integers(0, "size");
     double value = filling == Filling::ones ? 1.0 : 0.0;
     DType dtype = DType::f32;
@@ -123,8 +122,7 @@ void filled(Context& c, const Node& n) {
 }
 
 // A tensor of another one's size and, unless it names one, dtype. `sized`: the size is an argument.
-template <Filling filling, bool sized>
-void filled_like(Context& c, const Node& n) {
+void filled_like(Context& c, const Node& n, Filling filling, bool sized) {
     const View x = c.operand(0, "self");
     double value = filling == Filling::ones ? 1.0 : 0.0;
     if (filling == Filling::given) value = c.real(sized ? 2 : 1, "fill_value");
@@ -144,15 +142,15 @@ void size(Context& c, const Node& n) {
 const OpRows& size_ops() {
     static const OpRows rows = {
         {"getitem", item, Role::item},
-        {"zeros", filled<Filling::zeros>},
-        {"ones", filled<Filling::ones>},
-        {"full", filled<Filling::given>},
-        {"zeros_like", filled_like<Filling::zeros, false>},
-        {"ones_like", filled_like<Filling::ones, false>},
-        {"full_like", filled_like<Filling::given, false>},
-        {"new_zeros", filled_like<Filling::zeros, true>},
-        {"new_ones", filled_like<Filling::ones, true>},
-        {"new_full", filled_like<Filling::given, true>},
+        {"zeros", with<filled, Filling::zeros>},
+        {"ones", with<filled, Filling::ones>},
+        {"full", with<filled, Filling::given>},
+        {"zeros_like", with<filled_like, Filling::zeros, false>},
+        {"ones_like", with<filled_like, Filling::ones, false>},
+        {"full_like", with<filled_like, Filling::given, false>},
+        {"new_zeros", with<filled_like, Filling::zeros, true>},
+        {"new_ones", with<filled_like, Filling::ones, true>},
+        {"new_full", with<filled_like, Filling::given, true>},
     };
     return rows;
 }

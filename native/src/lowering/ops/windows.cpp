@@ -80,8 +80,7 @@ void pooled(Context& c, const Node& n, const PoolGeometry& g, const View& given,
 void pad_in_mode(Context& c, const Node& n) { pad(c, n, c.argument(2, "mode"), 3); }
 void pad_with_constant(Context& c, const Node& n) { pad(c, n, nullptr, 2); }
 
-template <bool is_max, std::size_t spatial>
-void pool(Context& c, const Node& n) {
+void pool(Context& c, const Node& n, bool is_max, std::size_t spatial) {
     bool added = false;
     View x = with_batch(c.real_operand(0, "self"), spatial, added);
     PoolGeometry g;
@@ -117,8 +116,7 @@ void pool(Context& c, const Node& n) {
     pooled(c, n, g, x, dims, added);
 }
 
-template <std::size_t spatial>
-void adaptive_pool(Context& c, const Node& n) {
+void adaptive_pool(Context& c, const Node& n, std::size_t spatial) {
     bool added = false;
     View x = with_batch(c.real_operand(0, "self"), spatial, added);
     const Arg* sizes = c.argument(1, "output_size");
@@ -140,9 +138,8 @@ void adaptive_pool(Context& c, const Node& n) {
     pooled(c, n, g, x, dims, added);
 }
 
-template <Interpolation how, std::size_t spatial>
-void upsample(Context& c, const Node& n) {
-    constexpr bool bilinear = how == Interpolation::bilinear;
+void upsample(Context& c, const Node& n, Interpolation how, std::size_t spatial) {
+    const bool bilinear = how == Interpolation::bilinear;
     const View x = c.operand(0, "self");
     if (x.dims.size() != spatial + 2) throw Error("an image of another number of dimensions");
     if (bilinear && !x.q && x.dtype != DType::f32) throw Unsupported("interpolation of integers");
@@ -201,19 +198,19 @@ const OpRows& window_ops() {
     static const OpRows rows = {
         {"pad", pad_in_mode},
         {"constant_pad_nd", pad_with_constant},
-        {"max_pool1d", pool<true, 1>},
-        {"max_pool2d", pool<true, 2>},
-        {"max_pool3d", pool<true, 3>},
-        {"avg_pool1d", pool<false, 1>},
-        {"avg_pool2d", pool<false, 2>},
-        {"avg_pool3d", pool<false, 3>},
-        {"adaptive_avg_pool1d", adaptive_pool<1>},
-        {"adaptive_avg_pool2d", adaptive_pool<2>},
-        {"adaptive_avg_pool3d", adaptive_pool<3>},
-        {"upsample_nearest1d", upsample<Interpolation::nearest, 1>},
-        {"upsample_nearest2d", upsample<Interpolation::nearest, 2>},
-        {"upsample_nearest3d", upsample<Interpolation::nearest, 3>},
-        {"upsample_bilinear2d", upsample<Interpolation::bilinear, 2>},
+        {"max_pool1d", with<pool, true, 1>},
+        {"max_pool2d", with<pool, true, 2>},
+        {"max_pool3d", with<pool, true, 3>},
+        {"avg_pool1d", with<pool, false, 1>},
+        {"avg_pool2d", with<pool, false, 2>},
+        {"avg_pool3d", with<pool, false, 3>},
+        {"adaptive_avg_pool1d", with<adaptive_pool, 1>},
+        {"adaptive_avg_pool2d", with<adaptive_pool, 2>},
+        {"adaptive_avg_pool3d", with<adaptive_pool, 3>},
+        {"upsample_nearest1d", with<upsample, Interpolation::nearest, 1>},
+        {"upsample_nearest2d", with<upsample, Interpolation::nearest, 2>},
+        {"upsample_nearest3d", with<upsample, Interpolation::nearest, 3>},
+        {"upsample_bilinear2d", with<upsample, Interpolation::bilinear, 2>},
     };
     return rows;
 }
