@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A wheel in a new environment that has torch: smoke_test.sh WHEEL [PYTHON…], by default the python3 on the path.
 #
-# quantflow is installed beside the torch that is there, a model is quantized, saved and loaded, and its int8 layers run
-# on the native runtime. Prints how long the installation took.
+# quantflow is installed beside the torch that is there, a model is quantized, saved and loaded, its int8 layers run on the
+# native runtime, and a recipe runs from the command line. Prints how long the installation took.
 set -euo pipefail
 wheel="$(realpath "$1")"
 shift
@@ -25,5 +25,8 @@ model.save("artifact")
 assert torch.equal(qf.load("artifact")(batches[0]), model(batches[0]))
 print("torch", torch.__version__, "SQNR", round(model.results["accuracy"]["sqnr_db"], 1), "dB")
 PROGRAM
+    (cd "$work" && "$work/venv/bin/quantflow" recipe=template model=entry model.entry=torch.nn:Linear \
+        "model.kwargs={in_features: 8, out_features: 4}" data=random "data.shape=[[8]]" output=run > run.log 2>&1) ||
+        { cat "$work/run.log"; exit 1; }
     rm -rf "$work"
 done

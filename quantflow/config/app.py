@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ _WITH_VALUE = frozenset(
     ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
      "--experimental-rerun")
 )  # fmt: skip
+#: What Python 3.14's argparse calls for each argument.
+_HELP_CHECK = "_check_help"
 #: Settings that say how a sweep is run, and not what is swept.
 _LAUNCHING = re.compile(r"hydra/launcher|hydra\.launcher\..*|resume")
 
@@ -76,7 +79,7 @@ def run_app(arguments: Sequence[str], job: Callable[[Job], Any], sweep: Path | N
 
     if sweep is not None:
         prepared[:0] = _sweeper_arguments(prepared, sweep)
-    with explained(name, prepared, kinds_of), _program(prepared):
+    with explained(name, prepared, kinds_of), _program(prepared), _late_help():
         hydra.main(str(shipped("conf")), "config", VERSION_BASE)(run_one)()
 
 
@@ -168,3 +171,17 @@ def _program(arguments: Sequence[str]) -> Iterator[None]:
         else:
             os.environ["HYDRA_FULL_ERROR"] = full_error
         GlobalHydra.instance().clear()
+
+
+@contextmanager
+def _late_help() -> Iterator[None]:
+    """Hydra 1.3 hands argparse a help text that is made when it is shown; Python 3.14's looks for % in it at once."""
+    check = getattr(ArgumentParser, _HELP_CHECK, None)
+    if check is None:
+        yield
+        return
+    setattr(ArgumentParser, _HELP_CHECK, lambda *_: None)
+    try:
+        yield
+    finally:
+        setattr(ArgumentParser, _HELP_CHECK, check)

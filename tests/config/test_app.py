@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from argparse import Action, ArgumentParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +35,31 @@ def test_a_broken_neighbour_does_not_matter(tmp_path: Path) -> None:
     assert [(len(job.settings["layers"]), job.overrides) for job in jobs] == [(2, ("recipe=fine",))]
     with pytest.raises(RecipeError, match="is not YAML"):
         run_app(["--config-dir", str(tmp_path), "recipe=broken"], lambda _: 0)
+
+
+def test_hydras_arguments_pass_an_argparse_that_looks_into_each_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Python 3.14's does, which finds an object there that is no text yet."""
+    added, checked = ArgumentParser.add_argument, list[Action]()
+
+    def check(_: ArgumentParser, action: Action) -> None:
+        checked.append(action)
+        assert action.help is None or "%" not in action.help
+
+    def add_argument(parser: ArgumentParser, *names: Any, **rest: Any) -> Action:
+        action = added(parser, *names, **rest)
+        parser._check_help(action)  # type: ignore[attr-defined]
+        return action
+
+    monkeypatch.setattr(ArgumentParser, "_check_help", check, raising=False)
+    monkeypatch.setattr(ArgumentParser, "add_argument", add_argument)
+    write(tmp_path, "recipe/fine.yaml", PLAIN)
+    jobs: list[Job] = []
+    run_app(["--config-dir", str(tmp_path), "recipe=fine"], jobs.append)
+    assert len(jobs) == 1
+    ArgumentParser().add_argument("--other", help="of somebody else")
+    assert checked, "others' parsers are checked as before"
 
 
 def test_the_same_sweep_has_the_same_folder_whatever_launches_it() -> None:
