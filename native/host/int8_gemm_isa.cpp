@@ -532,6 +532,26 @@ QF_INLINE void tile_step(Int* __restrict sums, const Rows& x, const u8* w, std::
     (one(std::integral_constant<int, kIndex>{}), ...);
 }
 
+// The step and the one behind it at once, of bytes.
+template <class V, int kVectors, class Rows, int... kIndex>
+QF_INLINE void joint_step(Int* __restrict sums, const Rows& x, const u8* w, std::integer_sequence<int, kIndex...>) {
+    Int weights[2][kVectors], codes[2];
+    const auto one = [&](auto index) __attribute__((always_inline)) {
+        constexpr int i = decltype(index)::value, row = i / kVectors, v = i % kVectors;
+        if constexpr (row == 0)
+            for (int q = 0; q < 2; ++q)
+                weights[q][v] = tile_weights<V, Product::bytes, false>(w + (q * kColumns + v * kLanes) * 4);
+        if constexpr (v == 0) {
+            constexpr int within = row % 4, times = within == 3 ? 1 : within;
+            const i64 bytes = within == 3 ? x.triple : x.row;
+            codes[0] = V::template quad_at<times, 0>(x.base[row / 4], bytes);
+            codes[1] = V::template quad_at<times, 4>(x.base[row / 4], bytes);
+        }
+        sums[i] = V::add(sums[i], V::joint_products(codes[0], codes[1], weights[0][v], weights[1][v]));
+    };
+    (one(std::integral_constant<int, kIndex>{}), ...);
+}
+
 // What a register tile computes: sums = start + x * weights, where a row of x is `runs` runs of `steps` vectors of
 // weights (quads, or pairs of words), at `offsets` bytes from the row's address; rows are `x_row` bytes apart. Tile
 // registers take their rows above `low_rows` from x_high.
@@ -540,7 +560,7 @@ struct TileJob {
     i64 x_row = 0;
     const i64* offsets = nullptr;
     i64 runs = 1, steps = 0;
-    const u8* w = nullptr;
+    const u8 *w = nullptr, *joint = nullptr;  // joint: see Int8Gemm
     const std::int32_t* start = nullptr;
     i64 start_row = 0;
     std::int32_t* sums = nullptr;
@@ -554,7 +574,47 @@ constexpr i64 kNoOffset[1] = {0};
 
 using Tile = void (*)(const TileJob&);
 
-template <int kVectors, Product kProduct, int... kIndex>
+// kJoins: `joint` is there.
+template <int kVectors, Product kProduct, bool kJoins, int... kIndex>
+QF_INLINE void add_products(Int* __restrict acc, const TileJob& job, std::integer_sequence<int, kIndex...> indices) {
+    constexpr int kTileRows = static_cast<int>(sizeof...(kIndex)) / kVectors;
+    constexpr i64 kStep = 4 * kColumns;  // bytes of weights
+    const u8 *w = job.w, *ahead = job.ahead, *joint = job.joint;
+    TileRows<kTileRows> x(job.x, job.x_row);
+    for (i64 run = 0; run < job.runs; ++run) {
+        x.place(job.x + job.offsets[run]);
+        const i64 ahead_step = job.ahead_step;
+#pragma GCC unroll 1
+        for (const u8* end = w + job.steps * kStep; w != end;) {
+            __builtin_prefetch(ahead, 0, 2);
+            if constexpr (kJoins) {
+                if (*joint != 0) {
+                    joint_step<Vector, kVectors>(acc, x, w, indices);
+                    __builtin_prefetch(ahead + ahead_step, 0, 2);
+                    ahead += 2 * ahead_step;
+                    x.advance(8);
+                    joint += 2;
+                    w += 2 * kStep;
+                    asm("" : "+r"(ahead), "+r"(w), "+r"(joint));
+                    continue;
+                }
+                ++joint;
+            }
+            tile_step<Vector, kVectors, kProduct, false>(acc, x, w, indices);
+            if constexpr (kProduct == Product::widened)
+                tile_step<Vector, kVectors, kProduct, true>(acc, x, w, indices);
+            x.advance(kProduct == Product::widened ? 8 : 4);
+            ahead += ahead_step;
+            w += kStep;
+            asm("" : "+r"(ahead), "+r"(w));
+        }
+        // What is needed between runs is read again, instead of kept in vector registers: getting it back from there
+        // would wait behind all products.
+        asm volatile("" : : : "memory");
+    }
+}
+
+template <int kVectors, Product kProduct, bool kJoins, int... kIndex>
 QF_INLINE void tile_of(const TileJob& job, std::integer_sequence<int, kIndex...> indices) {
     constexpr int kTileRows = static_cast<int>(sizeof...(kIndex)) / kVectors;
     Int acc[sizeof...(kIndex)];
@@ -564,26 +624,7 @@ QF_INLINE void tile_of(const TileJob& job, std::integer_sequence<int, kIndex...>
                                      kIndex % kVectors * kLanes)),
          ...);
     }
-    const u8 *w = job.w, *ahead = job.ahead;
-    TileRows<kTileRows> x(job.x, job.x_row);
-    for (i64 run = 0; run < job.runs; ++run) {
-        x.place(job.x + job.offsets[run]);
-        const i64 ahead_step = job.ahead_step;
-#pragma GCC unroll 1
-        for (const u8* end = w + job.steps * 4 * kColumns; w != end;) {
-            __builtin_prefetch(ahead, 0, 2);
-            tile_step<Vector, kVectors, kProduct, false>(acc, x, w, indices);
-            if constexpr (kProduct == Product::widened)
-                tile_step<Vector, kVectors, kProduct, true>(acc, x, w, indices);
-            x.advance(kProduct == Product::widened ? 8 : 4);
-            ahead += ahead_step;
-            w += 4 * kColumns;
-            asm("" : "+r"(ahead), "+r"(w));
-        }
-        // What is needed between runs is read again, instead of kept in vector registers: getting it back from there
-        // would wait behind all products.
-        asm volatile("" : : : "memory");
-    }
+    add_products<kVectors, kProduct, kJoins>(acc, job, indices);
     TileRows<kTileRows> sums(reinterpret_cast<const u8*>(job.sums), 4 * job.sums_row);
     (Vector::store(reinterpret_cast<std::int32_t*>(const_cast<u8*>(sums.template at<kIndex / kVectors>())) +
                        kIndex % kVectors * kLanes,
@@ -594,9 +635,28 @@ QF_INLINE void tile_of(const TileJob& job, std::integer_sequence<int, kIndex...>
 #if defined(QF_INT8_AMX)
 #include "int8_amx.inc"
 #else
+template <int kTileRows, int kVectors>
+__attribute__((noinline)) void joint_part(const TileJob& job) {
+    tile_of<kVectors, Product::bytes, true>(job, std::make_integer_sequence<int, kTileRows * kVectors>{});
+}
+// Beside the weights of two steps and what they are multiplied by, registers hold the sums of half a tile.
+template <int kTileRows, int kVectors>
+void joint_tile(TileJob job) {
+    constexpr int kFirst = kTileRows * kVectors <= kRows ? kTileRows : (kTileRows + 1) / 2;
+    joint_part<kFirst, kVectors>(job);
+    if constexpr (kFirst < kTileRows) {
+        job.x += kFirst * job.x_row;
+        job.start += kFirst * job.start_row;
+        job.sums += kFirst * job.sums_row;
+        joint_part<kTileRows - kFirst, kVectors>(job);
+    }
+}
+
 template <int kTileRows, int kVectors, Product kProduct>
 void tile(const TileJob& job) {
-    tile_of<kVectors, kProduct>(job, std::make_integer_sequence<int, kTileRows * kVectors>{});
+    if constexpr (kProduct == Product::bytes && Vector::kJointWeights > 0)
+        if (job.joint != nullptr) return joint_tile<kTileRows, kVectors>(job);
+    tile_of<kVectors, kProduct, false>(job, std::make_integer_sequence<int, kTileRows * kVectors>{});
 }
 
 template <int kVectors, Product kProduct, int... kTileRows>
@@ -821,6 +881,8 @@ void gemm_packed(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64
             const i64 count = smaller(kColumns, g.channels - (panel + p) * kColumns);
             const u8* w = reinterpret_cast<const u8*>(g.weights) +
                           ((group * g.panels + panel + p) * g.quads + first) * 4 * kColumns;
+            const u8* joint =
+                g.joint == nullptr ? nullptr : g.joint + (group * g.panels + panel + p) * g.quads + first;
             for (i64 t = 0; t < tiling.count; ++t) {
                 const i64 m = tiling.first(t), height = tiling.height(t), skip = tiling.slot(t) - m;
                 std::int32_t* sums = keeps_sums ? all_sums + tiling.slot(t) * s.sums_row + p * kColumns : tile_sums;
@@ -829,7 +891,7 @@ void gemm_packed(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64
                 const Tile run = piece_tile(height, 1, count, is_wide);
                 const i64 low = tiling.low_rows(t);
                 const i64 next = g.quads * 4 * kColumns, chunk = quads * 4 * kColumns;
-                run({x + m * x_row, x + (m + low) * x_row, x_row, kNoOffset, 1, quads, w,
+                run({x + m * x_row, x + (m + low) * x_row, x_row, kNoOffset, 1, quads, w, joint,
                      starts ? g.start + padded : sums, starts ? 0 : sums_row, sums, sums_row, low,
                      w + next + chunk * t / tiling.count, (4 * kColumns + tiling.count - 1) / tiling.count});
                 if (is_last)
@@ -1048,6 +1110,7 @@ void gemm_lines(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 
         job.w = reinterpret_cast<const u8*>(g.weights) + all * panel_bytes;
         job.start = g.start + padded;
         job.ahead = job.w + panel_bytes;
+        if (g.joint != nullptr) job.joint = g.joint + all * g.quads;
         for (i64 i = 0; i < count; ++i) {
             job.x = pieces[i].x + own_x;
             job.sums = sums;
@@ -1256,7 +1319,7 @@ i64 Depthwise::rolling_scratch(const Int8Depthwise& d) { return QF_ISA_NAMESPACE
 
 extern const Int8Kernels int8_kernels;
 const Int8Kernels int8_kernels = {
-    kName, kLanes, kRows, kColumns, kDepth, Vector::kIsExact, Vector::kTapGroup, gemm, gemm_scratch, line_bytes,
+    kName, kLanes, kRows, kColumns, kDepth, Vector::kIsExact, Vector::kTapGroup, Vector::kJointWeights, gemm, gemm_scratch, line_bytes,
     depthwise, depthwise_scratch, rolling, rolling_scratch, winograd, winograd_scratch};
 
 }  // namespace quantflow::host::QF_ISA_NAMESPACE

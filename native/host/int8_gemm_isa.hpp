@@ -96,6 +96,9 @@ struct Int8Gemm {
     std::int64_t task_panels = 0;           // that one call may compute: of a group, or of all groups
     // chunk: quads summed at a time, so that operands stay in the L1 cache. Tile registers sum all of them.
     std::int64_t quads = 0, chunk = 0;
+    // [group][panel][quad]: whether the quad and the one behind it may be multiplied at once (Int8Kernels::joint_weights),
+    // never the last of a run or chunk; null: none may.
+    const std::uint8_t* joint = nullptr;
     Int8Output output;
 };
 
@@ -142,6 +145,9 @@ struct Int8Kernels {
     int depth;      // quads multiplied at once: weights and packed rows are padded to a multiple of it
     bool is_exact;  // any u8 code times any s8 code: rows can be read where they lie
     int tap_group;  // depthwise taps multiplied at once: 4 (weights int8) or 2 (weights int16)
+    // Not 0: two quads behind each other are multiplied at once where, of each half of a column's, the four weights of one
+    // sign add up to no more than this.
+    int joint_weights;
     // Rows [row, row + rows), panels [panel, panel + panels) of one group.
     void (*gemm)(const Int8Gemm&, std::int64_t group, std::int64_t row, std::int64_t rows, std::int64_t panel,
                  std::int64_t panels, std::uint8_t* scratch);

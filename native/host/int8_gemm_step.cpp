@@ -69,6 +69,7 @@ public:
                 return c / grouping.out_channels * panels * columns + c % grouping.out_channels;
             });
         gemm_.weights = weights_->codes.data();
+        if (weights_->joint.size() > 0) gemm_.joint = weights_->joint.data();
         gemm_.start = constants_->start.data();
         gemm_.channels = grouping.out_channels;
         gemm_.panels = panels;

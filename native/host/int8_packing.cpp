@@ -1,8 +1,40 @@
 #include "int8_packing.hpp"
 
+#include <algorithm>
 #include <cstring>
 
+#include "int8_cost.hpp"
+
 namespace quantflow::host::int8 {
+
+namespace {
+
+// Of each quad of panels of weights, whether it and the one behind it may be multiplied at once; empty where few may, and
+// looking costs more than it gains. The last of `stretch` quads has none behind it that is multiplied in the same call.
+Aligned<u8> joint_quads(const Int8Kernels& kernels, const Aligned<std::int8_t>& codes, i64 panels, i64 quads,
+                        i64 stretch) {
+    Aligned<u8> joint(panels * quads);
+    const i64 bytes = kernels.columns * 4;
+    i64 count = 0;
+    for (i64 panel = 0; panel < panels; ++panel)
+        for (i64 q = 0; q + 1 < quads; ++q) {
+            const std::int8_t* first = codes.data() + (panel * quads + q) * bytes;
+            bool is_joint = (q + 1) % stretch != 0;
+            for (i64 half = 0; half < bytes; half += 2) {
+                int above = 0, below = 0;
+                for (const i64 i : {half, half + 1, half + bytes, half + bytes + 1}) {
+                    above += std::max<int>(first[i], 0);
+                    below -= std::min<int>(first[i], 0);
+                }
+                is_joint = is_joint && std::max(above, below) <= kernels.joint_weights;
+            }
+            joint[panel * quads + q] = is_joint;
+            count += is_joint;
+        }
+    return 4 * count < 3 * panels * quads ? Aligned<u8>() : joint;
+}
+
+}  // namespace
 
 PackedWeights pack_gemm_weights(const Int8Kernels& kernels, const Weights& w, const Grouping& g, i64 taps,
                                 const Runs& runs) {
@@ -10,7 +42,8 @@ PackedWeights pack_gemm_weights(const Int8Kernels& kernels, const Weights& w, co
     const i64 panels = divide_up(g.out_channels, columns);
     const i64 own_in = g.in_channels / g.merged, own_out = g.out_channels / g.merged;
     PackedWeights packed{Aligned<std::int8_t>(g.groups * panels * quads * columns * 4),
-                         Aligned<std::int32_t>(g.groups * panels * columns)};
+                         Aligned<std::int32_t>(g.groups * panels * columns),
+                         {}};
     for (i64 group = 0; group < g.groups; ++group)
         for (i64 n = 0; n < g.out_channels; ++n) {
             const i64 panel = group * panels + n / columns, column = n % columns;
@@ -28,6 +61,9 @@ PackedWeights pack_gemm_weights(const Int8Kernels& kernels, const Weights& w, co
                 }
             packed.sums[panel * columns + column] = sum;
         }
+    if (kernels.joint_weights > 0)
+        packed.joint = joint_quads(kernels, packed.codes, g.groups * panels, quads,
+                                   runs.runs > 1 ? runs.quads : chunk_of(kernels, quads));
     return packed;
 }
 
@@ -80,7 +116,7 @@ PackedWeights pack_depthwise_weights(const Int8Kernels& kernels, const Weights& 
                                      const std::vector<i64>& order) {
     const i64 block = 4 * kernels.lanes, blocks = divide_up(channels, block), group = kernels.tap_group;
     const i64 places = static_cast<i64>(order.size()), groups = places / group;
-    PackedWeights packed{Aligned<std::int8_t>(blocks * groups * block * 4), Aligned<std::int32_t>(blocks * block)};
+    PackedWeights packed{Aligned<std::int8_t>(blocks * groups * block * 4), Aligned<std::int32_t>(blocks * block), {}};
     for (i64 c = 0; c < channels; ++c) {
         const i64 b = c / block, at = block_position(kernels, c % block);
         for (i64 place = 0; place < places; ++place) {

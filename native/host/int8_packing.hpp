@@ -20,6 +20,7 @@ using u8 = std::uint8_t;
 struct PackedWeights {
     Aligned<std::int8_t> codes;
     Aligned<std::int32_t> sums;  // per padded channel
+    Aligned<u8> joint;           // see Int8Gemm; empty where the kernels multiply quad by quad
 };
 
 template <typename Make>

@@ -57,6 +57,7 @@ template <int Lanes>
 struct PortableVector {
     static constexpr int kLanes = Lanes;
     static constexpr bool kIsExact = true;
+    static constexpr int kJointWeights = 0;
     static constexpr int kTapGroup = 4;
     using Int = typename PortableTypes<Lanes>::Int;
     using UInt = typename PortableTypes<Lanes>::UInt;
@@ -360,6 +361,32 @@ struct Avx2Vector : Vector256 {
             : [acc] "+x"(acc), [t] "=&x"(t)
             : [x] "x"(x), [w] "x"(w), [one] "xm"(_mm256_set1_epi16(1)));
     }
+    // The quad at base + kTimes * row + kBytes, by one instruction: GCC would keep an address of each row for two quads.
+    template <int kTimes, int kBytes>
+    QF_INLINE Int quad_at(const std::uint8_t* base, std::int64_t row) {
+        Int x;
+        if constexpr (kTimes == 0)
+            asm volatile("vpbroadcastd %c[bytes](%[base]), %[x]" : [x] "=x"(x) : [base] "r"(base), [bytes] "i"(kBytes));
+        else
+            asm volatile("vpbroadcastd %c[bytes](%[base], %[row], %c[times]), %[x]"
+                         : [x] "=x"(x)
+                         : [base] "r"(base), [row] "r"(row), [times] "i"(kTimes), [bytes] "i"(kBytes));
+        return x;
+    }
+    // Two quads at once, for weights of which no lane's four of one sign add up to more than kJointWeights: three
+    // multiplications where `dot` takes four.
+    static constexpr int kJointWeights = 32767 / 127;
+    QF_INLINE Int joint_products(Int x0, Int x1, Int w0, Int w1) {
+        Int t, other;
+        asm volatile(
+            "vpmaddubsw %[w0], %[x0], %[t]\n\t"
+            "vpmaddubsw %[w1], %[x1], %[other]\n\t"
+            "vpaddw %[other], %[t], %[t]\n\t"
+            "vpmaddwd %[one], %[t], %[t]"
+            : [t] "=&x"(t), [other] "=&x"(other)
+            : [x0] "x"(x0), [x1] "x"(x1), [w0] "x"(w0), [w1] "x"(w1), [one] "x"(_mm256_set1_epi16(1)));
+        return t;
+    }
     QF_INLINE void dot_pairs(Int& acc, Int x, Int w) {
         Int t;
         asm volatile(
@@ -406,6 +433,7 @@ struct Avx2Vector : Vector256 {
 #if defined(__AVXVNNI__)
 struct AvxVnniVector : Vector256 {
     static constexpr bool kIsExact = true;
+    static constexpr int kJointWeights = 0;
     static constexpr int kTapGroup = 4;
 
     QF_INLINE void dot(Int& acc, Int x, Int w) { acc = _mm256_dpbusd_avx_epi32(acc, x, w); }
@@ -429,6 +457,7 @@ struct AvxVnniVector : Vector256 {
 struct Avx512Vector {
     static constexpr int kLanes = 16;
     static constexpr bool kIsExact = true;
+    static constexpr int kJointWeights = 0;
     static constexpr int kTapGroup = 4;
     using Int = __m512i;
     using Float = __m512;

@@ -90,7 +90,8 @@ void check_result(const std::string& what, const Buffer& y, i64 at, float r, con
     if (std::fabs(got - wanted) > 1 || !(tie <= margin) || got < q.qmin || got > q.qmax) fail(what, got, v);
 }
 
-enum class Codes { random, low, extreme };
+// joint: what AVX2 multiplies two quads at once of, up to where 16 bits end.
+enum class Codes { random, low, extreme, joint };
 
 struct Case {
     std::vector<i64> in, kernel, stride, padding, dilation;  // spatial; empty: linear
@@ -127,18 +128,29 @@ void run_case(const Case& c) {
     const auto strides = [&](const std::vector<i64>& d) { return is_linear ? row_major(d) : channels_last(d); };
 
     QParams xq{0.02f, c.zero_point, 0, 255};
-    if (c.codes == Codes::low) {
+    if (c.codes == Codes::low || c.codes == Codes::joint) {
         xq.qmin = c.zero_point;
         xq.qmax = std::min(255, c.zero_point + 127);
     }
     Buffer x(DType::u8, xd, strides(xd), xq);
     if (c.codes == Codes::extreme)
         for (i64 i = 0; i < x.tensor.count(); ++i) x.codes()[i] = pick(0, 3) ? 255 : 0;
+    if (c.codes == Codes::joint)
+        for (i64 i = 0; i < x.tensor.count(); ++i)
+            if (pick(0, 3)) x.codes()[i] = static_cast<std::uint8_t>(xq.qmax);
+    // Of joint weights: four add up to what 16 bits just hold or just don't, or most to less.
+    const bool is_bound = pick(0, 1), is_beyond = pick(0, 1), is_negative = pick(0, 1);
     i64 taps = 1;
     for (std::size_t i = 0; i < spatial; ++i) taps *= c.kernel[i];
     std::unique_ptr<std::int8_t[]> w(new std::int8_t[static_cast<std::size_t>(c.out_channels * own_in * taps)]);
     for (i64 i = 0; i < c.out_channels * own_in * taps; ++i)
         w[i] = static_cast<std::int8_t>(c.codes == Codes::extreme ? (pick(0, 3) ? 127 : -127) : pick(-127, 127));
+    if (c.codes == Codes::joint)
+        for (i64 i = 0; i < c.out_channels * own_in * taps; ++i)
+            if (is_bound)
+                w[i] = static_cast<std::int8_t>((is_negative ? -1 : 1) * (64 + (is_beyond ? 1 : i % 2)));
+            else if (pick(0, 400))
+                w[i] = static_cast<std::int8_t>(pick(-50, 50));
     const i64 scales = c.per_tensor ? 1 : c.out_channels;
     std::vector<float> scale(static_cast<std::size_t>(scales)), bias(static_cast<std::size_t>(c.out_channels));
     for (auto& s : scale) s = pick_real(0.001f, 0.01f);
@@ -224,7 +236,7 @@ void vary(Case& c) {
     c.per_tensor = pick(0, 3) == 0;
     const int zeros[] = {0, 128, 255, 37};
     c.zero_point = zeros[pick(0, 3)];
-    c.codes = static_cast<Codes>(pick(0, 2));
+    c.codes = static_cast<Codes>(pick(0, 3));
     c.threads = int(pick(1, 3));
 }
 
@@ -244,7 +256,7 @@ void test_linear() {
         c.batch = 9;
         c.in_channels = k;
         c.out_channels = 40;
-        for (Codes codes : {Codes::random, Codes::low, Codes::extreme}) {
+        for (Codes codes : {Codes::random, Codes::low, Codes::extreme, Codes::joint}) {
             vary(c);
             c.codes = codes;
             run_case(c);
@@ -332,7 +344,7 @@ void test_convolutions(int count, std::function<void(Case&)> set_channels) {
 // The shapes that networks have, with every code range.
 void test_usual_convolutions() {
     const auto conv = [](i64 size, i64 in, i64 out, i64 kernel, i64 stride, i64 groups = 1) {
-        for (Codes codes : {Codes::random, Codes::low, Codes::extreme})
+        for (Codes codes : {Codes::random, Codes::low, Codes::extreme, Codes::joint})
             for (int zero : {0, 128}) {
                 Case c;
                 vary(c);
