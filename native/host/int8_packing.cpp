@@ -9,10 +9,12 @@ namespace quantflow::host::int8 {
 
 namespace {
 
-// Of each quad of panels of weights, whether it and the one behind it may be multiplied at once; empty where few may, and
-// looking costs more than it gains. The last of `stretch` quads has none behind it that is multiplied in the same call.
+// Of each quad of panels of weights, whether it and the one behind it may be multiplied at once; empty where few may, or
+// few are summed, and looking costs more than it gains. The last of `stretch` quads has none behind it in the same sum.
 Aligned<u8> joint_quads(const Int8Kernels& kernels, const Aligned<std::int8_t>& codes, i64 panels, i64 quads,
                         i64 stretch) {
+    constexpr i64 kFewest = 32;
+    if (stretch < kFewest && quads < kFewest) return {};
     Aligned<u8> joint(panels * quads);
     const i64 bytes = kernels.columns * 4;
     i64 count = 0;
