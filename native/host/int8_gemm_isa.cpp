@@ -1319,7 +1319,7 @@ i64 Depthwise::rolling_scratch(const Int8Depthwise& d) { return QF_ISA_NAMESPACE
 
 extern const Int8Kernels int8_kernels;
 const Int8Kernels int8_kernels = {
-    kName, kLanes, kRows, kColumns, kDepth, Vector::kIsExact, Vector::kTapGroup, Vector::kJointWeights, gemm, gemm_scratch, line_bytes,
-    depthwise, depthwise_scratch, rolling, rolling_scratch, winograd, winograd_scratch};
+    kName, kLanes, kRows, kColumns, kDepth, Vector::kIsExact, Vector::kTapGroup, Vector::kJointWeights, gemm, gemm_scratch,
+    line_bytes, depthwise, depthwise_scratch, rolling, rolling_scratch, winograd, winograd_scratch};
 
 }  // namespace quantflow::host::QF_ISA_NAMESPACE
