@@ -13,24 +13,31 @@ namespace {
 // few are summed, and looking costs more than it gains. The last of `stretch` quads has none behind it in the same sum.
 Aligned<u8> joint_quads(const Int8Kernels& kernels, const Aligned<std::int8_t>& codes, i64 panels, i64 quads,
                         i64 stretch) {
-    constexpr i64 kFewest = 32;
-    if (stretch < kFewest && quads < kFewest) return {};
+    constexpr i64 kFewest = 32, kMost = 32;
+    const i64 halves = kernels.columns * 2;
+    if ((stretch < kFewest && quads < kFewest) || halves > kMost) return {};
     Aligned<u8> joint(panels * quads);
-    const i64 bytes = kernels.columns * 4;
     i64 count = 0;
+    // Of each half of a column's quad: its two weights, what is above 0 of them and what is below; and the quad's before.
+    std::int16_t words[kMost], above[2][kMost], below[2][kMost];
     for (i64 panel = 0; panel < panels; ++panel)
-        for (i64 q = 0; q + 1 < quads; ++q) {
-            const std::int8_t* first = codes.data() + (panel * quads + q) * bytes;
-            bool is_joint = (q + 1) % stretch != 0;
-            for (i64 half = 0; half < bytes; half += 2) {
-                int above = 0, below = 0;
-                for (const i64 i : {half, half + 1, half + bytes, half + bytes + 1}) {
-                    above += std::max<int>(first[i], 0);
-                    below -= std::min<int>(first[i], 0);
-                }
-                is_joint = is_joint && std::max(above, below) <= kernels.joint_weights;
+        for (i64 q = 0; q < quads; ++q) {
+            const i64 own = q % 2;
+            std::memcpy(words, codes.data() + (panel * quads + q) * 2 * halves, static_cast<std::size_t>(2 * halves));
+            std::int16_t most = 0;
+            for (i64 h = 0; h < halves; ++h) {
+                const auto low = static_cast<std::int16_t>(static_cast<std::int16_t>(words[h] << 8) >> 8);
+                const auto high = static_cast<std::int16_t>(words[h] >> 8);
+                above[own][h] = std::max<std::int16_t>(low, 0) + std::max<std::int16_t>(high, 0);
+                below[own][h] = -std::min<std::int16_t>(low, 0) - std::min<std::int16_t>(high, 0);
             }
-            joint[panel * quads + q] = is_joint;
+            if (q == 0) continue;
+            for (i64 h = 0; h < halves; ++h) {
+                most = std::max<std::int16_t>(most, above[0][h] + above[1][h]);
+                most = std::max<std::int16_t>(most, below[0][h] + below[1][h]);
+            }
+            const bool is_joint = q % stretch != 0 && most <= kernels.joint_weights;
+            joint[panel * quads + q - 1] = is_joint;
             count += is_joint;
         }
     return 4 * count < 3 * panels * quads ? Aligned<u8>() : joint;
