@@ -8,6 +8,7 @@ are the runtime's there, as in an artifact, so the numbers are those of the step
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -39,9 +40,10 @@ _PARTS = {
     ("transformers.activations", "GELUActivation"),
 }  # fmt: skip
 _LEAVES = (*LEAVES, nn.LayerNorm, nn.Tanh, nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)
-#: The layer's result in one call must agree with that of its steps: float rounding, and what it does to single codes,
-#: as for a whole model (`warmup.min_sqnr_db`). One code of a layer of 320 numbers is 50 dB.
-_LEAST_DB = 40.0
+#: The layer's result in one call must agree with that of its steps up to float rounding.
+_LEAST_DB = 60.0
+#: And up to what that does to single codes: of n numbers, four leave about this and 10 log10(n).
+_FOUR_CODES_DB = 19.0
 _SIZES_PER_LAYER = 16
 _ATTENTION = "sdpa"
 
@@ -162,9 +164,13 @@ def _noted(
     if layer is None or (mask is not None and (len(layer.reads) == 1 or mask.shape != (len(x), 1, *[x.shape[1]] * 2))):
         return result
     again = layer.run(*_operands(layer, x, mask).values())
-    if again is not None and again.shape == result.shape and sqnr_db(result, again) >= _LEAST_DB:
+    if again is not None and again.shape == result.shape and sqnr_db(result, again) >= _least_db(result.numel()):
         known.calls[key] = layer
     return result
+
+
+def _least_db(numbers: int) -> float:
+    return min(_LEAST_DB, _FOUR_CODES_DB + 10 * math.log10(max(numbers, 1)))
 
 
 def _engine_of(module: nn.Module) -> Engine | None:
