@@ -16,6 +16,7 @@ import pytest
 import yaml
 from junitparser import JUnitXml
 
+from bench.torch_versions import VERSIONS
 from quantflow.stages.record import Record
 
 ROOT = Path(__file__).parent.parent
@@ -118,3 +119,13 @@ def test_the_default_recipe_is_a_shipped_one_and_the_caches_are_ours(name: str) 
     assert "RECIPE: mnist_cnn_sym_int8" in text
     assert "cache" in text
     assert 'pip install ".[zoo]"' in text
+
+
+def test_a_release_is_tried_on_the_versions_that_are_declared() -> None:
+    jobs = yaml.safe_load((WORKFLOWS / "wheels.yml").read_text())["jobs"]
+    matrix = jobs["versions"]["strategy"]["matrix"]
+    assert matrix["versions"] == list(VERSIONS)
+    assert {row["versions"] for row in matrix["include"]} <= VERSIONS.keys()
+    pythons = jobs["smoke"]["strategy"]["matrix"]["python"]
+    assert {*matrix["python"], *(row["python"] for row in matrix["include"])} == {pythons[0], pythons[-1]}
+    assert set(jobs["publish"]["needs"]) == {"smoke", "versions"}
