@@ -38,7 +38,7 @@ public:
         const Int enough = threads == 1 ? 1 : divide_up(2 * threads, heads);
         const Int few_rows = Int{4} * kernels_.tile_rows, many_rows = 480;
         const Int chunks = std::max(std::min(enough, divide_up(head_.l, few_rows)), divide_up(head_.l, many_rows));
-        chunk_ = round_up(divide_up(head_.l, chunks), kernels_.tile_rows);
+        chunk_ = round_up(divide_up(head_.l, chunks), kernels_.attention_rows);
         chunks_ = divide_up(head_.l, chunk_);
     }
 

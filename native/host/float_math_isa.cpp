@@ -306,36 +306,6 @@ static void depthwise(const DepthwiseRun& r) {
 constexpr Int kKeyBlock = 512;
 constexpr Int kScoreFloats = 6144;  // of one block of rows: most of the first level cache
 
-// How one call to `attention` lays out its scratch memory.
-struct AttentionPlan {
-    Int key_block, row_block, padded_f;
-    Int k_panels, v_panels, q, scores, outputs, highest, sums, mask, total;  // offsets in floats
-
-    AttentionPlan(const AttentionHead& h, Int rows) {
-        const Int blocks = larger<Int>(1, (h.s + kKeyBlock - 1) / kKeyBlock);
-        key_block = larger<Int>(kColumns, round_up((h.s + blocks - 1) / blocks, kColumns));
-        row_block = smaller<Int>(larger<Int>(1, kScoreFloats / key_block / kRows), 8) * kRows;
-        padded_f = round_up(h.f, kColumns);
-        Int at = 0;
-        const auto take = [&at](Int floats) {
-            const Int begin = at;
-            at += round_up(floats, 16);
-            return begin;
-        };
-        k_panels = take(round_up(h.s, kColumns) * h.e);
-        v_panels = take(h.s * padded_f);
-        q = take(row_block * h.e);
-        scores = take(row_block * key_block);
-        outputs = take(rows * padded_f);
-        highest = take(rows);
-        sums = take(rows);
-        mask = take(key_block);
-        total = at;
-    }
-};
-
-static Int attention_scratch(const AttentionHead& h, Int rows) { return AttentionPlan(h, rows).total; }
-
 constexpr float kLog2E = 1.44269504f;
 
 // Scores are kept times log2(e), for 2**x is cheaper than e**x. A finite mask stays finite: the lowest float is a
@@ -399,27 +369,127 @@ static inline float exponentials(float* scores, float highest, Int n) {
     return V::sum(a + b);
 }
 
-static void attention(const AttentionHead& h, Int begin, Int end, float* scratch) {
-    const AttentionPlan plan(h, end - begin);
-    float* const k_panels = scratch + plan.k_panels;
-    float* const v_panels = scratch + plan.v_panels;
-    float* const q = scratch + plan.q;
+// Products of attention's rows by vectors; where a head's keys and values lie packed for them.
+class VectorProducts {
+public:
+    static constexpr Int kRowUnit = kRows, kKeyUnit = kColumns, kScoreUnit = W;
+    static Int key_floats(const AttentionHead& h) { return round_up(h.s, kColumns) * h.e; }
+    static Int value_floats(const AttentionHead& h) { return h.s * round_up(h.f, kColumns); }
+    static Int row_floats(const AttentionHead& h, Int rows, Int) { return rows * h.e; }  // of its own for `rows` rows
+
+    VectorProducts(const AttentionHead& h, float* keys, float* values, float* rows)
+        : h_(h), keys_(keys), values_(values), rows_(rows) {}
+
+    // Keys and values up to `reach`; false where these products don't suit them.
+    bool pack(Int reach) {
+        RealMatrix turned = h_.k;
+        turned.row_stride = h_.k.column_stride;
+        turned.column_stride = h_.k.row_stride;
+        QF_ISA_NAMESPACE::pack(turned, h_.e, reach, keys_);
+        for (Int j = 0; j < h_.f; j += kColumns)
+            pack_panel(h_.v, reach, j, static_cast<int>(smaller<Int>(kColumns, h_.f - j)), values_ + j * h_.s);
+        return true;
+    }
+
+    // Takes rows of q times `scale`; false likewise.
+    bool queries(Int row, Int rows, float scale) {
+        for (Int r = 0; r < rows; ++r) {
+            float* to = rows_ + r * h_.e;
+            load_row(h_.q, row + r, 0, h_.e, to);
+            Int c = 0;
+            for (; c + W <= h_.e; c += W) V::store(to + c, V::load(to + c) * V::set(scale));
+            for (; c < h_.e; ++c) to[c] *= scale;
+        }
+        return true;
+    }
+
+    // to (rows, keys) = q @ keys.T, of `keys` keys from `key` on; whole units of them are written.
+    void scores(Int rows, Int key, Int keys, float* to, Int stride) {
+        for (Int j = 0; j < keys; j += kColumns)
+            for (Int r = 0; r < rows; r += kRows)
+                multiply_rows(rows - r, h_.e, rows_ + r * h_.e, h_.e, keys_ + (key + j) * h_.e, kColumns,
+                              [&](int i, int half, F sum) __attribute__((always_inline)) {
+                                  V::store(to + (r + i) * stride + j + half * W, sum);
+                              });
+    }
+
+    // The weights of row r: 2**(scores - highest) of n scores (whole units), 0 for those up to `keys`. Returns their sum.
+    float weigh(Int, float* scores, float highest, Int n, Int keys) {
+        const float sum = exponentials(scores, highest, n);
+        for (Int j = n; j < keys; ++j) scores[j] = 0;
+        return sum;
+    }
+
+    // to (rows, f) += weights @ values; `scores`: those that were weighed.
+    void values(const float* scores, Int stride, Int rows, Int key, Int keys, float* to, Int to_stride) {
+        for (Int j = 0; j < h_.f; j += kColumns)
+            for (Int r = 0; r < rows; r += kRows)
+                multiply_rows(rows - r, keys, scores + r * stride, stride, values_ + j * h_.s + key * kColumns,
+                              kColumns, [&](int i, int half, F sum) __attribute__((always_inline)) {
+                                  float* at = to + (r + i) * to_stride + j + half * W;
+                                  V::store(at, V::load(at) + sum);
+                              });
+    }
+
+private:
+    const AttentionHead& h_;
+    float *const keys_, *const values_, *const rows_;
+};
+
+#if defined(__AVX512F__) || defined(QF_EMULATED_TILES)
+#define QF_FLOAT_TILES
+#include "float_tiles.inc"
+#endif
+
+// How one call to `attention` lays out its scratch memory.
+template <class Products>
+struct AttentionPlan {
+    Int key_block, row_block, padded_f;
+    Int keys, values, rows, scores, outputs, highest, sums, mask, total;  // offsets in floats
+
+    AttentionPlan(const AttentionHead& h, Int all_rows) {
+        constexpr Int unit = Products::kKeyUnit;
+        const Int blocks = larger<Int>(1, (h.s + kKeyBlock - 1) / kKeyBlock);
+        key_block = larger<Int>(unit, round_up((h.s + blocks - 1) / blocks, unit));
+        row_block = smaller<Int>(larger<Int>(1, kScoreFloats / key_block / Products::kRowUnit), 8) * Products::kRowUnit;
+        padded_f = round_up(h.f, larger<Int>(unit, kColumns));
+        Int at = 0;
+        const auto take = [&at](Int floats) {
+            const Int begin = at;
+            at += round_up(floats, 16);
+            return begin;
+        };
+        keys = take(Products::key_floats(h));
+        values = take(Products::value_floats(h));
+        rows = take(Products::row_floats(h, row_block, key_block));
+        scores = take(row_block * key_block);
+        outputs = take(round_up(all_rows, Products::kRowUnit) * padded_f);
+        highest = take(all_rows);
+        sums = take(all_rows);
+        mask = take(key_block);
+        total = at;
+    }
+};
+
+static Int attention_scratch(const AttentionHead& h, Int rows) { return AttentionPlan<VectorProducts>(h, rows).total; }
+
+// False, and y is as it was, where Products don't suit the numbers.
+template <class Products>
+static bool attention_by(const AttentionHead& h, Int begin, Int end, float* scratch) {
+    const AttentionPlan<Products> plan(h, end - begin);
+    Products products(h, scratch + plan.keys, scratch + plan.values, scratch + plan.rows);
     float* const scores = scratch + plan.scores;
     float* const mask = scratch + plan.mask;
     const Int stride = plan.key_block;
-    RealMatrix keys = h.k;
-    keys.row_stride = h.k.column_stride;
-    keys.column_stride = h.k.row_stride;
     const Int reach = h.is_causal ? smaller(h.s, end) : h.s;  // keys that some row sees
-    pack(keys, h.e, reach, k_panels);
-    for (Int j = 0; j < h.f; j += kColumns)
-        pack_panel(h.v, reach, j, static_cast<int>(smaller<Int>(kColumns, h.f - j)), v_panels + j * h.s);
+    if (!products.pack(reach)) return false;
 
     for (Int r = 0; r < end - begin; ++r) {
         scratch[plan.highest + r] = -kInfinity;
         scratch[plan.sums + r] = 0;
     }
-    for (Int i = 0; i < (end - begin) * plan.padded_f; ++i) scratch[plan.outputs + i] = 0;
+    const Int padded_rows = round_up(end - begin, Products::kRowUnit);
+    for (Int i = 0; i < padded_rows * plan.padded_f; ++i) scratch[plan.outputs + i] = 0;
 
     for (Int key = 0; key < reach; key += plan.key_block) {
         if (h.mask_kind != Mask::none && h.mask_row_stride == 0)
@@ -430,27 +500,12 @@ static void attention(const AttentionHead& h, Int begin, Int end, float* scratch
             const Int keys_here = smaller(plan.key_block, last_key - key);
             if (keys_here <= 0) continue;
 
-            const F scale = V::set(h.scale * kLog2E);
-            for (Int r = 0; r < rows; ++r) {
-                float* to = q + r * h.e;
-                load_row(h.q, row + r, 0, h.e, to);
-                Int c = 0;
-                for (; c + W <= h.e; c += W) V::store(to + c, V::load(to + c) * scale);
-                for (; c < h.e; ++c) to[c] *= h.scale * kLog2E;
-            }
-            for (Int j = 0; j < keys_here; j += kColumns)
-                for (Int r = 0; r < rows; r += kRows) {
-                    float* to = scores + r * stride + j;
-                    multiply_rows(rows - r, h.e, q + r * h.e, h.e, k_panels + (key + j) * h.e, kColumns,
-                                  [&](int i, int half, F sum) __attribute__((always_inline)) {
-                                      V::store(to + i * stride + half * W, sum);
-                                  });
-                }
-
+            if (!products.queries(row, rows, h.scale * kLog2E)) return false;
+            products.scores(rows, key, keys_here, scores, stride);
             for (Int r = 0; r < rows; ++r) {
                 float* s = scores + r * stride;
                 const Int n = h.is_causal ? smaller(keys_here, larger<Int>(0, row + r + 1 - key)) : keys_here;
-                const Int whole = round_up(n, W);
+                const Int whole = round_up(n, Products::kScoreUnit);
                 for (Int j = n; j < whole; ++j) s[j] = -kInfinity;
                 float& highest = scratch[plan.highest + row - begin + r];
                 float& sum = scratch[plan.sums + row - begin + r];
@@ -465,8 +520,7 @@ static void attention(const AttentionHead& h, Int begin, Int end, float* scratch
                 here = here < highest ? highest : here;  // NaN stays
                 // Where every key is hidden so far, any finite maximum gives only zeros.
                 const float shift = here == -kInfinity ? 0.0f : here;
-                const float here_sum = exponentials(s, shift, whole);
-                for (Int j = whole; j < keys_here; ++j) s[j] = 0;
+                const float here_sum = products.weigh(r, s, shift, whole, keys_here);
                 if (key > 0 && !(highest == shift)) {
                     const F factor = exp2_nonpositive<V>(V::set(highest - shift));
                     alignas(64) float first[W];
@@ -479,16 +533,8 @@ static void attention(const AttentionHead& h, Int begin, Int end, float* scratch
                 highest = here;
             }
 
-            for (Int j = 0; j < h.f; j += kColumns)
-                for (Int r = 0; r < rows; r += kRows) {
-                    float* to = scratch + plan.outputs + (row - begin + r) * plan.padded_f + j;
-                    multiply_rows(rows - r, keys_here, scores + r * stride, stride,
-                                  v_panels + j * h.s + key * kColumns, kColumns,
-                                  [&](int i, int half, F sum) __attribute__((always_inline)) {
-                                      float* at = to + i * plan.padded_f + half * W;
-                                      V::store(at, V::load(at) + sum);
-                                  });
-                }
+            products.values(scores, stride, rows, key, keys_here, scratch + plan.outputs + (row - begin) * plan.padded_f,
+                            plan.padded_f);
         }
     }
 
@@ -500,7 +546,22 @@ static void attention(const AttentionHead& h, Int begin, Int end, float* scratch
         for (Int c = 0; c < plan.padded_f; c += W) V::store(out + c, V::load(out + c) * factor);
         store_row(out, h.f, h.y, begin + r);
     }
+    return true;
 }
+
+static void attention(const AttentionHead& h, Int begin, Int end, float* scratch) {
+    attention_by<VectorProducts>(h, begin, end, scratch);
+}
+
+#if defined(QF_FLOAT_TILES)
+static Int tile_attention_scratch(const AttentionHead& h, Int rows) {
+    return larger(attention_scratch(h, rows), AttentionPlan<TileProducts>(h, rows).total);
+}
+static void tile_attention(const AttentionHead& h, Int begin, Int end, float* scratch) {
+    if (!suits_tiles(h, end - begin) || !attention_by<TileProducts>(h, begin, end, scratch))
+        attention_by<VectorProducts>(h, begin, end, scratch);
+}
+#endif
 
 // Softmax ------------------------------------------------------------------------------------------------------
 
@@ -694,10 +755,23 @@ static void column_moments(const float* x, Int rows, Int columns, double* mean, 
 
 const FloatKernels& float_kernels() {
     static constexpr FloatKernels kernels = {
-        kRows,       kColumns,        load,           store, pack, gemm, depthwise, attention_scratch, attention,
+        kRows,       kColumns,        kRows,          load,        store, pack, gemm, depthwise, attention_scratch, attention,
         softmax_row, softmax_columns, layer_norm_row, row_moments, column_moments,
     };
     return kernels;
 }
+
+#if defined(QF_FLOAT_TILES)
+const FloatKernels& float_kernels_by_tiles() {
+    static const FloatKernels kernels = [] {
+        FloatKernels own = float_kernels();
+        own.attention_rows = kTile;
+        own.attention_scratch = tile_attention_scratch;
+        own.attention = tile_attention;
+        return own;
+    }();
+    return kernels;
+}
+#endif
 
 }  // namespace quantflow::host::QF_ISA_NAMESPACE

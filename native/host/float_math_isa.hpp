@@ -64,6 +64,7 @@ struct AttentionHead {
 
 struct FloatKernels {
     int tile_rows, tile_columns;
+    int attention_rows;  // that `attention` takes at once
 
     // Dequantizes or copies (rows, columns) into f32 rows.
     void (*load)(const RealMatrix&, std::int64_t rows, std::int64_t columns, float* to, std::int64_t to_stride);
@@ -95,6 +96,10 @@ struct FloatKernels {
 
 namespace isa_generic { const FloatKernels& float_kernels(); }
 namespace isa_avx2 { const FloatKernels& float_kernels(); }
-namespace isa_avx512_vnni { const FloatKernels& float_kernels(); }
+namespace isa_avx512_vnni {
+const FloatKernels& float_kernels();
+// With AMX's tile registers of bfloat16.
+const FloatKernels& float_kernels_by_tiles();
+}  // namespace isa_avx512_vnni
 
 }  // namespace quantflow::host

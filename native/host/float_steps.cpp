@@ -10,15 +10,28 @@
 
 namespace quantflow::host::floats {
 
-const FloatKernels& kernels() {
+namespace {
+
+const FloatKernels& best_kernels() {
     switch (best_isa()) {
         case Isa::amx_int8:
+            if (has_bfloat16_tiles()) return isa_avx512_vnni::float_kernels_by_tiles();
+            [[fallthrough]];
         case Isa::avx512_vnni: return isa_avx512_vnni::float_kernels();
         case Isa::avx_vnni:
         case Isa::avx2: return isa_avx2::float_kernels();
         default: return isa_generic::float_kernels();
     }
 }
+
+}  // namespace
+
+const FloatKernels*& kernels_in_use() {
+    static const FloatKernels* kernels = &best_kernels();
+    return kernels;
+}
+
+const FloatKernels& kernels() { return *kernels_in_use(); }
 
 std::string kernel_name(const char* kernel) { return std::string("host.") + kernel + "." + name_of(best_isa()); }
 

@@ -17,6 +17,8 @@ namespace quantflow::host::floats {
 using Int = std::int64_t;
 
 const FloatKernels& kernels();
+// Those that steps built from now on use; tests set them to try other instruction sets' code.
+const FloatKernels*& kernels_in_use();
 std::string kernel_name(const char* kernel);
 
 struct Free {

@@ -1,8 +1,10 @@
-// The tile instructions that int8 kernels use, by AVX512-VNNI, for CPUs without AMX. What the processor would refuse, or
-// leave undefined, ends the program.
+// The tile instructions that kernels use, for CPUs without AMX; those of int8 by AVX512-VNNI. What the processor would
+// refuse, or leave undefined, ends the program.
 #pragma once
 
+#if defined(__AVX512VNNI__)
 #include <immintrin.h>
+#endif
 
 #include <cstdint>
 #include <cstdio>
@@ -52,13 +54,47 @@ inline void store(int t, void* to, std::int64_t stride) {
         std::memcpy(static_cast<char*>(to) + m * stride, tiles[t][m], config.bytes_per_row[t]);
 }
 
-// sums[m][n] += quads of a (u8) [m][k] times quads of b (s8) [k][n].
-inline void dpbusd(int sums, int a, int b) {
+inline void zero(int t) {
+    require_tile(t);
+    std::memset(tiles[t], 0, sizeof tiles[t]);
+}
+
+// Returns the words in a row of a.
+inline int require_product(int sums, int a, int b) {
     for (int t : {sums, a, b}) require_tile(t);
     require(sums != a && sums != b && a != b, "operands must differ");
-    const int quads = config.bytes_per_row[a] / 4;
-    require(config.rows[sums] == config.rows[a] && config.rows[b] == quads &&
+    const int words = config.bytes_per_row[a] / 4;
+    require(config.rows[sums] == config.rows[a] && config.rows[b] == words &&
                 config.bytes_per_row[sums] == config.bytes_per_row[b], "shapes differ");
+    return words;
+}
+
+// sums[m][n] (f32) += pairs of a (bfloat16) [m][k] times pairs of b [k][n], one after the other; what is too small for a
+// normal number is 0.
+inline void dpbf16ps(int sums, int a, int b) {
+    const int words = require_product(sums, a, b);
+    const auto normal = [](float x) { return x < 0x1p-126f && x > -0x1p-126f ? 0.0f : x; };
+    const auto number = [&](int t, int row, int place) {
+        const std::uint32_t bits = static_cast<std::uint32_t>(tiles[t][row][2 * place]) << 16 |
+                                   static_cast<std::uint32_t>(tiles[t][row][2 * place + 1]) << 24;
+        float x;
+        std::memcpy(&x, &bits, sizeof x);
+        return normal(x);
+    };
+    for (int m = 0; m < config.rows[sums]; ++m)
+        for (int n = 0; n < config.bytes_per_row[sums] / 4; ++n) {
+            float sum;
+            std::memcpy(&sum, tiles[sums][m] + 4 * n, sizeof sum);
+            for (int k = 0; k < 2 * words; ++k)
+                sum = normal(sum + number(a, m, k) * number(b, k / 2, 2 * n + k % 2));
+            std::memcpy(tiles[sums][m] + 4 * n, &sum, sizeof sum);
+        }
+}
+
+#if defined(__AVX512VNNI__)
+// sums[m][n] += quads of a (u8) [m][k] times quads of b (s8) [k][n].
+inline void dpbusd(int sums, int a, int b) {
+    const int quads = require_product(sums, a, b);
     // Columns beyond the configured ones are 0 in b.
     for (int m = 0; m < config.rows[sums]; ++m) {
         __m512i row = _mm512_loadu_si512(tiles[sums][m]);
@@ -70,6 +106,7 @@ inline void dpbusd(int sums, int a, int b) {
         _mm512_storeu_si512(tiles[sums][m], row);
     }
 }
+#endif
 
 }  // namespace emulated_tiles
 
@@ -77,10 +114,16 @@ inline void dpbusd(int sums, int a, int b) {
 #undef _tile_loadconfig
 #undef _tile_release
 #undef _tile_loadd
+#undef _tile_stream_loadd
 #undef _tile_stored
 #undef _tile_dpbusd
+#undef _tile_dpbf16ps
+#undef _tile_zero
 #define _tile_loadconfig emulated_tiles::loadconfig
 #define _tile_release emulated_tiles::release
 #define _tile_loadd emulated_tiles::load
+#define _tile_stream_loadd emulated_tiles::load
 #define _tile_stored emulated_tiles::store
 #define _tile_dpbusd emulated_tiles::dpbusd
+#define _tile_dpbf16ps emulated_tiles::dpbf16ps
+#define _tile_zero emulated_tiles::zero
