@@ -1083,7 +1083,7 @@ void gemm_lines(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 
     job.steps = g.quads / job.runs;
     std::int32_t* sums = reinterpret_cast<std::int32_t*>(scratch + s.sums);
 #if defined(QF_INT8_AMX)
-    multiply_pieces(g, group, panel, panels, pieces, count, job, sums);
+    multiply_pieces(g, group, panel, panels, pieces, count, Ahead(g, group, panel, panels, row, rows), job, sums);
 #else
     // The tiles of one panel together fetch the next one.
     job.ahead_step = (4 * kColumns + count - 1) / count;

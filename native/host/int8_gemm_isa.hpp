@@ -99,6 +99,11 @@ struct Int8Gemm {
     // [group][panel][quad]: whether the quad and the one behind it may be multiplied at once (Int8Kernels::joint_weights),
     // never the last of a run or chunk; null: none may.
     const std::uint8_t* joint = nullptr;
+    // What tile registers fetch meanwhile: the panels behind those of a task, if its thread goes on with them, else the
+    // task's share (of all rows and panels) of the weights of the next step; null: there are none.
+    bool goes_on = false;
+    const std::uint8_t* next = nullptr;
+    std::int64_t next_bytes = 0, all_rows = 0, all_panels = 0;
     Int8Output output;
 };
 

@@ -82,6 +82,9 @@ public:
         for (const auto& step : before_) before.push_back(step->constants_.get());
         constants_->bind(gemm_.output, taps * w.dims[1], *x.q, y.q, is_real(residual) || rest_, before);
         tasks_ = cut(kernels_, gemm_, groups_, rows_, pool.size());
+        gemm_.goes_on = tasks_.row_tasks * tasks_.panel_tasks * groups_ > pool.size();
+        gemm_.all_rows = rows_;
+        gemm_.all_panels = panels * grouping.groups;
     }
 
     void run() override {
@@ -94,6 +97,11 @@ public:
     }
 
     std::string kernel() const override { return tile_name(kernels_, "igemm"); }
+    ConstantBytes weights() const override { return {weights_->codes.data(), weights_->codes.size()}; }
+    void expect(ConstantBytes next) override {
+        gemm_.next = static_cast<const u8*>(next.data);
+        gemm_.next_bytes = next.size;
+    }
     void share(Lasting& lasting) const override {
         lasting.insert(weights_);
         for (const auto& step : before_) step->share(lasting);

@@ -27,6 +27,11 @@ namespace quantflow {
 // What steps made of constants alone, packed weights above all.
 using Lasting = std::set<std::shared_ptr<const void>>;
 
+struct ConstantBytes {
+    const void* data = nullptr;
+    std::int64_t size = 0;
+};
+
 class Step {
 public:
     virtual ~Step() = default;
@@ -36,6 +41,10 @@ public:
     virtual std::string kernel() const = 0;
     // Adds what a step of the same weights for other shapes would make again, if nobody held it.
     virtual void share(Lasting&) const {}
+    // The weights that it reads, in order; empty: few.
+    virtual ConstantBytes weights() const { return {}; }
+    // Those of a step soon after it, which it may fetch into the caches while it computes. They live as long as it does.
+    virtual void expect(ConstantBytes) {}
     // What was chosen when it was made; null: there was nothing to choose.
     std::shared_ptr<const Decision> decision;
 };

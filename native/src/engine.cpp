@@ -133,6 +133,11 @@ std::unique_ptr<Plan::Instance> Plan::build() {
     }
     for (const auto* steps : {&l.once, &l.steps})
         for (const NamedStep& s : *steps) s.step->share(engine_->lasting);
+    ConstantBytes next;
+    for (auto s = l.steps.rbegin(); s != l.steps.rend(); ++s) {
+        s->step->expect(next);
+        if (const ConstantBytes own = s->step->weights(); own.size > 0) next = own;
+    }
     run_once(*instance);
     return instance;
 }
