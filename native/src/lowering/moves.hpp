@@ -18,7 +18,7 @@ struct Moved {
     std::optional<View> plain() const;
 };
 
-// What a reshape, permute or transpose makes of the tensor; nullopt: the node is none, takes sizes that are not known yet,
+// What a reshape, permute or transpose makes of the tensor; nullopt: the node is none, takes sizes that are not known,
 // or cuts across the tensor's dimensions.
 std::optional<Moved> moved(Context& c, const Node& n, const Moved& x);
 
