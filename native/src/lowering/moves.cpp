@@ -1,6 +1,5 @@
 #include "moves.hpp"
 
-#include <algorithm>
 #include <numeric>
 #include <utility>
 
