@@ -13,7 +13,8 @@ bool reads_first(const Node& n, int value) {
     return ref != nullptr && ref->value == value;
 }
 
-// Moves after which x, read row by row as n's result, has one stride for each dimension.
+// Moves after which x, read row by row as n's result, has one stride for each dimension. They end at the first reshape, so
+// that a long chain of them is looked at once.
 bool parted_by_moves(Context& c, const Node& n, Moved x) {
     std::vector<int> nodes;
     for (int value = n.output;;) {
@@ -28,6 +29,7 @@ bool parted_by_moves(Context& c, const Node& n, Moved x) {
             c.define(value, *plain);
             return true;
         }
+        if (base_name(c.graph.node(user).target) == "reshape") return false;
     }
 }
 
