@@ -190,6 +190,79 @@ void moves_take_no_step() {
     expect_steps(lowered(parts, {form({2, 4})}, {second}), "unary", "a part is a view");
 }
 
+// (lengths, batch * heads, width) as attention of several heads makes it, from x of (batch, lengths, heads * width).
+void joined_dimensions_that_are_parted_again() {
+    const auto steps = [](const Dims& parted, bool is_read_twice) {
+        Build b;
+        const int rows = b.aten("transpose.int", {Ref{b.input()}, Int{0}, Int{1}});
+        const int joined = b.aten("reshape.default", {Ref{rows}, list({3, 8, -1})});
+        const int turned = b.aten("transpose.int", {Ref{joined}, Int{0}, Int{-2}});
+        const int out = b.aten("exp.default", {Ref{b.aten("reshape.default", {Ref{turned}, list(parted)})}});
+        std::vector<int> outputs = {out};
+        if (is_read_twice) outputs.push_back(b.aten("neg.default", {Ref{joined}}));
+        return lowered(b, {form({2, 3, 20})}, outputs);
+    };
+    const Result r = steps({2, 4, 3, 5}, false);
+    expect_steps(r, "unary copy", "where they were joined: no copy but of what leaves");
+    expect(r.operand(0, "x").dims == Dims({2, 4, 3, 5}) && r.operand(0, "x").strides == Dims({60, 5, 20, 1}),
+           "their elements are read where they lie");
+    expect_steps(steps({4, 2, 3, 5}, false), "copy unary copy", "elsewhere");
+    expect_steps(steps({24, 5}, false), "copy copy unary", "joined anew");
+    expect(steps({2, 4, 3, 5}, true).names().substr(0, 4) == "copy", "not where something else reads them joined");
+    expect(steps({2, 4, 3, 7}, false).error.find("120 elements can't have the shape") != std::string::npos,
+           "sizes that don't fit: " + steps({2, 4, 3, 7}, false).error);
+}
+
+void linears_take_rows_as_they_lie() {
+    // Of rows in (batch, lengths), seen as (lengths, batch) and, where `joins`, as one dimension. Its result is parted
+    // with `parts` first, turned back where `turns`, and added to what lies row by row.
+    const auto steps = [](bool joins, Int parts, bool turns, bool has_terms = true) {
+        Build b;
+        const int x = b.input(), r = b.aten("neg.default", {Ref{b.input()}});
+        int y = b.aten("transpose.int", {Ref{b.aten("exp.default", {Ref{x}})}, Int{0}, Int{1}});
+        if (joins) y = b.aten("reshape.default", {Ref{y}, list({6, 8})});
+        y = b.linear(b.quantize(y, kQ), 8, 4);
+        if (joins) y = b.aten("reshape.default", {Ref{y}, list({parts, -1, 4})});
+        if (turns) y = b.aten("transpose.int", {Ref{y}, Int{1}, Int{0}});
+        recording::RecordingBackend backend;
+        backend.terms = has_terms;
+        const Dims added = turns ? Dims{6 / parts, parts, 4} : Dims{parts, 6 / parts, 4};
+        return lowered(b, {form({2, 3, 8}), form(added)}, {b.aten("add.Tensor", {Ref{r}, Ref{y}})}, backend);
+    };
+    for (bool joins : {false, true}) {
+        const std::string what = joins ? "rows that are joined" : "rows";
+        const Result r = steps(joins, 3, true);
+        expect_steps(r, "unary unary linear", what + " take no copy, and the sum is the linear's");
+        expect(r.operand(2, "x").dims == Dims({6, 8}) && r.operand(2, "y").dims == Dims({6, 4}) &&
+                   r.operand(2, "residual").dims == Dims({6, 4}),
+               what + " are a matrix for the kernel");
+        expect(r.cell(2, "residual") == r.cell(0, "y") && r.lowered.outputs[0].dims == Dims({2, 3, 4}),
+               what + " are added where they lie");
+        expect_steps(steps(joins, 3, true, false), "unary unary linear binary", what + " without terms");
+        expect_steps(steps(joins, 3, false), "unary unary copy linear", what + " in another order than the sum's");
+    }
+    expect_steps(steps(true, 2, true), "unary unary copy linear binary", "rows that are parted elsewhere");
+
+    Build leaves;
+    const int rows = leaves.aten("exp.default", {Ref{leaves.input()}});
+    const int turned = leaves.aten("transpose.int", {Ref{rows}, Int{0}, Int{1}});
+    const int y = leaves.linear(leaves.quantize(turned, kQ), 8, 4);
+    expect_steps(lowered(leaves, {form({2, 3, 8})}, {y}), "unary copy linear", "what leaves is row-major");
+}
+
+void attention_keeps_the_order_of_rows() {
+    const auto attended = [](bool is_batch_inside) {
+        Build b;
+        const int heads = b.aten("reshape.default", {Ref{b.input()}, list({is_batch_inside ? 3 : 2, -1, 4, 5})});
+        const Dims order = is_batch_inside ? Dims{1, 2, 0, 3} : Dims{0, 2, 1, 3};
+        const int q = b.aten("permute.default", {Ref{heads}, list(order)});
+        const int y = b.aten("scaled_dot_product_attention.default", {Ref{q}, Ref{q}, Ref{q}});
+        return lowered(b, {form(is_batch_inside ? Dims{3, 2, 20} : Dims{2, 3, 20})}, {b.aten("exp.default", {Ref{y}})});
+    };
+    expect(attended(false).operand(0, "y").strides == Dims({60, 5, 20, 1}), "lengths in the batch");
+    expect(attended(true).operand(0, "y").strides == Dims({20, 5, 40, 1}), "the batch in the lengths");
+}
+
 void attention_written_out() {
     Build b;
     const int q = b.input(), k = b.input(), v = b.input();
@@ -271,6 +344,9 @@ int main() {
     sums_and_norms();
     layouts();
     moves_take_no_step();
+    joined_dimensions_that_are_parted_again();
+    linears_take_rows_as_they_lie();
+    attention_keeps_the_order_of_rows();
     attention_written_out();
     errors();
     registry();

@@ -130,3 +130,19 @@ def test_torchvision_blocks(make: Callable[[Any], nn.Module]) -> None:
             if name.startswith(("heads", "head", "classifier")) and parameter.dim() == 2:
                 parameter.copy_(torch.randn_like(parameter))  # torchvision starts some heads at zero
     check(qf.quantize(model, [torch.randn(2, 3, 16, 16) for _ in range(2)]).results)
+
+
+@pytest.mark.parametrize("mode", ["export", "torchscript"])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_an_encoder_of_torch_permutes_rows_without_copies(batch_first: bool, mode: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=batch_first)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x = torch.randn(5, 7, 32)
+    batch = 0 if batch_first else 1
+    batches = [x, x.narrow(batch, 0, 3)]
+    quantized = qf.quantize(model, batches, runtime="native", device="cpu", mode=mode)
+    kernels = [row["kernel"] for row in quantized.compiled.runner.profile([x])]
+    assert not {"host.copy", "host.add"} & set(kernels), kernels
+    alone = torch.cat([quantized(part) for part in x.split(1, batch)], batch)  # one sequence has no rows to permute
+    assert torch.equal(quantized(x), alone)

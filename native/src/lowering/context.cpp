@@ -204,6 +204,18 @@ Val Context::evaluated(const Arg& a) {
     return std::monostate{};
 }
 
+std::optional<Dims> Context::known_integers(const Arg& a) {
+    const Val v = evaluated(a);
+    const auto* items = v.as<Vals>();
+    Dims numbers;
+    for (const Val& item : items != nullptr ? *items : Vals{v}) {
+        const auto* number = item.as<std::int64_t>();
+        if (number == nullptr) return std::nullopt;
+        numbers.push_back(*number);
+    }
+    return numbers;
+}
+
 std::optional<View> Context::known(const Arg& a) {
     if (const auto* t = a.as<TensorRef>()) return constant(t->name);
     const auto* ref = a.as<Ref>();

@@ -101,6 +101,8 @@ public:
     const Arg* argument(std::size_t position, const char* name) const;
     bool has(std::size_t position, const char* name) const;
     Val evaluated(const Arg& a);
+    // The numbers that an argument is or names, if they are known by now.
+    std::optional<Dims> known_integers(const Arg& a);
     // A tensor that an argument names, if it is computed by now.
     std::optional<View> known(const Arg& a);
     View operand(std::size_t position, const char* name);

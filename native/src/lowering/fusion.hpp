@@ -1,7 +1,7 @@
 // What a node's step computes besides the node. A node may steer later ones in four ways, all decided here, from the
 // graph, when the first node of such a group is lowered:
-//  * an activation, a sum with an earlier value, or quantize and the rest that it leaves over, that follows it: its own
-//    step computes them, and the walk skips them (`is_absorbed`);
+//  * an activation, a sum with an earlier value, or quantize and the rest that it leaves over, that follows it, past moves
+//    for a sum: its own step computes them, and the walk skips them (`is_absorbed`);
 //  * attention written out as separate nodes: the first product's step computes all of them, too;
 //  * zeros around an image: the convolution that reads it pads (`border_of`);
 //  * a product that the next node adds to its own of the same shapes: the next node's step computes it, too

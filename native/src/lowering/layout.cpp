@@ -33,6 +33,19 @@ Dims spread(Dims v, std::size_t n) {
     return v;
 }
 
+Dims fitted(Dims dims, std::int64_t count) {
+    const auto open = std::find(dims.begin(), dims.end(), -1);
+    if (open != dims.end()) {
+        *open = 1;
+        const std::int64_t known = checked_count(dims);
+        if (known == 0) throw Error("a shape with -1 and 0");
+        *open = count / known;
+    }
+    if (checked_count(dims) != count)
+        throw Error("a tensor of " + std::to_string(count) + " elements can't have the shape asked for");
+    return dims;
+}
+
 bool repeats(const View& v) {
     return std::any_of(v.strides.begin(), v.strides.end(), [](std::int64_t s) { return s == 0; });
 }
@@ -110,6 +123,37 @@ View permuted(const View& x, const Dims& order) {
         is_taken[from] = true;
         y.dims[i] = x.dims[from];
         y.strides[i] = x.strides[from];
+    }
+    return y;
+}
+
+std::optional<View> permuted_as(const View& x, const Dims& dims, const Dims& order) {
+    if (x.count() == 0) return std::nullopt;
+    Dims sizes, strides;
+    std::vector<std::size_t> ends;  // of each of `dims` among these
+    std::size_t from = 0;
+    std::int64_t left = x.dims.empty() ? 1 : x.dims[0];  // of x's dimension `from`
+    for (std::int64_t wanted : dims) {
+        while (wanted > 1) {
+            while (left == 1) left = x.dims[++from];
+            const std::int64_t part = std::min(wanted, left);
+            if (wanted % part != 0 || left % part != 0) return std::nullopt;
+            wanted /= part;
+            left /= part;
+            sizes.push_back(part);
+            strides.push_back(x.strides[from] * left);
+        }
+        ends.push_back(sizes.size());
+    }
+    View y = x;
+    y.dims.clear();
+    y.strides.clear();
+    for (std::int64_t dim : order) {
+        const auto i = static_cast<std::size_t>(axis(dim, static_cast<int>(dims.size())));
+        for (std::size_t k = i == 0 ? 0 : ends[i - 1]; k < ends[i]; ++k) {
+            y.dims.push_back(sizes[k]);
+            y.strides.push_back(strides[k]);
+        }
     }
     return y;
 }

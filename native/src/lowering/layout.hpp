@@ -39,6 +39,9 @@ Dims broadcast_dims(const Dims& a, const Dims& b);
 // One number for all of `n` dimensions, or a number each.
 Dims spread(Dims v, std::size_t n);
 
+// The dimensions that a reshape of `count` elements asks for, with a number for -1.
+Dims fitted(Dims dims, std::int64_t count);
+
 // Whether some element is repeated along a dimension.
 bool repeats(const View& v);
 // The layout of `v` made dense: the same order of dimensions in memory, no gaps.
@@ -51,6 +54,8 @@ std::optional<Dims> strides_for_reshape(const View& v, const Dims& dims);
 
 View expanded(const View& v, const Dims& dims);
 View permuted(const View& x, const Dims& order);
+// x, read row by row as `dims` and permuted, in as many dimensions as its strides take; nullopt: `dims` cut across x's.
+std::optional<View> permuted_as(const View& x, const Dims& dims, const Dims& order);
 View sliced(const View& x, int at, std::int64_t start, std::int64_t end, std::int64_t step);
 View selected(const View& x, int at, std::int64_t index);
 void erase_dim(View& v, int at);

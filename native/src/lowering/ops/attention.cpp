@@ -36,11 +36,13 @@ void attend(Context& c, View q, View k, View v, std::optional<View> mask, bool c
     }
     Dims dims = q.dims;
     dims[rank - 1] = v.dims[rank - 1];
-    // Heads side by side per position, (batch, length, heads, width) in memory: what comes next joins them.
+    // Heads side by side per position, (batch, length, heads, width) in memory: what comes next joins them. Where the
+    // queries have the batch inside the length, so does what is added to the result.
     Dims strides = row_major(dims);
     if (rank == 4) {
-        const std::int64_t heads = dims[1], width = dims[3];
-        strides = {dims[2] * heads * width, width, heads * width, 1};
+        const std::int64_t heads = dims[1], width = dims[3], row = heads * width;
+        const bool is_batch_inside = q.strides[0] > 0 && q.strides[0] < q.strides[2];
+        strides = {is_batch_inside ? row : dims[2] * row, width, is_batch_inside ? dims[0] * row : row, 1};
     }
     View y = c.allocate_result(dims, strides, output);
     c.emit(c.backend.attention(c.tensor(q), c.tensor(k), c.tensor(v), c.tensor(mask).get(), causal,

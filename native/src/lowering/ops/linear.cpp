@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "../moves.hpp"
 #include "nodes.hpp"
 
 namespace quantflow::lowering {
@@ -87,6 +88,31 @@ bool is_alike_next(const Context& c, const View& x) {
     return other != nullptr && other->dims == x.dims;
 }
 
+// Where a linear of x writes: its rows in x's order, unless only another one spares the sum that follows.
+Dims strides_of_rows(Context& c, const Node& n, const View& x, const Dims& dims) {
+    const Dims straight = row_major(dims);
+    const auto as_they_lie = rows_as_they_lie(x, dims);
+    if (!as_they_lie || same_layout(x.dims, x.strides, row_major(x.dims)) || !n.args[1].is_none() ||
+        c.graph.is_output(n.output) || c.fusion.is_added_next(c.node_index))
+        return straight;
+    const auto spares_a_sum = [&](const Dims& strides) {
+        View y = x;
+        y.dims = dims;
+        y.strides = strides;
+        return n.epilogue.kind == Activation::none && sum_past_moves(c, n.output, y).has_value();
+    };
+    return spares_a_sum(straight) && !spares_a_sum(*as_they_lie) ? straight : *as_they_lie;
+}
+
+// What a linear reads or writes, as rows in the order in which they lie.
+View as_rows(View v) {
+    if (same_layout(v.dims, v.strides, row_major(v.dims))) return v;
+    const std::int64_t width = v.dims.back();
+    v.dims = {v.count() / width, width};
+    v.strides = {width, 1};
+    return v;
+}
+
 }  // namespace
 
 void int8_linear(Context& c, const Node& n) {
@@ -122,14 +148,15 @@ void int8_linear(Context& c, const Node& n) {
             throw Error("takes " + std::to_string(n.weights.dims[1]) + " features, has " +
                         (x.dims.empty() ? std::string("none") : std::to_string(x.dims.back())));
         dims.back() = out;
-        x = c.in_row_major(x);
-        strides = row_major(dims);
+        strides = strides_of_rows(c, n, x, dims);
+        if (same_layout(dims, strides, row_major(dims))) x = c.in_row_major(x);
     }
     const bool is_empty = has_no_elements(dims);
+    const auto given = [&](const View& v) { return c.tensor(is_conv ? v : as_rows(v)); };
     const auto step_of = [&](const View& to, const Tensor* residual, const Epilogue& epilogue,
                              const Terms& terms = {}) {
-        return is_conv ? c.backend.conv(n.weights, geometry, c.tensor(x), residual, epilogue, c.tensor(to), terms)
-                       : c.backend.linear(n.weights, c.tensor(x), residual, epilogue, c.tensor(to), terms);
+        return is_conv ? c.backend.conv(n.weights, geometry, given(x), residual, epilogue, given(to), terms)
+                       : c.backend.linear(n.weights, given(x), residual, epilogue, given(to), terms);
     };
     std::vector<HeldProduct> products = c.fusion.take_products();
     std::optional<View> residual;
@@ -149,16 +176,24 @@ void int8_linear(Context& c, const Node& n) {
         return c.fusion.hold(std::move(products));
     }
     int output = n.output;
+    View result = x;  // as the readers of `output` see it
+    result.dims = dims;
+    result.strides = strides;
     if (!residual && n.epilogue.kind == Activation::none && !is_empty)
-        if (const auto sum = c.fusion.sum_after(output)) {
-            const View* other = c.value(sum->other).as<View>();
-            if (other != nullptr && other->dtype == DType::f32 && other->dims == dims &&
-                same_layout(dims, other->strides, strides)) {
-                residual = *other;
-                output = sum->output;
-                c.fusion.absorb(std::initializer_list<int>{sum->node});
-            }
+        if (auto sum = sum_past_moves(c, output, result)) {
+            // What lies alike after the moves is read before them.
+            residual = std::move(sum->other);
+            residual->dims = dims;
+            residual->strides = strides;
+            result = std::move(sum->result);
+            output = sum->output;
+            c.fusion.absorb(sum->nodes);
         }
+    const auto define = [&](int value, View v) {
+        v.dims = result.dims;
+        v.strides = result.strides;
+        c.define(value, std::move(v));
+    };
     const Form form = c.graph.form_of(output);
     if (adds_reals && !c.backend.takes_terms() && !is_empty) {
         const View product = c.allocate(DType::f32, dims, strides);
@@ -182,18 +217,19 @@ void int8_linear(Context& c, const Node& n) {
     if (written) {
         y = c.allocate(written->first.dtype, dims, strides, written->first.q);
         rest = c.allocate(written->second.dtype, dims, strides, written->second.q);
-        c.define(written->codes, y);
-        c.define(written->rest, *rest);
+        define(written->codes, y);
+        define(written->rest, *rest);
     } else {
         if (y.buffer < 0) y = c.allocate(form.dtype, dims, strides, form.q, form.is_real);
-        c.define(output, y);
+        define(output, y);
     }
     if (is_empty) return c.emit(c.backend.fill(0, c.plain_tensor(y)), {}, {&y});
     Terms terms;
-    const OptionalTensor rest_tensor = c.tensor(rest);
+    const OptionalTensor rest_tensor(rest ? std::optional(given(*rest)) : std::nullopt);
     terms.rest = rest_tensor.get();
     for (const HeldProduct& product : products) terms.products.push_back({product.node->weights, c.tensor(product.x)});
-    c.emit(step_of(y, c.tensor(residual).get(), n.epilogue, terms), {&x, pointer_to(residual)}, {&y, pointer_to(rest)});
+    const OptionalTensor added(residual ? std::optional(given(*residual)) : std::nullopt);
+    c.emit(step_of(y, added.get(), n.epilogue, terms), {&x, pointer_to(residual)}, {&y, pointer_to(rest)});
     for (const HeldProduct& product : products) c.also_reads(product.x);
 }
 

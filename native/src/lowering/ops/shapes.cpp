@@ -2,6 +2,7 @@
 #include <limits>
 
 #include "../../op_table.hpp"
+#include "../moves.hpp"
 #include "nodes.hpp"
 
 namespace quantflow::lowering {
@@ -9,16 +10,8 @@ namespace {
 
 void reshape(Context& c, const Node& n) {
     const View x = c.operand(0, "self");
-    Dims dims = c.integers(1, "shape");
-    const auto open = std::find(dims.begin(), dims.end(), -1);
-    if (open != dims.end()) {
-        *open = 1;
-        const std::int64_t known = checked_count(dims);
-        if (known == 0) throw Error("a shape with -1 and 0");
-        *open = x.count() / known;
-    }
-    if (checked_count(dims) != x.count())
-        throw Error("a tensor of " + std::to_string(x.count()) + " elements can't have the shape asked for");
+    const Dims dims = fitted(c.integers(1, "shape"), x.count());
+    if (!strides_for_reshape(x, dims) && joined_apart(c, n, x, dims)) return;
     c.define(n.output, c.reshaped(x, dims));
 }
 
