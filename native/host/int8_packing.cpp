@@ -26,7 +26,8 @@ Aligned<u8> joint_quads(const Int8Kernels& kernels, const Aligned<std::int8_t>& 
             std::memcpy(words, codes.data() + (panel * quads + q) * 2 * halves, static_cast<std::size_t>(2 * halves));
             std::int16_t most = 0;
             for (i64 h = 0; h < halves; ++h) {
-                const auto low = static_cast<std::int16_t>(static_cast<std::int16_t>(words[h] << 8) >> 8);
+                const unsigned word = static_cast<std::uint16_t>(words[h]);
+                const auto low = static_cast<std::int16_t>(static_cast<std::int16_t>(word << 8) >> 8);
                 const auto high = static_cast<std::int16_t>(words[h] >> 8);
                 above[own][h] = std::max<std::int16_t>(low, 0) + std::max<std::int16_t>(high, 0);
                 below[own][h] = -std::min<std::int16_t>(low, 0) - std::min<std::int16_t>(high, 0);
