@@ -413,7 +413,7 @@ public:
                               });
     }
 
-    // The weights of row r: 2**(scores - highest) of n scores (whole units), 0 for those up to `keys`. Returns their sum.
+    // The weights of row r: 2**(scores - highest) of n scores (whole units), 0 for those up to `keys`. Returns the sum.
     float weigh(Int, float* scores, float highest, Int n, Int keys) {
         const float sum = exponentials(scores, highest, n);
         for (Int j = n; j < keys; ++j) scores[j] = 0;
@@ -533,8 +533,8 @@ static bool attention_by(const AttentionHead& h, Int begin, Int end, float* scra
                 highest = here;
             }
 
-            products.values(scores, stride, rows, key, keys_here, scratch + plan.outputs + (row - begin) * plan.padded_f,
-                            plan.padded_f);
+            float* const outputs = scratch + plan.outputs + (row - begin) * plan.padded_f;
+            products.values(scores, stride, rows, key, keys_here, outputs, plan.padded_f);
         }
     }
 
@@ -755,8 +755,8 @@ static void column_moments(const float* x, Int rows, Int columns, double* mean, 
 
 const FloatKernels& float_kernels() {
     static constexpr FloatKernels kernels = {
-        kRows,       kColumns,        kRows,          load,        store, pack, gemm, depthwise, attention_scratch, attention,
-        softmax_row, softmax_columns, layer_norm_row, row_moments, column_moments,
+        kRows,     kColumns,    kRows,           load,           store,       pack,           gemm, depthwise, attention_scratch,
+        attention, softmax_row, softmax_columns, layer_norm_row, row_moments, column_moments,
     };
     return kernels;
 }

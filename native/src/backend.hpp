@@ -43,7 +43,7 @@ public:
     virtual void share(Lasting&) const {}
     // The weights that it reads, in order; empty: few.
     virtual ConstantBytes weights() const { return {}; }
-    // Those of a step soon after it, which it may fetch into the caches while it computes. They live as long as it does.
+    // Those of a step soon after it, which it may fetch into the caches while it computes. They live as long as it.
     virtual void expect(ConstantBytes) {}
     // What was chosen when it was made; null: there was nothing to choose.
     std::shared_ptr<const Decision> decision;
