@@ -27,12 +27,6 @@ bool has_amx_int8() {
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-bool detect_bfloat16_tiles() {
-    constexpr unsigned kBfloat16 = 1u << 22;
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kBfloat16) != 0;
-}
-
 Isa detect() {
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::generic;
@@ -86,8 +80,9 @@ Isa best_isa() {
 }
 
 bool has_bfloat16_tiles() {
-    static const bool found = best_isa() == Isa::amx_int8 && detect_bfloat16_tiles();
-    return found;
+    constexpr unsigned kBfloat16 = 1u << 22;
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return best_isa() == Isa::amx_int8 && __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kBfloat16) != 0;
 }
 
 }  // namespace quantflow

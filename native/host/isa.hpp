@@ -8,7 +8,7 @@ namespace quantflow {
 enum class Isa { generic, avx2, avx_vnni, avx512_vnni, amx_int8 };
 
 // The best one here; QUANTFLOW_ISA=generic|avx2|avx_vnni|avx512_vnni asks for a lower one (tests). amx_int8 is
-// avx512_vnni with tiles for int8 products.
+// avx512_vnni with tiles for int8 products, and attention's where they multiply bfloat16.
 Isa best_isa();
 // Whether the best one's tiles multiply bfloat16, too.
 bool has_bfloat16_tiles();
