@@ -51,6 +51,12 @@ public:
             h.v = v_.at(offset[2]);
             h.y = y_.at(offset[3]);
             if (h.mask_kind != Mask::none) h.mask = mask_.get() + offset[4] * (h.mask_kind == Mask::f32 ? 4 : 1);
+            if (chunks_ == 1 && task + 1 < heads_.count()) {
+                const auto next = heads_[task + 1];
+                h.next_q = q_.at(next[0]).data;
+                h.next_k = k_.at(next[1]).data;
+                h.next_v = v_.at(next[2]).data;
+            }
             const Int begin = task % chunks_ * chunk_, end = std::min(h.l, begin + chunk_);
             kernels_.attention(h, begin, end, scratch(kernels_.attention_scratch(h, end - begin)));
         });

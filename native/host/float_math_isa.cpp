@@ -375,7 +375,8 @@ public:
     static constexpr Int kRowUnit = kRows, kKeyUnit = kColumns, kScoreUnit = W;
     static Int key_floats(const AttentionHead& h) { return round_up(h.s, kColumns) * h.e; }
     static Int value_floats(const AttentionHead& h) { return h.s * round_up(h.f, kColumns); }
-    static Int row_floats(const AttentionHead& h, Int rows, Int) { return rows * h.e; }  // of its own for `rows` rows
+    static Int row_floats(const AttentionHead& h, Int rows) { return rows * h.e; }  // of its own for `rows` rows
+    static Int score_stride(Int keys) { return keys; }
 
     VectorProducts(const AttentionHead& h, float* keys, float* values, float* rows)
         : h_(h), keys_(keys), values_(values), rows_(rows) {}
@@ -413,21 +414,21 @@ public:
                               });
     }
 
-    // The weights of row r: 2**(scores - highest) of n scores (whole units), 0 for those up to `keys`. Returns the sum.
-    float weigh(Int, float* scores, float highest, Int n, Int keys) {
+    // The weights of a row: 2**(scores - highest) of n scores (whole units), 0 for those up to `keys`. Returns the sum.
+    float weigh(float* scores, float highest, Int n, Int keys) {
         const float sum = exponentials(scores, highest, n);
         for (Int j = n; j < keys; ++j) scores[j] = 0;
         return sum;
     }
 
-    // to (rows, f) += weights @ values; `scores`: those that were weighed.
+    // to (rows, f) = weights @ values, plus what is there if key > 0; `scores`: those that were weighed.
     void values(const float* scores, Int stride, Int rows, Int key, Int keys, float* to, Int to_stride) {
         for (Int j = 0; j < h_.f; j += kColumns)
             for (Int r = 0; r < rows; r += kRows)
                 multiply_rows(rows - r, keys, scores + r * stride, stride, values_ + j * h_.s + key * kColumns,
                               kColumns, [&](int i, int half, F sum) __attribute__((always_inline)) {
                                   float* at = to + (r + i) * to_stride + j + half * W;
-                                  V::store(at, V::load(at) + sum);
+                                  V::store(at, key > 0 ? V::load(at) + sum : sum);
                               });
     }
 
@@ -444,7 +445,8 @@ private:
 // How one call to `attention` lays out its scratch memory.
 template <class Products>
 struct AttentionPlan {
-    Int key_block, row_block, padded_f;
+    Int key_block, row_block, score_stride, padded_f;
+    bool keeps_outputs;  // of all rows, from one block of keys to the next
     Int keys, values, rows, scores, outputs, highest, sums, mask, total;  // offsets in floats
 
     AttentionPlan(const AttentionHead& h, Int all_rows) {
@@ -452,7 +454,9 @@ struct AttentionPlan {
         const Int blocks = larger<Int>(1, (h.s + kKeyBlock - 1) / kKeyBlock);
         key_block = larger<Int>(unit, round_up((h.s + blocks - 1) / blocks, unit));
         row_block = smaller<Int>(larger<Int>(1, kScoreFloats / key_block / Products::kRowUnit), 8) * Products::kRowUnit;
+        score_stride = Products::score_stride(key_block);
         padded_f = round_up(h.f, larger<Int>(unit, kColumns));
+        keeps_outputs = blocks > 1;
         Int at = 0;
         const auto take = [&at](Int floats) {
             const Int begin = at;
@@ -461,9 +465,9 @@ struct AttentionPlan {
         };
         keys = take(Products::key_floats(h));
         values = take(Products::value_floats(h));
-        rows = take(Products::row_floats(h, row_block, key_block));
-        scores = take(row_block * key_block);
-        outputs = take(round_up(all_rows, Products::kRowUnit) * padded_f);
+        rows = take(Products::row_floats(h, row_block));
+        scores = take(row_block * score_stride);
+        outputs = take((keeps_outputs ? round_up(all_rows, Products::kRowUnit) : row_block) * padded_f);
         highest = take(all_rows);
         sums = take(all_rows);
         mask = take(key_block);
@@ -473,14 +477,13 @@ struct AttentionPlan {
 
 static Int attention_scratch(const AttentionHead& h, Int rows) { return AttentionPlan<VectorProducts>(h, rows).total; }
 
-// False, and y is as it was, where Products don't suit the numbers.
+// False, and y may be anything, where Products don't suit the numbers.
 template <class Products>
 static bool attention_by(const AttentionHead& h, Int begin, Int end, float* scratch) {
     const AttentionPlan<Products> plan(h, end - begin);
     Products products(h, scratch + plan.keys, scratch + plan.values, scratch + plan.rows);
-    float* const scores = scratch + plan.scores;
     float* const mask = scratch + plan.mask;
-    const Int stride = plan.key_block;
+    const Int stride = plan.score_stride;
     const Int reach = h.is_causal ? smaller(h.s, end) : h.s;  // keys that some row sees
     if (!products.pack(reach)) return false;
 
@@ -488,63 +491,72 @@ static bool attention_by(const AttentionHead& h, Int begin, Int end, float* scra
         scratch[plan.highest + r] = -kInfinity;
         scratch[plan.sums + r] = 0;
     }
-    const Int padded_rows = round_up(end - begin, Products::kRowUnit);
-    for (Int i = 0; i < padded_rows * plan.padded_f; ++i) scratch[plan.outputs + i] = 0;
+    const auto outputs_of = [&](Int row) {
+        return scratch + plan.outputs + (plan.keeps_outputs ? (row - begin) * plan.padded_f : 0);
+    };
+    // Rows whose outputs are complete but for the sum that they are divided by.
+    const auto finish = [&](Int row, Int rows) {
+        float* out = outputs_of(row);
+        for (Int r = 0; r < rows; ++r, out += plan.padded_f) {
+            const float sum = scratch[plan.sums + row - begin + r];
+            // A row that sees no key: 0, as PyTorch has it.
+            const F factor = V::set(sum == 0.0f ? 0.0f : 1.0f / sum);
+            for (Int c = 0; c < plan.padded_f; c += W) V::store(out + c, V::load(out + c) * factor);
+            store_row(out, h.f, h.y, row + r);
+        }
+    };
+    if (reach == 0) {
+        for (Int i = 0; i < plan.padded_f; ++i) outputs_of(begin)[i] = 0;
+        for (Int row = begin; row < end; ++row) store_row(outputs_of(begin), h.f, h.y, row);
+        return true;
+    }
 
     for (Int key = 0; key < reach; key += plan.key_block) {
         if (h.mask_kind != Mask::none && h.mask_row_stride == 0)
             load_mask(h, 0, key, smaller(plan.key_block, h.s - key), mask);
+        const auto last_key = [&](Int row, Int rows) { return h.is_causal ? smaller(reach, row + rows) : reach; };
+        // Scores of one row to weights.
+        const auto weigh = [&](Int row, float* s, Int keys_here) __attribute__((noinline)) {
+            const Int n = h.is_causal ? smaller(keys_here, larger<Int>(0, row + 1 - key)) : keys_here;
+            const Int whole = round_up(n, Products::kScoreUnit);
+            for (Int j = n; j < whole; ++j) s[j] = -kInfinity;
+            float& highest = scratch[plan.highest + row - begin];
+            float& sum = scratch[plan.sums + row - begin];
+            float here;
+            if (h.mask_kind == Mask::none) {
+                here = highest_score<false>(s, nullptr, whole);
+            } else {
+                if (h.mask_row_stride != 0) load_mask(h, row, key, n, mask);
+                for (Int j = n; j < whole; ++j) mask[j] = 0;
+                here = highest_score<true>(s, mask, whole);
+            }
+            here = here < highest ? highest : here;  // NaN stays
+            // Where every key is hidden so far, any finite maximum gives only zeros.
+            const float shift = here == -kInfinity ? 0.0f : here;
+            const float here_sum = products.weigh(s, shift, whole, keys_here);
+            if (key > 0 && !(highest == shift)) {
+                const F factor = exp2_nonpositive<V>(V::set(highest - shift));
+                alignas(64) float first[W];
+                V::store(first, factor);
+                sum *= first[0];
+                float* out = outputs_of(row);
+                for (Int c = 0; c < plan.padded_f; c += W) V::store(out + c, V::load(out + c) * factor);
+            }
+            sum += here_sum;
+            highest = here;
+        };
+
         for (Int row = begin; row < end; row += plan.row_block) {
             const Int rows = smaller(plan.row_block, end - row);
-            const Int last_key = h.is_causal ? smaller(reach, row + rows) : reach;
-            const Int keys_here = smaller(plan.key_block, last_key - key);
+            const Int keys_here = smaller(plan.key_block, last_key(row, rows) - key);
             if (keys_here <= 0) continue;
-
+            float* const scores = scratch + plan.scores;
             if (!products.queries(row, rows, h.scale * kLog2E)) return false;
             products.scores(rows, key, keys_here, scores, stride);
-            for (Int r = 0; r < rows; ++r) {
-                float* s = scores + r * stride;
-                const Int n = h.is_causal ? smaller(keys_here, larger<Int>(0, row + r + 1 - key)) : keys_here;
-                const Int whole = round_up(n, Products::kScoreUnit);
-                for (Int j = n; j < whole; ++j) s[j] = -kInfinity;
-                float& highest = scratch[plan.highest + row - begin + r];
-                float& sum = scratch[plan.sums + row - begin + r];
-                float here;
-                if (h.mask_kind == Mask::none) {
-                    here = highest_score<false>(s, nullptr, whole);
-                } else {
-                    if (h.mask_row_stride != 0) load_mask(h, row + r, key, n, mask);
-                    for (Int j = n; j < whole; ++j) mask[j] = 0;
-                    here = highest_score<true>(s, mask, whole);
-                }
-                here = here < highest ? highest : here;  // NaN stays
-                // Where every key is hidden so far, any finite maximum gives only zeros.
-                const float shift = here == -kInfinity ? 0.0f : here;
-                const float here_sum = products.weigh(r, s, shift, whole, keys_here);
-                if (key > 0 && !(highest == shift)) {
-                    const F factor = exp2_nonpositive<V>(V::set(highest - shift));
-                    alignas(64) float first[W];
-                    V::store(first, factor);
-                    sum *= first[0];
-                    float* out = scratch + plan.outputs + (row - begin + r) * plan.padded_f;
-                    for (Int c = 0; c < plan.padded_f; c += W) V::store(out + c, V::load(out + c) * factor);
-                }
-                sum += here_sum;
-                highest = here;
-            }
-
-            float* const outputs = scratch + plan.outputs + (row - begin) * plan.padded_f;
-            products.values(scores, stride, rows, key, keys_here, outputs, plan.padded_f);
+            for (Int r = 0; r < rows; ++r) weigh(row + r, scores + r * stride, keys_here);
+            products.values(scores, stride, rows, key, keys_here, outputs_of(row), plan.padded_f);
+            if (key + plan.key_block >= last_key(row, rows)) finish(row, rows);
         }
-    }
-
-    for (Int r = 0; r < end - begin; ++r) {
-        float* out = scratch + plan.outputs + r * plan.padded_f;
-        const float sum = scratch[plan.sums + r];
-        // A row that sees no key: 0, as PyTorch has it.
-        const F factor = V::set(sum == 0.0f ? 0.0f : 1.0f / sum);
-        for (Int c = 0; c < plan.padded_f; c += W) V::store(out + c, V::load(out + c) * factor);
-        store_row(out, h.f, h.y, begin + r);
     }
     return true;
 }

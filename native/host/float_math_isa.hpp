@@ -54,6 +54,8 @@ enum class Mask : std::uint8_t { none, f32, b8 };
 // One head of softmax(scale * q @ k.T + mask) @ v, over rows of q, mask and y.
 struct AttentionHead {
     RealMatrix q, k, v, y;                // (l, e), (s, e), (s, f), (l, f)
+    // Of a head as large, with the same strides, that this thread takes next; or null.
+    const void *next_q = nullptr, *next_k = nullptr, *next_v = nullptr;
     std::int64_t l = 0, s = 0, e = 0, f = 0;
     Mask mask_kind = Mask::none;
     const void* mask = nullptr;           // (l, s)

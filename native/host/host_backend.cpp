@@ -1,13 +1,17 @@
 // The CPU, by kernels of our own: every call goes to the maker of that name.
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
 #include "isa.hpp"
 #include "memory.hpp"
+#include "rates.hpp"
 #include "steps.hpp"
 
 namespace quantflow {
 namespace {
+
+constexpr double kStepCycles = 1000;  // of a step that one thread computes
 
 class HostBackend final : public Backend {
 public:
@@ -29,18 +33,36 @@ public:
     bool takes_terms() const override { return true; }
     void wait() override {}
     void during(const std::function<void()>& body) override { pool_.during(body); }
+    std::optional<Nearness> nearness() const override {
+        const host::int8::Rates rates = host::int8::rates_of(*host::int8_kernels_in_use());
+        Nearness n;
+        n.threads = pool_.size();
+        n.cache_bytes = host::int8::caches().l2;
+        n.far_byte_ns = rates.fetching_far / rates.ghz;
+        n.hand_over_ns = pool_.size() > 1 ? rates.hand_over / rates.ghz : kStepCycles / rates.ghz;
+        n.step_ns = kStepCycles / rates.ghz;
+        return n;
+    }
+    Backend& alone() override {
+        if (pool_.size() == 1) return *this;
+        if (!alone_) alone_ = std::make_unique<HostBackend>(1);
+        return *alone_;
+    }
+    void spread(std::int64_t count, const std::function<void(std::int64_t)>& task) override { pool_.run(count, task); }
 
     std::unique_ptr<Step> linear(const Weights& w, const Tensor& x, const Tensor* residual, const Epilogue& e,
                                  const Tensor& y, const Terms& terms) override {
-        return decided([&] { return host::make_linear(pool_, w, x, residual, e, y, terms); });
+        return of_samples(decided([&] { return host::make_linear(pool_, w, x, residual, e, y, terms); }),
+                          with_terms({&x, residual, &y}, terms), x.rank() > 1);
     }
     std::unique_ptr<Step> conv(const Weights& w, const ConvGeometry& g, const Tensor& x, const Tensor* residual,
                                const Epilogue& e, const Tensor& y, const Terms& terms) override {
-        return decided([&] { return host::make_conv(pool_, w, g, x, residual, e, y, terms); });
+        return of_samples(decided([&] { return host::make_conv(pool_, w, g, x, residual, e, y, terms); }),
+                          with_terms({&x, residual, &y}, terms));
     }
     std::unique_ptr<Step> matmul(const Tensor& a, const Tensor& b, const Tensor& y) override {
-        return a.q ? decided([&] { return host::make_int8_matmul(pool_, a, b, y); })
-                   : host::make_float_matmul(pool_, a, b, y);
+        if (!a.q) return host::make_float_matmul(pool_, a, b, y);
+        return of_samples(decided([&] { return host::make_int8_matmul(pool_, a, b, y); }), {&a, &b, &y}, y.rank() > 2);
     }
     std::unique_ptr<Step> float_linear(const Tensor& x, const Tensor& w, const Tensor* bias,
                                        const Tensor& y) override {
@@ -52,59 +74,66 @@ public:
     }
     std::unique_ptr<Step> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor* mask, bool causal,
                                     float scale, const Tensor& y) override {
-        return host::make_attention(pool_, q, k, v, mask, causal, scale, y);
+        return of_samples(host::make_attention(pool_, q, k, v, mask, causal, scale, y), {&q, &k, &v, mask, &y},
+                          y.rank() > 2);
     }
-    std::unique_ptr<Step> copy(const Tensor& x, const Tensor& y) override { return host::make_copy(pool_, x, y); }
-    std::unique_ptr<Step> fill(double value, const Tensor& y) override { return host::make_fill(pool_, value, y); }
+    std::unique_ptr<Step> copy(const Tensor& x, const Tensor& y) override {
+        return of_samples(host::make_copy(pool_, x, y), {&x, &y});
+    }
+    std::unique_ptr<Step> fill(double value, const Tensor& y) override {
+        return of_samples(host::make_fill(pool_, value, y), {&y});
+    }
     std::unique_ptr<Step> binary(Binary op, const Tensor& a, const Tensor& b, const Epilogue& e,
                                  const Tensor& y) override {
-        return host::make_binary(pool_, op, a, b, e, y);
+        return of_samples(host::make_binary(pool_, op, a, b, e, y), {&a, &b, &y});
     }
     std::unique_ptr<Step> unary(Unary op, float a, float b, const Epilogue& e, const Tensor& x,
                                 const Tensor& y) override {
-        return host::make_unary(pool_, op, a, b, e, x, y);
+        return of_samples(host::make_unary(pool_, op, a, b, e, x, y), {&x, &y});
     }
     std::unique_ptr<Step> where(const Tensor& c, const Tensor& a, const Tensor& b, const Tensor& y) override {
-        return host::make_where(pool_, c, a, b, y);
+        return of_samples(host::make_where(pool_, c, a, b, y), {&c, &a, &b, &y});
     }
     std::unique_ptr<Step> channel_affine(const Tensor& x, int axis, const Tensor& scale, const Tensor& shift,
                                          const Epilogue& e, const Tensor& y) override {
-        return host::make_channel_affine(pool_, x, axis, scale, shift, e, y);
+        return of_samples(host::make_channel_affine(pool_, x, axis, scale, shift, e, y), {&x, &y}, axis > 0);
     }
     std::unique_ptr<Step> pool(const PoolGeometry& g, const Tensor& x, const Tensor& y) override {
-        return host::make_pool(pool_, g, x, y);
+        return of_samples(host::make_pool(pool_, g, x, y), {&x, &y});
     }
     std::unique_ptr<Step> recurrence(const Recurrence& r, const RecurrenceTensors& t) override {
         return host::make_recurrence(pool_, r, t);
     }
     std::unique_ptr<Step> reduce(Reduction r, const Tensor& x, const std::vector<int>& axes,
                                  const Tensor& y) override {
-        return host::make_reduce(pool_, r, x, axes, y);
+        return of_samples(host::make_reduce(pool_, r, x, axes, y), {&x, &y},
+                          std::find(axes.begin(), axes.end(), 0) == axes.end());
     }
     std::unique_ptr<Step> softmax(const Tensor& x, int axis, const Tensor& y) override {
-        return host::make_softmax(pool_, x, axis, y);
+        return of_samples(host::make_softmax(pool_, x, axis, y), {&x, &y}, axis > 0);
     }
     std::unique_ptr<Step> layer_norm(const Tensor& x, const Tensor* gamma, const Tensor* beta, float eps, bool is_rms,
                                      const Tensor& y, const Tensor* codes) override {
-        return host::make_layer_norm(pool_, x, gamma, beta, eps, is_rms, y, codes);
+        return of_samples(host::make_layer_norm(pool_, x, gamma, beta, eps, is_rms, y, codes), {&x, &y, codes},
+                          x.rank() > 1);
     }
     std::unique_ptr<Step> group_norm(const Tensor& x, std::int64_t groups, const Tensor* gamma, const Tensor* beta,
                                      float eps, const Epilogue& e, const Tensor& y) override {
-        return host::make_group_norm(pool_, x, groups, gamma, beta, eps, e, y);
+        return of_samples(host::make_group_norm(pool_, x, groups, gamma, beta, eps, e, y), {&x, &y});
     }
     std::unique_ptr<Step> gather(const Tensor& table, const Tensor& index, const Tensor& y) override {
-        return host::make_gather(pool_, table, index, y);
+        return of_samples(host::make_gather(pool_, table, index, y), {&index, &y}, index.rank() > 0);
     }
     std::unique_ptr<Step> upsample(Interpolation how, bool align, const std::vector<double>& scales, const Tensor& x,
                                    const Tensor& y) override {
-        return host::make_upsample(pool_, how, align, scales, x, y);
+        return of_samples(host::make_upsample(pool_, how, align, scales, x, y), {&x, &y});
     }
     std::unique_ptr<Step> index(const Tensor& x, const std::vector<std::optional<Tensor>>& indices,
                                 const Tensor& y) override {
         return host::make_index(pool_, x, indices, y);
     }
     std::unique_ptr<Step> running_sum(const Tensor& x, int axis, const Tensor& y) override {
-        return host::make_running_sum(pool_, x, axis, y);
+        return of_samples(host::make_running_sum(pool_, x, axis, y), {&x, &y}, axis > 0);
     }
 
 private:
@@ -116,7 +145,21 @@ private:
         return step;
     }
 
+    using Operands = std::vector<const Tensor*>;
+    static Operands with_terms(Operands operands, const Terms& terms) {
+        for (const Product& p : terms.products) operands.push_back(&p.x);
+        operands.push_back(terms.rest);
+        return operands;
+    }
+    // See Step::samples; null is no operand. Not for products of floats, which sum few rows otherwise than many.
+    static std::unique_ptr<Step> of_samples(std::unique_ptr<Step> step, const Operands& operands, bool holds = true) {
+        for (const Tensor* t : operands)
+            if (holds && t != nullptr) step->samples.push_back(*t);
+        return step;
+    }
+
     ThreadPool pool_;
+    std::unique_ptr<HostBackend> alone_;
 };
 
 }  // namespace

@@ -103,7 +103,9 @@ void each_cut(const Int8Kernels& kernels, const Rates& rates, const Int8Gemm& g,
     const bool has_tiles = kernels.depth > 1, by_lines = g.is_windowed || g.is_direct;
     const double product = g.is_windowed ? rates.window_product : rates.product;
     const double tile_cost = has_tiles ? 8 : 1;  // in rows: its weights are loaded
-    const i64 l1 = caches().l1, l2 = caches().l2, cache = has_tiles || by_lines ? l2 / 2 : l2 / 8;
+    // Lines are copied first and read by tiles soon after; other rows lie where they are, or pass one by one.
+    const bool stays = g.is_windowed ? !has_tiles : has_tiles || by_lines;
+    const i64 l1 = caches().l1, l2 = caches().l2, cache = stays ? l2 / 2 : l2 / 8;
     const double quads = static_cast<double>(g.quads), columns = kernels.columns;
     const bool stays_near = groups * g.task_panels * g.quads * kernels.columns * 4 <= l2 / 2;
     const double fetching_rate = stays_near ? rates.fetching_near : rates.fetching_far;

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <vector>
@@ -47,6 +48,20 @@ public:
     virtual void expect(ConstantBytes) {}
     // What was chosen when it was made; null: there was nothing to choose.
     std::shared_ptr<const Decision> decision;
+    // Its operands and results, parameters aside, if dimension 0 of all of them counts samples, each of which is computed
+    // from its own alone; else none.
+    std::vector<Tensor> samples;
+};
+
+// What it costs to compute a batch on all threads together, step by step, or on each thread a few samples through many
+// steps, so that what they hand on stays in its cache.
+struct Nearness {
+    int threads = 1;
+    std::int64_t least_samples = 4;  // of each thread: with fewer, all wait for the slowest
+    std::int64_t cache_bytes = 0;    // of one thread
+    double far_byte_ns = 0;          // a byte from beyond it
+    double hand_over_ns = 0;         // to spread a step over the threads
+    double step_ns = 0;              // to start a step on one
 };
 
 // int8 weight codes in [-127, 127], symmetric. `codes`: (out, in / groups, *kernel), row-major; they stay valid as
@@ -143,6 +158,14 @@ public:
     virtual bool reads_process_memory() const = 0;
     // Waits until everything submitted has run; throws what went wrong.
     virtual void wait() = 0;
+    // Null: all threads compute together.
+    virtual std::optional<Nearness> nearness() const { return std::nullopt; }
+    // The same device, whose steps run on the thread that calls them.
+    virtual Backend& alone() { return *this; }
+    // Calls task(i) for every i in [0, count), on several threads where it has some; `task` must not throw.
+    virtual void spread(std::int64_t count, const std::function<void(std::int64_t)>& task) {
+        for (std::int64_t i = 0; i < count; ++i) task(i);
+    }
     // Calls `body`, in which many steps run one after another.
     virtual void during(const std::function<void()>& body) { body(); }
 

@@ -276,7 +276,7 @@ std::int32_t qf_plan_profile(qf_plan* plan, const void* const* inputs, void* con
     return guarded(error, capacity, [&] {
         nlohmann::json list = nlohmann::json::array();
         for (const StepTime& t : given(plan, "plan")->plan->profile(inputs, outputs, std::max(1, runs)))
-            list.push_back({{"node", t.node}, {"kernel", t.kernel}, {"ms", t.milliseconds}});
+            list.push_back({{"node", t.node}, {"kernel", t.kernel}, {"parts", t.parts}, {"ms", t.milliseconds}});
         hand_over(list, json, room, needed);
     });
 }

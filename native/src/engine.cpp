@@ -1,8 +1,13 @@
 #include "engine.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
+#include <exception>
 #include <limits>
+#include <numeric>
+
+#include "micro_batches.hpp"
 
 namespace quantflow {
 namespace {
@@ -28,6 +33,87 @@ public:
 private:
     Arenas& arenas_;
     Arenas::Arena arena_;
+};
+
+using Milliseconds = std::chrono::duration<double, std::milli>;
+
+// How often a step runs at a call, one run after another.
+double runs_of(const NamedStep& s, const Lowered& l) {
+    return s.parts == 1 ? 1 : static_cast<double>(s.parts) / static_cast<double>(l.parts.size());
+}
+
+StepTime blank_time(const NamedStep& s) {
+    return {s.node, s.step->kernel(), s.parts, std::numeric_limits<double>::infinity()};
+}
+
+Milliseconds now() { return std::chrono::steady_clock::now().time_since_epoch(); }
+
+// Runs a plan's steps in order, and takes their times if asked to.
+class Sequence {
+public:
+    Sequence(Lowered& l, Backend& backend, bool takes_times) : l_(l), backend_(backend) {
+        if (takes_times) times_.assign(l.steps.size(), 0);
+    }
+
+    void run() {
+        std::size_t i = 0;
+        for (const MicroBatches& m : l_.micro_batches) {
+            for (; i < static_cast<std::size_t>(m.first); ++i) run(*l_.steps[i].step, i, times_);
+            run_in_parts(m);
+            i = static_cast<std::size_t>(m.last);
+        }
+        for (; i < l_.steps.size(); ++i) run(*l_.steps[i].step, i, times_);
+    }
+
+    // Of each step, in milliseconds.
+    const std::vector<double>& times() const { return times_; }
+
+private:
+    void run(Step& step, std::size_t i, std::vector<double>& times) {
+        if (times.empty()) return step.run();
+        backend_.wait();
+        const Milliseconds start = now();
+        step.run();
+        backend_.wait();
+        times[i] += (now() - start).count();
+    }
+
+    // Each thread takes the next part of the batch, with cells of its own, until none is left.
+    void run_in_parts(const MicroBatches& m) {
+        const auto first = static_cast<std::size_t>(m.first), last = static_cast<std::size_t>(m.last);
+        std::atomic<std::int64_t> next{0};
+        std::mutex mutex;
+        std::exception_ptr error;
+        const Milliseconds start = now();
+        std::vector<double> together(times_.size(), 0);  // of all threads
+        backend_.spread(static_cast<std::int64_t>(l_.parts.size()), [&](std::int64_t thread) {
+            Lowered& own = *l_.parts[static_cast<std::size_t>(thread)];
+            std::vector<double> times(times_.size(), 0);
+            std::exception_ptr failed;
+            try {
+                for (std::int64_t part; (part = next.fetch_add(1)) < l_.steps[first].parts;) {
+                    for (const MicroBatches::Shared& s : m.shared)
+                        own.cells[s.cell] = l_.cells[s.cell] + part * s.bytes;
+                    for (std::size_t i = first; i < last; ++i)
+                        run(thread == 0 ? *l_.steps[i].step : *own.steps[i].step, i, times);
+                }
+            } catch (...) {
+                failed = std::current_exception();
+            }
+            const std::lock_guard<std::mutex> lock(mutex);
+            if (failed) error = failed;
+            for (std::size_t i = 0; i < times.size(); ++i) together[i] += times[i];
+        });
+        if (error) std::rethrow_exception(error);
+        // What they took side by side, by each step's share.
+        const double sum = std::accumulate(together.begin(), together.end(), 0.0);
+        const double share = sum > 0 ? (now() - start).count() / sum : 0;
+        for (std::size_t i = 0; i < together.size(); ++i) times_[i] += share * together[i];
+    }
+
+    Lowered& l_;
+    Backend& backend_;
+    std::vector<double> times_;  // empty: not taken
 };
 
 }  // namespace
@@ -77,8 +163,21 @@ struct Plan::Instance {
     void use(std::byte* memory) {
         if (memory == arena) return;
         arena = memory;
-        for (std::size_t i = 0; i < lowered.cells.size(); ++i)
-            if (lowered.arena_offsets[i] >= 0) lowered.cells[i] = arena + lowered.arena_offsets[i];
+        place(lowered, arena);
+        std::byte* next = arena + lowered.arena_bytes;
+        for (auto& part : lowered.parts) {
+            place(*part, next);
+            next += part->arena_bytes;
+        }
+    }
+    static void place(Lowered& l, std::byte* memory) {
+        for (std::size_t i = 0; i < l.cells.size(); ++i)
+            if (l.arena_offsets[i] >= 0) l.cells[i] = memory + l.arena_offsets[i];
+    }
+    std::int64_t arena_bytes() const {
+        std::int64_t bytes = lowered.arena_bytes;
+        for (const auto& part : lowered.parts) bytes += part->arena_bytes;
+        return bytes;
     }
     std::byte* allocate(std::int64_t bytes) {
         void* memory = backend.allocate(static_cast<std::size_t>(std::max<std::int64_t>(bytes, 1)));
@@ -95,7 +194,8 @@ Plan::Plan(std::shared_ptr<Engine> engine, Section section, std::vector<InputFor
     : engine_(std::move(engine)), section_(std::move(section)), forms_(std::move(forms)) {
     auto first = build();
     outputs_ = first->lowered.outputs;
-    arena_bytes_ = first->lowered.arena_bytes;
+    arena_bytes_ = first->arena_bytes();
+    runs_in_parts_ = !first->lowered.micro_batches.empty();
     built_ = 1;
     free_.push_back(std::move(first));
 }
@@ -105,22 +205,31 @@ Plan::~Plan() = default;
 std::unique_ptr<Plan::Instance> Plan::build() {
     std::lock_guard<std::mutex> lock(engine_->building);
     auto instance = std::make_unique<Instance>(*engine_->backend);
-    instance->lowered = lower(engine_->program->program, section_, forms_, *engine_->backend, engine_->constants);
+    const Program& program = engine_->program->program;
+    Backend& backend = *engine_->backend;
+    Constants& constants = engine_->constants;
+    const std::optional<Nearness> nearness = engine_->nearness ? engine_->nearness : backend.nearness();
+    instance->lowered = nearness
+                            ? lower_in_micro_batches(program, section_, forms_, backend, constants, *nearness)
+                            : lower(program, section_, forms_, backend, constants);
     Lowered& l = instance->lowered;
     if (l.kept_bytes > 0) {
         std::byte* kept = instance->allocate(l.kept_bytes);
         for (std::size_t i = 0; i < l.cells.size(); ++i)
             if (l.kept_offsets[i] >= 0) l.cells[i] = kept + l.kept_offsets[i];
     }
-    for (Literal& literal : l.literals) {
-        auto& cell = l.cells[static_cast<std::size_t>(literal.cell)];
-        if (engine_->backend->reads_process_memory()) {
-            cell = literal.bytes.data();
-        } else {
-            cell = instance->allocate(static_cast<std::int64_t>(literal.bytes.size()));
-            engine_->backend->copy(cell, literal.bytes.data(), literal.bytes.size());
+    std::vector<Lowered*> all = {&l};
+    for (auto& part : l.parts) all.push_back(part.get());
+    for (Lowered* each : all)
+        for (Literal& literal : each->literals) {
+            auto& cell = each->cells[static_cast<std::size_t>(literal.cell)];
+            if (engine_->backend->reads_process_memory()) {
+                cell = literal.bytes.data();
+            } else {
+                cell = instance->allocate(static_cast<std::int64_t>(literal.bytes.size()));
+                engine_->backend->copy(cell, literal.bytes.data(), literal.bytes.size());
+            }
         }
-    }
     if (!engine_->backend->reads_process_memory()) {
         for (std::size_t i = 0; i < forms_.size(); ++i)
             if (l.input_cells[i] >= 0)
@@ -145,7 +254,7 @@ std::unique_ptr<Plan::Instance> Plan::build() {
 void Plan::run_once(Instance& instance) {
     Lowered& l = instance.lowered;
     if (!l.once.empty()) {
-        const Lease arena(engine_->arenas, l.arena_bytes);
+        const Lease arena(engine_->arenas, instance.arena_bytes());
         instance.use(arena.memory());
         for (const NamedStep& s : l.once) s.step->run();
         engine_->backend->wait();
@@ -194,7 +303,7 @@ void Plan::execute(Instance& instance, const void* const* inputs, void* const* o
             throw Error("output " + std::to_string(i) + " is null");
     Backend& backend = *engine_->backend;
     const bool direct = backend.reads_process_memory();
-    const Lease arena(engine_->arenas, l.arena_bytes);
+    const Lease arena(engine_->arenas, instance.arena_bytes());
     instance.use(arena.memory());
     for (std::size_t i = 0; i < forms_.size(); ++i) {
         if (l.input_cells[i] < 0) continue;
@@ -208,24 +317,14 @@ void Plan::execute(Instance& instance, const void* const* inputs, void* const* o
         for (std::size_t i = 0; i < l.outputs.size(); ++i)
             if (l.output_cells[i] >= 0)
                 l.cells[static_cast<std::size_t>(l.output_cells[i])] = static_cast<std::byte*>(outputs[i]);
-    const auto all = [&] {
-        for (std::size_t i = 0; i < l.steps.size(); ++i) {
-            if (times == nullptr) {
-                l.steps[i].step->run();
-                continue;
-            }
-            backend.wait();
-            const auto start = std::chrono::steady_clock::now();
-            l.steps[i].step->run();
-            backend.wait();
-            const std::chrono::duration<double, std::milli> taken = std::chrono::steady_clock::now() - start;
-            (*times)[i].milliseconds = std::min((*times)[i].milliseconds, taken.count());
-        }
-    };
+    Sequence sequence(l, backend, times != nullptr);
+    const auto all = [&] { sequence.run(); };
     if (l.steps.size() > 1)
         backend.during(all);
     else  // a small step alone may need no other thread
         all();
+    for (std::size_t i = 0; i < sequence.times().size(); ++i)
+        (*times)[i].milliseconds = std::min((*times)[i].milliseconds, sequence.times()[i]);
     if (!direct)
         for (std::size_t i = 0; i < l.outputs.size(); ++i)
             if (l.output_cells[i] >= 0)
@@ -249,7 +348,7 @@ std::vector<StepTime> Plan::profile(const void* const* inputs, void* const* outp
     auto instance = take();
     std::vector<StepTime> times;
     for (const NamedStep& s : instance->lowered.steps)
-        times.push_back({s.node, s.step->kernel(), std::numeric_limits<double>::infinity()});
+        times.push_back(blank_time(s));
     try {
         for (int i = 0; i < runs; ++i) execute(*instance, inputs, outputs, &times);
     } catch (...) {
@@ -264,7 +363,8 @@ double Plan::predicted_ms() {
     auto instance = take();
     double sum = 0;
     for (const NamedStep& s : instance->lowered.steps)
-        if (const Decision* d = s.step->decision.get()) sum += d->ways[d->taken].predicted_ms;
+        if (const Decision* d = s.step->decision.get())
+            sum += d->ways[d->taken].predicted_ms * runs_of(s, instance->lowered);
     give(std::move(instance));
     return sum;
 }
@@ -289,7 +389,7 @@ std::vector<Tried> Plan::tune(const void* const* inputs, void* const* outputs, c
     const auto blank = [](const Instance& instance) {
         Times times;
         for (const NamedStep& s : instance.lowered.steps)
-            times.push_back({s.node, s.step->kernel(), std::numeric_limits<double>::infinity()});
+            times.push_back(blank_time(s));
         return times;
     };
     const auto total = [](const Times& times) {
@@ -299,10 +399,9 @@ std::vector<Tried> Plan::tune(const void* const* inputs, void* const* outputs, c
     };
     // Rounds in turn, so that what disturbs the machine disturbs all.
     const auto race = [&](const std::vector<Instance*>& instances, std::vector<Times>& times) {
-        const auto start = std::chrono::steady_clock::now();
+        const Milliseconds start = now();
         for (int round = 0; round < tuning.runs; ++round) {
-            const std::chrono::duration<double, std::milli> taken = std::chrono::steady_clock::now() - start;
-            if (round >= 2 && taken.count() > tuning.budget_ms) break;
+            if (round >= 2 && (now() - start).count() > tuning.budget_ms) break;
             for (std::size_t i = 0; i < instances.size(); ++i) execute(*instances[i], inputs, outputs, &times[i]);
         }
     };
@@ -338,7 +437,7 @@ std::vector<Tried> Plan::tune(const void* const* inputs, void* const* outputs, c
         }
         ++at->count;
         for (std::size_t way = 0; way < at->milliseconds.size(); ++way)
-            at->milliseconds[way] += times[way][i].milliseconds;
+            at->milliseconds[way] += times[way][i].milliseconds / runs_of(steps[i], instances[0]->lowered);
     }
     bool differs = false;
     for (Tried& t : found) {

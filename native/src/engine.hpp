@@ -53,6 +53,7 @@ struct Engine {
     std::shared_ptr<Backend> backend;
     Constants constants;
     Arenas arenas;
+    std::optional<Nearness> nearness;  // in place of the backend's
     std::mutex building;  // lowering packs weights and fills `constants`
     Lasting lasting;      // of all its plans, those that are gone too: packing takes longer than all else in a plan
 };
@@ -60,6 +61,7 @@ struct Engine {
 struct StepTime {
     int node;
     std::string kernel;
+    std::int64_t parts;   // of the batch, on each of which it runs
     double milliseconds;  // least of the runs
 };
 
@@ -90,6 +92,8 @@ public:
 
     const std::vector<OutputForm>& outputs() const { return outputs_; }
     std::int64_t arena_bytes() const { return arena_bytes_; }
+    // Whether some steps take the batch in parts.
+    bool runs_in_parts() const { return runs_in_parts_; }
     // Dense tensors in the forms agreed on; numbers are null on both sides.
     void run(const void* const* inputs, void* const* outputs);
     std::vector<StepTime> profile(const void* const* inputs, void* const* outputs, int runs);
@@ -106,6 +110,7 @@ private:
     std::vector<InputForm> forms_;
     std::vector<OutputForm> outputs_;
     std::int64_t arena_bytes_ = 0;
+    bool runs_in_parts_ = false;
     std::mutex mutex_;
     std::condition_variable returned_;
     std::vector<std::unique_ptr<Instance>> free_;

@@ -92,6 +92,24 @@ void give_outputs(Context& c) {
     }
 }
 
+bool takes_a_number(const Context& c, const Arg& a) {
+    if (const auto* items = a.as<Args>())
+        return std::any_of(items->begin(), items->end(), [&](const Arg& item) { return takes_a_number(c, item); });
+    const auto* ref = a.as<Ref>();
+    if (ref == nullptr) return false;
+    const Val& v = c.value(ref->value);
+    return v.as<std::int64_t>() != nullptr || v.as<double>() != nullptr || v.as<bool>() != nullptr;
+}
+
+// Whether a node that was lowered computes anything but a number or a shape from numbers.
+bool computes_with_sizes(const Context& c, const Node& n) {
+    const std::string name = n.target.substr(0, n.target.find('.'));
+    if (name == "reshape" || name == "view" || name == "_unsafe_view" || name == "expand") return false;
+    if (n.output >= 0 && c.value(n.output).as<std::int64_t>() != nullptr) return false;
+    return std::any_of(n.args.begin(), n.args.end(), [&](const Arg& a) { return takes_a_number(c, a); }) ||
+           std::any_of(n.kwargs.begin(), n.kwargs.end(), [&](const auto& a) { return takes_a_number(c, a.second); });
+}
+
 void lower_node(Context& c, const Node& n) {
     switch (n.op) {
         case Op::quantize: return quantize(c, n);
@@ -150,38 +168,45 @@ bool is_supported(const Node& node) {
     }
 }
 
+void Lowered::place() {
+    ArenaPlan arena = plan_arena(buffers), kept = plan_arena(buffers, Storage::kept);
+    arena_offsets = std::move(arena.offsets);
+    arena_bytes = arena.bytes;
+    kept_offsets = std::move(kept.offsets);
+    kept_bytes = kept.bytes;
+    std::int64_t bytes = arena_bytes + kept_bytes;
+    for (const Buffer& b : buffers)
+        if (b.storage == Storage::output) bytes += b.bytes;
+    require_memory(bytes, "a plan");
+}
+
 Lowered lower(const Program& program, const Section& section, const std::vector<InputForm>& forms, Backend& backend,
               Constants& constants) {
     Context c(program, section, backend, constants);
     take_inputs(c, forms);
     for (c.node_index = section.first; c.node_index < section.last; ++c.node_index) {
-        if (c.fusion.is_absorbed(c.node_index)) continue;
         const auto label = [&] { return "layer " + c.node().label(); };
         try {
-            lower_node(c, c.node());
+            if (!c.fusion.is_absorbed(c.node_index)) lower_node(c, c.node());
         } catch (const Unsupported& error) {
             throw Unsupported("node " + std::to_string(c.node_index) + ": " + label() + ": " + error.what());
         } catch (const Error& error) {
             throw Error(label() + ": " + error.what());
         }
+        c.result.computes_with_sizes = c.result.computes_with_sizes || computes_with_sizes(c, c.node());
     }
     c.node_index = -1;
     give_outputs(c);
-    const Schedule plan = schedule(c.buffers.all(), c.uses);
+    Schedule plan = schedule(c.buffers.all(), c.uses);
     std::vector<NamedStep> steps = std::move(c.result.steps);
     c.result.steps.clear();
-    for (std::size_t i = 0; i < steps.size(); ++i)
-        (static_cast<int>(i) < plan.once ? c.result.once : c.result.steps)
-            .push_back(std::move(steps[static_cast<std::size_t>(plan.order[i])]));
-    ArenaPlan arena = plan_arena(plan.buffers), kept = plan_arena(plan.buffers, Storage::kept);
-    std::int64_t bytes = arena.bytes + kept.bytes;
-    for (const Buffer& b : c.buffers.all())
-        if (b.storage == Storage::output) bytes += b.bytes;
-    require_memory(bytes, "a plan");
-    c.result.arena_offsets = std::move(arena.offsets);
-    c.result.arena_bytes = arena.bytes;
-    c.result.kept_offsets = std::move(kept.offsets);
-    c.result.kept_bytes = kept.bytes;
+    for (std::size_t i = 0; i < steps.size(); ++i) {
+        const auto from = static_cast<std::size_t>(plan.order[i]);
+        steps[from].use = std::move(c.uses[from]);
+        (static_cast<int>(i) < plan.once ? c.result.once : c.result.steps).push_back(std::move(steps[from]));
+    }
+    c.result.buffers = std::move(plan.buffers);
+    c.result.place();
     return std::move(c.result);
 }
 

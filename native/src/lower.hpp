@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "lowering/schedule.hpp"
 #include "program.hpp"
 
 namespace quantflow {
@@ -32,6 +33,19 @@ struct OutputForm {
 struct NamedStep {
     std::unique_ptr<Step> step;
     int node;  // index into Program::nodes; -1: moves inputs or outputs
+    lowering::Use use;
+    std::int64_t parts = 1;  // of the batch, on each of which it runs
+};
+
+// Steps [first, last) run one after another on a part of the batch, then on the next, on several threads at once.
+struct MicroBatches {
+    int first = 0, last = 0;
+    // A buffer that is used outside too: of which each part has so many bytes.
+    struct Shared {
+        std::size_t cell;
+        std::int64_t bytes;
+    };
+    std::vector<Shared> shared;
 };
 
 // Memory that holds a program's tensors where the backend can read them; shared by everything built from a program.
@@ -70,6 +84,14 @@ struct Lowered {
     std::int64_t arena_bytes = 0;
     std::vector<std::int64_t> kept_offsets;  // per cell; -1: not in the memory that `once` fills for all runs
     std::int64_t kept_bytes = 0;
+    std::vector<lowering::Buffer> buffers;  // per cell
+    // Whether something else than a shape depends on how large the inputs are.
+    bool computes_with_sizes = false;
+    std::vector<MicroBatches> micro_batches;      // in order
+    std::vector<std::unique_ptr<Lowered>> parts;  // lowered for a part of the batch, one for each thread
+
+    // Lays out arena and kept memory anew.
+    void place();
 };
 
 // Whether a node's op has a kernel here, as far as that shows without shapes.

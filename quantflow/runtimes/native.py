@@ -370,7 +370,10 @@ class NativeRunner(AbstractRunner):
         return sum(index not in self.in_torch for index in self.program.int8_layers())
 
     def profile(self, inputs: Sequence[torch.Tensor], runs: int = 10) -> list[dict[str, Any]]:
-        """One row per kernel in execution order: {"name", "op", "kernel", "ms"}, the least of `runs` runs."""
+        """One row per kernel in execution order: {"name", "op", "kernel", "parts", "ms"}, the least of `runs` runs.
+
+        "parts": in how many parts the batch passes it; 1: at once.
+        """
         program, rows = self.program, []
         self(inputs)
         values: dict[str, Any] = {i.name: x for i, x in zip(program.inputs, inputs, strict=True)}
@@ -384,7 +387,7 @@ class NativeRunner(AbstractRunner):
                         values[node.output] = run_in_torch(program, node, values)
                         taken.append((time.perf_counter() - start) * 1e3)
                     op = node.target or node.op
-                    rows.append({"name": node.name, "op": op, "kernel": f"torch {op}", "ms": min(taken)})
+                    rows.append({"name": node.name, "op": op, "kernel": f"torch {op}", "parts": 1, "ms": min(taken)})
                     continue
                 given = self._given(part, values)
                 plan = self._plan(part, given, self._threads())
@@ -396,6 +399,7 @@ class NativeRunner(AbstractRunner):
                             "name": node.name if node else "inputs and outputs",
                             "op": (node.target or node.fused_name) if node else "copy",
                             "kernel": step["kernel"],
+                            "parts": step["parts"],
                             "ms": step["ms"],
                         }
                     )

@@ -314,7 +314,7 @@ def distribution_file(distribution: str, name: str) -> Path | None:
 
 
 def profile(plan: Handle, inputs: Any, outputs: Any, runs: int) -> list[dict[str, Any]]:
-    """[{"node", "kernel", "ms"}] of a plan's kernels, each timed alone."""
+    """What a plan's kernels take, each timed alone; see qf_plan_profile in native/include/quantflow/native.h."""
     found: list[dict[str, Any]] = text_of("qf_plan_profile", plan.pointer, inputs, outputs, ctypes.c_int32(runs))
     return found
 

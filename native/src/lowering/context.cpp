@@ -95,7 +95,7 @@ void Context::emit(std::unique_ptr<Step> step, std::initializer_list<const View*
                    std::initializer_list<const View*> writes) {
     if (result.steps.size() >= kMaxSteps)
         throw Error("more than " + std::to_string(kMaxSteps) + " steps, which is no plan");
-    result.steps.push_back({std::move(step), node_index});
+    result.steps.push_back({std::move(step), node_index, {}});
     uses.emplace_back();
     for (const View* v : reads)
         if (v != nullptr) also_reads(*v);
