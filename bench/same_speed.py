@@ -1,6 +1,7 @@
 """Are two installations equally fast? A change that should change nothing shows here.
 
     python -m bench.same_speed --other-python OLD/bin/python --threads 2
+    python -m bench.same_speed --other-python OLD/bin/python --threads 2 --models densenet121 --batch 16
 
 Both sides take turns, in processes of their own that stay alive: the time to import quantflow (a fresh process each),
 to load a saved ResNet-50 and MiniLM and get their first results, and the latency of int8 ResNet-50, MobileNetV2, MiniLM
@@ -40,15 +41,19 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--only-load", action="store_true", help="load ResNet-50 and MiniLM, and nothing else")
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="these of torchvision, on images of 224 x 224")
+    parser.add_argument("--batch", type=int, default=1, help="images at a time")
     options = parser.parse_args()
     found = show_machine()
     models = {"squeezenet1_1": 32} if options.smoke else {**MODELS, **TEXT}
+    if options.models:
+        models = dict.fromkeys(options.models, 224)
     if options.only_load:
         models = {name: models[name] for name in LOADED}
     rounds = 3 if options.smoke else options.rounds
     with tempfile.TemporaryDirectory() as folder:
         sides = {
-            name: Side(python, Path(folder, name), options.threads, models, only_load=options.only_load)
+            name: Side(python, Path(folder, name), options.threads, models, options.batch, only_load=options.only_load)
             for name, python in (("this", sys.executable), ("other", options.other_python))
         }
         taken: dict[str, dict[str, list[float]]] = {name: {} for name in sides}
@@ -93,7 +98,7 @@ class Side:
     """One installation: a process that has its models ready and times them when it is told to."""
 
     def __init__(
-        self, python: str, folder: Path, threads: int, models: dict[str, int], *, only_load: bool = False
+        self, python: str, folder: Path, threads: int, models: dict[str, int], batch: int, *, only_load: bool = False
     ) -> None:
         folder.mkdir()
         self._python, self._folder, self._only_load = python, folder, only_load
@@ -101,7 +106,7 @@ class Side:
         self._environment.pop("PYTHONPATH", None)
         # Started by its path and from elsewhere, so that the installation's quantflow is what it imports.
         self._process = subprocess.Popen(
-            [python, str(Path(__file__).resolve()), json.dumps(models), "load" if only_load else "all"],
+            [python, str(Path(__file__).resolve()), json.dumps(models), str(batch), "load" if only_load else "all"],
             cwd=folder, env=self._environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self._ask()
@@ -130,7 +135,7 @@ class Side:
         return seconds
 
 
-def answer(models: dict[str, int], *, only_load: bool) -> None:
+def answer(models: dict[str, int], batch: int, *, only_load: bool) -> None:
     """Runs in the other process: a round for every line of standard input."""
     # Only here: the process that compares times nothing of its own.
     import torch
@@ -146,18 +151,18 @@ def answer(models: dict[str, int], *, only_load: bool) -> None:
         quiet = ["benchmark=disabled", "report=quiet", "runtime=native", f"output={name}"]
         with contextlib.redirect_stdout(io.StringIO()):  # standard output is for answers
             model = quantflow.run(quantflow.load_recipe(recipe, [*asked, *small, *quiet]))
-        given: Any = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))[:1].clone()
+        given: Any = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
         if name in TEXT:
             given = {each.name: torch.ones(1, size).long() for each in model.record.program.inputs}
         ready[name], saved[name] = (model, given), Path(f"{name}.int8")
         model.save(saved[name])
     with torch.inference_mode():
         for _ in sys.stdin:
-            print(json.dumps(_times(quantflow, ready, saved, only_load=only_load)), flush=True)
+            print(json.dumps(_times(quantflow, ready, saved, batch, only_load=only_load)), flush=True)
 
 
 def _times(
-    quantflow: Any, ready: dict[str, Any], saved: dict[str, Path], *, only_load: bool = False
+    quantflow: Any, ready: dict[str, Any], saved: dict[str, Path], batch: int, *, only_load: bool = False
 ) -> dict[str, float]:
     seconds = {}
     for name in [name for name in LOADED if name in saved] or list(saved):
@@ -171,7 +176,7 @@ def _times(
         while time.perf_counter() - began < 0.2:
             _called(model, x)
             calls += 1
-        seconds[f"{name}, batch 1"] = (time.perf_counter() - began) / calls
+        seconds[f"{name}, batch {1 if name in TEXT else batch}"] = (time.perf_counter() - began) / calls
     return seconds
 
 
@@ -180,7 +185,7 @@ def _called(model: Any, given: Any) -> Any:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3 and sys.argv[1].startswith("{"):
-        answer(json.loads(sys.argv[1]), only_load=sys.argv[2] == "load")
+    if len(sys.argv) == 4 and sys.argv[1].startswith("{"):
+        answer(json.loads(sys.argv[1]), int(sys.argv[2]), only_load=sys.argv[3] == "load")
     else:
         raise SystemExit(main())

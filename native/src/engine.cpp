@@ -242,10 +242,13 @@ std::unique_ptr<Plan::Instance> Plan::build() {
     }
     for (const auto* steps : {&l.once, &l.steps})
         for (const NamedStep& s : *steps) s.step->share(engine_->lasting);
-    ConstantBytes next;
-    for (auto s = l.steps.rbegin(); s != l.steps.rend(); ++s) {
-        s->step->expect(next);
-        if (const ConstantBytes own = s->step->weights(); own.size > 0) next = own;
+    for (Lowered* each : all) {
+        ConstantBytes next;
+        for (auto s = each->steps.rbegin(); s != each->steps.rend(); ++s) {
+            if (!s->step) continue;
+            s->step->expect(next);
+            if (const ConstantBytes own = s->step->weights(); own.size > 0) next = own;
+        }
     }
     run_once(*instance);
     return instance;

@@ -87,8 +87,9 @@ struct Lowered {
     std::vector<lowering::Buffer> buffers;  // per cell
     // Whether something else than a shape depends on how large the inputs are.
     bool computes_with_sizes = false;
-    std::vector<MicroBatches> micro_batches;      // in order
-    std::vector<std::unique_ptr<Lowered>> parts;  // lowered for a part of the batch, one for each thread
+    std::vector<MicroBatches> micro_batches;  // in order
+    // Lowered for a part of the batch, one for each thread; the first one's steps are among `steps`.
+    std::vector<std::unique_ptr<Lowered>> parts;
 
     // Lays out arena and kept memory anew.
     void place();

@@ -237,7 +237,12 @@ Lowered lower_in_micro_batches(const Program& program, const Section& section, c
         for (Buffer& b : part->buffers)
             if (b.storage != Storage::constant) b.storage = Storage::input;  // no memory of its own
     for (const Gains::Run& run : runs) take_over(whole, run, batch);
-    for (auto& part : whole.parts) part->place();
+    for (auto& part : whole.parts) {
+        part->once.clear();
+        for (std::size_t i = 0; i < part->steps.size(); ++i)
+            if (whole.steps[i].parts == 1) part->steps[i].step.reset();
+        part->place();
+    }
     whole.place();
     return whole;
 }

@@ -325,6 +325,35 @@ def test_convolutions_do_the_padding_in_front_of_them() -> None:
     assert len(kernels) == 8
 
 
+class Block(nn.Module):
+    """A residual block of convolutions, then one number per channel and a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.inner = nn.Conv2d(32, 32, 3, padding=1, groups=32)
+        self.outer = nn.Conv2d(32, 32, 1)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.outer(torch.relu(self.inner(x))))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_large_batches_pass_steps_in_parts(threads: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 128, 128)  # 8 MiB of codes between the convolutions, more than any core's cache
+    program = quantized_program(Block(), x[:2])
+    runner = NativeRunner(program, threads=threads)
+    together, one_by_one = runner([x]), torch.cat([runner([each]) for each in x.split(1)])
+    assert torch.equal(together, one_by_one)
+    parts = {row["name"]: row["parts"] for row in runner.profile([x], runs=1)}
+    assert parts["inner"] == 16
+    assert {row["parts"] for row in runner.profile([x[:2]], runs=1)} == {1}
+
+
 class WrittenOutAttention(nn.Module):
     """softmax(q k / 4 + mask) v, operation by operation."""
 
