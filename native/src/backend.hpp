@@ -53,7 +53,7 @@ public:
     std::vector<Tensor> samples;
 };
 
-// What it costs to compute a batch on all threads together, step by step, or on each thread a few samples through many
+// What it costs to compute a batch on all threads together, step by step, or on each thread sample by sample through many
 // steps, so that what they hand on stays in its cache.
 struct Nearness {
     int threads = 1;

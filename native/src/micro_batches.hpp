@@ -1,5 +1,5 @@
-// Large batches, a few samples at a time: where the results of a step for the whole batch fit into no cache, and those for
-// a part of it do, several steps run on one part before they go on with the next.
+// Large batches, a sample at a time on each thread: where the results of a step for the whole batch fit into no cache, and
+// those for a sample do, several steps run on one sample before they go on with the next.
 #pragma once
 
 #include "lower.hpp"
