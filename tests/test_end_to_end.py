@@ -527,7 +527,7 @@ def test_settings_change_what_is_measured() -> None:
     _, plain = run()
     assert "benchmark" not in plain
     assert plain["accuracy"]["per_layer"]
-    assert plain["warmup"]["iterations"] == 5
+    assert plain["warmup"]["iterations"] == 3
     assert run(warmup={"iterations": 2})[1]["warmup"]["iterations"] == 2
     assert {row["name"] for row in plain["accuracy"]["histograms"]} <= {row["name"] for row in plain["plan"]}
     assert any("own_sqnr_db" in row for row in plain["accuracy"]["per_layer"])

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "int8_cost.hpp"
 
@@ -54,23 +55,24 @@ PackedWeights pack_gemm_weights(const Int8Kernels& kernels, const Weights& w, co
     PackedWeights packed{Aligned<std::int8_t>(g.groups * panels * quads * columns * 4),
                          Aligned<std::int32_t>(g.groups * panels * columns),
                          {}};
-    for (i64 group = 0; group < g.groups; ++group)
-        for (i64 n = 0; n < g.out_channels; ++n) {
-            const i64 panel = group * panels + n / columns, column = n % columns;
-            const std::int8_t* from = w.codes + (group * g.out_channels + n) * own_in * taps;
-            std::int8_t* to = packed.codes.data() + panel * quads * columns * 4 + column * 4;
-            const i64 first = n / own_out * own_in;  // input channel of the merged group
-            std::int32_t sum = 0;
-            for (i64 c = 0; c < own_in; ++c)
-                for (i64 t = 0; t < taps; ++t) {
-                    const i64 step = t * g.in_channels + first + c;
-                    const i64 k = step / runs.length * runs.quads * 4 + step % runs.length;
-                    const std::int8_t code = from[c * taps + t];
-                    to[k / 4 * columns * 4 + k % 4] = code;
-                    sum += code;
-                }
-            packed.sums[panel * columns + column] = sum;
-        }
+    const i64 codes = own_in * taps;
+    std::vector<i64> place(static_cast<std::size_t>(codes));  // of an output's codes, in its column of a panel
+    for (i64 own = 0; own < g.merged; ++own) {
+        for (i64 c = 0; c < own_in; ++c)
+            for (i64 t = 0; t < taps; ++t) {
+                const i64 step = t * g.in_channels + own * own_in + c;
+                const i64 k = step / runs.length * runs.quads * 4 + step % runs.length;
+                place[static_cast<std::size_t>(c * taps + t)] = k / 4 * columns * 4 + k % 4;
+            }
+        for (i64 group = 0; group < g.groups; ++group)
+            for (i64 n = own * own_out; n < (own + 1) * own_out; ++n) {
+                const i64 panel = group * panels + n / columns, column = n % columns;
+                const std::int8_t* from = w.codes + (group * g.out_channels + n) * codes;
+                std::int8_t* to = packed.codes.data() + panel * quads * columns * 4 + column * 4;
+                for (i64 i = 0; i < codes; ++i) to[place[static_cast<std::size_t>(i)]] = from[i];
+                packed.sums[panel * columns + column] = std::accumulate(from, from + codes, std::int32_t{0});
+            }
+    }
     if (kernels.joint_weights > 0)
         packed.joint = joint_quads(kernels, packed.codes, g.groups * panels, quads,
                                    runs.runs > 1 ? runs.quads : chunk_of(kernels, quads));

@@ -14,6 +14,8 @@ namespace {
 
 // More concurrent runs of one plan wait for an instance instead of taking more memory.
 constexpr int kMaxInstances = 16;
+// Of the steps of one shape, so many are timed when cuts are tried.
+constexpr int kMostTimed = 2;
 
 std::size_t bytes_of(DType dtype, const std::vector<std::int64_t>& dims) {
     std::int64_t n = size_of(dtype);
@@ -48,10 +50,11 @@ StepTime blank_time(const NamedStep& s) {
 
 Milliseconds now() { return std::chrono::steady_clock::now().time_since_epoch(); }
 
-// Runs a plan's steps in order, and takes their times if asked to.
+// Runs a plan's steps in order, all or those of a selection, and takes their times if asked to.
 class Sequence {
 public:
-    Sequence(Lowered& l, Backend& backend, bool takes_times) : l_(l), backend_(backend) {
+    Sequence(Lowered& l, Backend& backend, bool takes_times, const std::vector<bool>* selection)
+        : l_(l), backend_(backend), selection_(selection) {
         if (takes_times) times_.assign(l.steps.size(), 0);
     }
 
@@ -70,6 +73,7 @@ public:
 
 private:
     void run(Step& step, std::size_t i, std::vector<double>& times) {
+        if (selection_ != nullptr && !(*selection_)[i]) return;
         if (times.empty()) return step.run();
         backend_.wait();
         const Milliseconds start = now();
@@ -113,7 +117,8 @@ private:
 
     Lowered& l_;
     Backend& backend_;
-    std::vector<double> times_;  // empty: not taken
+    const std::vector<bool>* selection_;  // null: all
+    std::vector<double> times_;           // empty: not taken
 };
 
 }  // namespace
@@ -294,7 +299,8 @@ void Plan::give(std::unique_ptr<Instance> instance) {
     returned_.notify_one();
 }
 
-void Plan::execute(Instance& instance, const void* const* inputs, void* const* outputs, std::vector<StepTime>* times) {
+void Plan::execute(Instance& instance, const void* const* inputs, void* const* outputs, std::vector<StepTime>* times,
+                   const std::vector<bool>* selection) {
     Lowered& l = instance.lowered;
     for (std::size_t i = 0; i < forms_.size(); ++i)
         if (l.input_cells[i] >= 0 && (inputs == nullptr || inputs[i] == nullptr) &&
@@ -320,14 +326,15 @@ void Plan::execute(Instance& instance, const void* const* inputs, void* const* o
         for (std::size_t i = 0; i < l.outputs.size(); ++i)
             if (l.output_cells[i] >= 0)
                 l.cells[static_cast<std::size_t>(l.output_cells[i])] = static_cast<std::byte*>(outputs[i]);
-    Sequence sequence(l, backend, times != nullptr);
+    Sequence sequence(l, backend, times != nullptr, selection);
     const auto all = [&] { sequence.run(); };
     if (l.steps.size() > 1)
         backend.during(all);
     else  // a small step alone may need no other thread
         all();
     for (std::size_t i = 0; i < sequence.times().size(); ++i)
-        (*times)[i].milliseconds = std::min((*times)[i].milliseconds, sequence.times()[i]);
+        if (selection == nullptr || (*selection)[i])
+            (*times)[i].milliseconds = std::min((*times)[i].milliseconds, sequence.times()[i]);
     if (!direct)
         for (std::size_t i = 0; i < l.outputs.size(); ++i)
             if (l.output_cells[i] >= 0)
@@ -339,7 +346,7 @@ void Plan::execute(Instance& instance, const void* const* inputs, void* const* o
 void Plan::run(const void* const* inputs, void* const* outputs) {
     auto instance = take();
     try {
-        execute(*instance, inputs, outputs, nullptr);
+        execute(*instance, inputs, outputs);
     } catch (...) {
         give(std::move(instance));
         throw;
@@ -395,36 +402,24 @@ std::vector<Tried> Plan::tune(const void* const* inputs, void* const* outputs, c
             times.push_back(blank_time(s));
         return times;
     };
-    const auto total = [](const Times& times) {
-        double sum = 0;
-        for (const StepTime& t : times) sum += t.milliseconds;
-        return sum;
-    };
+    std::vector<bool> timed;
     // Rounds in turn, so that what disturbs the machine disturbs all.
     const auto race = [&](const std::vector<Instance*>& instances, std::vector<Times>& times) {
         const Milliseconds start = now();
         for (int round = 0; round < tuning.runs; ++round) {
             if (round >= 2 && (now() - start).count() > tuning.budget_ms) break;
-            for (std::size_t i = 0; i < instances.size(); ++i) execute(*instances[i], inputs, outputs, &times[i]);
+            for (std::size_t i = 0; i < instances.size(); ++i)
+                execute(*instances[i], inputs, outputs, &times[i], &timed);
         }
     };
 
     std::vector<std::unique_ptr<Instance>> instances;
     instances.push_back(made(0));
     const std::vector<NamedStep>& steps = instances[0]->lowered.steps;
-    std::size_t ranks = 1;
-    for (const NamedStep& s : steps)
-        if (s.step->decision) ranks = std::max(ranks, s.step->decision->ways.size());
-    while (instances.size() < ranks) instances.push_back(made(instances.size()));
-    std::vector<Instance*> racing;
-    std::vector<Times> times;
-    for (const auto& instance : instances) {
-        racing.push_back(instance.get());
-        times.push_back(blank(*instance));
-    }
-    race(racing, times);
-
     std::vector<Tried> found;
+    std::vector<std::size_t> tried_of(steps.size());
+    std::size_t ranks = 1;
+    timed.assign(steps.size(), false);
     for (std::size_t i = 0; i < steps.size(); ++i) {
         const Decision* d = steps[i].step->decision.get();
         if (d == nullptr) continue;
@@ -436,15 +431,36 @@ std::vector<Tried> Plan::tune(const void* const* inputs, void* const* outputs, c
             tried.shape = d->shape;
             tried.ways = d->ways;
             at = found.insert(found.end(), tried);
-            at->milliseconds.assign(d->ways.size(), 0);
+            ranks = std::max(ranks, d->ways.size());
         }
-        ++at->count;
-        for (std::size_t way = 0; way < at->milliseconds.size(); ++way)
-            at->milliseconds[way] += times[way][i].milliseconds / runs_of(steps[i], instances[0]->lowered);
+        tried_of[i] = static_cast<std::size_t>(at - found.begin());
+        timed[i] = at->count++ < kMostTimed;
     }
+    while (instances.size() < ranks) instances.push_back(made(instances.size()));
+    std::vector<Instance*> racing;
+    std::vector<Times> times;
+    for (const auto& instance : instances) {
+        racing.push_back(instance.get());
+        times.push_back(blank(*instance));
+    }
+    race(racing, times);
+    // Of one step of a shape, by the times of those that were taken.
+    const auto mean_ms = [&](const Times& taken, std::size_t shape) {
+        double sum = 0;
+        for (std::size_t i = 0; i < steps.size(); ++i)
+            if (timed[i] && tried_of[i] == shape)
+                sum += taken[i].milliseconds / runs_of(steps[i], instances[0]->lowered);
+        return sum / std::min(found[shape].count, kMostTimed);
+    };
+    const auto total = [&](const Times& taken) {
+        double sum = 0;
+        for (std::size_t shape = 0; shape < found.size(); ++shape) sum += found[shape].count * mean_ms(taken, shape);
+        return sum;
+    };
     bool differs = false;
-    for (Tried& t : found) {
-        for (double& ms : t.milliseconds) ms /= t.count;
+    for (std::size_t shape = 0; shape < found.size(); ++shape) {
+        Tried& t = found[shape];
+        for (std::size_t way = 0; way < t.ways.size(); ++way) t.milliseconds.push_back(mean_ms(times[way], shape));
         forget_way(t.shape);
         const auto best = std::min_element(t.milliseconds.begin(), t.milliseconds.end());
         if (*best > 0.97 * t.milliseconds[0]) continue;

@@ -97,8 +97,9 @@ public:
     // Dense tensors in the forms agreed on; numbers are null on both sides.
     void run(const void* const* inputs, void* const* outputs);
     std::vector<StepTime> profile(const void* const* inputs, void* const* outputs, int runs);
-    // Times the steps that might be done in several ways, and makes this plan, and those made from now on, with the
-    // fastest. Ways that only seem faster, because something disturbed the others, are not kept.
+    // Times the steps that might be done in several ways, a few of each shape and nothing between them, and makes this
+    // plan, and those made from now on, with the fastest. Ways that only seem faster, because something disturbed the
+    // others, are not kept. Leaves anything in the outputs.
     std::vector<Tried> tune(const void* const* inputs, void* const* outputs, const Tuning&);
     // What the steps with a decision are predicted to take together.
     double predicted_ms();
@@ -121,7 +122,9 @@ private:
     void give(std::unique_ptr<Instance> instance);
     void run_once(Instance& instance);
     void drop_free();
-    void execute(Instance& instance, const void* const* inputs, void* const* outputs, std::vector<StepTime>* times);
+    // With a `selection`, the steps where it is true alone, on whatever their inputs hold.
+    void execute(Instance& instance, const void* const* inputs, void* const* outputs,
+                 std::vector<StepTime>* times = nullptr, const std::vector<bool>* selection = nullptr);
 };
 
 }  // namespace quantflow

@@ -18,6 +18,7 @@ from quantflow.capture.sizes import Sizes, find_sizes, shorter
 from quantflow.capture.torchscript import capture_torchscript
 from quantflow.capture.untouched import untouched
 from quantflow.errors import CaptureError, DataError, ModelError, cause_line
+from quantflow.host.memory import uncollected
 from quantflow.ir.batch import Batch
 from quantflow.ir.binding import bind
 from quantflow.ir.calls import BATCH, Limit
@@ -70,7 +71,7 @@ def capture(
         names = tensor_names(model, example)
         sizes = find_sizes(dynamic, alike, names)
         _require_takes(original or model, sizes, alike, names)
-        with without_autocast() as lowered, untouched(model):
+        with without_autocast() as lowered, untouched(model), uncollected():
             graph = transposed_to_convolutions(_captured(model, example, mode, sizes, original))
             graph = split_recurrent(graph, IN_MODULES if mode.kind == "imperative" else "")
     except Exception:
@@ -78,7 +79,8 @@ def capture(
         raise
     if not any(isinstance(leaf, fx.Node) for leaf in pytree.tree_leaves(graph.fx.output_node().args[0])):
         raise _no_output(model)
-    graph = _with_least_batch(graph, example)
+    if mode.kind != "export" or isinstance(model, torch.jit.ScriptModule):  # torch.export has written down its limits
+        graph = _with_least_batch(graph, example)
     if lowered:
         places = ", ".join(dict.fromkeys(lowered))
         graph = graph.with_notes(f"autocast inside the model ({places}) was left out: layers read float32, then int8")

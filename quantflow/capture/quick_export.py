@@ -1,4 +1,4 @@
-"""What torch.export spends without need: forms of batch norms and joins, notes for its own later use, the collector.
+"""What torch.export spends without need: forms of batch norms and joins, notes for its own later use.
 
 While it traces, each op is computed on tensors without numbers. torch works out a batch norm's result there by its
 formula, in some twenty ops on sizes that vary, and a join's by comparing all sizes of all operands: more than half of a
@@ -11,7 +11,6 @@ each of several forms of the program's code, none of which is run. A third of th
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -78,17 +77,14 @@ def _unseen(track: Any) -> Any:
 
 @contextlib.contextmanager
 def _quick_forms() -> Iterator[None]:
-    table, collects = get_fast_op_impls(), gc.isenabled()
+    table = get_fast_op_impls()
     added = {op: form for op, form in ((_BATCH_NORM, _batch_norm), (_CAT, _cat)) if op not in table}
-    gc.disable()  # it would go through the objects of all imported libraries over and over, and free few
     table.update(added)
     try:
         yield
     finally:
         for op in added:
             table.pop(op, None)
-        if collects:
-            gc.enable()
 
 
 def _batch_norm(mode: FakeTensorMode, x: FakeTensor, *args: Any, **kwargs: Any) -> Any:

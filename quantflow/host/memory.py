@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,6 +26,18 @@ def memory_bytes() -> int:
         with suppress(OSError, ValueError):  # "max" is no number
             found = min(found, int(Path("/sys/fs/cgroup", name).read_text()))
     return found
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No search for garbage, which goes through the objects of all imported libraries over and over, and frees few."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from quantflow.errors import DataError
 from quantflow.host.memory import memory_bytes
 from quantflow.host.place import CPU
 from quantflow.ir.batch import Batch
@@ -83,10 +85,21 @@ class FloatPasses:
 
     def held(self, graph: Graph, batch: Batch) -> Mapping[str, Any] | None:
         """Node name → value of a batch that was just run; None where it is not held."""
+        last = self._last_of(graph, batch)
+        return None if last is None else {node.name: value for node, value in last.values}
+
+    def output(self, graph: Graph, batch: Batch) -> Any:
+        """The graph's output for a batch that was just run; None where it is not held."""
+        last = self._last_of(graph, batch)
+        return None if last is None else last.output
+
+    def _last_of(self, graph: Graph, batch: Batch) -> _Pass | None:
         last = self._last
-        if last is None or not last.is_of(graph, bind(graph, batch.args, batch.kwargs)):
+        if last is None:
             return None
-        return {node.name: value for node, value in last.values}
+        with suppress(DataError):  # a batch of another form
+            return last if last.is_of(graph, bind(graph, batch.args, batch.kwargs)) else None
+        return None
 
     def forget(self) -> None:
         """Let go of the values."""

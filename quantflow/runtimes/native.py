@@ -136,8 +136,8 @@ class NativeRunner(AbstractRunner):
         """Time what is worth trying on an input, and keep the fastest: the cuts of its steps, then whole variants.
 
         Returns:
-            One row per variant: {"batch", "asked_threads", "threads", "chunk", "ms" (least of `runs`), "chosen"}; the
-            chosen one has the "cuts" of steps that are not as predicted, too.
+            One row per variant: {"batch", "asked_threads", "threads", "chunk", "ms" (least of `runs`, of two where it is
+            the only one), "chosen"}; the chosen one has the "cuts" of steps that are not as predicted, too.
 
         Raises:
             VerificationError: another cut of the steps gives another result.
@@ -166,7 +166,8 @@ class NativeRunner(AbstractRunner):
             values = self._run_variant(inputs, variant) if variant != RunVariant(threads) else whole
             if all(same(values[name], whole[name]) for name in names):
                 variants.append(variant)
-        taken = _interleaved_ms([partial(self._run_variant, inputs, variant) for variant in variants], runs)
+        calls = [partial(self._run_variant, inputs, variant) for variant in variants]
+        taken = _interleaved_ms(calls, runs if len(calls) > 1 else 2)
         rows: list[dict[str, Any]] = [
             {"batch": batch, "asked_threads": threads, **vars(variant), "ms": ms, "chosen": False}
             for variant, ms in zip(variants, taken, strict=True)
@@ -290,9 +291,12 @@ class NativeRunner(AbstractRunner):
         node = self.program.nodes[index]
         with torch.inference_mode():
             if index not in self.in_torch and node.op != "size" and not is_list(node) and node.target != "getitem":
-                section = Section(index, index + 1, tuple(dict.fromkeys(node.refs())), (node.output,))
+                # As kernels write it, unless torch may read it, some of whose ops take no other layout than its own.
+                is_step = not self.in_torch
+                section = Section(index, index + 1, tuple(dict.fromkeys(node.refs())), (node.output,), is_step)
                 try:
-                    return self._run(section, values, self._threads(), keep=False)[0]
+                    value = self._run(section, values, self._threads(), keep=False)[0]
+                    return self._own_codes(node.output, value) if is_step else value
                 except lib.Unsupported as refused:
                     self._leave_to_torch({refused.node: refused.reason})
                 except _Foreign as refused:

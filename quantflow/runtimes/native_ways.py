@@ -18,7 +18,7 @@ from quantflow.runtimes.native_sections import Section, SectionPlan
 MOST, MARGIN = 3, 0.15
 #: For all ways of a plan's steps together, and once more for the winners beside what was predicted; two rounds of each
 #: are run in any case.
-BUDGET_MS = 200.0
+BUDGET_MS = 120.0
 #: Variants whose int8 steps alone are predicted to take this much of what the plain way takes in all are not tried.
 HOPELESS = 1.25
 

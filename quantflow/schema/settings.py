@@ -81,7 +81,7 @@ class OutlierSettings(Settings):
 class WarmupSettings(Settings):
     """Runs before anything is timed, and the SQNR against the reference below which the run stops."""
 
-    iterations: Annotated[int, Field(ge=1, le=10_000)] = 5
+    iterations: Annotated[int, Field(ge=1, le=10_000)] = 3
     min_sqnr_db: Annotated[float, Field(ge=0, le=300)] = 40.0
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from quantflow.host.memory import uncollected
 from quantflow.host.place import CPU, interface_of
 from quantflow.ir.batch import Batch
 
@@ -75,7 +76,8 @@ def interleaved(
     clock = clock or _time_ms
     calls = {name: _calls_for(callables[name], min_round_ms, clock) for name in names}
     taken: dict[str, list[float]] = {name: [] for name in names}
-    with _no_garbage_collection():
+    gc.collect()
+    with uncollected():
         for turn in range(rounds):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
@@ -217,15 +219,3 @@ def _timing(taken: list[float], calls: int) -> Timing:
         quartiles = statistics.quantiles(taken, n=4, method="inclusive")
         spread = quartiles[2] - quartiles[0]
     return Timing(statistics.median(taken), min(taken), spread, tuple(taken), calls)
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    was_enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

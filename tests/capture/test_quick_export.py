@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import pytest
@@ -79,15 +78,14 @@ def test_nodes_know_their_line_where_it_is_asked_for(places: bool) -> None:
     assert [line is not None for line in lines] == [places]
 
 
-def test_torch_and_the_collector_are_as_before_after_an_error() -> None:
+def test_torch_is_as_before_after_an_error() -> None:
     def state() -> list[Any]:
         changed = proxy_tensor._extract_tensor_metadata, proxy_tensor.track_tensor_tree
         return [dict(get_fast_op_impls()), fx.config.do_not_emit_stack_traces, *changed]
 
     before = state()
     with pytest.raises(ZeroDivisionError), quick_export(places=False):
-        gc.isenabled() or 1 / 0
-    assert gc.isenabled()
+        1 / 0  # noqa: B018
     assert state() == before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from quantflow.host import memory
+from quantflow.host.memory import uncollected
 
 ROOT = Path(memory.__file__).parents[2]
 
@@ -41,3 +43,14 @@ def test_freed_memory_serves_the_next_tensor_and_goes_back() -> None:
     assert kept < plain / 4
     assert held > 2**25
     assert left < 2**24
+
+
+@pytest.mark.parametrize("was_enabled", [True, False])
+def test_the_collector_is_as_before_after_an_error(was_enabled: bool) -> None:
+    (gc.enable if was_enabled else gc.disable)()
+    try:
+        with pytest.raises(ZeroDivisionError), uncollected():
+            1 / gc.isenabled()  # noqa: B018
+        assert gc.isenabled() is was_enabled
+    finally:
+        gc.enable()

@@ -139,3 +139,40 @@ def test_own_errors_are_of_the_first_samples_where_the_batch_is_not_in_front(mon
     model = quantflow.quantize(Turned(), [torch.randn(8, 5, 6)])
     assert told == [None]
     assert any("own_sqnr_db" in row for row in model.results["accuracy"]["per_layer"])
+
+
+class Counting(nn.Module):
+    """Notes how many samples each of its own calls gets; not those of its graph."""
+
+    def __init__(self, drift: float = 0.0) -> None:
+        super().__init__()
+        self.net, self.drift, self.seen = Net(), drift, list[int]()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not isinstance(x, torch._subclasses.FakeTensor):
+            self.seen.append(len(x))
+        return self.net(x) + self.drift * len(self.seen)
+
+
+@pytest.mark.parametrize(("drift", "seen"), [(0.0, [1]), (0.1, [1, 8])])
+def test_the_graph_stands_for_the_float_model_where_that_agrees(
+    drift: float, seen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    module, accuracies, called = Counting(drift).eval(), [], list[list[int]]()
+    true = measure.tally
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        before = len(module.seen)
+        found = true(*args, **kwargs)
+        called.append(module.seen[before:])
+        return found
+
+    monkeypatch.setattr(measure, "tally", watched)
+    batches = [torch.randn(8, 3, 8, 8)]
+    accuracies.append(quantflow.quantize(module, batches).results["accuracy"])
+    monkeypatch.setattr(float_passes, "memory_bytes", lambda: 0)
+    accuracies.append(quantflow.quantize(module, batches).results["accuracy"])
+    assert called == [seen, [8]]
+    if not drift:
+        assert accuracies[0]["sqnr_db"] == pytest.approx(accuracies[1]["sqnr_db"], rel=1e-4)

@@ -138,7 +138,7 @@ def test_defaults_are_the_documented_ones() -> None:
         16,
     )
     assert (recipe.mode.kind, recipe.runtime.kind, recipe.device.kind) == ("export", "auto", "auto")
-    assert (recipe.warmup.iterations, recipe.benchmark.batch_sizes, recipe.benchmark.rounds) == (5, (1,), 7)
+    assert (recipe.warmup.iterations, recipe.benchmark.batch_sizes, recipe.benchmark.rounds) == (3, (1,), 7)
     assert set(recipe.gates.model_dump().values()) == {None}
 
 

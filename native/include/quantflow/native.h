@@ -97,7 +97,8 @@ int32_t qf_plan_profile(qf_plan*, const void* const* inputs, void* const* output
 /* What the steps whose cut into tasks is chosen by predicted cost are predicted to take together, in ms. */
 int32_t qf_plan_predicted_ms(qf_plan*, double* ms, char* error, size_t capacity);
 /* Runs steps that might be cut in several ways in each of them, and makes this plan, and all that are made from now on in
- * this process, with the fastest; every way gives the same result. At most `most` ways per step, none of which is
+ * this process, with the fastest; every way gives the same result. Only such steps run, at most two of each shape, so that
+ * what is in the outputs afterwards means nothing. At most `most` ways per step, none of which is
  * predicted to take more than (1 + margin) of the best; the least of at most `runs` times each, of at least two, within
  * about `budget_ms`. Writes a JSON list, one entry per shape: {"node": the first of its steps, "kernel", "shape", "count",
  * "kept": place in "ways", "ways": [{"rows", "panels", "predicted_ms", "ms" of one step}]}. `room`,
