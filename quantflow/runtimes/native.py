@@ -136,8 +136,8 @@ class NativeRunner(AbstractRunner):
         """Time what is worth trying on an input, and keep the fastest: the cuts of its steps, then whole variants.
 
         Returns:
-            One row per variant: {"batch", "asked_threads", "threads", "chunk", "ms" (least of `runs`, of two where it is
-            the only one), "chosen"}; the chosen one has the "cuts" of steps that are not as predicted, too.
+            One row per variant: {"batch", "asked_threads", "threads", "chunk", "ms" (least of `runs`, of two where it
+            is the only one), "chosen"}; the chosen one has the "cuts" of steps that are not as predicted, too.
 
         Raises:
             VerificationError: another cut of the steps gives another result.

@@ -50,7 +50,7 @@ def test_the_collector_is_as_before_after_an_error(was_enabled: bool) -> None:
     (gc.enable if was_enabled else gc.disable)()
     try:
         with pytest.raises(ZeroDivisionError), uncollected():
-            1 / gc.isenabled()  # noqa: B018
+            1 / gc.isenabled()
         assert gc.isenabled() is was_enabled
     finally:
         gc.enable()
