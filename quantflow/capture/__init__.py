@@ -201,7 +201,7 @@ def _of_module(model: nn.Module, example: Batch, mode: ModeSettings, sizes: Size
 
 def _form(model: nn.Module, example: Batch, original: nn.Module | None) -> Form:
     """From a small part of the example where the model takes it."""
-    small = example.head(2)
+    small = example.head(1)
     if small is not example:
         with contextlib.suppress(Exception):
             return form_of(model, small, original)

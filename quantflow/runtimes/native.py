@@ -208,7 +208,8 @@ class NativeRunner(AbstractRunner):
                 given = self._given(part, values)
                 plan = self._plan(part, given, threads)
                 found.append((part, given, plan))
-                values.update(zip(part.outputs, plan.run(given), strict=True))
+                if part is not self._parts[-1]:
+                    values.update(zip(part.outputs, plan.run(given), strict=True))
         return found
 
     def _forget_plans(self) -> None:
@@ -568,7 +569,7 @@ def _interleaved_ms(calls: Sequence[Callable[[], Any]], runs: int) -> list[float
 
     A run during which the system took a core away says nothing about the call: with more threads it is the more
     likely, so on a busy machine one thread would seem the fastest. Such rounds are repeated while patience lasts; not
-    where there is one call and nothing to choose.
+    where there is one call and nothing to choose. What is hopeless after two rounds is left out.
     """
     import resource  # not on Windows, where nothing native runs
 
@@ -577,6 +578,8 @@ def _interleaved_ms(calls: Sequence[Callable[[], Any]], runs: int) -> list[float
         preempted = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
         is_patient = len(calls) > 1 and time.perf_counter() - start <= _PATIENCE_S
         for i, call in enumerate(calls):
+            if done >= 2 and best[i] > native_ways.HOPELESS * min(best):
+                continue
             begin = time.perf_counter()
             call()
             best[i] = min(best[i], (time.perf_counter() - begin) * 1e3)
