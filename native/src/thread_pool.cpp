@@ -2,6 +2,7 @@
 
 #include <immintrin.h>
 #include <pthread.h>
+#include <sched.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -10,6 +11,7 @@
 #include <condition_variable>
 #include <exception>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <vector>
 
@@ -39,6 +41,26 @@ bool is_team_running() {
     for (int i = 0; i < 4; ++i) _mm_pause();
     return clock_gettime(clock_of_team.id, &after) != 0 || before.tv_nsec != after.tv_nsec ||
            before.tv_sec != after.tv_sec;
+}
+// Where the threads of a team may run, the caller's first: an OpenMP runtime that binds threads (OMP_PROC_BIND,
+// KMP_AFFINITY) leaves the caller one place, which every thread that it makes inherits. Empty: the caller isn't bound.
+std::vector<cpu_set_t> places_of_team(ThreadPool::Region region, std::size_t threads) {
+    struct Visit {
+        std::vector<cpu_set_t> places;
+        const std::thread::id caller = std::this_thread::get_id();
+        std::atomic<std::size_t> others{0};
+        void enter() {
+            const bool is_caller = std::this_thread::get_id() == caller;
+            const std::size_t self = is_caller ? 0 : others.fetch_add(1) + 1;
+            if (self < places.size()) sched_getaffinity(0, sizeof(cpu_set_t), &places[self]);
+        }
+    } visit;
+    cpu_set_t own;
+    if (region == nullptr || threads < 2 || sched_getaffinity(0, sizeof own, &own) != 0) return {};
+    if (static_cast<std::size_t>(CPU_COUNT(&own)) >= threads) return {};
+    visit.places.assign(threads, own);
+    region([](void* data) { static_cast<Visit*>(data)->enter(); }, &visit, static_cast<unsigned>(threads), 0);
+    return visit.places;
 }
 }  // namespace
 
@@ -202,8 +224,12 @@ struct ThreadPool::State {
 thread_local const ThreadPool::State* ThreadPool::State::holds = nullptr;
 
 ThreadPool::ThreadPool(int threads) : state_(std::make_unique<State>(static_cast<std::size_t>(std::max(threads, 1)))) {
+    const std::vector<cpu_set_t> places = places_of_team(state_->region, state_->own.ranges.size());
     for (std::size_t i = 1; i < state_->own.ranges.size(); ++i)
-        state_->threads.emplace_back([this, i] { state_->own.loop(i, 0); });
+        state_->threads.emplace_back([this, i, place = places.empty() ? std::nullopt : std::optional(places[i])] {
+            if (place) sched_setaffinity(0, sizeof *place, &*place);
+            state_->own.loop(i, 0);
+        });
 }
 
 ThreadPool::~ThreadPool() {

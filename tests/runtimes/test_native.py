@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import os
 import re
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -584,3 +585,28 @@ def test_files_are_opened_without_python(convolutions: Program, tmp_path: Path) 
             "qf_program_open", "qf_program_free", str(tmp_path / "program.json").encode(),
             str(tmp_path / "weights").encode(),
         )  # fmt: skip
+
+
+BOUND = """
+import os, sys, torch, quantflow
+torch.set_num_threads(2)
+torch.randn(1 << 22).relu()  # has the OpenMP runtime make its team, and bind the caller
+own, before = os.sched_getaffinity(0), set(os.listdir("/proc/self/task"))
+model = quantflow.load(sys.argv[1], device="cpu")
+model(torch.randn(2, 3, 32, 32))
+made = [os.sched_getaffinity(int(task)) for task in set(os.listdir("/proc/self/task")) - before]
+print(len(own), len(made), any(places - own for places in made))
+"""
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two CPUs")
+def test_threads_do_not_share_the_place_that_openmp_leaves_their_maker(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    quantflow.quantize(net, [torch.randn(2, 3, 32, 32)], device="cpu").save(tmp_path / "model")
+    command = [sys.executable, "-c", BOUND, str(tmp_path / "model")]
+    settings = os.environ | {"OMP_PROC_BIND": "true", "OMP_NUM_THREADS": "2"}
+    found = subprocess.run(command, env=settings, capture_output=True, text=True, check=True).stdout.split()
+    assert found[0] == "1", "torch's OpenMP runtime did not bind its caller"
+    assert int(found[1]) > 0
+    assert found[2] == "True"
