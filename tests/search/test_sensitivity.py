@@ -67,7 +67,8 @@ def test_float_alone_is_the_run_with_that_layer_in_float() -> None:
     others = {name: "float" for name in ("0", "3", "6")}
     for figures, layers in ((row["float_alone"], {BAD: "float"}), (row["int8_alone"], others)):
         own = qf.quantize(fragile(), batches(), qconfig=PER_TENSOR, layers=layers).results["accuracy"]
-        assert figures["sqnr_db"] == own["sqnr_db"]
+        # There the graph stood for the float model on the batch that calibration had computed last.
+        assert figures["sqnr_db"] == pytest.approx(own["sqnr_db"], rel=1e-6)
         assert figures["agreement"] == own["agreement"]
 
 
