@@ -43,8 +43,8 @@ bool is_team_running() {
            before.tv_sec != after.tv_sec;
 }
 
-// Where the threads of a team may run, the caller's first: an OpenMP runtime that binds threads (OMP_PROC_BIND,
-// KMP_AFFINITY) leaves the caller one place, which every thread that it makes inherits. Empty: the caller isn't bound.
+// Where the threads of a team may run, the caller's first: an OpenMP runtime that binds threads (OMP_PROC_BIND)
+// leaves the caller one place, which every thread that it makes inherits. Empty: the caller isn't bound.
 std::vector<cpu_set_t> places_of_team(ThreadPool::Region region, std::size_t threads) {
     struct Visit {
         std::vector<cpu_set_t> places;

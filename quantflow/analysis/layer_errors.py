@@ -19,6 +19,8 @@ from quantflow.numerics.affine import WEIGHT_RANGE, QParams, quantize
 from quantflow.stages.compile import Compiled
 from quantflow.stages.evaluate import ErrorSum
 
+#: Ranges whose bins float32 tells apart.
+PLAIN_RANGES = 1e-30, 1e38
 #: Histograms are kept of the inputs, weights and outputs of this many layers.
 WORST_LAYERS = 6
 BINS = 64
@@ -106,6 +108,7 @@ def _counts(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
         counts = torch.zeros(BINS, dtype=torch.int64)
         counts[BINS // 2] = x.numel()
         return counts
+    x = x if PLAIN_RANGES[0] < high - low < PLAIN_RANGES[1] else x.double()
     bins = torch.sub(x, low).mul_(BINS / (high - low)).clamp_(0, BINS - 1).to(torch.uint8)
     return torch.bincount(bins, minlength=BINS)
 

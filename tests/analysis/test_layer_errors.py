@@ -89,3 +89,9 @@ def test_a_constant_has_one_full_bin() -> None:
     found = histogram(torch.full((10,), 3.0), [(-1.0, 1.0)])
     assert (sum(found["counts"]), found["low"], found["high"], found["clipped"]) == (10, 3.0, 3.0, 1.0)
     assert "clip_narrowest" not in found
+
+
+@pytest.mark.parametrize("reach", [1e-40, 1e-3, 3e38])
+def test_bins_are_right_for_any_range(reach: float) -> None:
+    counts = histogram(torch.tensor([-reach, -reach, 0.0, reach]), [(-1.0, 1.0)])["counts"]
+    assert [(at, count) for at, count in enumerate(counts) if count] == [(0, 2), (BINS // 2, 1), (BINS - 1, 1)]

@@ -42,7 +42,8 @@ def test_a_whole_program_may_differ_by_what_single_steps_make_of_it(monkeypatch:
     def differing(db: float) -> None:
         noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
         noise *= y.norm() / noise.norm() * 10 ** (-db / 20)
-        warmup._require_whole_equals_parts(compiled, Batch((x,)), y + noise, y)
+        monkeypatch.setattr(type(compiled.runner), "__call__", lambda *_: y + noise)
+        warmup.warmup(compiled, Batch((x,)), iterations=1, min_sqnr_db=0)
 
     monkeypatch.setattr(warmup, "LEAST_WHOLE_DB", 100.0)
     differing(stepped_db + 1)
