@@ -202,7 +202,7 @@ void print_table(double seconds, std::size_t jobs, std::size_t findings) {
             if (ops.count(target) == 0) unseen += " " + target;
         }
     std::printf("\nprograms of the grammar: %ld built, %ld valid; files: %ld read, %ld valid; together %ld lowered, %ld executed "
-                "(each eight times: over memory of other contents, on one thread and on four; %ld with the batch in parts)\n",
+                "(each eight times: over memory of other contents, on one thread, on four and on eight; %ld with the batch in parts)\n",
                 all["built"], all["valid"], all["read"], all["loaded"], all["lowered"], all["executed"], all["in parts"]);
     std::printf("ops executed: %zu of the %zu rows that are lowered, of %zu in the table\n", seen, lowered, table_targets().size());
     if (!unseen.empty()) std::printf("of those not executed:%s\n", unseen.c_str());

@@ -12,10 +12,14 @@ namespace quantflow {
 namespace {
 
 constexpr double kStepCycles = 1000;  // of a step that one thread computes
+// So many spend more on waiting for each other at every step, and on lines that move between their caches, than few.
+constexpr int kManyThreads = 8;
+constexpr int kMostHelpers = 4;       // for which a part's steps are divided
 
 class HostBackend final : public Backend {
 public:
     explicit HostBackend(int threads) : pool_(threads) {}
+    explicit HostBackend(ThreadPool::Helpers helpers) : pool_(helpers) {}
 
     std::string name() const override { return std::string("host.") + name_of(best_isa()); }
     bool stores_unsigned() const override { return true; }
@@ -37,6 +41,10 @@ public:
         const host::int8::Rates rates = host::int8::rates_of(*host::int8_kernels_in_use());
         Nearness n;
         n.threads = pool_.size();
+        if (n.threads >= kManyThreads) {
+            n.least_samples = 1;
+            n.waiting = rates.waiting;
+        }
         n.cache_bytes = host::int8::caches().l2;
         n.far_byte_ns = rates.fetching_far / rates.ghz;
         n.hand_over_ns = pool_.size() > 1 ? rates.hand_over / rates.ghz : kStepCycles / rates.ghz;
@@ -45,10 +53,13 @@ public:
     }
     Backend& alone() override {
         if (pool_.size() == 1) return *this;
-        if (!alone_) alone_ = std::make_unique<HostBackend>(1);
+        if (!alone_)
+            alone_ = std::make_unique<HostBackend>(ThreadPool::Helpers{pool_.size() < kManyThreads ? 1 : kMostHelpers});
         return *alone_;
     }
-    void spread(std::int64_t count, const std::function<void(std::int64_t)>& task) override { pool_.run(count, task); }
+    void spread(std::int64_t count, const std::function<void(std::int64_t)>& task) override {
+        pool_.run_helped(count, task);
+    }
 
     std::unique_ptr<Step> linear(const Weights& w, const Tensor& x, const Tensor* residual, const Epilogue& e,
                                  const Tensor& y, const Terms& terms) override {

@@ -93,7 +93,7 @@ std::string shape_text(const Int8Kernels& kernels, const Int8Gemm& g, i64 groups
 
 struct Candidate {
     i64 rows, panels;
-    double cycles;
+    double cycles, work;  // of all threads together, of all tasks
 };
 
 // Calls visit(candidate) for the cuts that fit into the caches.
@@ -148,7 +148,7 @@ void each_cut(const Int8Kernels& kernels, const Rates& rates, const Int8Gemm& g,
             const i64 tasks = divide_up(rows, task_rows) * divide_up(g.task_panels, task_panels) * groups;
             double cycles = task * static_cast<double>(divide_up(tasks, threads));
             if (threads > 1 && tasks > 1) cycles += 0.3 * task + rates.hand_over;
-            visit(Candidate{task_rows, task_panels, cycles});
+            visit(Candidate{task_rows, task_panels, cycles, task * static_cast<double>(tasks)});
         }
     }
 }
@@ -178,7 +178,7 @@ Tasks cut(const Int8Kernels& kernels, const Int8Gemm& g, i64 groups, i64 rows, i
     const std::optional<Way> wanted = trial != nullptr ? trial->forced : measured_way(decision->shape);
     const bool looks_at_all = trial != nullptr && !trial->forced;
     std::vector<Candidate> all;
-    Candidate best{1, 1, std::numeric_limits<double>::infinity()};
+    Candidate best{1, 1, std::numeric_limits<double>::infinity(), 0};
     bool found = false;
     each_cut(kernels, rates, g, groups, rows, threads, [&](const Candidate& c) {
         if (looks_at_all) all.push_back(c);
@@ -196,6 +196,7 @@ Tasks cut(const Int8Kernels& kernels, const Int8Gemm& g, i64 groups, i64 rows, i
         decision->ways.push_back(way(best));
         decision->is_measured = found;
     }
+    decision->work_ms = best.work / (rates.ghz * 1e6);
     leave_decision(std::move(decision));
     const bool shares_rows = rows * (g.in_channels + g.channels) > g.channels * g.quads * 4;
     return {best.rows, best.panels, divide_up(rows, best.rows), divide_up(g.task_panels, best.panels), shares_rows};

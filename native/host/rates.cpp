@@ -77,6 +77,7 @@ Rates built_in_rates(const Int8Kernels& kernels) {
     r.passing = 1.0 / 24;
     r.packing = 0.06;
     r.hand_over = kHandOver;
+    r.waiting = 0.1;
     return r;
 }
 

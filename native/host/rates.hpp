@@ -18,9 +18,10 @@ namespace quantflow::host::int8 {
 //   passing          a byte of a row's x and y that the L1 cache doesn't hold, for each panel
 //   packing          a byte of a row that is packed
 //   hand_over        spreading a step over the threads
+//   waiting          a cycle of a step on all threads, in which those that are done wait for the slowest
 #define QF_RATES(R)                                                                                                    \
     R(product) R(window_product) R(narrow_product) R(narrow_window) R(fetching_near) R(fetching_far) R(finishing)      \
-    R(passing) R(packing) R(hand_over)
+    R(passing) R(packing) R(hand_over) R(waiting)
 
 struct Rates {
 #define QF_RATE(name) double name = 0;

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <numeric>
 
 #include "int8_steps.hpp"
 #include "rates.hpp"
@@ -60,6 +61,7 @@ public:
         step_->run();
     }
 
+    void run() { step_->run(); }
     // The least time of a run, of all that were asked for.
     void time(double budget_ns) {
         const double begin = now_ns();
@@ -107,6 +109,29 @@ double hand_over_ns(int threads) {
     // What other programs disturbed is in the upper half.
     std::sort(taken.begin(), taken.end());
     return taken[taken.size() / 4];
+}
+
+// Every thread computes the same, in its own cache, and then waits.
+double waiting_share(int threads) {
+    ThreadPool pool(threads), alone(1);
+    const i64 columns = 8 * int8_kernels_in_use()->columns;
+    std::vector<std::unique_ptr<Probe>> probes;
+    for (int i = 0; i < threads; ++i) probes.push_back(std::make_unique<Probe>(alone, false, 256, 256, columns));
+    std::vector<double> taken(probes.size()), shares;
+    pool.during([&] {
+        for (int i = 0; i < 60; ++i) {
+            const double start = now_ns();
+            pool.run(threads, [&](i64 t) {
+                const double begin = now_ns();
+                for (int again = 0; again < 2; ++again) probes[static_cast<std::size_t>(t)]->run();
+                taken[static_cast<std::size_t>(t)] = now_ns() - begin;
+            });
+            const double all = now_ns() - start;
+            shares.push_back(all * threads / std::accumulate(taken.begin(), taken.end(), 0.0) - 1);
+        }
+    });
+    std::sort(shares.begin(), shares.end());
+    return shares[shares.size() / 2];
 }
 
 }  // namespace
@@ -184,7 +209,10 @@ Rates measure_rates(int threads) {
          (kernels.is_exact ? 0 : r.packing * count(long_k - short_k))) / (2 * quads(long_k - short_k)));
     r.narrow_window = positive((cycles(kNarrowWindow2) - cycles(kNarrowWindow1)) /
                                (count(Probe::kLines * width) * more * 2));
-    if (threads > 1) r.hand_over = positive(hand_over_ns(threads) * ghz);
+    if (threads > 1) {
+        r.hand_over = positive(hand_over_ns(threads) * ghz);
+        r.waiting = positive(waiting_share(threads));
+    }
     return r;
 }
 

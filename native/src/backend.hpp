@@ -57,11 +57,12 @@ public:
 // steps, so that what they hand on stays in its cache.
 struct Nearness {
     int threads = 1;
-    std::int64_t least_samples = 4;  // of each thread: with fewer, all wait for the slowest
+    std::int64_t least_samples = 4;  // of each thread
     std::int64_t cache_bytes = 0;    // of one thread
     double far_byte_ns = 0;          // a byte from beyond it
     double hand_over_ns = 0;         // to spread a step over the threads
     double step_ns = 0;              // to start a step on one
+    double waiting = 0;              // of a step on all threads: the share that they wait for the slowest
 };
 
 // int8 weight codes in [-127, 127], symmetric. `codes`: (out, in / groups, *kernel), row-major; they stay valid as
@@ -160,7 +161,7 @@ public:
     virtual void wait() = 0;
     // Null: all threads compute together.
     virtual std::optional<Nearness> nearness() const { return std::nullopt; }
-    // The same device, whose steps run on the thread that calls them.
+    // The same device, whose steps run on the thread that calls them; in `spread`, with help of threads that are done.
     virtual Backend& alone() { return *this; }
     // Calls task(i) for every i in [0, count), on several threads where it has some; `task` must not throw.
     virtual void spread(std::int64_t count, const std::function<void(std::int64_t)>& task) {

@@ -97,9 +97,11 @@ private:
             try {
                 for (std::int64_t part; (part = next.fetch_add(1)) < l_.steps[first].parts;) {
                     for (const MicroBatches::Shared& s : m.shared)
-                        own.cells[s.cell] = l_.cells[s.cell] + part * s.bytes;
-                    for (std::size_t i = first; i < last; ++i)
-                        run(thread == 0 ? *l_.steps[i].step : *own.steps[i].step, i, times);
+                        own.cells[s.part_cell] = l_.cells[s.cell] + part * s.bytes;
+                    for (std::size_t i = first; i < last; ++i) {
+                        const NamedStep& s = l_.steps[i];
+                        run(thread == 0 ? *s.step : *own.steps[static_cast<std::size_t>(s.part_step)].step, i, times);
+                    }
                 }
             } catch (...) {
                 failed = std::current_exception();

@@ -35,6 +35,7 @@ struct NamedStep {
     int node;  // index into Program::nodes; -1: moves inputs or outputs
     lowering::Use use;
     std::int64_t parts = 1;  // of the batch, on each of which it runs
+    int part_step = -1;      // where the parts have it; -1: nowhere
 };
 
 // Steps [first, last) run one after another on a part of the batch, then on the next, on several threads at once.
@@ -42,7 +43,7 @@ struct MicroBatches {
     int first = 0, last = 0;
     // A buffer that is used outside too: of which each part has so many bytes.
     struct Shared {
-        std::size_t cell;
+        std::size_t cell, part_cell;
         std::int64_t bytes;
     };
     std::vector<Shared> shared;

@@ -13,6 +13,7 @@
 #include <mutex>
 #include <optional>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace quantflow {
@@ -95,7 +96,20 @@ struct Team {
             }
         }
     };
-    explicit Team(std::size_t size) : ranges(size) {}
+    // What the thread computes step by step inside its own task, open to threads that have no task left.
+    struct alignas(64) Offer {
+        Range range;
+        const std::function<void(std::int64_t)>* task = nullptr;
+        alignas(64) std::atomic<std::int64_t> done{0};  // by others
+    };
+    // Of the task that this thread is in: where it may offer what it divides. Null: nowhere.
+    struct Place {
+        Team* team = nullptr;
+        std::size_t self = 0;
+    };
+    static thread_local Place place;
+
+    explicit Team(std::size_t size) : ranges(size), offers(size) {}
     std::mutex sleep_mutex;
     std::condition_variable wake;
     std::atomic<int> sleepers{0};
@@ -103,15 +117,58 @@ struct Team {
     const std::function<void(std::int64_t)>* task = nullptr;
     alignas(64) std::atomic<std::uint64_t> generation{0};
     std::vector<Range> ranges;  // per thread; the caller's first
+    std::vector<Offer> offers;  // likewise
+    std::atomic<bool> are_helped{false};
+    std::atomic<std::int64_t> total{0};
     alignas(64) std::atomic<std::int64_t> done{0};
 
-    void work(std::size_t self) {
+    void work(std::size_t self, std::uint64_t seen) {
         std::int64_t taken = 0;
+        place = {this, self};
         for (std::size_t i = 0; i < ranges.size(); ++i) {
             Range& range = ranges[(self + i) % ranges.size()];
             for (std::int64_t t; (t = range.take(i == 0)) >= 0; ++taken) (*task)(t);
         }
+        place = {};
         if (taken > 0) done.fetch_add(taken, std::memory_order_release);
+        if (are_helped.load(std::memory_order_relaxed)) help(self, seen);
+    }
+
+    // Takes from what the others offer until their tasks of this generation are done.
+    void help(std::size_t self, std::uint64_t seen) {
+        for (int spins = 0; done.load(std::memory_order_acquire) != total.load(std::memory_order_relaxed) &&
+                            generation.load(std::memory_order_acquire) == seen;) {
+            bool found = false;
+            for (std::size_t i = 1; i < offers.size(); ++i) {
+                Offer& offer = offers[(self + i) % offers.size()];
+                const std::int64_t t = offer.range.take(false);
+                if (t < 0) continue;
+                (*offer.task)(t);
+                offer.done.fetch_add(1, std::memory_order_release);
+                found = true;
+            }
+            spins = found ? 0 : spins + 1;
+            if (spins < kSpins)
+                _mm_pause();
+            else
+                std::this_thread::yield();
+        }
+    }
+
+    // All of it, with the help of those who have nothing else to do.
+    void offer(std::size_t self, std::int64_t count, const std::function<void(std::int64_t)>& shared) {
+        Offer& own = offers[self];
+        own.task = &shared;
+        own.done.store(0, std::memory_order_relaxed);
+        own.range.set(0, static_cast<std::uint64_t>(count));
+        std::int64_t left = count;
+        for (std::int64_t t; (t = own.range.take(true)) >= 0; --left) shared(t);
+        for (int spins = 0; own.done.load(std::memory_order_acquire) != left;) {
+            if (++spins < kSpins)
+                _mm_pause();
+            else
+                std::this_thread::yield();
+        }
     }
 
     void loop(std::size_t self, std::uint64_t seen) {
@@ -129,7 +186,7 @@ struct Team {
             }
             seen = generation.load(std::memory_order_acquire);
             if (stopping.load(std::memory_order_acquire)) return;
-            work(self);
+            work(self, seen);
         }
     }
 
@@ -141,13 +198,15 @@ struct Team {
         wake.notify_all();
     }
 
-    void share_out(std::int64_t count, const std::function<void(std::int64_t)>& shared) {
+    void share_out(std::int64_t count, const std::function<void(std::int64_t)>& shared, bool is_helped) {
         task = &shared;
+        are_helped.store(is_helped, std::memory_order_relaxed);
+        total.store(count, std::memory_order_relaxed);
         done.store(0, std::memory_order_relaxed);
         const std::uint64_t tasks = static_cast<std::uint64_t>(count), size = ranges.size();
         for (std::uint64_t i = 0; i < size; ++i) ranges[i].set(tasks * i / size, tasks * (i + 1) / size);
         start_generation();
-        work(0);
+        work(0, generation.load(std::memory_order_relaxed));
         for (int spins = 0; done.load(std::memory_order_acquire) != count;) {
             if (++spins < kSpins)
                 _mm_pause();
@@ -156,6 +215,8 @@ struct Team {
         }
     }
 };
+
+thread_local Team::Place Team::place;
 
 }  // namespace
 
@@ -234,6 +295,7 @@ ThreadPool::ThreadPool(int threads) : state_(std::make_unique<State>(static_cast
 }
 
 ThreadPool::~ThreadPool() {
+    if (!state_) return;
     if (state_->process != getpid()) {
         for (auto& thread : state_->threads) thread.detach();
         return;
@@ -243,27 +305,42 @@ ThreadPool::~ThreadPool() {
     for (auto& thread : state_->threads) thread.join();
 }
 
-int ThreadPool::size() const { return static_cast<int>(state_->threads.size()) + 1; }
+ThreadPool::ThreadPool(Helpers helpers) : helpers_(helpers.at_most) {}
 
-void ThreadPool::run(std::int64_t count, const std::function<void(std::int64_t)>& task) {
-    State& s = *state_;
+int ThreadPool::size() const { return state_ ? static_cast<int>(state_->threads.size()) + 1 : helpers_; }
+
+void ThreadPool::run(std::int64_t count, const std::function<void(std::int64_t)>& task) { run(count, task, false); }
+
+void ThreadPool::run_helped(std::int64_t count, const std::function<void(std::int64_t)>& task) {
+    run(count, task, true);
+}
+
+void ThreadPool::run(std::int64_t count, const std::function<void(std::int64_t)>& task, bool is_helped) {
     constexpr std::int64_t kMost = 0x7fffffff;
-    if (count > 1 && count <= kMost && size() > 1 && State::holds == &s && !s.is_running) {
+    const auto alone = [&] {
+        for (std::int64_t i = 0; i < count; ++i) task(i);
+    };
+    if (count <= 1 || count > kMost || size() == 1) return alone();
+    if (!state_) {
+        const Team::Place place = std::exchange(Team::place, {});  // what its tasks divide is not offered
+        place.team != nullptr ? place.team->offer(place.self, count, task) : alone();
+        Team::place = place;
+        return;
+    }
+    State& s = *state_;
+    if (State::holds == &s && !s.is_running) {
         s.is_running = true;
-        s.team->share_out(count, task);
+        s.team->share_out(count, task, is_helped);
         s.is_running = false;
         return;
     }
-    if (count <= 1 || count > kMost || size() == 1 || State::holds == &s || s.process != getpid() ||
-        !s.busy.try_lock()) {
-        for (std::int64_t i = 0; i < count; ++i) task(i);
-        return;
-    }
+    if (State::holds == &s || s.process != getpid() || !s.busy.try_lock()) return alone();
     std::lock_guard<std::mutex> lock(s.busy, std::adopt_lock);
-    s.hold([&] { run(count, task); });
+    s.hold([&] { run(count, task, is_helped); });
 }
 
 void ThreadPool::during(const std::function<void()>& body) {
+    if (!state_) return body();
     State& s = *state_;
     if (s.region == nullptr || size() == 1 || State::holds == &s || s.process != getpid() || !s.busy.try_lock()) {
         body();

@@ -11,6 +11,12 @@ namespace quantflow {
 class ThreadPool {
 public:
     explicit ThreadPool(int threads);  // the calling thread counts as one
+    // For what tasks of another pool divide: those of `run_helped` share it with that pool's threads that have no task
+    // left, others compute it alone. Work is divided for `at_most` of them.
+    struct Helpers {
+        int at_most = 1;
+    };
+    explicit ThreadPool(Helpers helpers);
     ~ThreadPool();
     ThreadPool(const ThreadPool&) = delete;
     ThreadPool& operator=(const ThreadPool&) = delete;
@@ -27,12 +33,16 @@ public:
     // handed out one by one, so uneven ones balance. `task` must not throw. One caller at a time; nested calls and
     // calls while another thread uses the pool run on the caller alone.
     void run(std::int64_t count, const std::function<void(std::int64_t)>& task);
+    // The same, for long tasks that divide their work by a pool of `Helpers`.
+    void run_helped(std::int64_t count, const std::function<void(std::int64_t)>& task);
     // Calls `body`, which calls `run` many times: the threads for all of them are chosen once.
     void during(const std::function<void()>& body);
 
 private:
     struct State;
-    std::unique_ptr<State> state_;
+    void run(std::int64_t count, const std::function<void(std::int64_t)>& task, bool is_helped);
+    std::unique_ptr<State> state_;  // null: of helpers
+    int helpers_ = 1;
 };
 
 }  // namespace quantflow

@@ -23,6 +23,7 @@ struct Decision {
     std::string shape;  // steps of one shape have the same ways, at the same cost
     std::vector<Way> ways;
     std::size_t taken = 0;
+    double work_ms = 0;        // predicted for all tasks of the one that is taken, one after another
     bool is_measured = false;  // taken because it was the fastest in `Plan::tune` or in an earlier process
 };
 

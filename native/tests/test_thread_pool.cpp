@@ -1,5 +1,6 @@
 // Threads of the pool's own, and threads that it borrows from a team.
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <stdexcept>
 #include <thread>
@@ -72,12 +73,49 @@ void test_borrowed() {
     ThreadPool::borrow_from(nullptr);
 }
 
+// Long tasks divide their work: once, by the thread itself or by one that has no task left, never at deeper levels.
+void test_helped(ThreadPool& pool) {
+    ThreadPool helpers(ThreadPool::Helpers{4});
+    check(helpers.size() == 4, "work is divided for so many");
+    for (const std::int64_t count : {1, 2, 7}) {
+        constexpr std::int64_t kSteps = 50, kPieces = 8;
+        std::vector<std::atomic<int>> times(static_cast<std::size_t>(count * kSteps * kPieces));
+        std::atomic<int> foreign{0}, too_early{0}, deeper{0};
+        pool.run_helped(count, [&](std::int64_t task) {
+            const std::thread::id own = std::this_thread::get_id();
+            for (std::int64_t step = 0; step < kSteps; ++step) {
+                std::atomic<std::int64_t> done{0};
+                helpers.run(kPieces, [&](std::int64_t piece) {
+                    foreign += std::this_thread::get_id() != own;
+                    const std::thread::id runs = std::this_thread::get_id();
+                    helpers.run(2, [&](std::int64_t) { deeper += std::this_thread::get_id() != runs; });
+                    if (task == 0) std::this_thread::sleep_for(std::chrono::microseconds(20));  // the others are done first
+                    ++times[static_cast<std::size_t>((task * kSteps + step) * kPieces + piece)];
+                    ++done;
+                });
+                too_early += done != kPieces;
+            }
+        });
+        for (const auto& each : times) check(each == 1, "every piece runs once");
+        check(too_early == 0, "a step ends with its last piece");
+        check(deeper == 0, "pieces divide nothing");
+        check((foreign > 0) == (pool.size() > 1 && count > 1), "threads without a task help, where there are some");
+    }
+    std::atomic<int> alone{0};
+    const std::thread::id own = std::this_thread::get_id();
+    helpers.run(5, [&](std::int64_t) { alone += std::this_thread::get_id() == own; });
+    helpers.during([&] { helpers.run(5, [&](std::int64_t) { alone += std::this_thread::get_id() == own; }); });
+    check(alone == 10, "outside of a task, the caller computes alone");
+}
+
 }  // namespace
 
 int main() {
     ThreadPool own(3), single(1);
     check_runs(own);
     check_runs(single);
+    test_helped(own);
+    test_helped(single);
     own.during([&] { check_runs(own); });
     test_borrowed();
     check_runs(own);

@@ -449,7 +449,9 @@ class NativeRunner(AbstractRunner):
                 parts += range(first, last)  # nothing to compute: not worth a call
             else:
                 inside = {node.output for node in nodes}
-                inputs = dict.fromkeys(name for node in nodes for name in node.refs() if name not in inside)
+                read = dict.fromkeys(name for node in nodes for name in node.refs() if name not in inside)
+                # The program's own first and in its order: `_keep_whole`.
+                inputs = dict.fromkeys((*(item.name for item in program.inputs if item.name in read), *read))
                 outputs = [
                     node.output for node in nodes
                     if node.output in wanted or any(r >= last for r in readers.get(node.output, ()))
