@@ -12,9 +12,9 @@ namespace quantflow {
 namespace {
 
 constexpr double kStepCycles = 1000;  // of a step that one thread computes
-// So many spend more on waiting for each other at every step, and on lines that move between their caches, than few.
+// So many lose more than few by waiting for each other at every step, and by lines that move between their caches.
 constexpr int kManyThreads = 8;
-constexpr int kMostHelpers = 4;       // for which a part's steps are divided
+constexpr int kMostHelpers = 4;  // for which a part's steps are divided
 
 class HostBackend final : public Backend {
 public:
@@ -41,7 +41,7 @@ public:
         const host::int8::Rates rates = host::int8::rates_of(*host::int8_kernels_in_use());
         Nearness n;
         n.threads = pool_.size();
-        if (n.threads >= kManyThreads) {
+        if (has_helpers()) {
             n.least_samples = 1;
             n.waiting = rates.waiting;
         }
@@ -53,12 +53,11 @@ public:
     }
     Backend& alone() override {
         if (pool_.size() == 1) return *this;
-        if (!alone_)
-            alone_ = std::make_unique<HostBackend>(ThreadPool::Helpers{pool_.size() < kManyThreads ? 1 : kMostHelpers});
+        if (!alone_) alone_ = std::make_unique<HostBackend>(ThreadPool::Helpers{has_helpers() ? kMostHelpers : 1});
         return *alone_;
     }
     void spread(std::int64_t count, const std::function<void(std::int64_t)>& task) override {
-        pool_.run_helped(count, task);
+        has_helpers() ? pool_.run_helped(count, task) : pool_.run(count, task);
     }
 
     std::unique_ptr<Step> linear(const Weights& w, const Tensor& x, const Tensor* residual, const Epilogue& e,
@@ -168,6 +167,8 @@ private:
             if (holds && t != nullptr) step->samples.push_back(*t);
         return step;
     }
+
+    bool has_helpers() const { return pool_.size() >= kManyThreads; }
 
     ThreadPool pool_;
     std::unique_ptr<HostBackend> alone_;

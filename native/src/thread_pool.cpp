@@ -73,6 +73,17 @@ void ThreadPool::borrow_from(Region region) {
 
 namespace {
 
+void relax(int spins) {
+    if (spins < kSpins)
+        _mm_pause();
+    else
+        std::this_thread::yield();
+}
+
+void await(const std::atomic<std::int64_t>& done, std::int64_t count) {
+    for (int spins = 0; done.load(std::memory_order_acquire) != count;) relax(++spins);
+}
+
 // The caller works too and waits for tasks, not for threads: a worker that the system has put aside takes no task and
 // delays nobody. Every thread owns an equal range of the tasks, so that neighbouring steps find in its cache what it
 // wrote, and takes from the end of the others' when its own is empty. Whoever takes a task thereby sees the `task`
@@ -147,11 +158,10 @@ struct Team {
                 offer.done.fetch_add(1, std::memory_order_release);
                 found = true;
             }
-            spins = found ? 0 : spins + 1;
-            if (spins < kSpins)
-                _mm_pause();
+            if (found)
+                spins = 0;
             else
-                std::this_thread::yield();
+                relax(++spins);
         }
     }
 
@@ -163,12 +173,7 @@ struct Team {
         own.range.set(0, static_cast<std::uint64_t>(count));
         std::int64_t left = count;
         for (std::int64_t t; (t = own.range.take(true)) >= 0; --left) shared(t);
-        for (int spins = 0; own.done.load(std::memory_order_acquire) != left;) {
-            if (++spins < kSpins)
-                _mm_pause();
-            else
-                std::this_thread::yield();
-        }
+        await(own.done, left);
     }
 
     void loop(std::size_t self, std::uint64_t seen) {
@@ -207,12 +212,7 @@ struct Team {
         for (std::uint64_t i = 0; i < size; ++i) ranges[i].set(tasks * i / size, tasks * (i + 1) / size);
         start_generation();
         work(0, generation.load(std::memory_order_relaxed));
-        for (int spins = 0; done.load(std::memory_order_acquire) != count;) {
-            if (++spins < kSpins)
-                _mm_pause();
-            else
-                std::this_thread::yield();
-        }
+        await(done, count);
     }
 };
 
