@@ -373,6 +373,7 @@ static inline float exponentials(float* scores, float highest, Int n) {
 class VectorProducts {
 public:
     static constexpr Int kRowUnit = kRows, kKeyUnit = kColumns, kScoreUnit = W;
+    static constexpr Int kWeighed = 16;  // rows together, so that none waits for the sum before it
     static Int key_floats(const AttentionHead& h) { return round_up(h.s, kColumns) * h.e; }
     static Int value_floats(const AttentionHead& h) { return h.s * round_up(h.f, kColumns); }
     static Int row_floats(const AttentionHead& h, Int rows) { return rows * h.e; }  // of its own for `rows` rows
@@ -515,13 +516,15 @@ static bool attention_by(const AttentionHead& h, Int begin, Int end, float* scra
         if (h.mask_kind != Mask::none && h.mask_row_stride == 0)
             load_mask(h, 0, key, smaller(plan.key_block, h.s - key), mask);
         const auto last_key = [&](Int row, Int rows) { return h.is_causal ? smaller(reach, row + rows) : reach; };
-        // Scores of one row to weights.
-        const auto weigh = [&](Int row, float* s, Int keys_here) __attribute__((noinline)) {
-            const Int n = h.is_causal ? smaller(keys_here, larger<Int>(0, row + 1 - key)) : keys_here;
-            const Int whole = round_up(n, Products::kScoreUnit);
+        const auto seen_by = [&](Int row, Int keys_here) {
+            return h.is_causal ? smaller(keys_here, larger<Int>(0, row + 1 - key)) : keys_here;
+        };
+        // Adds the mask to the scores of one row, and them to what they are weighed from; returns what that was.
+        const auto raise = [&](Int row, float* s, Int keys_here) __attribute__((noinline)) {
+            const Int n = seen_by(row, keys_here), whole = round_up(n, Products::kScoreUnit);
             for (Int j = n; j < whole; ++j) s[j] = -kInfinity;
             float& highest = scratch[plan.highest + row - begin];
-            float& sum = scratch[plan.sums + row - begin];
+            const float before = highest;
             float here;
             if (h.mask_kind == Mask::none) {
                 here = highest_score<false>(s, nullptr, whole);
@@ -530,12 +533,19 @@ static bool attention_by(const AttentionHead& h, Int begin, Int end, float* scra
                 for (Int j = n; j < whole; ++j) mask[j] = 0;
                 here = highest_score<true>(s, mask, whole);
             }
-            here = here < highest ? highest : here;  // NaN stays
+            highest = here < before ? before : here;  // NaN stays
+            return before;
+        };
+        // Scores of one row to weights; `before`: what its outputs so far were weighed from.
+        const auto weigh = [&](Int row, float* s, Int keys_here, float before) __attribute__((noinline)) {
+            const Int whole = round_up(seen_by(row, keys_here), Products::kScoreUnit);
+            const float highest = scratch[plan.highest + row - begin];
             // Where every key is hidden so far, any finite maximum gives only zeros.
-            const float shift = here == -kInfinity ? 0.0f : here;
+            const float shift = highest == -kInfinity ? 0.0f : highest;
+            float& sum = scratch[plan.sums + row - begin];
             const float here_sum = products.weigh(s, shift, whole, keys_here);
-            if (key > 0 && !(highest == shift)) {
-                const F factor = exp2_nonpositive<V>(V::set(highest - shift));
+            if (key > 0 && !(before == shift)) {
+                const F factor = exp2_nonpositive<V>(V::set(before - shift));
                 alignas(64) float first[W];
                 V::store(first, factor);
                 sum *= first[0];
@@ -543,7 +553,6 @@ static bool attention_by(const AttentionHead& h, Int begin, Int end, float* scra
                 for (Int c = 0; c < plan.padded_f; c += W) V::store(out + c, V::load(out + c) * factor);
             }
             sum += here_sum;
-            highest = here;
         };
 
         for (Int row = begin; row < end; row += plan.row_block) {
@@ -553,7 +562,12 @@ static bool attention_by(const AttentionHead& h, Int begin, Int end, float* scra
             float* const scores = scratch + plan.scores;
             if (!products.queries(row, rows, h.scale * kLog2E)) return false;
             products.scores(rows, key, keys_here, scores, stride);
-            for (Int r = 0; r < rows; ++r) weigh(row + r, scores + r * stride, keys_here);
+            for (Int r = 0; r < rows;) {
+                const Int first = r, last = smaller(rows, first + Products::kWeighed);
+                float before[Products::kWeighed];
+                for (; r < last; ++r) before[r - first] = raise(row + r, scores + r * stride, keys_here);
+                for (r = first; r < last; ++r) weigh(row + r, scores + r * stride, keys_here, before[r - first]);
+            }
             products.values(scores, stride, rows, key, keys_here, outputs_of(row), plan.padded_f);
             if (key + plan.key_block >= last_key(row, rows)) finish(row, rows);
         }
