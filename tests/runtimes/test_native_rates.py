@@ -43,8 +43,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         asked.append(name)
         if name != "qf_host_measure_rates":
             return call(name, *args)
-        values = [3.0 * value for _, value in sorted(lib.host_rates()["built_in"].items())]
-        return call("qf_host_set_rates", (ctypes.c_double * 11)(*values, 2.5), ctypes.c_size_t(11))
+        values = [*(3.0 * value for _, value in sorted(lib.host_rates()["built_in"].items())), 2.5]
+        return call("qf_host_set_rates", (ctypes.c_double * len(values))(*values), ctypes.c_size_t(len(values)))
 
     monkeypatch.setattr(lib, "call", quickly)
     monkeypatch.setattr(lib, "host_isa", lambda: "avx2")
@@ -185,10 +185,9 @@ def test_rates_and_cuts_never_change_a_result(model: qf.Quantized) -> None:
     runner = NativeRunner(program, threads=2)
     expected = runner([x])
     for factor in (0.25, 4.0):
-        values = [value * (factor if i % 2 else 1 / factor) for i, value in enumerate([1.0] * 10)]
         usual = [value for _, value in sorted(lib.host_rates()["built_in"].items())]
-        values = [a * b for a, b in zip(values, usual, strict=True)]
-        lib.call("qf_host_set_rates", (ctypes.c_double * 11)(*values, 3.0), ctypes.c_size_t(11))
+        values = [*(value * (factor if i % 2 else 1 / factor) for i, value in enumerate(usual)), 3.0]
+        lib.call("qf_host_set_rates", (ctypes.c_double * len(values))(*values), ctypes.c_size_t(len(values)))
         assert torch.equal(NativeRunner(program, threads=2)([x]), expected)
     ((_, given, plan),) = runner._sections([x], 2)
     # Where Winograd takes a 3x3 convolution, that one has no cut to try.
