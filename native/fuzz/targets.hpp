@@ -18,8 +18,8 @@ void fuzz_lower(const std::uint8_t* data, std::size_t size);
 // The program that `fuzz_calls` executes for these bytes, in the form that `fuzz_lower` reads; "": it executes none.
 std::string written(const std::uint8_t* data, std::size_t size);
 
-// Twice on one thread, over memory that holds other bytes beforehand, and on four: what is computed must be the same. Ends
-// the process where it isn't.
+// Twice on one thread, over memory that holds other bytes beforehand, on four, and with the batch in parts on eight: what is
+// computed must be the same. Ends the process where it isn't.
 void execute(std::shared_ptr<LoadedProgram>, const std::vector<InputForm>&, const std::string& text);
 std::shared_ptr<Backend> backend_of(int threads);
 

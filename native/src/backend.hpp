@@ -62,7 +62,7 @@ struct Nearness {
     double far_byte_ns = 0;          // a byte from beyond it
     double hand_over_ns = 0;         // to spread a step over the threads
     double step_ns = 0;              // to start a step on one
-    double waiting = 0;              // of a step on all threads: the share that they wait for the slowest
+    double waiting = 0;              // for the slowest thread at the end of a step, to what the threads compute
 };
 
 // int8 weight codes in [-127, 127], symmetric. `codes`: (out, in / groups, *kernel), row-major; they stay valid as

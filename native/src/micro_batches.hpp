@@ -1,5 +1,6 @@
 // Large batches, a sample at a time on each thread: where the results of a step for the whole batch fit into no cache, and
-// those for a sample do, several steps run on one sample before they go on with the next.
+// those for a sample do, or where many threads would wait for the slowest at every step, several steps run on one sample
+// before they go on with the next.
 #pragma once
 
 #include "lower.hpp"
