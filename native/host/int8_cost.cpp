@@ -43,10 +43,11 @@ bool joins_runs(const Int8Kernels& kernels, const Runs& run) {
     return kernels.depth > 1 && 3 * Runs::joined(kernels, run.runs, run.length).all_quads <= 2 * run.all_quads;
 }
 
-Grouping merge_groups(const Int8Kernels& kernels, i64 groups, i64 in_channels, i64 out_channels, const Shape3& shape) {
+Grouping merge_groups(const Int8Kernels& kernels, const Grouping& unmerged, const Shape3& shape) {
+    const i64 groups = unmerged.groups, in_channels = unmerged.in_channels, out_channels = unmerged.out_channels;
     const i64 taps = shape.taps();
     const Rates rates = rates_of(kernels);
-    Grouping best{groups, in_channels, out_channels, 1};
+    Grouping best = unmerged;
     double best_cost = std::numeric_limits<double>::infinity();
     for (i64 merged = 1; merged <= groups; ++merged) {
         if (groups % merged != 0 || (merged > 1 && merged * out_channels > 2 * kernels.columns)) continue;
@@ -107,12 +108,22 @@ void each_cut(const Int8Kernels& kernels, const Rates& rates, const Int8Gemm& g,
     const bool stays = g.is_windowed ? !has_tiles : has_tiles || by_lines;
     const i64 l1 = caches().l1, l2 = caches().l2, cache = stays ? l2 / 2 : l2 / 8;
     const double quads = static_cast<double>(g.quads), columns = kernels.columns;
+    // Of the panels' columns those in vectors that hold channels; of these, those that tile registers finish in pairs of
+    // panels.
+    const double all_columns = static_cast<double>(g.panels * kernels.columns);
+    const double used = static_cast<double>(round_up(g.channels, kernels.lanes)) / all_columns;
+    const double paired = has_tiles ? static_cast<double>(g.channels / (2 * kernels.columns) * 2 * kernels.columns) : 0;
+    const double finishing_rate =
+        has_tiles ? rates.narrow_finishing + paired / (used * all_columns) * (rates.finishing - rates.narrow_finishing)
+                  : rates.finishing;
     const bool stays_near = groups * g.task_panels * g.quads * kernels.columns * 4 <= l2 / 2;
     const double fetching_rate = stays_near ? rates.fetching_near : rates.fetching_far;
     // Windows are cut at the ends of lines.
     const i64 unit = g.is_windowed ? std::max<i64>(g.out[2], 1) : kernels.rows, units = divide_up(rows, unit);
     const i64 line_bytes =
         g.column_bytes > 0 ? g.out[2] * g.column_bytes : (g.out[2] * g.stride[2] + g.reach[2]) * g.pixel;
+    // Of a task of the slowest thread, what the others wait for: the less even they are, the more.
+    const double last = 0.2 + 2 * rates.waiting;
     // The smallest tasks are always among those that are looked at: they are the only ones that fit where a line is long.
     const auto next = [](i64 tasks, i64 most) { return tasks == most ? tasks + 1 : std::min(tasks + 1 + tasks / 8, most); };
     for (i64 row_tasks = 1; row_tasks <= units; row_tasks = next(row_tasks, units)) {
@@ -126,11 +137,11 @@ void each_cut(const Int8Kernels& kernels, const Rates& rates, const Int8Gemm& g,
             const i64 task_panels = divide_up(g.task_panels, panel_tasks);
             const i64 sums_bytes = task_rows * task_panels * kernels.columns * 4;
             if (!has_tiles && !by_lines && g.chunk < g.quads && task_panels > 1 && sums_bytes > cache) continue;
-            const double r = static_cast<double>(task_rows), p = static_cast<double>(task_panels);
+            const double r = static_cast<double>(task_rows), p = static_cast<double>(task_panels) * used;
             const double tile_rows = static_cast<double>(divide_up(task_rows, kernels.rows)) * tile_cost + r;
             const double products = tile_rows * p * quads * product;
             const double fetching = p * quads * columns * 4 * fetching_rate;
-            const double finishing = r * p * columns * rates.finishing;
+            const double finishing = r * p * columns * finishing_rate;
             // Every panel passes over the task's rows of x and y, which lie in the L1 cache or beyond; of tile registers,
             // every block of panels.
             const double x_bytes = static_cast<double>(row_bytes) / r, y_bytes = g.output.residual_scale != 0 ? 128 : 64;
@@ -147,7 +158,7 @@ void each_cut(const Int8Kernels& kernels, const Rates& rates, const Int8Gemm& g,
             const double task = products + fetching + finishing + passing + packing + 400;
             const i64 tasks = divide_up(rows, task_rows) * divide_up(g.task_panels, task_panels) * groups;
             double cycles = task * static_cast<double>(divide_up(tasks, threads));
-            if (threads > 1 && tasks > 1) cycles += 0.3 * task + rates.hand_over;
+            if (threads > 1 && tasks > 1) cycles += last * task + rates.hand_over;
             visit(Candidate{task_rows, task_panels, cycles, task * static_cast<double>(tasks)});
         }
     }
@@ -179,8 +190,10 @@ Tasks cut(const Int8Kernels& kernels, const Int8Gemm& g, i64 groups, i64 rows, i
     const bool looks_at_all = trial != nullptr && !trial->forced;
     std::vector<Candidate> all;
     Candidate best{1, 1, std::numeric_limits<double>::infinity(), 0};
+    double least = best.cycles;
     bool found = false;
     each_cut(kernels, rates, g, groups, rows, threads, [&](const Candidate& c) {
+        least = std::min(least, c.cycles);
         if (looks_at_all) all.push_back(c);
         const bool is_wanted = wanted && wanted->rows == c.rows && wanted->panels == c.panels;
         if (is_wanted || (!found && c.cycles < best.cycles)) best = c;
@@ -199,7 +212,8 @@ Tasks cut(const Int8Kernels& kernels, const Int8Gemm& g, i64 groups, i64 rows, i
     decision->work_ms = best.work / (rates.ghz * 1e6);
     leave_decision(std::move(decision));
     const bool shares_rows = rows * (g.in_channels + g.channels) > g.channels * g.quads * 4;
-    return {best.rows, best.panels, divide_up(rows, best.rows), divide_up(g.task_panels, best.panels), shares_rows};
+    return {best.rows, best.panels, divide_up(rows, best.rows), divide_up(g.task_panels, best.panels), shares_rows,
+            least / (rates.ghz * 1e6)};
 }
 
 }  // namespace quantflow::host::int8

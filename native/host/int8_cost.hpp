@@ -14,13 +14,14 @@ bool takes_windows(const Int8Kernels&, const Grouping&, const Shape3&);
 // Whether short runs are copied side by side, where tiles would multiply mostly padding.
 bool joins_runs(const Int8Kernels&, const Runs&);
 
-Grouping merge_groups(const Int8Kernels&, i64 groups, i64 in_channels, i64 out_channels, const Shape3&);
+Grouping merge_groups(const Int8Kernels&, const Grouping& unmerged, const Shape3&);
 
 // Tasks of `rows` rows and `panels` panels. A thread works on neighbouring tasks: on the same rows, where these are the
 // larger part of what it touches (the next step finds them in its cache), else on the same panels.
 struct Tasks {
     i64 rows = 1, panels = 1, row_tasks = 1, panel_tasks = 1;
     bool shares_rows = false;
+    double least_ms = 0;  // predicted of the best cut there is
 };
 
 // Quads summed at a time: the panel's and the tile's operands then share the L1 cache.

@@ -8,9 +8,9 @@ using namespace int8;
 
 namespace {
 
-const Int8Kernels* best_kernels() {
+const Int8Kernels* best_vectors() {
     switch (best_isa()) {
-        case Isa::amx_int8: return &isa_amx_int8::int8_kernels;
+        case Isa::amx_int8:
         case Isa::avx512_vnni: return &isa_avx512_vnni::int8_kernels;
         case Isa::avx_vnni: return &isa_avx_vnni::int8_kernels;
         case Isa::avx2: return &isa_avx2::int8_kernels;
@@ -21,7 +21,13 @@ const Int8Kernels* best_kernels() {
 }  // namespace
 
 const Int8Kernels*& int8_kernels_in_use() {
-    static const Int8Kernels* kernels = best_kernels();
+    static const Int8Kernels* kernels =
+        best_isa() == Isa::amx_int8 ? &isa_amx_int8::int8_kernels : best_vectors();
+    return kernels;
+}
+
+const Int8Kernels*& int8_kernels_beside() {
+    static const Int8Kernels* kernels = best_isa() == Isa::amx_int8 ? best_vectors() : nullptr;
     return kernels;
 }
 
@@ -49,8 +55,8 @@ StepPtr make_conv(ThreadPool& pool, const Weights& w, const ConvGeometry& geomet
     if (in == 1 && out == 1 && groups > 1) return make_depthwise_step(pool, w, shape, x, residual, epilogue, y, terms);
     if (terms.products.empty() && suits_winograd(*int8_kernels_in_use(), w, geometry, shape, x, y))
         return make_winograd_step(pool, w, shape, x, residual, epilogue, y, terms.rest);
-    const Grouping grouping = merge_groups(*int8_kernels_in_use(), groups, in, out, shape);
-    return make_gemm_step(pool, w, grouping, shape, x, residual, epilogue, y, y.dims[0] * shape.pixels(), terms);
+    return make_gemm_step(pool, w, Grouping{groups, in, out, 1}, shape, x, residual, epilogue, y,
+                          y.dims[0] * shape.pixels(), terms);
 }
 
 }  // namespace quantflow::host

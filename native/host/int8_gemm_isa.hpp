@@ -213,5 +213,7 @@ extern const Int8Kernels int8_kernels;
 
 // The kernels that steps built from now on use; tests set them to try other instruction sets' code.
 const Int8Kernels*& int8_kernels_in_use();
+// Those that a step may take instead, where these are predicted to be the faster: vectors beside tile registers. Null: none.
+const Int8Kernels*& int8_kernels_beside();
 
 }  // namespace quantflow::host

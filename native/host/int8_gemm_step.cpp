@@ -4,30 +4,40 @@
 namespace quantflow::host::int8 {
 namespace {
 
+// Large weights are packed once, for whatever number of rows.
+constexpr i64 kSmallWeights = 64 * 1024;
+
+// Whether kernels are chosen for each number of rows by itself.
+bool may_take_either(const Weights& w) {
+    i64 codes = 1;
+    for (i64 d : w.dims) codes *= d;
+    return codes <= kSmallWeights;
+}
+
 class GemmStep final : public Step {
 public:
-    GemmStep(ThreadPool& pool, const Weights& w, const Grouping& grouping, const Shape3& shape, const Tensor& x,
+    // Without its weights; leaves its decision.
+    GemmStep(ThreadPool& pool, const Int8Kernels& kernels, const Grouping& unmerged, const Shape3& shape, const Tensor& x,
              const Tensor* residual, const Epilogue& epilogue, const Tensor& y, i64 rows, const Terms& terms)
-        : pool_(pool), kernels_(*int8_kernels_in_use()), x_(x), y_(y), rows_(rows) {
+        : pool_(pool), kernels_(kernels), grouping_(merge_groups(kernels, unmerged, shape)), x_(x), y_(y), rows_(rows) {
         for (const Product& p : terms.products)
-            before_.push_back(std::make_unique<GemmStep>(pool, p.weights, grouping, shape, p.x, nullptr, Epilogue{}, y,
-                                                         rows, Terms{}));
+            before_.push_back(std::make_unique<GemmStep>(pool, kernels, unmerged, shape, p.x, nullptr, Epilogue{}, y, rows,
+                                                         Terms{}));
         if (residual != nullptr) residual_ = *residual;
         if (terms.rest != nullptr) rest_ = *terms.rest;
-        const i64 taps = shape.taps(), steps = taps * grouping.in_channels;
-        const i64 columns = kernels_.columns, panels = divide_up(grouping.out_channels, columns);
+        const i64 steps = shape.taps() * grouping_.in_channels, channels = grouping_.out_channels;
         gemm_.zero = x.q->zero_point;
-        gemm_.pixel = grouping.groups * grouping.in_channels;
-        gemm_.in_channels = grouping.in_channels;
+        gemm_.pixel = grouping_.groups * grouping_.in_channels;
+        gemm_.in_channels = grouping_.in_channels;
         gemm_.is_pointwise = shape.is_pointwise();
         // Rows a multiple of 2 KiB (of tiles, which are more: 1 KiB) apart would compete for the same few sets of the L1
         // cache.
         gemm_.is_direct = kernels_.is_exact && gemm_.is_pointwise && steps % (4 * kernels_.depth) == 0 &&
                           gemm_.pixel % (kernels_.depth > 1 ? 1024 : 2048) != 0;
-        gemm_.is_row_run = shape.is_row_run(grouping.groups);
+        gemm_.is_row_run = shape.is_row_run(grouping_.groups);
         taps_ = shape.table(gemm_.is_row_run);
         gemm_.runs = static_cast<i64>(taps_.z.size());
-        gemm_.run_length = gemm_.is_row_run ? shape.kernel[2] * grouping.in_channels : grouping.in_channels;
+        gemm_.run_length = gemm_.is_row_run ? shape.kernel[2] * grouping_.in_channels : grouping_.in_channels;
         gemm_.run_z = taps_.z.data();
         gemm_.run_y = taps_.y.data();
         gemm_.run_x = taps_.x.data();
@@ -41,11 +51,11 @@ public:
             gemm_.inside_to[i] = shape.in[i] + shape.padding[i] - gemm_.reach[i];
         }
         const Runs run(kernels_, gemm_.runs, gemm_.run_length);
-        gemm_.is_windowed = takes_windows(kernels_, grouping, shape);
-        Runs runs = gemm_.is_windowed ? run : Runs(kernels_, 1, steps);
+        gemm_.is_windowed = takes_windows(kernels_, grouping_, shape);
+        runs_ = gemm_.is_windowed ? run : Runs(kernels_, 1, steps);
         if (gemm_.is_windowed && joins_runs(kernels_, run) && gemm_.is_row_run && shape.dilation[1] == 1) {
-            runs = Runs::joined(kernels_, run.runs, run.length);
-            gemm_.column_bytes = 4 * runs.quads;
+            runs_ = Runs::joined(kernels_, run.runs, run.length);
+            gemm_.column_bytes = 4 * runs_.quads;
             gemm_.runs = 1;
         }
         gemm_.reads_in_place = gemm_.is_windowed && gemm_.column_bytes == 0 && kernels_.is_exact && 4 * run.quads == run.length;
@@ -60,32 +70,43 @@ public:
         }
         gemm_.run_offset = run_offset_.data();
         gemm_.window_offset = window_offset_.data();
-        std::vector<i64> key{address(w.codes), address(&kernels_), grouping.merged, taps, gemm_.is_windowed,
+        gemm_.channels = channels;
+        gemm_.panels = divide_up(channels, kernels_.columns);
+        groups_ = gemm_.is_windowed ? 1 : grouping_.groups;
+        gemm_.task_panels = gemm_.panels * grouping_.groups / groups_;
+        gemm_.quads = runs_.all_quads;
+        gemm_.chunk = chunk_of(kernels_, gemm_.quads);
+        gemm_.output = output_of(residual, epilogue, y, grouping_.groups * channels, terms.rest);
+        tasks_ = cut(kernels_, gemm_, groups_, rows_, pool.size());
+        gemm_.goes_on = tasks_.row_tasks * tasks_.panel_tasks * groups_ > pool.size();
+        gemm_.all_rows = rows_;
+        gemm_.all_panels = gemm_.panels * grouping_.groups;
+    }
+
+    // Before it may run.
+    void take_weights(const Weights& w, const Shape3& shape, const Terms& terms) {
+        for (std::size_t i = 0; i < before_.size(); ++i)
+            before_[i]->take_weights(terms.products[i].weights, shape, Terms{});
+        const i64 taps = shape.taps();
+        std::vector<i64> key{address(w.codes), address(&kernels_), grouping_.merged, taps, gemm_.is_windowed,
                              gemm_.column_bytes};
         key.insert(key.end(), w.dims.begin(), w.dims.end());
-        weights_ = shared_weights(key, [&] { return pack_gemm_weights(kernels_, w, grouping, taps, runs); });
+        weights_ = shared_weights(key, [&] { return pack_gemm_weights(kernels_, w, grouping_, taps, runs_); });
         constants_ = std::make_unique<ChannelConstants>(
-            w, *x.q, weights_->sums, !kernels_.is_exact, [&](i64 c) {
-                return c / grouping.out_channels * panels * columns + c % grouping.out_channels;
+            w, *x_.q, weights_->sums, !kernels_.is_exact, [&](i64 c) {
+                const i64 channels = grouping_.out_channels;
+                return c / channels * gemm_.panels * kernels_.columns + c % channels;
             });
         gemm_.weights = weights_->codes.data();
         if (weights_->joint.size() > 0) gemm_.joint = weights_->joint.data();
         gemm_.start = constants_->start.data();
-        gemm_.channels = grouping.out_channels;
-        gemm_.panels = panels;
-        groups_ = gemm_.is_windowed ? 1 : grouping.groups;
-        gemm_.task_panels = panels * grouping.groups / groups_;
-        gemm_.quads = runs.all_quads;
-        gemm_.chunk = chunk_of(kernels_, gemm_.quads);
-        gemm_.output = output_of(residual, epilogue, y, grouping.groups * grouping.out_channels, terms.rest);
         std::vector<const ChannelConstants*> before;
         for (const auto& step : before_) before.push_back(step->constants_.get());
-        constants_->bind(gemm_.output, taps * w.dims[1], *x.q, y.q, is_real(residual) || rest_, before);
-        tasks_ = cut(kernels_, gemm_, groups_, rows_, pool.size());
-        gemm_.goes_on = tasks_.row_tasks * tasks_.panel_tasks * groups_ > pool.size();
-        gemm_.all_rows = rows_;
-        gemm_.all_panels = panels * grouping.groups;
+        const bool needs_reals = is_real(residual_ ? &*residual_ : nullptr) || rest_;
+        constants_->bind(gemm_.output, taps * w.dims[1], *x_.q, y_.q, needs_reals, before);
     }
+
+    double predicted_ms() const { return tasks_.least_ms; }
 
     void run() override {
         if (y_.count() == 0) return;
@@ -146,6 +167,8 @@ private:
 
     ThreadPool& pool_;
     const Int8Kernels& kernels_;
+    const Grouping grouping_;
+    Runs runs_{kernels_, 1, 0};
     Tensor x_, y_;
     std::optional<Tensor> residual_, rest_;
     std::vector<std::unique_ptr<GemmStep>> before_;  // products that come before this one
@@ -160,10 +183,31 @@ private:
 
 }  // namespace
 
-StepPtr make_gemm_step(ThreadPool& pool, const Weights& w, const Grouping& grouping, const Shape3& shape,
+StepPtr make_gemm_step_on(const Int8Kernels& kernels, ThreadPool& pool, const Weights& w, const Grouping& unmerged,
+                          const Shape3& shape, const Tensor& x, const Tensor* residual, const Epilogue& epilogue,
+                          const Tensor& y, i64 rows, const Terms& terms) {
+    auto step = std::make_unique<GemmStep>(pool, kernels, unmerged, shape, x, residual, epilogue, y, rows, terms);
+    step->take_weights(w, shape, terms);
+    return step;
+}
+
+StepPtr make_gemm_step(ThreadPool& pool, const Weights& w, const Grouping& unmerged, const Shape3& shape,
                        const Tensor& x, const Tensor* residual, const Epilogue& epilogue, const Tensor& y, i64 rows,
                        const Terms& terms) {
-    return std::make_unique<GemmStep>(pool, w, grouping, shape, x, residual, epilogue, y, rows, terms);
+    const auto made = [&](const Int8Kernels& kernels) {
+        return std::make_unique<GemmStep>(pool, kernels, unmerged, shape, x, residual, epilogue, y, rows, terms);
+    };
+    std::unique_ptr<GemmStep> step = made(*int8_kernels_in_use());
+    if (const Int8Kernels* others = int8_kernels_beside(); others != nullptr && may_take_either(w)) {
+        std::shared_ptr<const Decision> decision = take_decision();
+        std::unique_ptr<GemmStep> other = made(*others);
+        if (other->predicted_ms() < step->predicted_ms())
+            step = std::move(other);
+        else
+            leave_decision(std::move(decision));
+    }
+    step->take_weights(w, shape, terms);
+    return step;
 }
 
 }  // namespace quantflow::host::int8

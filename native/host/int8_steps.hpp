@@ -62,8 +62,12 @@ struct Shape3 {
 
 Shape3 shape_of(const Weights&, const ConvGeometry&, const Tensor& x, const Tensor& y);
 
-StepPtr make_gemm_step(ThreadPool&, const Weights&, const Grouping&, const Shape3&, const Tensor& x,
+// On those of the kernels at hand that are predicted to take less time. `unmerged`: one group per group.
+StepPtr make_gemm_step(ThreadPool&, const Weights&, const Grouping& unmerged, const Shape3&, const Tensor& x,
                        const Tensor* residual, const Epilogue&, const Tensor& y, i64 rows, const Terms&);
+StepPtr make_gemm_step_on(const Int8Kernels&, ThreadPool&, const Weights&, const Grouping& unmerged, const Shape3&,
+                          const Tensor& x, const Tensor* residual, const Epilogue&, const Tensor& y, i64 rows,
+                          const Terms&);
 StepPtr make_depthwise_step(ThreadPool&, const Weights&, const Shape3&, const Tensor& x, const Tensor* residual,
                             const Epilogue&, const Tensor& y, const Terms&);
 bool suits_winograd(const Int8Kernels&, const Weights&, const ConvGeometry&, const Shape3&, const Tensor& x,

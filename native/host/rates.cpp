@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <fstream>
+#include <map>
 #include <string>
 
 #include "int8_cost.hpp"
@@ -13,7 +14,7 @@ namespace quantflow::host::int8 {
 namespace {
 
 std::mutex mutex;
-Rates in_use;
+std::map<const Int8Kernels*, Rates> in_use;
 
 std::string first_word(const std::string& file) {
     std::string word;
@@ -74,6 +75,7 @@ Rates built_in_rates(const Int8Kernels& kernels) {
     r.narrow_window = kernels.is_exact ? 0.6 : 1.1;
     r.fetching_near = r.fetching_far = 1.0 / 16;
     r.finishing = has_tiles ? 0.3 : 0.5;
+    r.narrow_finishing = has_tiles ? 1.2 : 0.5;
     r.passing = 1.0 / 24;
     r.packing = 0.06;
     r.hand_over = kHandOver;
@@ -84,7 +86,7 @@ Rates built_in_rates(const Int8Kernels& kernels) {
 Rates rates_of(const Int8Kernels& kernels) {
     {
         std::lock_guard<std::mutex> lock(mutex);
-        if (in_use.kernels == &kernels) return in_use;
+        if (const auto found = in_use.find(&kernels); found != in_use.end()) return found->second;
     }
     return built_in_rates(kernels);
 }
@@ -101,12 +103,12 @@ void set_rates(Rates rates) {
     rates.ghz = bounded(rates.ghz, usual.ghz, "ghz");
     rates.is_measured = true;
     std::lock_guard<std::mutex> lock(mutex);
-    in_use = rates;
+    in_use[rates.kernels] = rates;
 }
 
 void forget_rates() {
     std::lock_guard<std::mutex> lock(mutex);
-    in_use = Rates{};
+    in_use.clear();
 }
 
 const Caches& caches() {

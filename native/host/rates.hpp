@@ -15,13 +15,14 @@ namespace quantflow::host::int8 {
 //   fetching_near    a byte of weights that the L2 cache holds
 //   fetching_far     a byte of weights that it doesn't
 //   finishing        an element of y
+//   narrow_finishing the same where tile registers find no two panels to finish together
 //   passing          a byte of a row's x and y that the L1 cache doesn't hold, for each panel
 //   packing          a byte of a row that is packed
 //   hand_over        spreading a step over the threads
 //   waiting          a cycle of a step on all threads, in which those that are done wait for the slowest
 #define QF_RATES(R)                                                                                                    \
     R(product) R(window_product) R(narrow_product) R(narrow_window) R(fetching_near) R(fetching_far) R(finishing)      \
-    R(passing) R(packing) R(hand_over) R(waiting)
+    R(narrow_finishing) R(passing) R(packing) R(hand_over) R(waiting)
 
 struct Rates {
 #define QF_RATE(name) double name = 0;
@@ -35,7 +36,7 @@ struct Rates {
 // What holds on the machines that the formulas were made on.
 Rates built_in_rates(const Int8Kernels&);
 
-// Those in use, of the kernels at hand: the last that were set for them, else the built-in ones.
+// Those in use: the last that were set for these kernels, else the built-in ones.
 Rates rates_of(const Int8Kernels&);
 // Each is held within a factor of kMostApart of the built-in one: a measurement that something disturbed must not spoil a
 // choice. Throws Error where one is not a positive number.
@@ -44,8 +45,8 @@ void set_rates(Rates);
 // The built-in ones again.
 void forget_rates();
 
-// Measures all of them on the kernels in use, at one thread and at the pool's size; takes about a third of a second.
-Rates measure_rates(int threads);
+// Measures all of them, at one thread and at the pool's size; takes about a third of a second.
+Rates measure_rates(const Int8Kernels&, int threads);
 
 // Of one core, as the system says: sysfs, else the processor itself, else what most processors have.
 struct Caches {

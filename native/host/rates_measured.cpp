@@ -35,7 +35,7 @@ double clock_ghz() {
 class Probe {
 public:
     static constexpr i64 kLines = 8;
-    Probe(ThreadPool& pool, bool is_conv, i64 size, i64 in, i64 out) {
+    Probe(const Int8Kernels& kernels, ThreadPool& pool, bool is_conv, i64 size, i64 in, i64 out) {
         const std::vector<i64> xd = is_conv ? std::vector<i64>{1, in, kLines, size} : std::vector<i64>{size, in};
         std::vector<i64> yd = xd;
         yd[1] = out;
@@ -48,14 +48,15 @@ public:
         const Epilogue relu{Activation::relu, 0, 0};
         // In one piece, whatever the rates in use make of it.
         Trial whole;
-        whole.forced = Way{y.count() / out, divide_up(out, int8_kernels_in_use()->columns)};
+        whole.forced = Way{y.count() / out, divide_up(out, kernels.columns)};
         const InTrial trial(whole);
         if (is_conv) {
             const ConvGeometry geometry{{1, 1}, {1, 1}, {1, 1}, 1};
-            step_ = make_gemm_step(pool, w, Grouping{1, in, out, 1}, shape_of(w, geometry, x, y), x, nullptr, relu, y,
-                                   kLines * size, Terms{});
+            step_ = make_gemm_step_on(kernels, pool, w, Grouping{1, in, out, 1}, shape_of(w, geometry, x, y), x, nullptr,
+                                      relu, y, kLines * size, Terms{});
         } else {
-            step_ = make_gemm_step(pool, w, Grouping{1, in, out, 1}, Shape3{}, x, nullptr, relu, y, size, Terms{});
+            step_ = make_gemm_step_on(kernels, pool, w, Grouping{1, in, out, 1}, Shape3{}, x, nullptr, relu, y, size,
+                                      Terms{});
         }
         take_decision();
         step_->run();
@@ -112,11 +113,11 @@ double hand_over_ns(int threads) {
 }
 
 // Every thread computes the same, in its own cache, and then waits.
-double waiting_share(int threads) {
+double waiting_share(const Int8Kernels& kernels, int threads) {
     ThreadPool pool(threads), alone(1);
-    const i64 columns = 8 * int8_kernels_in_use()->columns;
+    const i64 columns = 8 * kernels.columns;
     std::vector<std::unique_ptr<Probe>> probes;
-    for (int i = 0; i < threads; ++i) probes.push_back(std::make_unique<Probe>(alone, false, 256, 256, columns));
+    for (int i = 0; i < threads; ++i) probes.push_back(std::make_unique<Probe>(kernels, alone, false, 256, 256, columns));
     std::vector<double> taken(probes.size()), shares;
     pool.during([&] {
         for (int i = 0; i < 60; ++i) {
@@ -136,12 +137,13 @@ double waiting_share(int threads) {
 
 }  // namespace
 
-Rates measure_rates(int threads) {
-    const Int8Kernels& kernels = *int8_kernels_in_use();
+Rates measure_rates(const Int8Kernels& kernels, int threads) {
     const Rates usual = built_in_rates(kernels);
     ThreadPool alone(1);
     const i64 rows = 16 * kernels.rows, width = std::max<i64>(12, 2 * kernels.rows), step = 4 * kernels.depth;
-    const i64 panel = kernels.columns, short_k = round_up(128, step), long_k = 2 * short_k, tile_cost = kernels.depth > 1 ? 8 : 1;
+    // Tile registers multiply so fast that only a long reduction stands out from what is done for each sum.
+    const i64 panel = kernels.columns, short_k = round_up(128, step), long_k = (kernels.depth > 1 ? 4 : 2) * short_k;
+    const i64 tile_cost = kernels.depth > 1 ? 8 : 1;
     const i64 odd = kernels.is_exact ? 1 : 0;  // a length that can't be read where it lies
     const i64 near_bytes = caches().l2 / 4, far_bytes = std::min<i64>(4 * caches().l2, 8 << 20), far_k = 1792;
     const i64 near_panels = std::max<i64>(2, near_bytes / (long_k * panel)), far_panels = far_bytes / (far_k * panel);
@@ -149,8 +151,8 @@ Rates measure_rates(int threads) {
     enum { kShort1, kShort2, kLong1, kLong2, kOdd1, kOdd2, kMany1, kMany2, kNear, kFar, kWindow1, kWindow2, kWindow3,
            kWindow4, kNarrow1, kNarrow2, kNarrowWindow1, kNarrowWindow2, kProbes };
     std::vector<std::unique_ptr<Probe>> probes;
-    const auto linear = [&](i64 m, i64 k, i64 n) { probes.push_back(std::make_unique<Probe>(alone, false, m, k, n)); };
-    const auto conv = [&](i64 k, i64 n) { probes.push_back(std::make_unique<Probe>(alone, true, width, k, n)); };
+    const auto linear = [&](i64 m, i64 k, i64 n) { probes.push_back(std::make_unique<Probe>(kernels, alone, false, m, k, n)); };
+    const auto conv = [&](i64 k, i64 n) { probes.push_back(std::make_unique<Probe>(kernels, alone, true, width, k, n)); };
     linear(rows, short_k, panel);
     linear(rows, short_k, 2 * panel);
     linear(rows, long_k, panel);
@@ -171,9 +173,10 @@ Rates measure_rates(int threads) {
     conv(few, narrow);
     conv(2 * few, narrow);
     double ghz = 0;
-    for (int round = 0; round < 3; ++round) {
+    // Short turns: what disturbs the machine, such as a neighbour on the same core, comes and goes.
+    for (int round = 0; round < 10; ++round) {
         ghz = std::max(ghz, clock_ghz());
-        for (auto& probe : probes) probe->time(1.5e6);
+        for (auto& probe : probes) probe->time(0.45e6);
     }
     const auto cycles = [&](int i) { return probes[static_cast<std::size_t>(i)]->ns() * ghz; };
     // Where noise leaves nothing, the bound below serves.
@@ -191,6 +194,7 @@ Rates measure_rates(int threads) {
     r.finishing = positive((second_panel(kShort1, kShort2) - tile_rows(rows) * quads(short_k) * product) /
                            count(rows * panel));
     const double finishing = std::clamp(r.finishing, usual.finishing / kMostApart, usual.finishing * kMostApart);
+    r.narrow_finishing = positive((cycles(kShort1) - tile_rows(rows) * quads(short_k) * product) / count(rows * panel));
     r.packing = positive((cycles(kOdd1) - second_panel(kOdd1, kOdd2)) / count(rows * long_k));
     r.passing = positive((second_panel(kMany1, kMany2) - tile_rows(many_rows) * quads(2 * long_k) * product -
                           count(many_rows * panel) * finishing) /
@@ -211,7 +215,7 @@ Rates measure_rates(int threads) {
                                (count(Probe::kLines * width) * more * 2));
     if (threads > 1) {
         r.hand_over = positive(hand_over_ns(threads) * ghz);
-        r.waiting = positive(waiting_share(threads));
+        r.waiting = positive(waiting_share(kernels, threads));
     }
     return r;
 }

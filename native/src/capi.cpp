@@ -123,14 +123,22 @@ void hand_over(const nlohmann::json& found, char* json, std::size_t room, std::s
     if (room > text.size()) std::memcpy(json, text.c_str(), text.size() + 1);
 }
 
-// The rates by name, in the order of the C interface; `ghz` apart.
-using Named = std::map<std::string, double host::int8::Rates::*>;
-const Named& rates_by_name() {
-    static const Named named{
-#define QF_RATE(name) {#name, &host::int8::Rates::name},
+// The rates by name, in the order of the C interface; `ghz` apart. Those of the kernels beside the ones in use, where
+// there are any, begin with "vectors_".
+struct NamedRate {
+    const host::Int8Kernels* kernels;
+    double host::int8::Rates::*member;
+};
+std::map<std::string, NamedRate> rates_by_name() {
+    std::map<std::string, NamedRate> named;
+    const auto add = [&](const host::Int8Kernels* kernels, const std::string& prefix) {
+        if (kernels == nullptr) return;
+#define QF_RATE(name) named[prefix + #name] = {kernels, &host::int8::Rates::name};
         QF_RATES(QF_RATE)
 #undef QF_RATE
     };
+    add(host::int8_kernels_in_use(), "");
+    add(host::int8_kernels_beside(), "vectors_");
     return named;
 }
 
@@ -316,12 +324,12 @@ std::int32_t qf_host_keep_way(const char* shape, std::int64_t rows, std::int64_t
 std::int32_t qf_host_rates(char* json, std::size_t room, std::size_t* needed, char* error, std::size_t capacity) {
     return guarded(error, capacity, [&] {
         const host::Int8Kernels& kernels = *host::int8_kernels_in_use();
-        const host::int8::Rates rates = host::int8::rates_of(kernels), usual = host::int8::built_in_rates(kernels);
+        const host::int8::Rates rates = host::int8::rates_of(kernels);
         const host::int8::Caches& caches = host::int8::caches();
         nlohmann::json now, built_in;
-        for (const auto& [name, member] : rates_by_name()) {
-            now[name] = rates.*member;
-            built_in[name] = usual.*member;
+        for (const auto& [name, rate] : rates_by_name()) {
+            now[name] = host::int8::rates_of(*rate.kernels).*rate.member;
+            built_in[name] = host::int8::built_in_rates(*rate.kernels).*rate.member;
         }
         hand_over({{"cpu", cpu_name()}, {"isa", name_of(best_isa())}, {"l1_bytes", caches.l1}, {"l2_bytes", caches.l2},
                    {"caches", caches.source}, {"is_measured", rates.is_measured}, {"ghz", rates.ghz}, {"rates", now},
@@ -333,21 +341,33 @@ std::int32_t qf_host_rates(char* json, std::size_t room, std::size_t* needed, ch
 std::int32_t qf_host_measure_rates(std::int32_t threads, char* error, std::size_t capacity) {
     return guarded(error, capacity, [&] {
         if (threads < 1 || threads > 1024) throw Error("threads must be in [1, 1024], is " + std::to_string(threads));
-        host::int8::set_rates(host::int8::measure_rates(threads));
+        const host::int8::Rates own = host::int8::measure_rates(*host::int8_kernels_in_use(), threads);
+        host::int8::set_rates(own);
+        if (const host::Int8Kernels* others = host::int8_kernels_beside()) {
+            host::int8::Rates beside = host::int8::measure_rates(*others, 1);
+            beside.hand_over = own.hand_over;
+            beside.waiting = own.waiting;
+            host::int8::set_rates(beside);
+        }
     });
 }
 
 std::int32_t qf_host_set_rates(const double* values, std::size_t count, char* error, std::size_t capacity) {
     return guarded(error, capacity, [&] {
         if (count == 0) return host::int8::forget_rates();
-        const Named& named = rates_by_name();
+        const auto named = rates_by_name();
         if (count != named.size() + 1)
             throw Error(std::to_string(count) + " rates; there are " + std::to_string(named.size() + 1));
-        host::int8::Rates rates = host::int8::built_in_rates(*host::int8_kernels_in_use());
         given(values, "values");
-        for (const auto& [name, member] : named) rates.*member = *values++;
-        rates.ghz = *values;
-        host::int8::set_rates(rates);
+        const double ghz = values[named.size()];
+        std::map<const host::Int8Kernels*, host::int8::Rates> all;
+        for (const auto& [name, rate] : named) {
+            const host::int8::Rates usual = host::int8::built_in_rates(*rate.kernels);
+            host::int8::Rates& rates = all.try_emplace(rate.kernels, usual).first->second;
+            rates.*rate.member = *values++;
+            rates.ghz = ghz;
+        }
+        for (const auto& [kernels, rates] : all) host::int8::set_rates(rates);
     });
 }
 

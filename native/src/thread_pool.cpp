@@ -134,14 +134,15 @@ struct Team {
     alignas(64) std::atomic<std::int64_t> done{0};
 
     void work(std::size_t self, std::uint64_t seen) {
-        std::int64_t taken = 0;
         place = {this, self};
         for (std::size_t i = 0; i < ranges.size(); ++i) {
             Range& range = ranges[(self + i) % ranges.size()];
+            std::int64_t taken = 0;
             for (std::int64_t t; (t = range.take(i == 0)) >= 0; ++taken) (*task)(t);
+            // Before it looks at the others' ranges, each of which may lie in another cache.
+            if (taken > 0) done.fetch_add(taken, std::memory_order_release);
         }
         place = {};
-        if (taken > 0) done.fetch_add(taken, std::memory_order_release);
         if (are_helped.load(std::memory_order_relaxed)) help(self, seen);
     }
 

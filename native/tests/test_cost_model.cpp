@@ -1,5 +1,5 @@
-// The cost model never changes a result: every cut of every step, by whatever rates, gives the same bytes. And rates are
-// held near the built-in ones, whatever was measured or read from a file.
+// The cost model never changes a result: every cut of every step, by whatever rates and on whichever of two instruction
+// sets' kernels, gives the same bytes. And rates are held near the built-in ones, whatever was measured or read from a file.
 #include <cmath>
 #include <functional>
 
@@ -11,6 +11,10 @@
 using namespace check;
 using namespace quantflow::host;
 using namespace quantflow::host::int8;
+
+namespace quantflow::host::isa_emulated_amx {
+extern const Int8Kernels int8_kernels;
+}
 
 namespace {
 
@@ -30,7 +34,8 @@ const Layer kLayers[] = {
     {{1, 64, 28, 28}, {128, 64, 1, 1}, {1, 128, 14, 14}, 2},
 };
 
-std::vector<std::byte> bytes_of(const Layer& layer, ThreadPool& pool, std::shared_ptr<const Decision>* decision) {
+std::vector<std::byte> bytes_of(const Layer& layer, ThreadPool& pool, std::shared_ptr<const Decision>* decision,
+                                std::string* kernel = nullptr) {
     std::mt19937 bits(3);
     std::vector<std::byte> memory[3];
     std::byte* bases[3];
@@ -62,6 +67,7 @@ std::vector<std::byte> bytes_of(const Layer& layer, ThreadPool& pool, std::share
                        ? make_linear(pool, w, x, r, relu, y)
                        : make_conv(pool, w, {{layer.stride, layer.stride}, {half, half}, {1, 1}, layer.groups}, x, r, relu, y);
     *decision = take_decision();
+    if (kernel != nullptr) *kernel = step->kernel();
     step->run();
     return memory[2];
 }
@@ -130,9 +136,44 @@ void check_ways(const Int8Kernels& kernels, int threads) {
     forget_rates();
 }
 
+// Those that are cheap are taken, whichever they are, where the weights are small.
+void check_either(const Int8Kernels& own, const Int8Kernels& beside) {
+    int8_kernels_in_use() = &own;
+    ThreadPool pool(2);
+    const auto cost = [](const Int8Kernels& kernels, double factor) {
+        Rates r = built_in_rates(kernels);
+#define QF_RATE(name) r.name *= factor;
+        QF_RATES(QF_RATE)
+#undef QF_RATE
+        set_rates(r);
+    };
+    for (const Layer& layer : kLayers) {
+        std::shared_ptr<const Decision> decision;
+        int8_kernels_beside() = nullptr;
+        const auto expected = bytes_of(layer, pool, &decision);
+        if (!decision) continue;  // Winograd's
+        int8_kernels_beside() = &beside;
+        const bool is_large = layer.w[0] * layer.w[1] > 64 * 1024;
+        for (const bool wants_beside : {false, true}) {
+            cost(own, wants_beside ? kMostApart : 1 / kMostApart);
+            cost(beside, wants_beside ? 1 / kMostApart : kMostApart);
+            const Int8Kernels& wanted = wants_beside && !is_large ? beside : own;
+            std::string kernel;
+            ++values;
+            if (bytes_of(layer, pool, &decision, &kernel) != expected) fail("either kernels");
+            if (kernel != tile_name(wanted, "igemm")) fail(kernel + " where " + wanted.name + " is cheap");
+            if (decision->shape.find(wanted.name) == std::string::npos) fail("the decision is the other kernels'");
+        }
+    }
+    int8_kernels_beside() = nullptr;
+    forget_rates();
+}
+
 }  // namespace
 
 int main() {
+    const Int8Kernels* const found_in_use = int8_kernels_in_use();
+    int8_kernels_beside() = nullptr;
     const Caches& found = caches();
     std::printf("caches: %lld and %lld bytes (%s)\n", static_cast<long long>(found.l1), static_cast<long long>(found.l2),
                 found.source);
@@ -146,6 +187,10 @@ int main() {
         std::printf("%s: ", name_of(isa));
         end_group("cuts");
     }
+    if (best_isa() >= Isa::avx2) check_either(isa_generic::int8_kernels, isa_avx2::int8_kernels);
+    if (best_isa() >= Isa::avx512_vnni) check_either(isa_emulated_amx::int8_kernels, isa_avx512_vnni::int8_kernels);
+    end_group("either kernels");
+    int8_kernels_in_use() = found_in_use;
     const Int8Kernels& kernels = *int8_kernels_in_use();
     Rates wrong = built_in_rates(kernels);
     for (double value : {0.0, -1.0, std::nan(""), std::numeric_limits<double>::infinity()}) {
@@ -158,7 +203,7 @@ int main() {
         }
     }
     if (best_isa() != Isa::generic) {
-        set_rates(measure_rates(2));
+        set_rates(measure_rates(kernels, 2));
         check_bounds(kernels, "measured");
         if (!rates_of(kernels).is_measured) fail("measured rates are not in use");
         if (rates_of(isa_generic::int8_kernels).is_measured) fail("rates are taken for other kernels");

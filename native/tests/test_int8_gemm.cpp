@@ -536,6 +536,7 @@ int main() {
     if (best >= Isa::avx512_vnni) all.push_back(&host::isa_avx512_vnni::int8_kernels);
     if (best >= Isa::avx512_vnni) all.push_back(&host::isa_emulated_amx::int8_kernels);
     if (best == Isa::amx_int8) all.push_back(&host::isa_amx_int8::int8_kernels);
+    host::int8_kernels_beside() = nullptr;
     for (const host::Int8Kernels* kernels : all) {
         host::int8_kernels_in_use() = kernels;
         random_bits.seed(7);

@@ -1,7 +1,7 @@
 """The rates of this machine by which the native kernels are chosen: measured once, kept in the user's cache.
 
 A rate is what a part of an int8 step costs, in cycles of one core; native/host/rates.hpp says what each counts. They
-decide how steps are cut into tasks and groups are merged: how long a step takes, never what it gives. A process that
+decide how steps are cut into tasks, groups are merged and kernels chosen: how long a step takes, never what it gives. A process that
 finds none in the cache computes by those that are built in, until it is asked to measure (warm-up and task=doctor do).
 """
 
@@ -59,7 +59,7 @@ def take_up(threads: int) -> InUse:
 
 
 def measure(threads: int) -> bool:
-    """Measure what the cache does not hold, in about a third of a second, and keep it; whether the rates changed."""
+    """Measure what the cache does not hold, in half a second at most, and keep it; whether the rates changed."""
     global _in_use
     before = take_up(threads)
     if before.source != BUILT_IN or lib.host_isa() == "generic":
