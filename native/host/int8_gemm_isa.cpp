@@ -945,7 +945,11 @@ i64 line_bytes(const Int8Gemm& g) {
 i64 column_pitch(const Int8Gemm& g, i64 lines) {
     return round_up(input_lines(g, smaller(lines, g.out[1])) * g.column_bytes, 64) + 64;
 }
+constexpr i64 kPaddedLines = 16;  // that are copied at a time before they become columns
 i64 padded_line_bytes(const Int8Gemm& g) { return ((g.out[2] - 1) * g.stride[2] + g.reach[2] + 1) * g.pixel; }
+
+// Parts are read by whole vectors, too.
+i64 padded_lines_bytes(const Int8Gemm& g) { return kPaddedLines * round_up(padded_line_bytes(g), 64) + 128; }
 
 struct LineScratch {
     i64 packed_row, pieces, sums, wide, offsets, bytes;  // wide: the lines in 16 bits; offsets: of runs there
@@ -957,8 +961,7 @@ LineScratch line_scratch_of(const Int8Gemm& g, i64 rows) {
         const i64 lines = rows / g.out[2], images = (lines + g.out[1] - 2) / g.out[1] + 1;
         s.pieces = (lines * g.stride[1] + images * (g.reach[1] + 1)) * line_bytes(g) + 64;  // copies are of whole vectors
         if (spans_lines(g)) s.pieces += kSpan * g.pixel;  // the last piece may read beyond
-        if (g.column_bytes > 0)
-            s.pieces = images * g.out[2] * column_pitch(g, lines) + round_up(padded_line_bytes(g), 64) + 128;
+        if (g.column_bytes > 0) s.pieces = images * g.out[2] * column_pitch(g, lines) + padded_lines_bytes(g);
         s.pieces = round_up(s.pieces, 64);
     } else if (!g.is_windowed && !g.is_direct) {
         // 64 bytes more than a multiple of 64: rows a power of two apart would share a cache set.
@@ -992,14 +995,20 @@ void pad_lines(Copier& copier, const Int8Gemm& g, i64 image, i64 line, i64 lines
 #if defined(QF_INT8_AMX)
 #include "int8_amx_pieces.inc"
 
-// Input lines as `pad_lines` copies them, by columns, `pitch` bytes apart. What lies behind a part is overwritten, or
-// multiplied by weights of 0.
+// Input lines as `pad_lines` copies them, by columns, `pitch` bytes apart; a few lines at a time, so that a column's parts
+// are written one behind the other. What lies behind a part is overwritten, or multiplied by weights of 0.
 void copy_columns(Copier& copier, const Int8Gemm& g, i64 image, i64 line, i64 lines, u8* to, i64 pitch, u8* padded) {
-    for (i64 l = 0; l < lines; ++l, to += g.column_bytes) {
-        pad_lines(copier, g, image, line + l, 1, padded, padded_line_bytes(g));
-        for (i64 column = 0; column < g.out[2]; ++column)
-            for (i64 i = 0; i < g.column_bytes; i += Vector::kCopy)
-                Vector::copy(to + column * pitch + i, padded + column * g.stride[2] * g.pixel + i);
+    constexpr i64 kPart = 32;  // bytes copied at once
+    const i64 line_pitch = round_up(padded_line_bytes(g), 64);
+    for (i64 first = 0; first < lines; first += kPaddedLines) {
+        const i64 count = smaller(kPaddedLines, lines - first);
+        pad_lines(copier, g, image, line + first, count, padded, line_pitch);
+        for (i64 column = 0; column < g.out[2]; ++column) {
+            const u8* from = padded + column * g.stride[2] * g.pixel;
+            u8* part = to + column * pitch + first * g.column_bytes;
+            for (i64 l = 0; l < count; ++l, from += line_pitch, part += g.column_bytes)
+                for (i64 i = 0; i < g.column_bytes; i += kPart) std::memcpy(part + i, from + i, kPart);
+        }
     }
 }
 #endif
@@ -1036,7 +1045,7 @@ void gemm_lines(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 
                     const i64 from = y * g.stride[1], read = input_lines(g, left_in_image);
 #if defined(QF_INT8_AMX)
                     if (g.column_bytes > 0) {
-                        u8* padded = scratch + s.pieces - round_up(padded_line_bytes(g), 64) - 128;
+                        u8* padded = scratch + s.pieces - padded_lines_bytes(g);
                         copy_columns(copier, g, image, from, read, padded_lines, x_row, padded);
                         padded_lines += g.out[2] * x_row;
                     } else

@@ -90,7 +90,8 @@ struct Int8Gemm {
 
     // Codes [group][panel][quad][column][4]: a quad is four steps of the reduction, a panel `columns` channels.
     const std::int8_t* weights = nullptr;
-    const std::int32_t* start = nullptr;  // what sums start from, per padded channel: -zero * (sum of weights)
+    // What sums start from, per padded channel: -zero * (sum of weights). Tile registers: null is zeros.
+    const std::int32_t* start = nullptr;
     const std::int32_t* row_start = nullptr;  // per row, added to `start`; null: none
     std::int64_t channels = 0, panels = 0;  // per group
     std::int64_t task_panels = 0;           // that one call may compute: of a group, or of all groups

@@ -99,7 +99,8 @@ public:
             });
         gemm_.weights = weights_->codes.data();
         if (weights_->joint.size() > 0) gemm_.joint = weights_->joint.data();
-        gemm_.start = constants_->start.data();
+        // Tile registers are cleared faster than loaded.
+        gemm_.start = kernels_.depth > 1 && gemm_.zero == 0 ? nullptr : constants_->start.data();
         std::vector<const ChannelConstants*> before;
         for (const auto& step : before_) before.push_back(step->constants_.get());
         const bool needs_reals = is_real(residual_ ? &*residual_ : nullptr) || rest_;
