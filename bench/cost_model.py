@@ -48,7 +48,8 @@ COLUMNS = (
     "worst",
     "tried",
 )
-Times = dict[str, dict[tuple[int, int], float]]  # shape → (rows, panels) → ms
+#: shape → (shape of other kernels, or "", rows, panels) → ms
+Times = dict[str, dict[tuple[str, int, int], float]]
 
 
 def main() -> int:
@@ -101,7 +102,7 @@ def of_model(name: str, threads: int, measured: Mapping[str, Any], options: Any)
                     counts[row["shape"]] = row["count"]
                     ranked[rates][row["shape"]] = row["ways"]
                     for way in row["ways"]:
-                        cut = way["rows"], way["panels"]
+                        cut = cut_of(way)
                         times[row["shape"]][cut] = min(way["ms"], times[row["shape"]].get(cut, math.inf))
     use(measured)
     cuts = {shape: [[*cut, ms] for cut, ms in sorted(found.items())] for shape, found in times.items()}
@@ -112,6 +113,10 @@ def of_model(name: str, threads: int, measured: Mapping[str, Any], options: Any)
         }
         for rates in sets
     ]  # fmt: skip
+
+
+def cut_of(way: Mapping[str, Any]) -> tuple[str, int, int]:
+    return way.get("shape", ""), way["rows"], way["panels"]
 
 
 def use(rates: Mapping[str, Any] | None) -> None:
@@ -126,7 +131,7 @@ def summary(
     """A line of the table for one set of rates, on the shapes that both sets give."""
 
     def ms(shape: str, way: Mapping[str, Any]) -> float:
-        return times[shape][way["rows"], way["panels"]]
+        return times[shape][cut_of(way)]
 
     best = {shape: counts[shape] * min(times[shape].values()) for shape in ranked}
     first = {shape: counts[shape] * ms(shape, ways[0]) for shape, ways in ranked.items()}

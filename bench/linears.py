@@ -85,7 +85,8 @@ def measured(inputs: int, outputs: int, rows: int, program: Path | None, options
     return {
         "layer": f"{inputs} x {outputs}", "rows": rows, "kernel": kernel, "gmacs": statistics.median(rates),
         "rounds_gmacs": rates, "of the engine": statistics.median(shares) if shares else None,
-        "quartiles": _quartiles(shares), "to oneDNN's rate": statistics.median(ratios), "its quartiles": _quartiles(ratios),
+        "quartiles": _quartiles(shares), "to oneDNN's rate": statistics.median(ratios),
+        "its quartiles": _quartiles(ratios),
     }  # fmt: skip
 
 

@@ -199,7 +199,7 @@ Tasks cut(const Int8Kernels& kernels, const Int8Gemm& g, i64 groups, i64 rows, i
         if (is_wanted || (!found && c.cycles < best.cycles)) best = c;
         found = found || is_wanted;
     });
-    const auto way = [&](const Candidate& c) { return Way{c.rows, c.panels, c.cycles / (rates.ghz * 1e6)}; };
+    const auto way = [&](const Candidate& c) { return Way{c.rows, c.panels, c.cycles / (rates.ghz * 1e6), decision->shape}; };
     if (looks_at_all && !all.empty()) {
         all = distinct(std::move(all), *trial);
         for (const Candidate& c : all) decision->ways.push_back(way(c));

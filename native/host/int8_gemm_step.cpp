@@ -6,6 +6,8 @@ namespace {
 
 // Large weights are packed once, for whatever number of rows.
 constexpr i64 kSmallWeights = 64 * 1024;
+// Other kernels that are predicted to take less than (1 + this) of the best way's time are worth a try.
+constexpr double kOthersMargin = 1;
 
 // Whether kernels are chosen for each number of rows by itself.
 bool may_take_either(const Weights& w) {
@@ -195,20 +197,42 @@ StepPtr make_gemm_step_on(const Int8Kernels& kernels, ThreadPool& pool, const We
 StepPtr make_gemm_step(ThreadPool& pool, const Weights& w, const Grouping& unmerged, const Shape3& shape,
                        const Tensor& x, const Tensor* residual, const Epilogue& epilogue, const Tensor& y, i64 rows,
                        const Terms& terms) {
-    const auto made = [&](const Int8Kernels& kernels) {
-        return std::make_unique<GemmStep>(pool, kernels, unmerged, shape, x, residual, epilogue, y, rows, terms);
+    struct Made {
+        std::unique_ptr<GemmStep> step;
+        std::shared_ptr<const Decision> decision;
     };
-    std::unique_ptr<GemmStep> step = made(*int8_kernels_in_use());
-    if (const Int8Kernels* others = int8_kernels_beside(); others != nullptr && may_take_either(w)) {
-        std::shared_ptr<const Decision> decision = take_decision();
-        std::unique_ptr<GemmStep> other = made(*others);
-        if (other->predicted_ms() < step->predicted_ms())
-            step = std::move(other);
-        else
-            leave_decision(std::move(decision));
+    const auto made = [&](const Int8Kernels& kernels) {
+        auto step = std::make_unique<GemmStep>(pool, kernels, unmerged, shape, x, residual, epilogue, y, rows, terms);
+        return Made{std::move(step), take_decision()};
+    };
+    const Int8Kernels *kernels = int8_kernels_in_use(), *others = int8_kernels_beside();
+    Made best = made(*kernels);
+    if (others != nullptr && may_take_either(w)) {
+        Made other = made(*others);
+        const bool is_kept = best.decision->is_measured, is_other_kept = other.decision->is_measured;
+        if (is_kept == is_other_kept ? other.step->predicted_ms() < best.step->predicted_ms() : is_other_kept) {
+            std::swap(best, other);
+            std::swap(kernels, others);
+        }
+        const Trial* trial = current_trial();
+        if (trial != nullptr && trial->most > 1 &&
+            other.step->predicted_ms() < (1 + kOthersMargin) * best.step->predicted_ms()) {
+            auto both = std::make_shared<Decision>(*best.decision);
+            if (trial->rank >= both->ways.size()) {
+                Trial first = *trial;
+                first.rank = 0;
+                const InTrial now(first);
+                best = made(*others);
+                both->taken = both->ways.size();
+                both->work_ms = best.decision->work_ms;
+            }
+            both->ways.push_back(other.decision->ways[0]);
+            best.decision = std::move(both);
+        }
     }
-    step->take_weights(w, shape, terms);
-    return step;
+    leave_decision(std::move(best.decision));
+    best.step->take_weights(w, shape, terms);
+    return std::move(best.step);
 }
 
 }  // namespace quantflow::host::int8

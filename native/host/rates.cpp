@@ -68,14 +68,16 @@ Caches caches_of_cpuid() {
 
 Rates built_in_rates(const Int8Kernels& kernels) {
     const bool has_tiles = kernels.depth > 1;
+    // Processors with tile registers have two units for vectors of the full length.
+    const bool is_beside = &kernels == int8_kernels_beside();
     Rates r;
     r.kernels = &kernels;
-    r.product = r.window_product = has_tiles ? 0.16 : kernels.is_exact ? 1.6 : 2.4;
+    r.product = r.window_product = has_tiles ? 0.16 : is_beside ? 1.0 : kernels.is_exact ? 1.6 : 2.4;
     r.narrow_product = 0.75;
     r.narrow_window = kernels.is_exact ? 0.6 : 1.1;
     r.fetching_near = r.fetching_far = 1.0 / 16;
-    r.finishing = has_tiles ? 0.3 : 0.5;
-    r.narrow_finishing = has_tiles ? 1.2 : 0.5;
+    r.finishing = has_tiles ? 0.3 : is_beside ? 0.25 : 0.5;
+    r.narrow_finishing = has_tiles ? 0.5 : r.finishing;
     r.passing = 1.0 / 24;
     r.packing = 0.06;
     r.hand_over = kHandOver;

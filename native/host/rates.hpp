@@ -45,8 +45,8 @@ void set_rates(Rates);
 // The built-in ones again.
 void forget_rates();
 
-// Measures all of them, at one thread and at the pool's size; takes about a third of a second.
-Rates measure_rates(const Int8Kernels&, int threads);
+// Measures all of them, of each of these kernels, at one thread and at the pool's size; takes about a third of a second.
+std::vector<Rates> measure_rates(const std::vector<const Int8Kernels*>&, int threads);
 
 // Of one core, as the system says: sysfs, else the processor itself, else what most processors have.
 struct Caches {

@@ -48,7 +48,7 @@ public:
         const Epilogue relu{Activation::relu, 0, 0};
         // In one piece, whatever the rates in use make of it.
         Trial whole;
-        whole.forced = Way{y.count() / out, divide_up(out, kernels.columns)};
+        whole.forced = Way{y.count() / out, divide_up(out, kernels.columns), 0, {}};
         const InTrial trial(whole);
         if (is_conv) {
             const ConvGeometry geometry{{1, 1}, {1, 1}, {1, 1}, 1};
@@ -112,6 +112,9 @@ double hand_over_ns(int threads) {
     return taken[taken.size() / 4];
 }
 
+// Where noise leaves nothing, the bounds of rates serve.
+double positive(double value) { return std::max(value, 1e-9); }
+
 // Every thread computes the same, in its own cache, and then waits.
 double waiting_share(const Int8Kernels& kernels, int threads) {
     ThreadPool pool(threads), alone(1);
@@ -135,89 +138,116 @@ double waiting_share(const Int8Kernels& kernels, int threads) {
     return shares[shares.size() / 2];
 }
 
+// The steps that tell the rates of one instruction set's kernels.
+class Measurement {
+public:
+    explicit Measurement(const Int8Kernels& kernels) : kernels_(kernels) {
+        linear(rows_, short_k_, panel_);
+        linear(rows_, short_k_, 2 * panel_);
+        linear(rows_, long_k_, panel_);
+        linear(rows_, long_k_, 2 * panel_);
+        linear(rows_, long_k_ - odd_, panel_);
+        linear(rows_, long_k_ - odd_, 2 * panel_);
+        linear(many_rows_, 2 * long_k_, panel_);
+        linear(many_rows_, 2 * long_k_, 2 * panel_);
+        linear(kernels.rows, long_k_, near_panels_ * panel_);
+        linear(kernels.rows, kFarK, far_panels_ * panel_);
+        conv(few_, panel_);
+        conv(few_, 2 * panel_);
+        conv(2 * few_, panel_);
+        conv(2 * few_, 2 * panel_);
+        linear(rows_, short_k_, narrow_);
+        linear(rows_, long_k_, narrow_);
+        conv(few_, narrow_);
+        conv(2 * few_, narrow_);
+    }
+
+    // Short turns: what disturbs the machine, such as a neighbour on the same core, comes and goes.
+    void turn() {
+        for (auto& probe : probes_) probe->time(0.3e6);
+    }
+
+    Rates rates(double ghz) const {
+        const auto cycles = [&](int i) { return probes_[static_cast<std::size_t>(i)]->ns() * ghz; };
+        const auto second_panel = [&](int one, int two) { return cycles(two) - cycles(one); };
+        const Rates usual = built_in_rates(kernels_);
+        const auto bounded = [](double value, double usual_value) {
+            return std::clamp(value, usual_value / kMostApart, usual_value * kMostApart);
+        };
+        Rates r = usual;
+        r.ghz = ghz;
+        r.product = positive((second_panel(kLong1, kLong2) - second_panel(kShort1, kShort2)) /
+                             (tile_rows(rows_) * quads(long_k_ - short_k_)));
+        const double product = bounded(r.product, usual.product), short_products = tile_rows(rows_) * quads(short_k_) * product;
+        r.finishing = positive((second_panel(kShort1, kShort2) - short_products) / count(rows_ * panel_));
+        const double finishing = bounded(r.finishing, usual.finishing);
+        r.narrow_finishing = positive((cycles(kShort1) - short_products) / count(rows_ * panel_));
+        r.packing = positive((cycles(kOdd1) - second_panel(kOdd1, kOdd2)) / count(rows_ * long_k_));
+        r.passing = positive((second_panel(kMany1, kMany2) - tile_rows(many_rows_) * quads(2 * long_k_) * product -
+                              count(many_rows_ * panel_) * finishing) /
+                             count(many_rows_ * (2 * long_k_ + 64)));
+        const auto fetching = [&](int probe, i64 k, i64 panels) {
+            const double rest = count(panels) * (tile_rows(kernels_.rows) * quads(k) * product +
+                                                 count(kernels_.rows * panel_) * finishing);
+            return positive((cycles(probe) - rest) / count(panels * panel_ * k));
+        };
+        r.fetching_near = fetching(kNear, long_k_, near_panels_);
+        r.fetching_far = fetching(kFar, kFarK, far_panels_);
+        const double pixels = count(Probe::kLines) * tile_rows(width_), more = quads(9 * few_);
+        r.window_product =
+            positive((second_panel(kWindow3, kWindow4) - second_panel(kWindow1, kWindow2)) / (pixels * more));
+        r.narrow_product = positive(
+            ((cycles(kNarrow2) - cycles(kNarrow1)) / count(rows_) -
+             (kernels_.is_exact ? 0 : r.packing * count(long_k_ - short_k_))) / (2 * quads(long_k_ - short_k_)));
+        r.narrow_window = positive((cycles(kNarrowWindow2) - cycles(kNarrowWindow1)) /
+                                   (count(Probe::kLines * width_) * more * 2));
+        return r;
+    }
+
+private:
+    enum { kShort1, kShort2, kLong1, kLong2, kOdd1, kOdd2, kMany1, kMany2, kNear, kFar, kWindow1, kWindow2, kWindow3,
+           kWindow4, kNarrow1, kNarrow2, kNarrowWindow1, kNarrowWindow2 };
+    static constexpr i64 kFarK = 1792;
+
+    void linear(i64 m, i64 k, i64 n) { probes_.push_back(std::make_unique<Probe>(kernels_, alone_, false, m, k, n)); }
+    void conv(i64 k, i64 n) { probes_.push_back(std::make_unique<Probe>(kernels_, alone_, true, width_, k, n)); }
+    double tile_rows(i64 m) const { return count(divide_up(m, kernels_.rows) * (has_tiles_ ? 8 : 1) + m); }
+    static double quads(i64 k) { return count(k) / 4; }
+    static double count(i64 n) { return static_cast<double>(n); }
+
+    const Int8Kernels& kernels_;
+    ThreadPool alone_{1};
+    const bool has_tiles_ = kernels_.depth > 1;
+    const i64 rows_ = 16 * kernels_.rows, width_ = std::max<i64>(12, 2 * kernels_.rows), step_ = 4 * kernels_.depth;
+    // Tile registers multiply so fast that only a long reduction stands out from what is done for each sum.
+    const i64 panel_ = kernels_.columns, short_k_ = round_up(128, step_), long_k_ = (has_tiles_ ? 4 : 2) * short_k_;
+    const i64 odd_ = kernels_.is_exact ? 1 : 0;  // a length that can't be read where it lies
+    const i64 near_bytes_ = caches().l2 / 4, far_bytes_ = std::min<i64>(4 * caches().l2, 8 << 20);
+    const i64 near_panels_ = std::max<i64>(2, near_bytes_ / (long_k_ * panel_)), far_panels_ = far_bytes_ / (kFarK * panel_);
+    const i64 many_rows_ = round_up(near_bytes_ / (2 * long_k_), kernels_.rows);
+    const i64 few_ = std::max<i64>(32, step_), narrow_ = 2 * kernels_.lanes;
+    std::vector<std::unique_ptr<Probe>> probes_;
+};
+
 }  // namespace
 
-Rates measure_rates(const Int8Kernels& kernels, int threads) {
-    const Rates usual = built_in_rates(kernels);
-    ThreadPool alone(1);
-    const i64 rows = 16 * kernels.rows, width = std::max<i64>(12, 2 * kernels.rows), step = 4 * kernels.depth;
-    // Tile registers multiply so fast that only a long reduction stands out from what is done for each sum.
-    const i64 panel = kernels.columns, short_k = round_up(128, step), long_k = (kernels.depth > 1 ? 4 : 2) * short_k;
-    const i64 tile_cost = kernels.depth > 1 ? 8 : 1;
-    const i64 odd = kernels.is_exact ? 1 : 0;  // a length that can't be read where it lies
-    const i64 near_bytes = caches().l2 / 4, far_bytes = std::min<i64>(4 * caches().l2, 8 << 20), far_k = 1792;
-    const i64 near_panels = std::max<i64>(2, near_bytes / (long_k * panel)), far_panels = far_bytes / (far_k * panel);
-    const i64 many_rows = round_up(near_bytes / (2 * long_k), kernels.rows);
-    enum { kShort1, kShort2, kLong1, kLong2, kOdd1, kOdd2, kMany1, kMany2, kNear, kFar, kWindow1, kWindow2, kWindow3,
-           kWindow4, kNarrow1, kNarrow2, kNarrowWindow1, kNarrowWindow2, kProbes };
-    std::vector<std::unique_ptr<Probe>> probes;
-    const auto linear = [&](i64 m, i64 k, i64 n) { probes.push_back(std::make_unique<Probe>(kernels, alone, false, m, k, n)); };
-    const auto conv = [&](i64 k, i64 n) { probes.push_back(std::make_unique<Probe>(kernels, alone, true, width, k, n)); };
-    linear(rows, short_k, panel);
-    linear(rows, short_k, 2 * panel);
-    linear(rows, long_k, panel);
-    linear(rows, long_k, 2 * panel);
-    linear(rows, long_k - odd, panel);
-    linear(rows, long_k - odd, 2 * panel);
-    linear(many_rows, 2 * long_k, panel);
-    linear(many_rows, 2 * long_k, 2 * panel);
-    linear(kernels.rows, long_k, near_panels * panel);
-    linear(kernels.rows, far_k, far_panels * panel);
-    const i64 few = std::max<i64>(32, step), narrow = 2 * kernels.lanes;
-    conv(few, panel);
-    conv(few, 2 * panel);
-    conv(2 * few, panel);
-    conv(2 * few, 2 * panel);
-    linear(rows, short_k, narrow);
-    linear(rows, long_k, narrow);
-    conv(few, narrow);
-    conv(2 * few, narrow);
+std::vector<Rates> measure_rates(const std::vector<const Int8Kernels*>& all, int threads) {
+    std::vector<std::unique_ptr<Measurement>> running;
+    for (const Int8Kernels* kernels : all) running.push_back(std::make_unique<Measurement>(*kernels));
     double ghz = 0;
-    // Short turns: what disturbs the machine, such as a neighbour on the same core, comes and goes.
-    for (int round = 0; round < 10; ++round) {
+    for (int round = 0; round < 16; ++round) {
         ghz = std::max(ghz, clock_ghz());
-        for (auto& probe : probes) probe->time(0.45e6);
+        for (auto& each : running) each->turn();  // side by side, since they are compared
     }
-    const auto cycles = [&](int i) { return probes[static_cast<std::size_t>(i)]->ns() * ghz; };
-    // Where noise leaves nothing, the bound below serves.
-    const auto positive = [](double value) { return std::max(value, 1e-9); };
-    const auto count = [](i64 n) { return static_cast<double>(n); };
-    const auto tile_rows = [&](i64 m) { return count(divide_up(m, kernels.rows) * tile_cost + m); };
-    const auto quads = [](i64 k) { return static_cast<double>(k) / 4; };
-
-    Rates r = usual;
-    r.ghz = ghz;
-    const auto second_panel = [&](int one, int two) { return cycles(two) - cycles(one); };
-    r.product = positive((second_panel(kLong1, kLong2) - second_panel(kShort1, kShort2)) /
-                         (tile_rows(rows) * quads(long_k - short_k)));
-    const double product = std::clamp(r.product, usual.product / kMostApart, usual.product * kMostApart);
-    r.finishing = positive((second_panel(kShort1, kShort2) - tile_rows(rows) * quads(short_k) * product) /
-                           count(rows * panel));
-    const double finishing = std::clamp(r.finishing, usual.finishing / kMostApart, usual.finishing * kMostApart);
-    r.narrow_finishing = positive((cycles(kShort1) - tile_rows(rows) * quads(short_k) * product) / count(rows * panel));
-    r.packing = positive((cycles(kOdd1) - second_panel(kOdd1, kOdd2)) / count(rows * long_k));
-    r.passing = positive((second_panel(kMany1, kMany2) - tile_rows(many_rows) * quads(2 * long_k) * product -
-                          count(many_rows * panel) * finishing) /
-                         count(many_rows * (2 * long_k + 64)));
-    const auto fetching = [&](int probe, i64 k, i64 panels) {
-        const double rest = count(panels) * (tile_rows(kernels.rows) * quads(k) * product +
-                                             count(kernels.rows * panel) * finishing);
-        return positive((cycles(probe) - rest) / count(panels * panel * k));
-    };
-    r.fetching_near = fetching(kNear, long_k, near_panels);
-    r.fetching_far = fetching(kFar, far_k, far_panels);
-    const double pixels = count(Probe::kLines) * tile_rows(width), more = quads(9 * few);
-    r.window_product = positive((second_panel(kWindow3, kWindow4) - second_panel(kWindow1, kWindow2)) / (pixels * more));
-    r.narrow_product = positive(
-        ((cycles(kNarrow2) - cycles(kNarrow1)) / count(rows) -
-         (kernels.is_exact ? 0 : r.packing * count(long_k - short_k))) / (2 * quads(long_k - short_k)));
-    r.narrow_window = positive((cycles(kNarrowWindow2) - cycles(kNarrowWindow1)) /
-                               (count(Probe::kLines * width) * more * 2));
-    if (threads > 1) {
-        r.hand_over = positive(hand_over_ns(threads) * ghz);
-        r.waiting = positive(waiting_share(kernels, threads));
+    std::vector<Rates> found;
+    for (auto& each : running) found.push_back(each->rates(ghz));
+    if (threads == 1) return found;
+    const double hand_over = positive(hand_over_ns(threads) * ghz), waiting = positive(waiting_share(*all[0], threads));
+    for (Rates& r : found) {
+        r.hand_over = hand_over;
+        r.waiting = waiting;
     }
-    return r;
+    return found;
 }
 
 }  // namespace quantflow::host::int8

@@ -307,7 +307,9 @@ std::int32_t qf_plan_tune(qf_plan* plan, const void* const* inputs, void* const*
             nlohmann::json ways = nlohmann::json::array();
             for (std::size_t i = 0; i < t.ways.size(); ++i) {
                 const Way& way = t.ways[i];
-                ways.push_back({{"rows", way.rows}, {"panels", way.panels}, {"predicted_ms", way.predicted_ms}, {"ms", t.milliseconds[i]}});
+                ways.push_back({{"rows", way.rows}, {"panels", way.panels}, {"predicted_ms", way.predicted_ms},
+                                {"ms", t.milliseconds[i]}});
+                if (way.shape != t.shape) ways.back()["shape"] = way.shape;
             }
             list.push_back({{"node", t.node}, {"kernel", t.kernel}, {"shape", t.shape}, {"count", t.count},
                             {"kept", t.kept}, {"ways", ways}});
@@ -318,7 +320,7 @@ std::int32_t qf_plan_tune(qf_plan* plan, const void* const* inputs, void* const*
 
 std::int32_t qf_host_keep_way(const char* shape, std::int64_t rows, std::int64_t panels, char* error,
                               std::size_t capacity) {
-    return guarded(error, capacity, [&] { keep_way(given(shape, "shape"), Way{rows, panels, 0}); });
+    return guarded(error, capacity, [&] { keep_way(Way{rows, panels, 0, given(shape, "shape")}); });
 }
 
 std::int32_t qf_host_rates(char* json, std::size_t room, std::size_t* needed, char* error, std::size_t capacity) {
@@ -341,14 +343,9 @@ std::int32_t qf_host_rates(char* json, std::size_t room, std::size_t* needed, ch
 std::int32_t qf_host_measure_rates(std::int32_t threads, char* error, std::size_t capacity) {
     return guarded(error, capacity, [&] {
         if (threads < 1 || threads > 1024) throw Error("threads must be in [1, 1024], is " + std::to_string(threads));
-        const host::int8::Rates own = host::int8::measure_rates(*host::int8_kernels_in_use(), threads);
-        host::int8::set_rates(own);
-        if (const host::Int8Kernels* others = host::int8_kernels_beside()) {
-            host::int8::Rates beside = host::int8::measure_rates(*others, 1);
-            beside.hand_over = own.hand_over;
-            beside.waiting = own.waiting;
-            host::int8::set_rates(beside);
-        }
+        std::vector<const host::Int8Kernels*> all{host::int8_kernels_in_use()};
+        if (host::int8_kernels_beside() != nullptr) all.push_back(host::int8_kernels_beside());
+        for (const host::int8::Rates& rates : host::int8::measure_rates(all, threads)) host::int8::set_rates(rates);
     });
 }
 

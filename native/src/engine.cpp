@@ -463,11 +463,11 @@ std::vector<Tried> Plan::tune(const void* const* inputs, void* const* outputs, c
     for (std::size_t shape = 0; shape < found.size(); ++shape) {
         Tried& t = found[shape];
         for (std::size_t way = 0; way < t.ways.size(); ++way) t.milliseconds.push_back(mean_ms(times[way], shape));
-        forget_way(t.shape);
+        for (const Way& way : t.ways) forget_way(way.shape);
         const auto best = std::min_element(t.milliseconds.begin(), t.milliseconds.end());
         if (*best > 0.97 * t.milliseconds[0]) continue;
         t.kept = static_cast<std::size_t>(best - t.milliseconds.begin());
-        keep_way(t.shape, t.ways[t.kept]);
+        keep_way(t.ways[t.kept]);
         differs = true;
     }
     if (differs) {
@@ -479,7 +479,7 @@ std::vector<Tried> Plan::tune(const void* const* inputs, void* const* outputs, c
         race(racing, times);
         if (total(times[1]) > total(times[0]))
             for (Tried& t : found) {
-                forget_way(t.shape);
+                forget_way(t.ways[t.kept].shape);
                 t.kept = 0;
             }
         drop_free();

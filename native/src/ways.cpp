@@ -20,8 +20,8 @@ thread_local std::shared_ptr<const Decision> left;
 
 }  // namespace
 
-InTrial::InTrial(const Trial& now) { trial = &now; }
-InTrial::~InTrial() { trial = nullptr; }
+InTrial::InTrial(const Trial& now) : before_(trial) { trial = &now; }
+InTrial::~InTrial() { trial = before_; }
 const Trial* current_trial() { return trial; }
 
 std::optional<Way> measured_way(const std::string& shape) {
@@ -30,9 +30,9 @@ std::optional<Way> measured_way(const std::string& shape) {
     return found == measured().end() ? std::nullopt : std::optional<Way>(found->second);
 }
 
-void keep_way(const std::string& shape, const Way& way) {
+void keep_way(const Way& way) {
     std::lock_guard<std::mutex> lock(mutex);
-    if (measured().size() < kMostShapes || measured().count(shape) != 0) measured()[shape] = way;
+    if (measured().size() < kMostShapes || measured().count(way.shape) != 0) measured()[way.shape] = way;
 }
 
 void forget_way(const std::string& shape) {

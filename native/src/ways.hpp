@@ -14,7 +14,8 @@ namespace quantflow {
 struct Way {
     std::int64_t rows = 1, panels = 1;
     double predicted_ms = 0;
-    bool operator==(const Way& o) const { return rows == o.rows && panels == o.panels; }
+    std::string shape;  // of the steps that have it: those on other kernels than the decision's have another
+    bool operator==(const Way& o) const { return rows == o.rows && panels == o.panels && shape == o.shape; }
 };
 
 // What was chosen for a step. `ways`: those that were looked at, the best prediction first; outside of a trial only the
@@ -41,12 +42,15 @@ public:
     ~InTrial();
     InTrial(const InTrial&) = delete;
     InTrial& operator=(const InTrial&) = delete;
+
+private:
+    const Trial* const before_;
 };
 const Trial* current_trial();
 
 // What was measured, of all models of this process.
 std::optional<Way> measured_way(const std::string& shape);
-void keep_way(const std::string& shape, const Way&);
+void keep_way(const Way&);
 void forget_way(const std::string& shape);
 
 // The decision about the step that this thread has made last: its maker leaves it here, the backend hangs it on the step.

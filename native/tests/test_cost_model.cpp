@@ -123,11 +123,12 @@ void check_ways(const Int8Kernels& kernels, int threads) {
             compare("no margin");
             if (decision->ways.size() != 1) fail("a way beyond the margin is tried");
         }
-        keep_way(decision->shape, ways.back());
+        keep_way(ways.back());
         compare("a kept way");
         if (!(decision->ways[0] == ways.back()) || !decision->is_measured) fail("a kept way is not taken");
-        for (const Way& wrong : {Way{0, 0}, Way{-1, 1}, Way{1 << 30, 1 << 30}, Way{7, 1000}}) {
-            keep_way(decision->shape, wrong);
+        for (Way wrong : {Way{0, 0, 0, {}}, Way{-1, 1, 0, {}}, Way{1 << 30, 1 << 30, 0, {}}, Way{7, 1000, 0, {}}}) {
+            wrong.shape = decision->shape;
+            keep_way(wrong);
             compare("a way that there is not");
             if (decision->is_measured) fail("a way that there is not is taken");
         }
@@ -140,6 +141,7 @@ void check_ways(const Int8Kernels& kernels, int threads) {
 void check_either(const Int8Kernels& own, const Int8Kernels& beside) {
     int8_kernels_in_use() = &own;
     ThreadPool pool(2);
+    int others = 0;
     const auto cost = [](const Int8Kernels& kernels, double factor) {
         Rates r = built_in_rates(kernels);
 #define QF_RATE(name) r.name *= factor;
@@ -164,7 +166,38 @@ void check_either(const Int8Kernels& own, const Int8Kernels& beside) {
             if (kernel != tile_name(wanted, "igemm")) fail(kernel + " where " + wanted.name + " is cheap");
             if (decision->shape.find(wanted.name) == std::string::npos) fail("the decision is the other kernels'");
         }
+        // What a race finds faster is taken, whatever is predicted: the others' best way is its last.
+        Rates same = built_in_rates(own);
+        set_rates(same);
+        same.kernels = &beside;
+        set_rates(same);
+        Trial trial;
+        trial.most = 3;
+        trial.margin = 1e9;
+        bytes_of(layer, pool, &decision);
+        const std::string first = decision->shape;
+        std::vector<Way> ways;
+        for (trial.rank = 0; trial.rank < 4; ++trial.rank) {
+            const InTrial now(trial);
+            std::string kernel;
+            ++values;
+            if (bytes_of(layer, pool, &decision, &kernel) != expected) fail("either kernels in a trial");
+            if (decision->shape != first) fail("a trial's decision is another shape's");
+            ways = decision->ways;
+            if (decision->taken != std::min(trial.rank, ways.size() - 1)) fail("another way than the trial's");
+            const std::string& shape = ways[decision->taken].shape;
+            if (kernel != tile_name(shape.find(own.name) != std::string::npos ? own : beside, "igemm")) fail(kernel);
+        }
+        const Way last = ways.back();
+        if (is_large && last.shape != first) fail("others are tried for large weights");
+        if (last.shape == first) continue;
+        ++others;
+        keep_way(last);
+        bytes_of(layer, pool, &decision);
+        if (!(decision->ways[0] == last) || !decision->is_measured) fail("others that were faster are not taken");
+        forget_way(last.shape);
     }
+    if (others == 0) fail("the others are never tried");
     int8_kernels_beside() = nullptr;
     forget_rates();
 }
@@ -203,8 +236,9 @@ int main() {
         }
     }
     if (best_isa() != Isa::generic) {
-        set_rates(measure_rates(kernels, 2));
+        for (const Rates& measured : measure_rates({&kernels, &isa_avx2::int8_kernels}, 2)) set_rates(measured);
         check_bounds(kernels, "measured");
+        check_bounds(isa_avx2::int8_kernels, "measured beside");
         if (!rates_of(kernels).is_measured) fail("measured rates are not in use");
         if (rates_of(isa_generic::int8_kernels).is_measured) fail("rates are taken for other kernels");
     }

@@ -1,8 +1,9 @@
 """The rates of this machine by which the native kernels are chosen: measured once, kept in the user's cache.
 
 A rate is what a part of an int8 step costs, in cycles of one core; native/host/rates.hpp says what each counts. They
-decide how steps are cut into tasks, groups are merged and kernels chosen: how long a step takes, never what it gives. A process that
-finds none in the cache computes by those that are built in, until it is asked to measure (warm-up and task=doctor do).
+decide how steps are cut into tasks, groups are merged and kernels chosen: how long a step takes, never what it gives. A
+process that finds none in the cache computes by those that are built in, until it is asked to measure (warm-up and
+task=doctor do).
 """
 
 from __future__ import annotations

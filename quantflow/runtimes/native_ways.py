@@ -103,8 +103,5 @@ def adopt(rows: Any) -> None:
 
 def kept(layers: Iterable[Mapping[str, Any]]) -> list[list[Any]]:
     """What `adopt` takes of the rows of `try_ways`: where another way than the predicted one was faster."""
-    return [
-        [row["shape"], row["ways"][row["kept"]]["rows"], row["ways"][row["kept"]]["panels"]]
-        for row in layers
-        if row["kept"]
-    ]
+    chosen = [(row["shape"], row["ways"][row["kept"]]) for row in layers if row["kept"]]
+    return [[way.get("shape", shape), way["rows"], way["panels"]] for shape, way in chosen]

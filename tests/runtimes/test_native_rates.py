@@ -167,9 +167,10 @@ def test_what_was_tried_and_by_which_rates(model: qf.Quantized, quick: list[str]
     (batch,) = choices["batches"]
     assert {row["name"] for row in batch["layers"]} >= {"head"}
     for row in batch["layers"]:
-        assert 1 <= len(row["ways"]) <= native_ways.MOST
-        least = row["ways"][0]["predicted_ms"]
-        assert all(least <= way["predicted_ms"] <= (1 + native_ways.MARGIN) * least for way in row["ways"])
+        cuts = [way for way in row["ways"] if "shape" not in way]  # others' kernels are tried beyond that
+        assert 1 <= len(cuts) <= native_ways.MOST
+        least = cuts[0]["predicted_ms"]
+        assert all(least <= way["predicted_ms"] <= (1 + native_ways.MARGIN) * least for way in cuts)
         assert row["ways"][row["kept"]]["ms"] <= row["ways"][0]["ms"]
     assert [row["cuts"] for row in rows if row["chosen"]] == [native_ways.kept(batch["layers"])]
     json.dumps(choices)

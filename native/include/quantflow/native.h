@@ -101,8 +101,9 @@ int32_t qf_plan_predicted_ms(qf_plan*, double* ms, char* error, size_t capacity)
  * what is in the outputs afterwards means nothing. At most `most` ways per step, none of which is
  * predicted to take more than (1 + margin) of the best; the least of at most `runs` times each, of at least two, within
  * about `budget_ms`. Writes a JSON list, one entry per shape: {"node": the first of its steps, "kernel", "shape", "count",
- * "kept": place in "ways", "ways": [{"rows", "panels", "predicted_ms", "ms" of one step}]}. `room`,
- * `needed`: as above. */
+ * "kept": place in "ways", "ways": [{"rows", "panels", "predicted_ms", "ms" of one step}]}. The last way
+ * may be one on other kernels, which says their "shape": with tile registers, steps of few weights may take vectors.
+ * `room`, `needed`: as above. */
 int32_t qf_plan_tune(qf_plan*, const void* const* inputs, void* const* outputs, int32_t runs, int32_t most,
                      double margin, double budget_ms, char* json, size_t room, size_t* needed, char* error,
                      size_t capacity);
