@@ -60,7 +60,7 @@ def take_up(threads: int) -> InUse:
 
 
 def measure(threads: int) -> bool:
-    """Measure what the cache does not hold, in half a second at most, and keep it; whether the rates changed."""
+    """Measure what the cache does not hold, in about a third of a second, and keep it; whether the rates changed."""
     global _in_use
     before = take_up(threads)
     if before.source != BUILT_IN or lib.host_isa() == "generic":

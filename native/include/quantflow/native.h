@@ -115,8 +115,7 @@ int32_t qf_host_keep_way(const char* shape, int64_t rows, int64_t panels, char* 
  * "is_measured", "ghz", "rates": {name: cycles}, "built_in": {name: cycles}}. host/rates.hpp says what each counts; where
  * tile registers are in use, those of the kernels on vectors are there, too, as "vectors_" and the name. */
 int32_t qf_host_rates(char* json, size_t room, size_t* needed, char* error, size_t capacity);
-/* Measures the rates in about a third of a second (half a second with tile registers) and takes them up; plans that exist
- * stay as they are. */
+/* Measures the rates in about a third of a second and takes them up; plans that exist stay as they are. */
 int32_t qf_host_measure_rates(int32_t threads, char* error, size_t capacity);
 /* Takes up rates that were measured in an earlier process on this machine: as many as qf_host_rates has names, in the
  * names' alphabetical order, with ghz last. None: the built-in ones again. */
