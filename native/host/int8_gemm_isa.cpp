@@ -948,7 +948,7 @@ i64 column_pitch(const Int8Gemm& g, i64 lines) {
 constexpr i64 kPaddedLines = 16;  // that are copied at a time before they become columns
 i64 padded_line_bytes(const Int8Gemm& g) { return ((g.out[2] - 1) * g.stride[2] + g.reach[2] + 1) * g.pixel; }
 
-// Parts are read by whole vectors, too.
+// Parts are copied in whole pieces: beyond the last one, too.
 i64 padded_lines_bytes(const Int8Gemm& g) { return kPaddedLines * round_up(padded_line_bytes(g), 64) + 128; }
 
 struct LineScratch {

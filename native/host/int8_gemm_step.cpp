@@ -9,11 +9,11 @@ constexpr i64 kSmallWeights = 64 * 1024;
 // Other kernels that are predicted to take less than (1 + this) of the best way's time are worth a try.
 constexpr double kOthersMargin = 1;
 
-// Whether kernels are chosen for each number of rows by itself.
-bool may_take_either(const Weights& w) {
+// Whether kernels are chosen for each number of rows by itself. Groups leave most of a tile empty.
+bool may_take_either(const Weights& w, const Grouping& unmerged) {
     i64 codes = 1;
     for (i64 d : w.dims) codes *= d;
-    return codes <= kSmallWeights;
+    return unmerged.groups > 1 || codes <= kSmallWeights;
 }
 
 class GemmStep final : public Step {
@@ -207,7 +207,7 @@ StepPtr make_gemm_step(ThreadPool& pool, const Weights& w, const Grouping& unmer
     };
     const Int8Kernels *kernels = int8_kernels_in_use(), *others = int8_kernels_beside();
     Made best = made(*kernels);
-    if (others != nullptr && may_take_either(w)) {
+    if (others != nullptr && may_take_either(w, unmerged)) {
         Made other = made(*others);
         const bool is_kept = best.decision->is_measured, is_other_kept = other.decision->is_measured;
         if (is_kept == is_other_kept ? other.step->predicted_ms() < best.step->predicted_ms() : is_other_kept) {

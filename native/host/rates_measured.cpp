@@ -178,7 +178,8 @@ public:
         r.ghz = ghz;
         r.product = positive((second_panel(kLong1, kLong2) - second_panel(kShort1, kShort2)) /
                              (tile_rows(rows_) * quads(long_k_ - short_k_)));
-        const double product = bounded(r.product, usual.product), short_products = tile_rows(rows_) * quads(short_k_) * product;
+        const double product = bounded(r.product, usual.product);
+        const double short_products = tile_rows(rows_) * quads(short_k_) * product;
         r.finishing = positive((second_panel(kShort1, kShort2) - short_products) / count(rows_ * panel_));
         const double finishing = bounded(r.finishing, usual.finishing);
         r.narrow_finishing = positive((cycles(kShort1) - short_products) / count(rows_ * panel_));
@@ -223,7 +224,8 @@ private:
     const i64 panel_ = kernels_.columns, short_k_ = round_up(128, step_), long_k_ = (has_tiles_ ? 4 : 2) * short_k_;
     const i64 odd_ = kernels_.is_exact ? 1 : 0;  // a length that can't be read where it lies
     const i64 near_bytes_ = caches().l2 / 4, far_bytes_ = std::min<i64>(4 * caches().l2, 8 << 20);
-    const i64 near_panels_ = std::max<i64>(2, near_bytes_ / (long_k_ * panel_)), far_panels_ = far_bytes_ / (kFarK * panel_);
+    const i64 near_panels_ = std::max<i64>(2, near_bytes_ / (long_k_ * panel_));
+    const i64 far_panels_ = far_bytes_ / (kFarK * panel_);
     const i64 many_rows_ = round_up(near_bytes_ / (2 * long_k_), kernels_.rows);
     const i64 few_ = std::max<i64>(32, step_), narrow_ = 2 * kernels_.lanes;
     std::vector<std::unique_ptr<Probe>> probes_;
