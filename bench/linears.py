@@ -12,7 +12,6 @@ from __future__ import annotations
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from bench.engine_rate import NoEngineRate, built, engine_rate
 from bench.reporting import arguments, console, show, show_machine, write
 from quantflow.runtimes import native_library as lib
 from quantflow.runtimes.native import NativeRunner
+from quantflow.runtimes.native_ways import least_ms
 
 SHAPES = (768, 3072), (3072, 768), (1024, 1024), (2048, 2048)
 COLUMNS = ("layer", "rows", "kernel", "gmacs", "of the engine", "quartiles", "to oneDNN's rate", "its quartiles")
@@ -100,16 +100,6 @@ def onednn(inputs: int, outputs: int, rows: int) -> Callable[[], object]:
     return lambda: torch.ops.onednn.qlinear_pointwise(
         x, 0.1, 3, weight, scales, zeros, bias, 0.1, 3, torch.uint8, "none", [], ""
     )
-
-
-def least_ms(call: Callable[[], object], runs: int) -> float:
-    """The least time of `runs` calls, in ms."""
-    taken = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        call()
-        taken.append((time.perf_counter() - start) * 1e3)
-    return min(taken)
 
 
 def _quartiles(values: Sequence[float]) -> str:
