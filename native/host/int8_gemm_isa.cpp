@@ -372,10 +372,25 @@ void finish_raw(const Int8Output& o, const std::int32_t* sums, i64 stride, i64 r
     }
 }
 
+// Of codes: none, those of any zero point, and those of zero point 0, as a ReLU's are.
+enum Residual { kNoResidual, kCodes, kCodesFromZero };
+Residual residual_of(const Int8Output& o) {
+    if (o.residual == nullptr) return kNoResidual;
+    return o.residual_zero == 0 ? kCodesFromZero : kCodes;
+}
+// r + (codes - zero) * step
+template <Residual kResidual>
+QF_INLINE Float add_steps(Float r, Int codes, Int zero, Float step) {
+    if constexpr (kResidual == kNoResidual) return r;
+    if constexpr (kResidual == kCodes) codes = Vector::sub(codes, zero);
+    return Vector::multiply_add(Vector::to_float(codes), step, r);
+}
+
 // The same as `finish_tile` where `is_linear`.
-template <bool kHasResidual, int kBefores>
+template <Residual kResidual, int kBefores>
 void finish_codes(const Int8Output& o, const std::int32_t* sums, i64 stride, i64 row, i64 rows, i64 padded, i64 channel,
                   i64 count) {
+    constexpr bool kHasResidual = kResidual != kNoResidual;
     const Vector::Codes codes(o.zero, o.low_code, o.high_code);
     const Float residual_step = Vector::set(o.residual_step);
     const Int residual_zero = Vector::set(o.residual_zero);
@@ -398,9 +413,7 @@ void finish_codes(const Int8Output& o, const std::int32_t* sums, i64 stride, i64
         for (int i = 0; i < kBefores; ++i)
             r = Vector::multiply_add(Vector::to_float(Vector::load(before[i] + m * o.sums_row + at)),
                                      v ? before1[i] : before0[i], r);
-        if constexpr (kHasResidual)
-            r = Vector::multiply_add(Vector::to_float(Vector::sub(codes, residual_zero)), residual_step, r);
-        return Vector::round(r);
+        return Vector::round(add_steps<kResidual>(r, codes, residual_zero, residual_step));
     };
     if (count == kColumns) {
         const auto whole = [&](i64 m, Int& a, Int& b) __attribute__((always_inline)) {
@@ -461,11 +474,12 @@ FinishTile finisher(int activation, std::integer_sequence<int, kActivations...>)
 FinishTile finisher(const Int8Output& o) {
     if (o.raw_sums != nullptr) return finish_raw;
     if (o.is_linear) {
-        static constexpr FinishTile all[][2] = {{finish_codes<false, 0>, finish_codes<true, 0>},
-                                                {finish_codes<false, 1>, finish_codes<true, 1>},
-                                                {finish_codes<false, 2>, finish_codes<true, 2>}};
+        static constexpr FinishTile all[][3] = {
+            {finish_codes<kNoResidual, 0>, finish_codes<kCodes, 0>, finish_codes<kCodesFromZero, 0>},
+            {finish_codes<kNoResidual, 1>, finish_codes<kCodes, 1>, finish_codes<kCodesFromZero, 1>},
+            {finish_codes<kNoResidual, 2>, finish_codes<kCodes, 2>, finish_codes<kCodesFromZero, 2>}};
         static_assert(kMostBefore == 2);
-        return all[o.befores][o.residual != nullptr];
+        return all[o.befores][residual_of(o)];
     }
     return finisher(o.activation, std::make_integer_sequence<int, kInt8Activations>{});
 }

@@ -98,7 +98,7 @@ struct Case {
     i64 batch = 1, in_channels = 1, out_channels = 1, groups = 1;
     Epilogue epilogue;
     bool has_residual = false, is_real_residual = false, in_place = false, has_bias = true, per_tensor = false, is_float = false;
-    int zero_point = 128;
+    int zero_point = 128, residual_zero = 117;
     Codes codes = Codes::random;
     int threads = 1;
     float bias_at_0 = 0;  // NaN or infinite, to reach the saturation rules
@@ -111,7 +111,7 @@ std::string text_of(const Case& c) {
         s += " [" + std::to_string(c.in[i]) + " k" + std::to_string(c.kernel[i]) + " s" + std::to_string(c.stride[i]) +
              " p" + std::to_string(c.padding[i]) + " d" + std::to_string(c.dilation[i]) + "]";
     return s + " epilogue " + std::to_string(int(c.epilogue.kind)) + " zero " + std::to_string(c.zero_point) +
-           (c.has_residual ? c.is_real_residual ? " f32 residual" : " residual" : "") + (c.is_float ? " f32" : "");
+           (c.has_residual ? c.is_real_residual ? " f32 residual" : " residual " + std::to_string(c.residual_zero) : "") + (c.is_float ? " f32" : "");
 }
 
 void run_case(const Case& c) {
@@ -162,7 +162,7 @@ void run_case(const Case& c) {
     const QParams yq{squashes ? 0.0079f : float(spread / 60), int(pick(0, 2)) * 64, 0, int(pick(0, 3)) ? 255 : 200};
     Buffer y(c.is_float ? DType::f32 : DType::u8, yd, strides(yd),
              c.is_float ? std::nullopt : std::optional<QParams>(yq));
-    const QParams rq{c.in_place ? float(spread / 50) : 0.037f, 117, 0, 255};
+    const QParams rq{c.in_place ? float(spread / 50) : 0.037f, c.residual_zero, 0, 255};
     Buffer separate(DType::u8, yd, strides(yd), rq);
     Buffer reals(DType::f32, yd, strides(yd), std::nullopt);
     for (i64 i = 0; i < reals.tensor.count(); ++i) reals.reals()[i] = pick_real(-3, 3);
@@ -236,6 +236,7 @@ void vary(Case& c) {
     c.per_tensor = pick(0, 3) == 0;
     const int zeros[] = {0, 128, 255, 37};
     c.zero_point = zeros[pick(0, 3)];
+    c.residual_zero = pick(0, 1) ? 0 : 117;
     c.codes = static_cast<Codes>(pick(0, 3));
     c.threads = int(pick(1, 3));
 }
