@@ -6,7 +6,11 @@ float and the error of every layer. Both sides have imported what they need, and
 medians over the rounds. `cpu s`, all threads' processor time, depends less on what else the machine does. `figures` is
 a digest of the program: two installations that print the same made the same model.
 
-    OMP_NUM_THREADS=2 python -m bench.job_cost --peer-python PATH/bin/python --json job_cost.json
+`--recipe` runs the ResNet-50 recipe as a user does, too, in a process of its own, beside NNCF's work on its 64
+calibration photos: all of it, and the stages without loading the model, evaluation and benchmark, which the peer
+is not asked for.
+
+    OMP_NUM_THREADS=2 python -m bench.job_cost --peer-python PATH/bin/python --recipe --json job_cost.json
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,11 +31,16 @@ from torch import nn
 
 import quantflow
 from bench import nncf_process
+from bench.photo_models import model_on_photos
 from bench.reporting import arguments, console, show, show_machine, write
 from quantflow.sources.models.torchvision_zoo import import_torchvision
 from quantflow.stages.record import weights_bytes
 
 COLUMNS = ("model", "ours, s", "NNCF, s", "time ratio", "ours, cpu s", "NNCF, cpu s", "cpu ratio", "stages", "figures")
+RECIPE, RECIPE_PHOTOS = "resnet50_sym_int8", 64
+RECIPE_COLUMNS = ("recipe", "whole, s", "its stages, s", "NNCF, s", "whole ratio", "stages ratio", "stages")
+#: Stages of a run that `convert_model`, `nncf.quantize` and `compile_model` have nothing of.
+NOT_ASKED_FOR = ("load", "evaluate", "benchmark")
 SAMPLES, TOKENS = 8, 128
 #: What all of `quantize` may take of the other's time.
 MOST = 0.6
@@ -40,6 +50,7 @@ def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("--models", nargs="+", default=["densenet121", "resnet50", "bert_base"])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--recipe", action="store_true", help=f"also all of recipe={RECIPE}")
     parser.add_argument("--peer-python", metavar="PATH", help="an interpreter with nncf, openvino and torch")
     options = parser.parse_args()
     if options.smoke:
@@ -50,13 +61,63 @@ def main() -> int:
     show(f"median of {options.rounds} rounds, {torch.get_num_threads()} threads", rows, COLUMNS)
     slow = [row["model"] for row in rows if (row["cpu ratio"] or 0) > MOST]
     console.print(f"above {MOST} of NNCF's processor time: {', '.join(slow)}" if slow else "all within the limits")
-    write(options.json, {"question": "job_cost", "machine": found, "results": rows})
+    recipe = [_recipe(options.rounds, options.peer_python)] if options.recipe else []
+    if recipe:
+        show(f"the recipe, median of {options.rounds} rounds", recipe, RECIPE_COLUMNS)
+    write(options.json, {"question": "job_cost", "machine": found, "results": rows, "recipe": recipe})
     return 1 if slow and not options.smoke else 0
 
 
-def _row(name: str, rounds: int, peer_python: str | None) -> dict[str, Any]:
-    module, inputs = _task(name)
-    ours: list[dict[str, Any]] = []
+def _recipe(rounds: int, peer_python: str | None) -> dict[str, Any]:
+    module, data, _ = model_on_photos("resnet50", 224, calibration=RECIPE_PHOTOS, evaluation=1)
+    photos = torch.cat([batch.args[0] for batch in data.calibration])
+    ours, theirs = _in_turns(module, [photos], _timed_recipe, rounds, peer_python)
+    row: dict[str, Any] = {
+        "recipe": RECIPE,
+        "whole, s": _median(ours, lambda each: each["seconds"]),
+        "its stages, s": _median(ours, _asked_for),
+        "NNCF, s": None,
+        "whole ratio": None,
+        "stages ratio": None,
+        "stages": _stages(ours[-1]),
+        "rounds": {"ours": ours, "NNCF": theirs},
+    }
+    if theirs:
+        pairs = list(zip(ours, theirs, strict=True))
+        row["NNCF, s"] = _median(theirs, _seconds)
+        row["whole ratio"] = _median(pairs, lambda pair: pair[0]["seconds"] / _seconds(pair[1]))
+        row["stages ratio"] = _median(pairs, lambda pair: _asked_for(pair[0]) / _seconds(pair[1]))
+    return row
+
+
+def _asked_for(run: dict[str, Any]) -> float:
+    return sum(seconds for stage, seconds in run["stages"].items() if stage not in NOT_ASKED_FOR)
+
+
+def _stages(run: dict[str, Any]) -> str:
+    return ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in run["stages"].items() if seconds >= 0.1)
+
+
+def _timed_recipe() -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "run"
+        command = [sys.executable, "-m", "quantflow", f"recipe={RECIPE}", f"output={output}"]
+        started = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        seconds = time.perf_counter() - started
+        results = json.loads((output / "results.json").read_text())
+    return {"seconds": seconds, "stages": {stage["name"]: stage["seconds"] for stage in results["stages"]}}
+
+
+def _in_turns(
+    module: nn.Module,
+    inputs: list[torch.Tensor],
+    ours: Callable[[], dict[str, Any]],
+    rounds: int,
+    peer_python: str | None,
+) -> tuple[list[dict[str, Any]], list[dict[str, float]]]:
+    """(what `ours` gave, what NNCF took on the module and its inputs), round after round."""
+    found: list[dict[str, Any]] = []
     theirs: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         peer = (
@@ -67,9 +128,15 @@ def _row(name: str, rounds: int, peer_python: str | None) -> dict[str, Any]:
         for _ in range(rounds):
             if peer is not None:
                 theirs.append(nncf_process.asked(peer))
-            ours.append(_timed(module, inputs))
+            found.append(ours())
         if peer is not None:
             peer.communicate()
+    return found, theirs
+
+
+def _row(name: str, rounds: int, peer_python: str | None) -> dict[str, Any]:
+    module, inputs = _task(name)
+    ours, theirs = _in_turns(module, inputs, lambda: _timed(module, inputs), rounds, peer_python)
     row: dict[str, Any] = {
         "model": name,
         "ours, s": _median(ours, lambda each: each["seconds"]),
@@ -78,9 +145,7 @@ def _row(name: str, rounds: int, peer_python: str | None) -> dict[str, Any]:
         "NNCF, cpu s": None,
         "time ratio": None,
         "cpu ratio": None,
-        "stages": ", ".join(
-            f"{stage} {seconds:.1f}" for stage, seconds in ours[-1]["stages"].items() if seconds >= 0.1
-        ),
+        "stages": _stages(ours[-1]),
         "figures": ours[-1]["figures"],
         "rounds": {"ours": ours, "NNCF": theirs},
     }
