@@ -80,8 +80,9 @@ void relax(int spins) {
         std::this_thread::yield();
 }
 
-void await(const std::atomic<std::int64_t>& done, std::int64_t count) {
-    for (int spins = 0; done.load(std::memory_order_acquire) != count;) relax(++spins);
+template <class Done>
+void await(const Done& is_done) {
+    for (int spins = 0; !is_done();) relax(++spins);
 }
 
 // The caller works too and waits for tasks, not for threads: a worker that the system has put aside takes no task and
@@ -113,6 +114,11 @@ struct Team {
         const std::function<void(std::int64_t)>* task = nullptr;
         alignas(64) std::atomic<std::int64_t> done{0};  // by others
     };
+    // Tasks that a thread has done, of all jobs. Each counts for itself: one number for all would be handed round among
+    // the caches while everybody waits for it.
+    struct alignas(64) Count {
+        std::atomic<std::int64_t> tasks{0};
+    };
     // Of the task that this thread is in: where it may offer what it divides. Null: nowhere.
     struct Place {
         Team* team = nullptr;
@@ -120,7 +126,7 @@ struct Team {
     };
     static thread_local Place place;
 
-    explicit Team(std::size_t size) : ranges(size), offers(size) {}
+    explicit Team(std::size_t size) : ranges(size), offers(size), counts(size) {}
     std::mutex sleep_mutex;
     std::condition_variable wake;
     std::atomic<int> sleepers{0};
@@ -129,9 +135,15 @@ struct Team {
     alignas(64) std::atomic<std::uint64_t> generation{0};
     std::vector<Range> ranges;  // per thread; the caller's first
     std::vector<Offer> offers;  // likewise
+    std::vector<Count> counts;  // likewise
     std::atomic<bool> are_helped{false};
-    std::atomic<std::int64_t> total{0};
-    alignas(64) std::atomic<std::int64_t> done{0};
+    std::atomic<std::int64_t> total{0};  // tasks of all jobs so far, this one's included
+
+    bool is_done() const {
+        std::int64_t done = 0;
+        for (const Count& each : counts) done += each.tasks.load(std::memory_order_acquire);
+        return done == total.load(std::memory_order_relaxed);
+    }
 
     void work(std::size_t self, std::uint64_t seen) {
         place = {this, self};
@@ -140,7 +152,7 @@ struct Team {
             std::int64_t taken = 0;
             for (std::int64_t t; (t = range.take(i == 0)) >= 0; ++taken) (*task)(t);
             // Before it looks at the others' ranges, each of which may lie in another cache.
-            if (taken > 0) done.fetch_add(taken, std::memory_order_release);
+            if (taken > 0) counts[self].tasks.fetch_add(taken, std::memory_order_release);
         }
         place = {};
         if (are_helped.load(std::memory_order_relaxed)) help(self, seen);
@@ -148,8 +160,7 @@ struct Team {
 
     // Takes from what the others offer until their tasks of this generation are done.
     void help(std::size_t self, std::uint64_t seen) {
-        for (int spins = 0; done.load(std::memory_order_acquire) != total.load(std::memory_order_relaxed) &&
-                            generation.load(std::memory_order_acquire) == seen;) {
+        for (int spins = 0; !is_done() && generation.load(std::memory_order_acquire) == seen;) {
             bool found = false;
             for (std::size_t i = 1; i < offers.size(); ++i) {
                 Offer& offer = offers[(self + i) % offers.size()];
@@ -174,7 +185,7 @@ struct Team {
         own.range.set(0, static_cast<std::uint64_t>(count));
         std::int64_t left = count;
         for (std::int64_t t; (t = own.range.take(true)) >= 0; --left) shared(t);
-        await(own.done, left);
+        await([&] { return own.done.load(std::memory_order_acquire) == left; });
     }
 
     void loop(std::size_t self, std::uint64_t seen) {
@@ -207,13 +218,12 @@ struct Team {
     void share_out(std::int64_t count, const std::function<void(std::int64_t)>& shared, bool is_helped) {
         task = &shared;
         are_helped.store(is_helped, std::memory_order_relaxed);
-        total.store(count, std::memory_order_relaxed);
-        done.store(0, std::memory_order_relaxed);
+        total.fetch_add(count, std::memory_order_relaxed);
         const std::uint64_t tasks = static_cast<std::uint64_t>(count), size = ranges.size();
         for (std::uint64_t i = 0; i < size; ++i) ranges[i].set(tasks * i / size, tasks * (i + 1) / size);
         start_generation();
         work(0, generation.load(std::memory_order_relaxed));
-        await(done, count);
+        await([this] { return is_done(); });
     }
 };
 
