@@ -89,6 +89,7 @@ Results executed(const std::shared_ptr<LoadedProgram>& loaded, const std::vector
         if (forms[i].is_number) std::free(own);
     }
     if (plan.runs_in_parts()) count("in parts");
+    if (plan.joins_lines()) count("by lines");
     results.forms = plan.outputs();
     std::vector<void*> outputs;
     bool is_small = true;
@@ -154,15 +155,22 @@ void execute(std::shared_ptr<LoadedProgram> loaded, const std::vector<InputForm>
     if (!forms.empty() && !forms[0].dims.empty() && forms[0].dims[0] % 2 == 0) forced.threads = 2;
     // Of many threads, those without a part help the others.
     const Results in_parts = executed(loaded, forms, backend_of(8), 0x7f, false, forced);
+    Nearness lines;
+    lines.threads = 4;
+    lines.least_samples = 1 << 20;
+    lines.last_task = -1e6;
+    const Results by_lines = executed(loaded, forms, backend_of(4), 0x7f, false, lines);
     count("executed");
     for (const Node& n : loaded->program.nodes) count("op " + (n.target.empty() ? "int8" : n.target));
     const bool is_same = agree(alone, again);
     const bool is_shared = !alone.is_ordered || agree(alone, together);
-    if (is_same && is_shared && (!alone.is_ordered || agree(alone, in_parts))) return;
+    const bool is_in_parts = !alone.is_ordered || agree(alone, in_parts);
+    if (is_same && is_shared && is_in_parts && (!alone.is_ordered || agree(alone, by_lines))) return;
     std::fprintf(stderr, "%s gives other results:\n%s\n",
                  !is_same     ? "memory of other contents"
-                 : !is_shared ? "another number of threads"
-                              : "the batch in parts",
+                 : !is_shared   ? "another number of threads"
+                 : !is_in_parts ? "the batch in parts"
+                                : "steps together on lines",
                  text.c_str());
     std::abort();
 }

@@ -49,6 +49,7 @@ public:
         n.far_byte_ns = rates.fetching_far / rates.ghz;
         n.hand_over_ns = pool_.size() > 1 ? rates.hand_over / rates.ghz : kStepCycles / rates.ghz;
         n.step_ns = kStepCycles / rates.ghz;
+        n.last_task = rates.last_task();
         return n;
     }
     Backend& alone() override {
@@ -58,6 +59,9 @@ public:
     }
     void spread(std::int64_t count, const std::function<void(std::int64_t)>& task) override {
         has_helpers() ? pool_.run_helped(count, task) : pool_.run(count, task);
+    }
+    void share_out(std::int64_t count, const std::function<void(std::int64_t)>& task) override {
+        pool_.run(count, task);
     }
 
     std::unique_ptr<Step> linear(const Weights& w, const Tensor& x, const Tensor* residual, const Epilogue& e,

@@ -97,65 +97,101 @@ struct Candidate {
     double cycles, work;  // of all threads together, of all tasks
 };
 
+// What tasks of a step cost one thread.
+class TaskCost {
+public:
+    TaskCost(const Int8Kernels& kernels, const Rates& rates, const Int8Gemm& g, i64 groups)
+        : kernels_(kernels), rates_(rates), g_(g), has_tiles_(kernels.depth > 1), by_lines_(g.is_windowed || g.is_direct),
+          unit_(g.is_windowed ? std::max<i64>(g.out[2], 1) : kernels.rows),
+          line_bytes_(g.column_bytes > 0 ? g.out[2] * g.column_bytes
+                                         : (g.out[2] * g.stride[2] + g.reach[2]) * g.pixel) {
+        // Lines are copied first and read by tiles soon after; other rows lie where they are, or pass one by one.
+        const bool stays = g.is_windowed ? !has_tiles_ : has_tiles_ || by_lines_;
+        const i64 l2 = caches().l2;
+        cache_ = stays ? l2 / 2 : l2 / 8;
+        // Of the panels' columns those in vectors that hold channels; of these, those that tile registers finish in pairs
+        // of panels.
+        const double all_columns = static_cast<double>(g.panels * kernels.columns);
+        used_ = static_cast<double>(round_up(g.channels, kernels.lanes)) / all_columns;
+        const double paired =
+            has_tiles_ ? static_cast<double>(g.channels / (2 * kernels.columns) * 2 * kernels.columns) : 0;
+        finishing_ = has_tiles_ ? rates.narrow_finishing +
+                                      paired / (used_ * all_columns) * (rates.finishing - rates.narrow_finishing)
+                                : rates.finishing;
+        const bool stays_near = groups * g.task_panels * g.quads * kernels.columns * 4 <= l2 / 2;
+        fetching_ = stays_near ? rates.fetching_near : rates.fetching_far;
+    }
+
+    // Windows are cut at the ends of lines.
+    i64 unit() const { return unit_; }
+    bool fits(i64 rows) const {
+        // Tile registers take rows in order, each through a whole block of panels.
+        return rows <= unit_ || row_bytes(rows) <= cache_ || (has_tiles_ && g_.is_direct);
+    }
+    bool fits(i64 rows, i64 panels) const {
+        return has_tiles_ || by_lines_ || g_.chunk >= g_.quads || panels == 1 ||
+               rows * panels * kernels_.columns * 4 <= cache_;
+    }
+    double cycles(i64 rows, i64 panels) const {
+        const double quads = static_cast<double>(g_.quads), columns = kernels_.columns;
+        const double product = g_.is_windowed ? rates_.window_product : rates_.product;
+        const double tile_cost = has_tiles_ ? 8 : 1;  // in rows: its weights are loaded
+        const double r = static_cast<double>(rows), p = static_cast<double>(panels) * used_;
+        const double tile_rows = static_cast<double>(divide_up(rows, kernels_.rows)) * tile_cost + r;
+        const double products = tile_rows * p * quads * product;
+        const double fetching = p * quads * columns * 4 * fetching_;
+        const double finishing = r * p * columns * finishing_;
+        // Every panel passes over the task's rows of x and y, which lie in the L1 cache or beyond; of tile registers,
+        // every block of panels.
+        const double x_bytes = static_cast<double>(row_bytes(rows)) / r, y_bytes = g_.output.residual_scale != 0 ? 128 : 64;
+        double passing = r * (x_bytes + y_bytes) <= static_cast<double>(caches().l1)
+                             ? 0
+                             : r * p * (x_bytes + y_bytes) * rates_.passing;
+        if (has_tiles_)
+            passing = r * x_bytes * rates_.passing *
+                      static_cast<double>(divide_up(panels * g_.quads * kernels_.columns * 4, kInt8BlockBytes));
+        double packing = 0;
+        if (g_.is_windowed)
+            packing = g_.reads_in_place
+                          ? 0
+                          : static_cast<double>(lines(rows)) * (static_cast<double>(line_bytes_) / 16 + 40);
+        else if (!g_.is_direct)
+            packing = r * (4 * quads * rates_.packing + 5 * static_cast<double>(g_.runs));
+        return products + fetching + finishing + passing + packing + 400;
+    }
+
+private:
+    i64 lines(i64 rows) const { return rows / unit_ * g_.stride[1] + g_.reach[1] + 1; }
+    i64 row_bytes(i64 rows) const {
+        const i64 row_quads = has_tiles_ || g_.is_direct ? g_.quads : g_.chunk;
+        return g_.is_windowed ? lines(rows) * line_bytes_ : rows * row_quads * 4;
+    }
+
+    const Int8Kernels& kernels_;
+    const Rates& rates_;
+    const Int8Gemm& g_;
+    const bool has_tiles_, by_lines_;
+    const i64 unit_, line_bytes_;
+    i64 cache_ = 0;
+    double used_ = 1, finishing_ = 0, fetching_ = 0;
+};
+
 // Calls visit(candidate) for the cuts that fit into the caches.
 template <typename Visit>
 void each_cut(const Int8Kernels& kernels, const Rates& rates, const Int8Gemm& g, i64 groups, i64 rows, int threads,
               const Visit& visit) {
-    const bool has_tiles = kernels.depth > 1, by_lines = g.is_windowed || g.is_direct;
-    const double product = g.is_windowed ? rates.window_product : rates.product;
-    const double tile_cost = has_tiles ? 8 : 1;  // in rows: its weights are loaded
-    // Lines are copied first and read by tiles soon after; other rows lie where they are, or pass one by one.
-    const bool stays = g.is_windowed ? !has_tiles : has_tiles || by_lines;
-    const i64 l1 = caches().l1, l2 = caches().l2, cache = stays ? l2 / 2 : l2 / 8;
-    const double quads = static_cast<double>(g.quads), columns = kernels.columns;
-    // Of the panels' columns those in vectors that hold channels; of these, those that tile registers finish in pairs of
-    // panels.
-    const double all_columns = static_cast<double>(g.panels * kernels.columns);
-    const double used = static_cast<double>(round_up(g.channels, kernels.lanes)) / all_columns;
-    const double paired = has_tiles ? static_cast<double>(g.channels / (2 * kernels.columns) * 2 * kernels.columns) : 0;
-    const double finishing_rate =
-        has_tiles ? rates.narrow_finishing + paired / (used * all_columns) * (rates.finishing - rates.narrow_finishing)
-                  : rates.finishing;
-    const bool stays_near = groups * g.task_panels * g.quads * kernels.columns * 4 <= l2 / 2;
-    const double fetching_rate = stays_near ? rates.fetching_near : rates.fetching_far;
-    // Windows are cut at the ends of lines.
-    const i64 unit = g.is_windowed ? std::max<i64>(g.out[2], 1) : kernels.rows, units = divide_up(rows, unit);
-    const i64 line_bytes =
-        g.column_bytes > 0 ? g.out[2] * g.column_bytes : (g.out[2] * g.stride[2] + g.reach[2]) * g.pixel;
-    // Of a task of the slowest thread, what the others wait for: the less even they are, the more.
-    const double last = 0.2 + 2 * rates.waiting;
+    const TaskCost cost(kernels, rates, g, groups);
+    const i64 unit = cost.unit(), units = divide_up(rows, unit);
+    const double last = rates.last_task();
     // The smallest tasks are always among those that are looked at: they are the only ones that fit where a line is long.
     const auto next = [](i64 tasks, i64 most) { return tasks == most ? tasks + 1 : std::min(tasks + 1 + tasks / 8, most); };
     for (i64 row_tasks = 1; row_tasks <= units; row_tasks = next(row_tasks, units)) {
         const i64 task_rows = std::min(rows, unit * divide_up(units, row_tasks));
-        const i64 lines = task_rows / unit * g.stride[1] + g.reach[1] + 1;
-        const i64 row_quads = has_tiles || g.is_direct ? g.quads : g.chunk;
-        const i64 row_bytes = g.is_windowed ? lines * line_bytes : task_rows * row_quads * 4;
-        // Tile registers take rows in order, each through a whole block of panels.
-        if (task_rows > unit && row_bytes > cache && !(has_tiles && g.is_direct)) continue;
+        if (!cost.fits(task_rows)) continue;
         for (i64 panel_tasks = 1; panel_tasks <= g.task_panels; panel_tasks = next(panel_tasks, g.task_panels)) {
             const i64 task_panels = divide_up(g.task_panels, panel_tasks);
-            const i64 sums_bytes = task_rows * task_panels * kernels.columns * 4;
-            if (!has_tiles && !by_lines && g.chunk < g.quads && task_panels > 1 && sums_bytes > cache) continue;
-            const double r = static_cast<double>(task_rows), p = static_cast<double>(task_panels) * used;
-            const double tile_rows = static_cast<double>(divide_up(task_rows, kernels.rows)) * tile_cost + r;
-            const double products = tile_rows * p * quads * product;
-            const double fetching = p * quads * columns * 4 * fetching_rate;
-            const double finishing = r * p * columns * finishing_rate;
-            // Every panel passes over the task's rows of x and y, which lie in the L1 cache or beyond; of tile registers,
-            // every block of panels.
-            const double x_bytes = static_cast<double>(row_bytes) / r, y_bytes = g.output.residual_scale != 0 ? 128 : 64;
-            double passing = r * (x_bytes + y_bytes) <= static_cast<double>(l1) ? 0
-                                                                                : r * p * (x_bytes + y_bytes) * rates.passing;
-            if (has_tiles)
-                passing = r * x_bytes * rates.passing *
-                          static_cast<double>(divide_up(task_panels * g.quads * kernels.columns * 4, kInt8BlockBytes));
-            double packing = 0;
-            if (g.is_windowed)
-                packing = g.reads_in_place ? 0 : static_cast<double>(lines) * (static_cast<double>(line_bytes) / 16 + 40);
-            else if (!g.is_direct)
-                packing = r * (4 * quads * rates.packing + 5 * static_cast<double>(g.runs));
-            const double task = products + fetching + finishing + passing + packing + 400;
+            if (!cost.fits(task_rows, task_panels)) continue;
+            const double task = cost.cycles(task_rows, task_panels);
             const i64 tasks = divide_up(rows, task_rows) * divide_up(g.task_panels, task_panels) * groups;
             double cycles = task * static_cast<double>(divide_up(tasks, threads));
             if (threads > 1 && tasks > 1) cycles += last * task + rates.hand_over;
@@ -214,6 +250,11 @@ Tasks cut(const Int8Kernels& kernels, const Int8Gemm& g, i64 groups, i64 rows, i
     const bool shares_rows = rows * (g.in_channels + g.channels) > g.channels * g.quads * 4;
     return {best.rows, best.panels, divide_up(rows, best.rows), divide_up(g.task_panels, best.panels), shares_rows,
             least / (rates.ghz * 1e6)};
+}
+
+double task_ms(const Int8Kernels& kernels, const Int8Gemm& g, i64 rows, i64 panels) {
+    const Rates rates = rates_of(kernels);
+    return TaskCost(kernels, rates, g, 1).cycles(rows, panels) / (rates.ghz * 1e6);
 }
 
 }  // namespace quantflow::host::int8

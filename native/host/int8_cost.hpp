@@ -34,4 +34,7 @@ constexpr double kHandOver = 6000;
 // rates in use, or as was measured for this shape. Leaves its decision.
 Tasks cut(const Int8Kernels&, const Int8Gemm&, i64 groups, i64 rows, int threads);
 
+// Predicted for a task by itself, by the rates in use.
+double task_ms(const Int8Kernels&, const Int8Gemm&, i64 rows, i64 panels);
+
 }  // namespace quantflow::host::int8

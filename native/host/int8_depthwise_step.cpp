@@ -65,8 +65,7 @@ public:
         constants_->bind(job_.output, taps, *x.q, y.q, is_real(residual) || rest_, before);
         lines_ = y.dims[0] * shape.out[0] * shape.out[1];
         // Lines first: tasks that share a line both compute its taps' addresses.
-        const double cycles = static_cast<double>(lines_ * shape.out[2] * job_.blocks * (3 * taps + 20));
-        const i64 wanted = pool.size() == 1 || cycles < 3 * kHandOver ? 1 : 6 * pool.size();
+        const i64 wanted = pool.size() == 1 || cycles(lines_) < 3 * kHandOver ? 1 : 6 * pool.size();
         task_lines_ = std::max<i64>(1, lines_ / wanted);
         const i64 line_tasks = divide_up(lines_, task_lines_);
         task_blocks_ = line_tasks == 0 ? 1 : std::max<i64>(1, divide_up(job_.blocks * line_tasks, wanted));
@@ -100,10 +99,21 @@ public:
         });
     }
 
+    Lines lines() const override { return {before_.empty() && !rest_ ? lines_ : 0, x_.place.base}; }
+    void prepare() override { bind(); }
+    void run_lines(i64 first, i64 count) override {
+        rolls_ ? kernels_.rolling(job_, first, count, 0, job_.blocks, thread_scratch(kernels_.rolling_scratch(job_)))
+               : kernels_.depthwise(job_, first, count, 0, job_.blocks, thread_scratch(kernels_.depthwise_scratch(job_)));
+    }
+    double lines_ms(i64 count) const override { return cycles(count) / (rates_of(kernels_).ghz * 1e6); }
+
     std::string kernel() const override { return std::string("host.depthwise.") + kernels_.name; }
     void share(Lasting& lasting) const override { lasting.insert(weights_); }
 
 private:
+    double cycles(i64 lines) const {
+        return static_cast<double>(lines * job_.out[2] * job_.blocks * (3 * job_.real_taps + 20));
+    }
     void bind() {
         for (const auto& step : before_) step->bind();
         job_.x = x_.data<const u8>();

@@ -82,6 +82,7 @@ public:
         tasks_ = cut(kernels_, gemm_, groups_, rows_, pool.size());
         gemm_.goes_on = tasks_.row_tasks * tasks_.panel_tasks * groups_ > pool.size();
         gemm_.all_rows = rows_;
+        line_ = shape.out[2];
         gemm_.all_panels = gemm_.panels * grouping_.groups;
     }
 
@@ -119,6 +120,18 @@ public:
             before_.empty() ? run_part(kernels_, gemm_, part) : run_products(part);
         });
     }
+
+    Lines lines() const override {
+        if (!before_.empty() || rest_ || groups_ != 1 || rows_ == 0) return {};
+        return {rows_ / line_, gemm_.is_pointwise ? nullptr : x_.place.base};
+    }
+    void prepare() override { bind(); }
+    void run_lines(i64 first, i64 count) override {
+        const i64 rows = count * line_;
+        kernels_.gemm(gemm_, 0, first * line_, rows, 0, gemm_.task_panels,
+                      thread_scratch(kernels_.gemm_scratch(gemm_, rows, gemm_.task_panels)));
+    }
+    double lines_ms(i64 count) const override { return task_ms(kernels_, gemm_, count * line_, gemm_.task_panels); }
 
     std::string kernel() const override { return tile_name(kernels_, "igemm"); }
     ConstantBytes weights() const override { return {weights_->codes.data(), weights_->codes.size()}; }
@@ -176,6 +189,7 @@ private:
     std::optional<Tensor> residual_, rest_;
     std::vector<std::unique_ptr<GemmStep>> before_;  // products that come before this one
     i64 rows_, groups_ = 1;  // groups_: computed one by one
+    i64 line_ = 1;           // rows
     std::shared_ptr<const PackedWeights> weights_;
     std::unique_ptr<ChannelConstants> constants_;
     TapTable taps_;

@@ -31,6 +31,9 @@ struct Rates {
     double ghz = 3;
     const Int8Kernels* kernels = nullptr;
     bool is_measured = false;
+
+    // Of a task of the slowest thread, what the others wait for at the end of a step: the less even they are, the more.
+    double last_task() const { return 0.2 + 2 * waiting; }
 };
 
 // What holds on the machines that the formulas were made on.

@@ -33,11 +33,25 @@ struct ConstantBytes {
     std::int64_t size = 0;
 };
 
+// How a step computes its result a few lines at a time: a line is a row of pixels, or of a matrix.
+struct Lines {
+    std::int64_t count = 0;  // one after the other in the result's memory; 0: it can't
+    // The operand of which a line takes more than the same line, by its cell; null: there is none.
+    std::byte* const* far = nullptr;
+};
+
 class Step {
 public:
     virtual ~Step() = default;
     // Host: computes before it returns. SYCL: submits to the in-order queue.
     virtual void run() = 0;
+    virtual Lines lines() const { return {}; }
+    // Lines [first, first + count) of the result, on this thread; each by whatever thread, after one of them has called
+    // `prepare`.
+    virtual void run_lines(std::int64_t, std::int64_t) {}
+    virtual void prepare() {}
+    // Predicted for so many lines on one thread.
+    virtual double lines_ms(std::int64_t) const { return 0; }
     // The kernel that runs, for profiles and the plan: "host.igemm.avx512_vnni 6x64".
     virtual std::string kernel() const = 0;
     // Adds what a step of the same weights for other shapes would make again, if nobody held it.
@@ -62,6 +76,7 @@ struct Nearness {
     double far_byte_ns = 0;          // a byte from beyond it
     double hand_over_ns = 0;         // to spread a step over the threads
     double step_ns = 0;              // to start a step on one
+    double last_task = 0.2;          // of a task, what all wait for at the end of a step
     double waiting = 0;              // for the slowest thread at the end of a step, to what the threads compute
 };
 
@@ -167,6 +182,8 @@ public:
     virtual void spread(std::int64_t count, const std::function<void(std::int64_t)>& task) {
         for (std::int64_t i = 0; i < count; ++i) task(i);
     }
+    // The same of tasks that divide nothing for others to help with.
+    virtual void share_out(std::int64_t count, const std::function<void(std::int64_t)>& task) { spread(count, task); }
     // Calls `body`, in which many steps run one after another.
     virtual void during(const std::function<void()>& body) { body(); }
 

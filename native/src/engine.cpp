@@ -60,6 +60,11 @@ public:
 
     void run() {
         std::size_t i = 0;
+        for (const Band& b : l_.bands) {
+            for (; i < slot(b.first); ++i) run(*l_.steps[i].step, i, times_);
+            run_band(b);
+            i = slot(b.last);
+        }
         for (const MicroBatches& m : l_.micro_batches) {
             for (; i < static_cast<std::size_t>(m.first); ++i) run(*l_.steps[i].step, i, times_);
             run_in_parts(m);
@@ -80,6 +85,35 @@ private:
         step.run();
         backend_.wait();
         times[i] += (now() - start).count();
+    }
+
+    // What it takes is shared out among its steps by what threads took for each.
+    void run_band(const Band& b) {
+        if (selection_ != nullptr && !(*selection_)[slot(b.first)]) return;
+        const Milliseconds start = now();
+        std::mutex mutex;
+        std::vector<double> together(times_.empty() ? 0 : slot(b.last - b.first), 0);
+        for (int i = b.first; i < b.last; ++i) l_.steps[slot(i)].step->prepare();
+        backend_.share_out(b.tasks(), [&](std::int64_t task) {
+            const std::int64_t line = task * b.lines, lines = std::min(b.lines, b.count - line);
+            for (int i = b.first; i < b.last; ++i) {
+                Step& step = *l_.steps[slot(i)].step;
+                if (together.empty()) {
+                    step.run_lines(line, lines);
+                    continue;
+                }
+                const Milliseconds began = now();
+                step.run_lines(line, lines);
+                const std::lock_guard<std::mutex> lock(mutex);
+                together[slot(i - b.first)] += (now() - began).count();
+            }
+        });
+        share(now() - start, together, slot(b.first));
+    }
+    void share(Milliseconds taken, const std::vector<double>& together, std::size_t first) {
+        const double sum = std::accumulate(together.begin(), together.end(), 0.0);
+        const double share = sum > 0 ? taken.count() / sum : 0;
+        for (std::size_t i = 0; i < together.size(); ++i) times_[first + i] += share * together[i];
     }
 
     // Each thread takes the next part of the batch, with cells of its own, until none is left.
@@ -111,10 +145,7 @@ private:
             for (std::size_t i = 0; i < times.size(); ++i) together[i] += times[i];
         });
         if (error) std::rethrow_exception(error);
-        // What they took side by side, by each step's share.
-        const double sum = std::accumulate(together.begin(), together.end(), 0.0);
-        const double share = sum > 0 ? (now() - start).count() / sum : 0;
-        for (std::size_t i = 0; i < together.size(); ++i) times_[i] += share * together[i];
+        share(now() - start, together, 0);  // they took them side by side
     }
 
     Lowered& l_;
@@ -203,13 +234,14 @@ Plan::Plan(std::shared_ptr<Engine> engine, Section section, std::vector<InputFor
     outputs_ = first->lowered.outputs;
     arena_bytes_ = first->arena_bytes();
     runs_in_parts_ = !first->lowered.micro_batches.empty();
+    joins_lines_ = !first->lowered.bands.empty();
     built_ = 1;
     free_.push_back(std::move(first));
 }
 
 Plan::~Plan() = default;
 
-std::unique_ptr<Plan::Instance> Plan::build() {
+std::unique_ptr<Plan::Instance> Plan::build(Joining joining) {
     std::lock_guard<std::mutex> lock(engine_->building);
     auto instance = std::make_unique<Instance>(*engine_->backend);
     const Program& program = engine_->program->program;
@@ -219,6 +251,7 @@ std::unique_ptr<Plan::Instance> Plan::build() {
     instance->lowered = nearness
                             ? lower_in_micro_batches(program, section_, forms_, backend, constants, *nearness)
                             : lower(program, section_, forms_, backend, constants);
+    if (nearness && instance->lowered.micro_batches.empty()) join_lines(instance->lowered, *nearness, joining);
     Lowered& l = instance->lowered;
     if (l.kept_bytes > 0) {
         std::byte* kept = instance->allocate(l.kept_bytes);
@@ -396,7 +429,7 @@ std::vector<Tried> Plan::tune(const void* const* inputs, void* const* outputs, c
         trial.most = tuning.most;
         trial.margin = tuning.margin;
         const InTrial now(trial);
-        return build();
+        return build(Joining::none);
     };
     const auto blank = [](const Instance& instance) {
         Times times;
@@ -413,6 +446,15 @@ std::vector<Tried> Plan::tune(const void* const* inputs, void* const* outputs, c
             for (std::size_t i = 0; i < instances.size(); ++i)
                 execute(*instances[i], inputs, outputs, &times[i], &timed);
         }
+    };
+    // Keeps the way that took the least, if that is clearly less than what was predicted to.
+    const auto settle = [](Tried& t) {
+        for (const Way& way : t.ways) forget_way(way.shape);
+        const auto best = std::min_element(t.milliseconds.begin(), t.milliseconds.end());
+        if (*best > 0.97 * t.milliseconds[0]) return false;
+        t.kept = static_cast<std::size_t>(best - t.milliseconds.begin());
+        keep_way(t.ways[t.kept]);
+        return true;
     };
 
     std::vector<std::unique_ptr<Instance>> instances;
@@ -463,17 +505,12 @@ std::vector<Tried> Plan::tune(const void* const* inputs, void* const* outputs, c
     for (std::size_t shape = 0; shape < found.size(); ++shape) {
         Tried& t = found[shape];
         for (std::size_t way = 0; way < t.ways.size(); ++way) t.milliseconds.push_back(mean_ms(times[way], shape));
-        for (const Way& way : t.ways) forget_way(way.shape);
-        const auto best = std::min_element(t.milliseconds.begin(), t.milliseconds.end());
-        if (*best > 0.97 * t.milliseconds[0]) continue;
-        t.kept = static_cast<std::size_t>(best - t.milliseconds.begin());
-        keep_way(t.ways[t.kept]);
-        differs = true;
+        if (settle(t)) differs = true;
     }
     if (differs) {
         // All of them at once, against what was predicted: steps find in the caches what those before them left there.
         instances.resize(1);
-        instances.push_back(build());
+        instances.push_back(build(Joining::none));
         racing = {instances[0].get(), instances[1].get()};
         times = {blank(*instances[0]), blank(*instances[1])};
         race(racing, times);
@@ -484,6 +521,40 @@ std::vector<Tried> Plan::tune(const void* const* inputs, void* const* outputs, c
             }
         drop_free();
     }
+    // Steps that might run together, line by line, against each by itself.
+    instances.clear();
+    instances.push_back(build(Joining::none));
+    instances.push_back(build(Joining::all));
+    const std::vector<Band>& bands = instances[1]->lowered.bands;
+    if (tuning.most < 2 || bands.empty()) return found;
+    racing = {instances[0].get(), instances[1].get()};
+    times = {blank(*instances[0]), blank(*instances[1])};
+    timed.assign(timed.size(), false);
+    for (const Band& b : bands) std::fill(timed.begin() + b.first, timed.begin() + b.last, true);
+    race(racing, times);
+    std::map<std::string, Tried> joined;
+    for (const Band& b : bands) {
+        Tried& t = joined[b.shape];
+        const std::size_t together = b.is_predicted() ? 0 : 1;
+        if (t.count++ == 0) {
+            t.node = instances[1]->lowered.steps[slot(b.first)].node;
+            t.kernel = "host.lines";
+            t.shape = b.shape;
+            t.ways.assign(2, Way{b.count, 1, b.apart_ms, b.shape});
+            t.ways[together] = Way{b.lines, 1, b.together_ms, b.shape};
+            t.milliseconds.assign(2, 0);
+        }
+        for (int i = b.first; i < b.last; ++i) {
+            t.milliseconds[1 - together] += times[0][slot(i)].milliseconds;
+            t.milliseconds[together] += times[1][slot(i)].milliseconds;
+        }
+    }
+    for (auto& [shape, t] : joined) {
+        for (double& sum : t.milliseconds) sum /= t.count;
+        settle(t);
+        found.push_back(std::move(t));
+    }
+    drop_free();
     return found;
 }
 

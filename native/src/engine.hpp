@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "lower.hpp"
+#include "bands.hpp"
 
 namespace quantflow {
 
@@ -94,6 +94,8 @@ public:
     std::int64_t arena_bytes() const { return arena_bytes_; }
     // Whether some steps take the batch in parts.
     bool runs_in_parts() const { return runs_in_parts_; }
+    // Whether some steps run together, line by line, in the plan as it was made first.
+    bool joins_lines() const { return joins_lines_; }
     // Dense tensors in the forms agreed on; numbers are null on both sides.
     void run(const void* const* inputs, void* const* outputs);
     std::vector<StepTime> profile(const void* const* inputs, void* const* outputs, int runs);
@@ -111,13 +113,13 @@ private:
     std::vector<InputForm> forms_;
     std::vector<OutputForm> outputs_;
     std::int64_t arena_bytes_ = 0;
-    bool runs_in_parts_ = false;
+    bool runs_in_parts_ = false, joins_lines_ = false;
     std::mutex mutex_;
     std::condition_variable returned_;
     std::vector<std::unique_ptr<Instance>> free_;
     int built_ = 0;
 
-    std::unique_ptr<Instance> build();
+    std::unique_ptr<Instance> build(Joining joining = Joining::decided);
     std::unique_ptr<Instance> take();
     void give(std::unique_ptr<Instance> instance);
     void run_once(Instance& instance);

@@ -30,6 +30,9 @@ struct OutputForm {
     std::int64_t number = 0;
 };
 
+// Of a step or a buffer, which are counted in int.
+inline std::size_t slot(int i) { return static_cast<std::size_t>(i); }
+
 struct NamedStep {
     std::unique_ptr<Step> step;
     int node;  // index into Program::nodes; -1: moves inputs or outputs
@@ -47,6 +50,17 @@ struct MicroBatches {
         std::int64_t bytes;
     };
     std::vector<Shared> shared;
+};
+
+// Steps [first, last) run one after another on `lines` lines, then on the next, on several threads at once.
+struct Band {
+    int first = 0, last = 0;
+    std::int64_t count = 0, lines = 1;         // all that there are, and those of a task
+    double apart_ms = 0, together_ms = 0;      // predicted
+    std::string shape;                         // bands of one shape have the same costs
+    std::int64_t tasks() const { return (count + lines - 1) / lines; }
+    // Whether predictions alone say that the steps should run together.
+    bool is_predicted() const;
 };
 
 // Memory that holds a program's tensors where the backend can read them; shared by everything built from a program.
@@ -89,6 +103,7 @@ struct Lowered {
     // Whether something else than a shape depends on how large the inputs are.
     bool computes_with_sizes = false;
     std::vector<MicroBatches> micro_batches;  // in order
+    std::vector<Band> bands;                  // likewise; a plan has not both
     // Lowered for a part of the batch, one for each thread; the first one's steps are among `steps`.
     std::vector<std::unique_ptr<Lowered>> parts;
 

@@ -15,8 +15,6 @@ constexpr int kMostSteps = 256;
 // Of a call; less isn't worth a second lowering.
 constexpr double kLeastGainNs = 20e3;
 
-std::size_t slot(int i) { return static_cast<std::size_t>(i); }
-
 // The first dimension of all inputs; 0: they differ.
 std::int64_t batch_of(const std::vector<InputForm>& forms) {
     std::int64_t batch = 0;

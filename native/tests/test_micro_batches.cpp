@@ -1,4 +1,6 @@
-// Plans that take their batch in parts give what they give at once, to the bit; and which steps may do so.
+// Plans that take their batch in parts, or several steps line by line, give what they give at once, to the bit; and which
+// steps may do so.
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <thread>
@@ -29,13 +31,13 @@ struct Case {
 };
 
 struct Ran {
-    bool is_in_parts = false;
+    bool is_in_parts = false, joins_lines = false;
     Int arena_bytes = 0;
     std::vector<std::vector<std::byte>> outputs;
     std::string error;
 };
 
-Ran ran(const Case& c, int threads, const std::optional<Nearness>& nearness, int callers = 1) {
+Ran ran(const Case& c, int threads, const std::optional<Nearness>& nearness, int callers = 1, bool is_tuned = false) {
     auto loaded = std::make_shared<LoadedProgram>();
     loaded->program = c.build.program;
     auto engine = std::make_shared<Engine>(loaded, std::shared_ptr<Backend>(make_host_backend(threads)));
@@ -48,6 +50,7 @@ Ran ran(const Case& c, int threads, const std::optional<Nearness>& nearness, int
     try {
         Plan plan(engine, section, c.forms);
         result.is_in_parts = plan.runs_in_parts();
+        result.joins_lines = plan.joins_lines();
         result.arena_bytes = plan.arena_bytes();
         std::vector<std::vector<float>> given;
         std::vector<const void*> inputs;
@@ -57,6 +60,19 @@ Ran ran(const Case& c, int threads, const std::optional<Nearness>& nearness, int
             given.push_back(std::move(x));
         }
         for (const auto& x : given) inputs.push_back(x.data());
+        if (is_tuned) {
+            std::vector<std::vector<std::byte>> anything;
+            std::vector<void*> outputs;
+            for (const OutputForm& f : plan.outputs())
+                outputs.push_back(anything.emplace_back(static_cast<std::size_t>(checked_count(f.dims) * size_of(f.dtype))).data());
+            Tuning tuning;
+            tuning.margin = 10;
+            const std::vector<Tried> tried = plan.tune(inputs.data(), outputs.data(), tuning);
+            expect(!nearness || nearness->last_task > 0 ||
+                       std::any_of(tried.begin(), tried.end(),
+                                   [](const Tried& t) { return t.kernel == "host.lines" && t.ways.size() == 2; }),
+                   "lines together and apart are tried");
+        }
         std::vector<std::vector<std::vector<std::byte>>> all(static_cast<std::size_t>(callers));
         std::vector<std::thread> others;
         const auto call = [&](std::size_t caller) {
@@ -192,10 +208,94 @@ void what_joins_samples() {
     expect_same("a mean by hand", around({6, 5, 4}, by_size), Parts::none);
 }
 
+// Steps together on lines wherever they may.
+Nearness by_lines(int threads) {
+    Nearness n = never();
+    n.threads = threads;
+    n.last_task = -1e6;
+    return n;
+}
+
+Node& mixed(Node& n) {
+    static const std::vector<std::int8_t> weights = [] {
+        std::vector<std::int8_t> w(1 << 16);
+        for (std::size_t i = 0; i < w.size(); ++i) w[i] = static_cast<std::int8_t>(i * i * 31 % 251 - 125);
+        return w;
+    }();
+    static const float scale = 0.002f;
+    n.weights.codes = weights.data();
+    n.weights.scale = &scale;
+    return n;
+}
+
+int strided(Node& n) {
+    n.geometry.stride = {2, 2};
+    return mixed(n).output;
+}
+
+void expect_lines(const std::string& what, const Case& c, bool joins) {
+    const Ran whole = ran(c, 1, never());
+    expect(whole.error.empty() && !whole.joins_lines, what + ": runs " + whole.error);
+    for (const int threads : {2, 3, 8}) {
+        const Ran lines = ran(c, threads, by_lines(threads), 2);
+        const std::string which = what + " on " + std::to_string(threads) + " threads";
+        expect(lines.joins_lines == joins, which + (joins ? ": some" : ": no") + " steps should run together");
+        expect(lines.outputs == whole.outputs, which + ": the same results " + lines.error);
+        if (joins) expect(ran(c, threads, by_lines(threads), 1, true).outputs == whole.outputs, which + ": the same, tuned");
+    }
+}
+
+// Whoever reads lines of a step before it that others may not have computed yet, or that others write over, gives another
+// result than step by step.
+void lines_together() {
+    for (const Int batch : {1, 3})
+        for (const auto& [height, width] : std::vector<std::pair<Int, Int>>{{19, 14}, {2, 5}, {33, 1}}) {
+            Case c;
+            Build& b = c.build;
+            int x = mixed(padded_conv(b, b.quantize(b.input(), kQ), 3, 40, 3, None{})).output;
+            for (int block = 0; block < 2; ++block) {
+                const int narrow = mixed(padded_conv(b, x, 40, 24, 1, None{})).output;
+                const int windows = mixed(padded_conv(b, narrow, 24, 24, 3, None{})).output;
+                x = mixed(padded_conv(b, windows, 24, 40, 1, Ref{x})).output;
+            }
+            const int around = mixed(padded_conv(b, x, 40, 24, 3, None{})).output;
+            x = mixed(padded_conv(b, around, 24, 40, 1, Ref{x})).output;  // in place of what the windows read
+            const int half = strided(padded_conv(b, x, 40, 24, 3, None{}));
+            const int aside = mixed(padded_conv(b, x, 40, 8, 1, None{})).output;  // as many lines as before the stride
+            const int wide = mixed(padded_conv(b, half, 24, 72, 1, None{})).output;
+            x = strided(b.product(x, 40, 72, 1, Ref{wide}, kQ));  // reads all of what came before the stride
+            const int wider = mixed(padded_conv(b, x, 72, 96, 1, None{})).output;
+            const int deep = mixed(padded_conv(b, wider, 96, 96, 3, None{}, true)).output;
+            const int joined = mixed(padded_conv(b, deep, 96, 72, 1, Ref{x})).output;
+            const int both = b.node(Op::cat, "cat.default", {Args{Ref{joined}, Ref{x}}, Int{1}}, kQ).output;
+            c.outputs = {b.dequantize(mixed(padded_conv(b, both, 144, 8, 1, None{})).output), b.dequantize(deep), b.dequantize(aside)};
+            c.forms = {form({batch, 3, height, width})};
+            expect_lines("lines of " + std::to_string(batch) + " x " + std::to_string(height) + " x " + std::to_string(width),
+                         c, true);
+        }
+    for (const Int rows : {7, 50}) {
+        Case c;
+        Build& b = c.build;
+        const int x = mixed(b.product(b.quantize(b.input(), kQ), 30, 64, 0, None{}, kQ)).output;
+        const int hidden = mixed(b.product(x, 64, 200, 0, None{}, kQ)).output;
+        c.outputs = {b.dequantize(mixed(b.product(hidden, 200, 64, 0, Ref{x}, kQ)).output)};
+        c.forms = {form({rows, 30})};
+        expect_lines("rows of " + std::to_string(rows), c, true);
+    }
+    // Nothing but neighbours that read each other's lines around them.
+    Case c;
+    int x = c.build.quantize(c.build.input(), kQ);
+    for (const Int in : {3, 16, 16}) x = mixed(padded_conv(c.build, x, in, 16, 3, None{})).output;
+    c.outputs = {c.build.dequantize(x)};
+    c.forms = {form({1, 3, 20, 20})};
+    expect_lines("windows after windows", c, false);
+}
+
 }  // namespace
 
 int main() {
     convolutions();
+    lines_together();
     what_joins_samples();
     return report("micro batches");
 }
