@@ -1,6 +1,7 @@
 #include "engine.hpp"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <exception>
@@ -38,6 +39,7 @@ private:
 };
 
 using Milliseconds = std::chrono::duration<double, std::milli>;
+constexpr double kInfinite = std::numeric_limits<double>::infinity();
 
 // How often a step runs at a call, one run after another.
 double runs_of(const NamedStep& s, const Lowered& l) {
@@ -45,7 +47,7 @@ double runs_of(const NamedStep& s, const Lowered& l) {
 }
 
 StepTime blank_time(const NamedStep& s) {
-    return {s.node, s.step->kernel(), s.parts, std::numeric_limits<double>::infinity()};
+    return {s.node, s.step->kernel(), s.parts, kInfinite};
 }
 
 Milliseconds now() { return std::chrono::steady_clock::now().time_since_epoch(); }
@@ -91,24 +93,26 @@ private:
     void run_band(const Band& b) {
         if (selection_ != nullptr && !(*selection_)[slot(b.first)]) return;
         const Milliseconds start = now();
-        std::mutex mutex;
-        std::vector<double> together(times_.empty() ? 0 : slot(b.last - b.first), 0);
+        const std::size_t steps = slot(b.last - b.first);
+        std::vector<double> took(times_.empty() ? 0 : static_cast<std::size_t>(b.tasks()) * steps);  // task by task
         for (int i = b.first; i < b.last; ++i) l_.steps[slot(i)].step->prepare();
         backend_.share_out(b.tasks(), [&](std::int64_t task) {
             const std::int64_t line = task * b.lines, lines = std::min(b.lines, b.count - line);
             for (int i = b.first; i < b.last; ++i) {
                 Step& step = *l_.steps[slot(i)].step;
-                if (together.empty()) {
+                if (took.empty()) {
                     step.run_lines(line, lines);
                     continue;
                 }
                 const Milliseconds began = now();
                 step.run_lines(line, lines);
-                const std::lock_guard<std::mutex> lock(mutex);
-                together[slot(i - b.first)] += (now() - began).count();
+                took[static_cast<std::size_t>(task) * steps + slot(i - b.first)] = (now() - began).count();
             }
         });
-        share(now() - start, together, slot(b.first));
+        const Milliseconds taken = now() - start;
+        std::vector<double> together(times_.empty() ? 0 : steps, 0);
+        for (std::size_t i = 0; i < took.size(); ++i) together[i % steps] += took[i];
+        share(taken, together, slot(b.first));
     }
     void share(Milliseconds taken, const std::vector<double>& together, std::size_t first) {
         const double sum = std::accumulate(together.begin(), together.end(), 0.0);
@@ -439,13 +443,18 @@ std::vector<Tried> Plan::tune(const void* const* inputs, void* const* outputs, c
     };
     std::vector<bool> timed;
     // Rounds in turn, so that what disturbs the machine disturbs all.
-    const auto race = [&](const std::vector<Instance*>& instances, std::vector<Times>& times) {
+    const auto rounds = [&](const auto& round) {
         const Milliseconds start = now();
-        for (int round = 0; round < tuning.runs; ++round) {
-            if (round >= 2 && (now() - start).count() > tuning.budget_ms) break;
+        for (int i = 0; i < tuning.runs; ++i) {
+            if (i >= 2 && (now() - start).count() > tuning.budget_ms) break;
+            round();
+        }
+    };
+    const auto race = [&](const std::vector<Instance*>& instances, std::vector<Times>& times) {
+        rounds([&] {
             for (std::size_t i = 0; i < instances.size(); ++i)
                 execute(*instances[i], inputs, outputs, &times[i], &timed);
-        }
+        });
     };
     // Keeps the way that took the least, if that is clearly less than what was predicted to.
     const auto settle = [](Tried& t) {
@@ -527,13 +536,23 @@ std::vector<Tried> Plan::tune(const void* const* inputs, void* const* outputs, c
     instances.push_back(build(Joining::all));
     const std::vector<Band>& bands = instances[1]->lowered.bands;
     if (tuning.most < 2 || bands.empty()) return found;
-    racing = {instances[0].get(), instances[1].get()};
-    times = {blank(*instances[0]), blank(*instances[1])};
     timed.assign(timed.size(), false);
     for (const Band& b : bands) std::fill(timed.begin() + b.first, timed.begin() + b.last, true);
-    race(racing, times);
+    std::vector<std::array<double, 2>> least(bands.size(), {kInfinite, kInfinite});  // apart, together
+    rounds([&] {
+        for (std::size_t way = 0; way < 2; ++way) {
+            Times taken = blank(*instances[way]);
+            execute(*instances[way], inputs, outputs, &taken, &timed);
+            for (std::size_t b = 0; b < bands.size(); ++b) {
+                double sum = 0;
+                for (int i = bands[b].first; i < bands[b].last; ++i) sum += taken[slot(i)].milliseconds;
+                least[b][way] = std::min(least[b][way], sum);
+            }
+        }
+    });
     std::map<std::string, Tried> joined;
-    for (const Band& b : bands) {
+    for (std::size_t i = 0; i < bands.size(); ++i) {
+        const Band& b = bands[i];
         Tried& t = joined[b.shape];
         const std::size_t together = b.is_predicted() ? 0 : 1;
         if (t.count++ == 0) {
@@ -544,10 +563,8 @@ std::vector<Tried> Plan::tune(const void* const* inputs, void* const* outputs, c
             t.ways[together] = Way{b.lines, 1, b.together_ms, b.shape};
             t.milliseconds.assign(2, 0);
         }
-        for (int i = b.first; i < b.last; ++i) {
-            t.milliseconds[1 - together] += times[0][slot(i)].milliseconds;
-            t.milliseconds[together] += times[1][slot(i)].milliseconds;
-        }
+        t.milliseconds[1 - together] += least[i][0];
+        t.milliseconds[together] += least[i][1];
     }
     for (auto& [shape, t] : joined) {
         for (double& sum : t.milliseconds) sum /= t.count;
