@@ -531,14 +531,15 @@ std::vector<Tried> Plan::tune(const void* const* inputs, void* const* outputs, c
         drop_free();
     }
     // Steps that might run together, line by line, against each by itself.
+    if (tuning.most < 2) return found;
     instances.clear();
-    instances.push_back(build(Joining::none));
     instances.push_back(build(Joining::all));
-    const std::vector<Band>& bands = instances[1]->lowered.bands;
-    if (tuning.most < 2 || bands.empty()) return found;
+    const std::vector<Band>& bands = instances[0]->lowered.bands;
+    if (bands.empty()) return found;
+    instances.push_back(build(Joining::none));
     timed.assign(timed.size(), false);
     for (const Band& b : bands) std::fill(timed.begin() + b.first, timed.begin() + b.last, true);
-    std::vector<std::array<double, 2>> least(bands.size(), {kInfinite, kInfinite});  // apart, together
+    std::vector<std::array<double, 2>> least(bands.size(), {kInfinite, kInfinite});  // together, apart
     rounds([&] {
         for (std::size_t way = 0; way < 2; ++way) {
             Times taken = blank(*instances[way]);
@@ -554,17 +555,17 @@ std::vector<Tried> Plan::tune(const void* const* inputs, void* const* outputs, c
     for (std::size_t i = 0; i < bands.size(); ++i) {
         const Band& b = bands[i];
         Tried& t = joined[b.shape];
-        const std::size_t together = b.is_predicted() ? 0 : 1;
+        const std::size_t together = b.is_predicted() ? 0 : 1;  // the place of that way
         if (t.count++ == 0) {
-            t.node = instances[1]->lowered.steps[slot(b.first)].node;
+            t.node = instances[0]->lowered.steps[slot(b.first)].node;
             t.kernel = "host.lines";
             t.shape = b.shape;
             t.ways.assign(2, Way{b.count, 1, b.apart_ms, b.shape});
             t.ways[together] = Way{b.lines, 1, b.together_ms, b.shape};
             t.milliseconds.assign(2, 0);
         }
-        t.milliseconds[1 - together] += least[i][0];
-        t.milliseconds[together] += least[i][1];
+        t.milliseconds[together] += least[i][0];
+        t.milliseconds[1 - together] += least[i][1];
     }
     for (auto& [shape, t] : joined) {
         for (double& sum : t.milliseconds) sum /= t.count;
