@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "int8_steps.hpp"
+#include "rates.hpp"
 
 namespace quantflow::host::int8 {
 namespace {

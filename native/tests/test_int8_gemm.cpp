@@ -111,7 +111,9 @@ std::string text_of(const Case& c) {
         s += " [" + std::to_string(c.in[i]) + " k" + std::to_string(c.kernel[i]) + " s" + std::to_string(c.stride[i]) +
              " p" + std::to_string(c.padding[i]) + " d" + std::to_string(c.dilation[i]) + "]";
     return s + " epilogue " + std::to_string(int(c.epilogue.kind)) + " zero " + std::to_string(c.zero_point) +
-           (c.has_residual ? c.is_real_residual ? " f32 residual" : " residual " + std::to_string(c.residual_zero) : "") + (c.is_float ? " f32" : "");
+           (c.has_residual ? c.is_real_residual ? " f32 residual" : " residual " + std::to_string(c.residual_zero)
+                           : "") +
+           (c.is_float ? " f32" : "");
 }
 
 void run_case(const Case& c) {

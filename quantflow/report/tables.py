@@ -15,6 +15,8 @@ from quantflow.report.fields import text as _text
 
 #: Name of the metric in the results → what people call it.
 METRIC_NAMES = {"top1": "top-1 accuracy", "spearman": "Spearman with ratings"}
+#: The kernel of rows about steps that may run together, "rows" lines at a time; all lines: step by step.
+STEPS_ON_LINES = "host.lines"
 #: How many layers one line names.
 MOST_NAMED = 5
 
@@ -430,6 +432,15 @@ def _proof(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         yield "int8 output", "", "differs" if differs else "IDENTICAL", "from float's" if differs else "to float's"
 
 
+def _runs_together(row: Mapping[str, Any]) -> int:
+    """How many runs of steps pass line by line, of those that one row of `warmup.choices` is about."""
+    lines, kept, count = [way.get("rows") for way in _list(row, "ways")], row.get("kept"), row.get("count")
+    known = type(kept) is int and type(count) is int and all(type(each) is int for each in lines)
+    if row.get("kernel") != STEPS_ON_LINES or not known or not 0 <= kept < len(lines):
+        return 0
+    return count if lines[kept] < max(lines) else 0
+
+
 def _warmup(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     warmup = _section(results, "warmup")
     if not warmup:
@@ -442,10 +453,13 @@ def _warmup(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     if choices:
         layers = [row for batch in _list(choices, "batches") for row in _list(batch, "layers")]
         ways, other = sum(len(_list(row, "ways")) for row in layers), sum(bool(row.get("kept")) for row in layers)
+        joined = sum(map(_runs_together, layers))
         rates = _section(choices, "rates")
         by = f"rates {_text(rates.get('source'))} {_text(rates.get('measured_at'))}".strip()
         note = f"; {_text(rates['note'])}" if rates.get("note") else ""
-        yield "cuts of int8 steps", "", f"{ways} tried", f"{len(layers)} shapes, {other} not as predicted, {by}{note}"
+        lines = f"{joined} runs of steps line by line, " if joined else ""
+        found = f"{len(layers)} shapes, {other} not as predicted, {lines}{by}{note}"
+        yield "cuts of int8 steps", "", f"{ways} tried", found
 
 
 def _settings(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -198,6 +198,58 @@ def test_rates_and_cuts_never_change_a_result(model: qf.Quantized) -> None:
     assert torch.equal(runner([x]), expected)
 
 
+class Blocks(nn.Module):
+    """A pointwise, a depthwise and a pointwise convolution with a residual, three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, 2, 1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(32, 96, 1),
+                nn.ReLU6(),
+                nn.Conv2d(96, 96, 3, padding=1, groups=96),
+                nn.ReLU6(),
+                nn.Conv2d(96, 32, 1),
+            )
+            for _ in range(3)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.stem(x)
+        for block in self.blocks:
+            y = y + block(y)
+        return y
+
+
+@pytest.mark.usefixtures("cache")
+def test_steps_that_run_together_are_tried_both_ways_and_give_the_same() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 48, 48)
+    program = qf.quantize(Blocks().eval(), [x], benchmark=False, runtime="native").record.program
+    as_a_new_process()
+    expected = NativeRunner(program, threads=1)([x])
+    runner = NativeRunner(program, threads=3)
+    row = {"batch": 1, "asked_threads": 3, "threads": 3, "chunk": 0, "chosen": True}
+    assert torch.equal(runner([x]), expected)
+    ((_, given, plan),) = runner._sections([x], 3)
+    tried = [row for row in native_ways.try_ways(plan, given, 2) if row["kernel"] == tables.STEPS_ON_LINES]
+    assert tried
+    for found in tried:
+        apart, together = sorted(found["ways"], key=lambda way: -way["rows"])
+        assert apart["rows"] == 24
+        assert 1 <= together["rows"] < 24
+        for rows in (together["rows"], 24, 5, 2**39):
+            runner.adopt([{**row, "cuts": [[found["shape"], rows, 1]]}])
+            runner._forget_plans()
+            assert torch.equal(runner([x]), expected)
+        for kept, said in ((found["ways"].index(together), f"{found['count']} runs of steps line by line"), (None, "")):
+            choices = {"batches": [{"layers": [{**found, "kept": kept}]}]}
+            (line,) = (row for row in tables.figures({"warmup": {"choices": choices}}).rows if "cuts" in row[0])
+            assert ("line by line" in " ".join(line)) is bool(said)
+            assert said in " ".join(line)
+
+
 def test_an_artifact_brings_its_cuts_and_never_its_rates(model: qf.Quantized, tmp_path: Path) -> None:
     runner = NativeRunner(model.record.program, threads=2)
     row = {"batch": 1, "asked_threads": 2, "threads": 2, "chunk": 0, "chosen": True}

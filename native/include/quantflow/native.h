@@ -88,7 +88,7 @@ void qf_plan_free(qf_plan*);
 void qf_plan_outputs(const qf_plan*, qf_form* outputs);
 int64_t qf_plan_arena_bytes(const qf_plan*);
 int32_t qf_plan_run(qf_plan*, const void* const* inputs, void* const* outputs, char* error, size_t capacity);
-/* Times each kernel alone, least of `runs`; writes a JSON list of {"node", "kernel", "parts": of the batch, which it takes
+/* Times each kernel, least of `runs`: alone, or where several steps run together its share; writes a JSON list of {"node", "kernel", "parts": of the batch, which it takes
  * one by one, "ms": of all} and its length without the final zero to `needed`; nothing is written where `room` is too
  * small. */
 int32_t qf_plan_profile(qf_plan*, const void* const* inputs, void* const* outputs, int32_t runs, char* json, size_t room,
@@ -103,6 +103,8 @@ int32_t qf_plan_predicted_ms(qf_plan*, double* ms, char* error, size_t capacity)
  * about `budget_ms`. Writes a JSON list, one entry per shape: {"node": the first of its steps, "kernel", "shape", "count",
  * "kept": place in "ways", "ways": [{"rows", "panels", "predicted_ms", "ms" of one step}]}. The last way
  * may be one on other kernels, which says their "shape": with tile registers, steps of few weights may take vectors.
+ * Entries of the kernel "host.lines" are steps, from "node" on, that may run together, "rows" lines at a time; all lines of
+ * their "shape": step by step. They are timed both ways, as often, within as much time.
  * `room`, `needed`: as above. */
 int32_t qf_plan_tune(qf_plan*, const void* const* inputs, void* const* outputs, int32_t runs, int32_t most,
                      double margin, double budget_ms, char* json, size_t room, size_t* needed, char* error,
