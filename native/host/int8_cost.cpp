@@ -101,7 +101,8 @@ struct Candidate {
 class TaskCost {
 public:
     TaskCost(const Int8Kernels& kernels, const Rates& rates, const Int8Gemm& g, i64 groups)
-        : kernels_(kernels), rates_(rates), g_(g), has_tiles_(kernels.depth > 1), by_lines_(g.is_windowed || g.is_direct),
+        : kernels_(kernels), rates_(rates), g_(g), has_tiles_(kernels.depth > 1),
+          by_lines_(g.is_windowed || g.is_direct),
           unit_(g.is_windowed ? std::max<i64>(g.out[2], 1) : kernels.rows),
           line_bytes_(g.column_bytes > 0 ? g.out[2] * g.column_bytes
                                          : (g.out[2] * g.stride[2] + g.reach[2]) * g.pixel) {
@@ -143,7 +144,8 @@ public:
         const double finishing = r * p * columns * finishing_;
         // Every panel passes over the task's rows of x and y, which lie in the L1 cache or beyond; of tile registers,
         // every block of panels.
-        const double x_bytes = static_cast<double>(row_bytes(rows)) / r, y_bytes = g_.output.residual_scale != 0 ? 128 : 64;
+        const double x_bytes = static_cast<double>(row_bytes(rows)) / r;
+        const double y_bytes = g_.output.residual_scale != 0 ? 128 : 64;
         double passing = r * (x_bytes + y_bytes) <= static_cast<double>(caches().l1)
                              ? 0
                              : r * p * (x_bytes + y_bytes) * rates_.passing;

@@ -103,8 +103,8 @@ public:
     Lines lines() const override { return {before_.empty() && !rest_ ? lines_ : 0, x_.place.base}; }
     void prepare() override { bind(); }
     void run_lines(i64 first, i64 count) override {
-        rolls_ ? kernels_.rolling(job_, first, count, 0, job_.blocks, thread_scratch(kernels_.rolling_scratch(job_)))
-               : kernels_.depthwise(job_, first, count, 0, job_.blocks, thread_scratch(kernels_.depthwise_scratch(job_)));
+        const i64 scratch = rolls_ ? kernels_.rolling_scratch(job_) : kernels_.depthwise_scratch(job_);
+        (rolls_ ? kernels_.rolling : kernels_.depthwise)(job_, first, count, 0, job_.blocks, thread_scratch(scratch));
     }
     double lines_ms(i64 count) const override { return cycles(count) / (rates_of(kernels_).ghz * 1e6); }
 

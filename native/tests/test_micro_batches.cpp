@@ -63,8 +63,10 @@ Ran ran(const Case& c, int threads, const std::optional<Nearness>& nearness, int
         if (is_tuned) {
             std::vector<std::vector<std::byte>> anything;
             std::vector<void*> outputs;
-            for (const OutputForm& f : plan.outputs())
-                outputs.push_back(anything.emplace_back(static_cast<std::size_t>(checked_count(f.dims) * size_of(f.dtype))).data());
+            for (const OutputForm& f : plan.outputs()) {
+                anything.emplace_back(static_cast<std::size_t>(checked_count(f.dims) * size_of(f.dtype)));
+                outputs.push_back(anything.back().data());
+            }
             Tuning tuning;
             tuning.margin = 10;
             const std::vector<Tried> tried = plan.tune(inputs.data(), outputs.data(), tuning);
@@ -268,10 +270,11 @@ void lines_together() {
             const int deep = mixed(padded_conv(b, wider, 96, 96, 3, None{}, true)).output;
             const int joined = mixed(padded_conv(b, deep, 96, 72, 1, Ref{x})).output;
             const int both = b.node(Op::cat, "cat.default", {Args{Ref{joined}, Ref{x}}, Int{1}}, kQ).output;
-            c.outputs = {b.dequantize(mixed(padded_conv(b, both, 144, 8, 1, None{})).output), b.dequantize(deep), b.dequantize(aside)};
+            const int last = mixed(padded_conv(b, both, 144, 8, 1, None{})).output;
+            c.outputs = {b.dequantize(last), b.dequantize(deep), b.dequantize(aside)};
             c.forms = {form({batch, 3, height, width})};
-            expect_lines("lines of " + std::to_string(batch) + " x " + std::to_string(height) + " x " + std::to_string(width),
-                         c, true);
+            const std::string size = std::to_string(height) + " x " + std::to_string(width);
+            expect_lines("lines of " + std::to_string(batch) + " x " + size, c, true);
         }
     for (const Int rows : {7, 50}) {
         Case c;

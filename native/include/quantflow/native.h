@@ -88,9 +88,9 @@ void qf_plan_free(qf_plan*);
 void qf_plan_outputs(const qf_plan*, qf_form* outputs);
 int64_t qf_plan_arena_bytes(const qf_plan*);
 int32_t qf_plan_run(qf_plan*, const void* const* inputs, void* const* outputs, char* error, size_t capacity);
-/* Times each kernel, least of `runs`: alone, or where several steps run together its share; writes a JSON list of {"node", "kernel", "parts": of the batch, which it takes
- * one by one, "ms": of all} and its length without the final zero to `needed`; nothing is written where `room` is too
- * small. */
+/* Times each kernel, least of `runs`: alone, or where several steps run together its share; writes a JSON list of
+ * {"node", "kernel", "parts": of the batch, which it takes one by one, "ms": of all} and its length without the final
+ * zero to `needed`; nothing is written where `room` is too small. */
 int32_t qf_plan_profile(qf_plan*, const void* const* inputs, void* const* outputs, int32_t runs, char* json, size_t room,
                         size_t* needed, char* error, size_t capacity);
 
