@@ -6,8 +6,8 @@
 #   $1/fuzz --seconds 3600 --jobs 2 --seed 1 native/fuzz/corpus
 # What it builds is compared with the reference by native/fuzz/compare.py.
 # With clang++ (Debian's clang and libclang-rt-14-dev) one libFuzzer binary for each target:
-#   fuzz_calls     programs built from the table's grammar, lowered and executed, on one thread, on four, and with the batch in
-#                  parts on eight
+#   fuzz_calls     programs built from the table's grammar, lowered and executed, on one thread, on four, with the batch in
+#                  parts on eight, and with steps together on lines
 #   fuzz_lower     the loader: program.json and weights.safetensors; and the choice of kernels for what it lets through
 #   $1/fuzz_lower -max_total_time=600 native/fuzz/corpus
 # Needs CMake and the Python package nlohmann_json. About six minutes on one core.

@@ -202,8 +202,10 @@ void print_table(double seconds, std::size_t jobs, std::size_t findings) {
             if (ops.count(target) == 0) unseen += " " + target;
         }
     std::printf("\nprograms of the grammar: %ld built, %ld valid; files: %ld read, %ld valid; together %ld lowered, %ld executed "
-                "(each eight times: over memory of other contents, on one thread, on four and on eight; %ld with the batch in parts)\n",
-                all["built"], all["valid"], all["read"], all["loaded"], all["lowered"], all["executed"], all["in parts"]);
+                "(each ten times: over memory of other contents, on one thread, on four and on eight; %ld with the batch in "
+                "parts, %ld with steps together on lines)\n",
+                all["built"], all["valid"], all["read"], all["loaded"], all["lowered"], all["executed"], all["in parts"],
+                all["by lines"]);
     std::printf("ops executed: %zu of the %zu rows that are lowered, of %zu in the table\n", seen, lowered, table_targets().size());
     if (!unseen.empty()) std::printf("of those not executed:%s\n", unseen.c_str());
     std::printf("kernel families executed (%zu, by %zu kernels):", families.size(), kernels.size());
