@@ -12,6 +12,8 @@ using lowering::Buffer;
 constexpr double kSurely = 0.95, kNearly = 1.3;
 // As many tasks for each thread are looked at.
 constexpr std::int64_t kMostTasks = 8;
+// Of a run, so that programs of any length take little time.
+constexpr int kMostJoined = 64;
 
 // What steps do with buffers, line by line.
 class Access {
@@ -114,7 +116,7 @@ std::vector<Band> runs(const Lowered& l) {
         band.first = i++;
         band.count = access.lines(band.first);
         if (band.count < 2) continue;
-        while (i < n && access.may_follow(band.first, i)) ++i;
+        while (i < std::min(n, band.first + kMostJoined) && access.may_follow(band.first, i)) ++i;
         band.last = i;
         if (band.last - band.first > 1) found.push_back(std::move(band));
     }
