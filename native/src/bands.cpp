@@ -10,6 +10,8 @@ using lowering::Buffer;
 
 // What is gained must be more than predictions are off, and what is worth a try may cost as much more.
 constexpr double kSurely = 0.95, kNearly = 1.3;
+// Of a run's time, what handing over its steps must take for a try.
+constexpr double kHandedOver = 0.02;
 // As many tasks for each thread are looked at.
 constexpr std::int64_t kMostTasks = 8;
 // Of a run, so that programs of any length take little time.
@@ -133,7 +135,8 @@ void join_lines(Lowered& l, const Nearness& near, Joining joining) {
         band.together_ms = cost.together_ms(band);
         band.apart_ms = cost.apart_ms(band);
         band.shape = shape_of(l, band, near);
-        bool joins = band.together_ms < kNearly * band.apart_ms;
+        const double handing_over_ms = (band.last - band.first - 1) * near.hand_over_ns * 1e-6;
+        bool joins = band.together_ms < kNearly * band.apart_ms && handing_over_ms > kHandedOver * band.apart_ms;
         if (joining == Joining::decided) {
             joins = band.is_predicted();
             if (const std::optional<Way> way = measured_way(band.shape))

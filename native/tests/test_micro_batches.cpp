@@ -214,7 +214,8 @@ void what_joins_samples() {
 Nearness by_lines(int threads) {
     Nearness n = never();
     n.threads = threads;
-    n.last_task = -1e6;
+    n.hand_over_ns = 1e6;
+    n.last_task = -1e9;
     return n;
 }
 
