@@ -167,7 +167,7 @@ void execute(std::shared_ptr<LoadedProgram> loaded, const std::vector<InputForm>
     const bool is_in_parts = !alone.is_ordered || agree(alone, in_parts);
     if (is_same && is_shared && is_in_parts && (!alone.is_ordered || agree(alone, by_lines))) return;
     std::fprintf(stderr, "%s gives other results:\n%s\n",
-                 !is_same     ? "memory of other contents"
+                 !is_same       ? "memory of other contents"
                  : !is_shared   ? "another number of threads"
                  : !is_in_parts ? "the batch in parts"
                                 : "steps together on lines",

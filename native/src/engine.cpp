@@ -6,6 +6,7 @@
 #include <chrono>
 #include <exception>
 #include <limits>
+#include <map>
 #include <numeric>
 
 #include "micro_batches.hpp"

@@ -101,7 +101,7 @@ public:
     std::vector<StepTime> profile(const void* const* inputs, void* const* outputs, int runs);
     // Times the steps that might be done in several ways, a few of each shape and nothing between them, and makes this
     // plan, and those made from now on, with the fastest. Ways that only seem faster, because something disturbed the
-    // others, are not kept. Leaves anything in the outputs.
+    // others, are not kept. Then steps that may run together, line by line, both ways. Leaves anything in the outputs.
     std::vector<Tried> tune(const void* const* inputs, void* const* outputs, const Tuning&);
     // What the steps with a decision are predicted to take together.
     double predicted_ms();
