@@ -88,7 +88,8 @@ struct Int8Gemm {
     // Positions (stride * output) whose windows lie inside x: [inside_from, inside_to) in every dimension.
     std::int64_t inside_from[3] = {0, 0, 0}, inside_to[3] = {1, 1, 1};
 
-    // Codes [group][panel][quad][column][4]: a quad is four steps of the reduction, a panel `columns` channels.
+    // Codes [group][panel][quad][column][4] (with tile registers see PanelLayout): a quad is four steps of the reduction, a
+    // panel `columns` channels.
     const std::int8_t* weights = nullptr;
     // What sums start from, per padded channel: -zero * (sum of weights). Tile registers: null is zeros.
     const std::int32_t* start = nullptr;

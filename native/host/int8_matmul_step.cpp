@@ -42,6 +42,9 @@ public:
 
         panel_bytes_ = gemm_.quads * kernels_.columns * 4;
         packed_b_ = Aligned<std::int8_t>(batches_ * gemm_.panels * panel_bytes_);
+        const PanelLayout layout(kernels_);
+        for (i64 k = 0; k < steps_; ++k) of_code_.push_back(layout.of_code(k));
+        for (i64 n = 0; n < kernels_.columns; ++n) of_column_.push_back(layout.of_column(n));
         start_ = Aligned<std::int32_t>(batches_ * padded);
         corrects_rows_ = b.q->zero_point != 128;
         if (corrects_rows_) row_start_ = Aligned<std::int32_t>(batches_ * rows_);
@@ -99,7 +102,7 @@ private:
         std::vector<std::int32_t> sums(static_cast<std::size_t>(width), 0);
         const auto put = [&](i64 k, i64 n) {
             const int code = from[k * k_stride + n * n_stride] - 128;
-            to[k / 4 * width * 4 + n * 4 + k % 4] = static_cast<std::int8_t>(code);
+            to[of_code_[static_cast<std::size_t>(k)] + of_column_[static_cast<std::size_t>(n)]] = static_cast<std::int8_t>(code);
             sums[static_cast<std::size_t>(n)] += code;
         };
         // The inner loop follows the memory.
@@ -138,6 +141,7 @@ private:
     Tensor a_, b_, y_;
     i64 rows_ = 0, steps_ = 0, columns_ = 0, batches_ = 1, panel_bytes_ = 0;
     bool copies_a_ = false, corrects_rows_ = false;
+    std::vector<i64> of_code_, of_column_;  // their places in a panel
     Aligned<float> scale_, bias_;
     Aligned<std::int8_t> packed_b_;
     Aligned<std::int32_t> start_, row_start_;

@@ -51,6 +51,7 @@ PackedWeights pack_gemm_weights(const Int8Kernels& kernels, const Weights& w, co
                                 const Runs& runs) {
     const i64 columns = kernels.columns, quads = runs.all_quads;
     const i64 panels = divide_up(g.out_channels, columns);
+    const PanelLayout layout(kernels);
     const i64 own_in = g.in_channels / g.merged, own_out = g.out_channels / g.merged;
     PackedWeights packed{Aligned<std::int8_t>(g.groups * panels * quads * columns * 4),
                          Aligned<std::int32_t>(g.groups * panels * columns),
@@ -62,13 +63,13 @@ PackedWeights pack_gemm_weights(const Int8Kernels& kernels, const Weights& w, co
             for (i64 t = 0; t < taps; ++t) {
                 const i64 step = t * g.in_channels + own * own_in + c;
                 const i64 k = step / runs.length * runs.quads * 4 + step % runs.length;
-                place[static_cast<std::size_t>(c * taps + t)] = k / 4 * columns * 4 + k % 4;
+                place[static_cast<std::size_t>(c * taps + t)] = layout.of_code(k);
             }
         for (i64 group = 0; group < g.groups; ++group)
             for (i64 n = own * own_out; n < (own + 1) * own_out; ++n) {
                 const i64 panel = group * panels + n / columns, column = n % columns;
                 const std::int8_t* from = w.codes + (group * g.out_channels + n) * codes;
-                std::int8_t* to = packed.codes.data() + panel * quads * columns * 4 + column * 4;
+                std::int8_t* to = packed.codes.data() + panel * quads * columns * 4 + layout.of_column(column);
                 for (i64 i = 0; i < codes; ++i) to[place[static_cast<std::size_t>(i)]] = from[i];
                 packed.sums[panel * columns + column] = std::accumulate(from, from + codes, std::int32_t{0});
             }

@@ -59,7 +59,18 @@ struct Runs {
     }
 };
 
-// [group][panel][quad][column][4]; the reduction runs over (tap, channel).
+// Where a panel's codes lie: [step of a tile][vector][quad][column][4], so that a tile register is loaded from lines that
+// follow each other. Without tile registers a step is one quad: [quad][column][4].
+struct PanelLayout {
+    i64 depth, lanes, columns;
+    explicit PanelLayout(const Int8Kernels& kernels)
+        : depth(kernels.depth), lanes(kernels.lanes), columns(kernels.columns) {}
+    // The place of code k of column n is of_code(k) + of_column(n).
+    i64 of_code(i64 k) const { return (k / 4 / depth * columns * depth + k / 4 % depth * lanes) * 4 + k % 4; }
+    i64 of_column(i64 n) const { return (n / lanes * lanes * depth + n % lanes) * 4; }
+};
+
+// [group][panel], each as PanelLayout says; the reduction runs over (tap, channel).
 PackedWeights pack_gemm_weights(const Int8Kernels&, const Weights&, const Grouping&, i64 taps, const Runs&);
 
 // [16][panel][pair][column][2]: G' w G'^T with G' = 2 G = [2 0 0; 1 1 1; 1 -1 1; 0 0 2]; at most 9 * 127.
