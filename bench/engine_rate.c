@@ -1,5 +1,6 @@
 // How many int8 multiply-accumulates a second the processor's own instructions give: exact products of u8 and s8 into
-// int32, all operands in registers. Arguments: instruction set, threads, seconds. Prints GMAC/s of all threads together.
+// int32, all operands in registers, or of tile registers also loaded from the L1 cache (amx_int8_from_l1). Arguments:
+// instruction set, threads, seconds. Prints GMAC/s of all threads together.
 // Compiled and run by engine_rate.py.
 #define _GNU_SOURCE
 #include <immintrin.h>
@@ -56,10 +57,17 @@ __attribute__((target("avx512f,avx512vnni"))) static double avx512_vnni(void) {
 }
 
 // Four tiles of sums, as many as two tiles of rows and two of weights have.
-__attribute__((target("amx-tile,amx-int8"))) static double amx_int8(void) {
+#define TILE_PRODUCTS (4.0 * 16 * 16 * 64 * ROUNDS)
+
+__attribute__((target("amx-tile"))) static void configure_tiles(void) {
     struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } config = {.palette = 1};
     for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = 16;
+    __asm__ volatile("" : : "r"(&config) : "memory");
     _tile_loadconfig(&config);
+}
+
+__attribute__((target("amx-tile,amx-int8"))) static double amx_int8(void) {
+    configure_tiles();
     // The operands are what the registers begin with: zeros.
     for (int r = 0; r < ROUNDS; ++r) {
         _tile_dpbusd(0, 4, 6);
@@ -68,7 +76,27 @@ __attribute__((target("amx-tile,amx-int8"))) static double amx_int8(void) {
         _tile_dpbusd(3, 5, 7);
     }
     _tile_release();
-    return 4.0 * 16 * 16 * 64 * ROUNDS;
+    return TILE_PRODUCTS;
+}
+
+// Each operand is loaded for two products, from 16 KiB.
+__attribute__((target("amx-tile,amx-int8"))) static double amx_int8_from_l1(void) {
+    static _Thread_local _Alignas(64) uint8_t operands[16 * 1024];
+    memset(operands, 1, sizeof operands);
+    configure_tiles();
+    for (int r = 0; r < ROUNDS; ++r) {
+        const uint8_t *from = operands + r % 4 * 4096;
+        _tile_loadd(4, from, 64);
+        _tile_loadd(5, from + 1024, 64);
+        _tile_loadd(6, from + 2048, 64);
+        _tile_loadd(7, from + 3072, 64);
+        _tile_dpbusd(0, 4, 6);
+        _tile_dpbusd(1, 4, 7);
+        _tile_dpbusd(2, 5, 6);
+        _tile_dpbusd(3, 5, 7);
+    }
+    _tile_release();
+    return TILE_PRODUCTS;
 }
 
 static Work work;
@@ -92,14 +120,16 @@ static void *run(void *rate) {
 
 int main(int count, char **words) {
     static const struct { const char *name; Work work; } all[] = {
-        {"avx2", avx2}, {"avx_vnni", avx_vnni}, {"avx512_vnni", avx512_vnni}, {"amx_int8", amx_int8}};
+        {"avx2", avx2}, {"avx_vnni", avx_vnni}, {"avx512_vnni", avx512_vnni},
+        {"amx_int8", amx_int8}, {"amx_int8_from_l1", amx_int8_from_l1}};
     if (count != 4) return 2;
     for (size_t i = 0; i < sizeof all / sizeof *all; ++i)
         if (strcmp(words[1], all[i].name) == 0) work = all[i].work;
     const int threads = atoi(words[2]);
     seconds = atof(words[3]);
     // ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA: the tiles belong to a process that has asked for them.
-    if (work == NULL || threads < 1 || (work == amx_int8 && syscall(SYS_arch_prctl, 0x1023, 18) != 0)) return 2;
+    const int has_tiles = work == amx_int8 || work == amx_int8_from_l1;
+    if (work == NULL || threads < 1 || (has_tiles && syscall(SYS_arch_prctl, 0x1023, 18) != 0)) return 2;
     pthread_t *ids = calloc((size_t)threads, sizeof *ids);
     double *rates = calloc((size_t)threads, sizeof *rates), total = 0;
     for (int i = 0; i < threads; ++i)

@@ -1,7 +1,7 @@
 """What int8 products the processor's own instructions reach: the rate that kernels are measured against.
 
 `engine_rate.c` holds a loop of products for each instruction set, operands in registers; a C compiler makes it a
-program. A part of `vs_peers`.
+program. A part of `vs_peers` and `linears`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("engine_rate.c")
 SECONDS = 0.1
+#: Of instruction sets whose operands other instructions load: the loop with these, from the L1 cache.
+FROM_L1 = {"amx_int8": "amx_int8_from_l1"}
 
 
 class NoEngineRate(Exception):
@@ -37,7 +39,7 @@ def built(folder: Path) -> Path:
 
 
 def engine_rate(program: Path, isa: str, threads: int) -> float:
-    """Int8 multiply-accumulates a second, in GMAC/s, of `threads` threads together on instruction set `isa`.
+    """Int8 multiply-accumulates a second, in GMAC/s, of `threads` threads together on `isa` (or a loop of `FROM_L1`).
 
     Raises:
         NoEngineRate: the processor, or the program, doesn't know `isa`.

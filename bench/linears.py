@@ -1,8 +1,9 @@
 """How near do int8 linears come to the processor's own rate, and to PyTorch's oneDNN kernels?
 
 Layers of 768 x 3072, 3072 x 768, 1024 x 1024 and 2048 x 2048 that read codes and write codes, on several numbers of
-rows. In each round the engine's rate (products of registers, `engine_rate.c`), then ours, then oneDNN's qlinear on u8
-codes of the same shape: the least of `--runs` times each. Ratios are of one round; shown are medians and quartiles.
+rows. In each round the engine's rate (`engine_rate.c`: products of registers; with AMX, of tiles loaded from the L1
+cache, and beside it of registers alone), then ours, then oneDNN's qlinear on u8 codes of the same shape: the least of
+`--runs` times each. Ratios are of one round; shown are medians and quartiles.
 
     python -m bench.linears --threads 1
 """
@@ -20,14 +21,17 @@ import torch
 from torch import nn
 
 import quantflow as qf
-from bench.engine_rate import NoEngineRate, built, engine_rate
+from bench.engine_rate import FROM_L1, NoEngineRate, built, engine_rate
 from bench.reporting import arguments, console, show, show_machine, write
 from quantflow.runtimes import native_library as lib
 from quantflow.runtimes.native import NativeRunner
 from quantflow.runtimes.native_ways import least_ms
 
 SHAPES = (768, 3072), (3072, 768), (1024, 1024), (2048, 2048)
-COLUMNS = ("layer", "rows", "kernel", "gmacs", "of the engine", "quartiles", "to oneDNN's rate", "its quartiles")
+COLUMNS = (
+    "layer", "rows", "kernel", "gmacs", "of the engine", "quartiles", "of its registers", "to oneDNN's rate",
+    "its quartiles",
+)  # fmt: skip
 
 
 def main() -> int:
@@ -74,18 +78,22 @@ def measured(inputs: int, outputs: int, rows: int, program: Path | None, options
 
     peer = onednn(inputs, outputs, rows)
     macs = rows * inputs * outputs / 1e6  # GMAC/s of a millisecond
-    rates, shares, ratios = [], [], []
+    isa = lib.host_isa()
+    rates, shares, of_registers, ratios = [], [], [], []
     for _ in range(options.rounds):
-        engine = None if program is None else engine_rate(program, lib.host_isa(), options.threads)
+        engine = None if program is None else engine_rate(program, FROM_L1.get(isa, isa), options.threads)
+        registers = None if program is None else engine_rate(program, isa, options.threads)
         own = macs / ours()
         rates.append(own)
         ratios.append(own / (macs / least_ms(peer, options.runs)))
-        if engine is not None:
+        if engine is not None and registers is not None:
             shares.append(own / engine)
+            of_registers.append(own / registers)
     return {
         "layer": f"{inputs} x {outputs}", "rows": rows, "kernel": kernel, "gmacs": statistics.median(rates),
         "rounds_gmacs": rates, "of the engine": statistics.median(shares) if shares else None,
-        "quartiles": _quartiles(shares), "to oneDNN's rate": statistics.median(ratios),
+        "quartiles": _quartiles(shares), "of its registers": statistics.median(of_registers) if of_registers else None,
+        "to oneDNN's rate": statistics.median(ratios),
         "its quartiles": _quartiles(ratios),
     }  # fmt: skip
 
