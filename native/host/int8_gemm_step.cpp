@@ -32,10 +32,9 @@ public:
         gemm_.pixel = grouping_.groups * grouping_.in_channels;
         gemm_.in_channels = grouping_.in_channels;
         gemm_.is_pointwise = shape.is_pointwise();
-        // Rows a multiple of 2 KiB (of tiles, which are more: 1 KiB) apart would compete for the same few sets of the L1
-        // cache.
+        // Rows a multiple of 2 KiB apart would compete for the same few sets of the L1 cache.
         gemm_.is_direct = kernels_.is_exact && gemm_.is_pointwise && steps % (4 * kernels_.depth) == 0 &&
-                          gemm_.pixel % (kernels_.depth > 1 ? 1024 : 2048) != 0;
+                          gemm_.pixel % 2048 != 0;
         gemm_.is_row_run = shape.is_row_run(grouping_.groups);
         taps_ = shape.table(gemm_.is_row_run);
         gemm_.runs = static_cast<i64>(taps_.z.size());
