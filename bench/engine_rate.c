@@ -59,41 +59,46 @@ __attribute__((target("avx512f,avx512vnni"))) static double avx512_vnni(void) {
 // Four tiles of sums, as many as two tiles of rows and two of weights have.
 #define TILE_PRODUCTS (4.0 * 16 * 16 * 64 * ROUNDS)
 
-__attribute__((target("amx-tile"))) static void configure_tiles(void) {
+// Ones: zeros, which registers begin with, may be multiplied in less time.
+static _Thread_local _Alignas(64) uint8_t operands[16 * 1024];
+
+// Tiles 4 and 5 of rows, 6 and 7 of weights.
+__attribute__((target("amx-tile"), always_inline)) static inline void load_tiles(const uint8_t *from) {
+    _tile_loadd(4, from, 64);
+    _tile_loadd(5, from + 1024, 64);
+    _tile_loadd(6, from + 2048, 64);
+    _tile_loadd(7, from + 3072, 64);
+}
+
+__attribute__((target("amx-tile,amx-int8"), always_inline)) static inline void multiply_tiles(void) {
+    _tile_dpbusd(0, 4, 6);
+    _tile_dpbusd(1, 4, 7);
+    _tile_dpbusd(2, 5, 6);
+    _tile_dpbusd(3, 5, 7);
+}
+
+__attribute__((target("amx-tile"))) static void begin_tiles(void) {
     struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } config = {.palette = 1};
     for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = 16;
+    memset(operands, 1, sizeof operands);
     __asm__ volatile("" : : "r"(&config) : "memory");
     _tile_loadconfig(&config);
 }
 
 __attribute__((target("amx-tile,amx-int8"))) static double amx_int8(void) {
-    configure_tiles();
-    // The operands are what the registers begin with: zeros.
-    for (int r = 0; r < ROUNDS; ++r) {
-        _tile_dpbusd(0, 4, 6);
-        _tile_dpbusd(1, 4, 7);
-        _tile_dpbusd(2, 5, 6);
-        _tile_dpbusd(3, 5, 7);
-    }
+    begin_tiles();
+    load_tiles(operands);
+    for (int r = 0; r < ROUNDS; ++r) multiply_tiles();
     _tile_release();
     return TILE_PRODUCTS;
 }
 
-// Each operand is loaded for two products, from 16 KiB.
+// Each operand is loaded for two products.
 __attribute__((target("amx-tile,amx-int8"))) static double amx_int8_from_l1(void) {
-    static _Thread_local _Alignas(64) uint8_t operands[16 * 1024];
-    memset(operands, 1, sizeof operands);
-    configure_tiles();
+    begin_tiles();
     for (int r = 0; r < ROUNDS; ++r) {
-        const uint8_t *from = operands + r % 4 * 4096;
-        _tile_loadd(4, from, 64);
-        _tile_loadd(5, from + 1024, 64);
-        _tile_loadd(6, from + 2048, 64);
-        _tile_loadd(7, from + 3072, 64);
-        _tile_dpbusd(0, 4, 6);
-        _tile_dpbusd(1, 4, 7);
-        _tile_dpbusd(2, 5, 6);
-        _tile_dpbusd(3, 5, 7);
+        load_tiles(operands + r % 4 * 4096);
+        multiply_tiles();
     }
     _tile_release();
     return TILE_PRODUCTS;
