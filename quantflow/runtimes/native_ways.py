@@ -19,6 +19,8 @@ MOST, MARGIN = 3, 0.15
 #: For all ways of a plan's steps together, and once more for the winners beside what was predicted; two rounds of each
 #: are run in any case.
 BUDGET_MS = 120.0
+#: The kernel of rows about steps that may run together, "rows" lines at a time; all lines: step by step.
+STEPS_ON_LINES = "host.lines"
 #: Variants whose int8 steps alone are predicted to take this much of what the plain way takes in all are not tried.
 HOPELESS = 1.25
 
@@ -62,7 +64,8 @@ def why_not_alone(
         alone: the same sections on one thread.
         plain_ms: what all of the program took on all threads.
     """
-    ways = [(row["count"], row["ways"][0]) for row in layers]
+    # Steps that may run together have rows of their own, too.
+    ways = [(row["count"], row["ways"][0]) for row in layers if row.get("kernel") != STEPS_ON_LINES]
     predicted = sum(count * way["predicted_ms"] for count, way in ways)
     if not predicted:
         return ""
