@@ -53,6 +53,9 @@ constexpr int kBlock = 4 * kLanes;  // channels of a depthwise block
 #if defined(__AVX2__) || defined(QF_INT8_LANES)
 #define QF_INT8_ROLLING  // its sums take 20 registers, or 10 where there are 16
 #endif
+#if defined(__AVX512VNNI__) && !defined(QF_INT8_LANES)
+#define QF_INT8_HALVES  // blocks that are half empty are computed in halves of vectors
+#endif
 
 constexpr i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
 constexpr i64 round_up(i64 n, i64 step) { return (n + step - 1) / step * step; }
@@ -1180,8 +1183,9 @@ i64 taps_bytes(const Int8Depthwise& d) { return round_up(d.taps * static_cast<i6
 i64 depthwise_scratch(const Int8Depthwise& d) { return taps_bytes(d) + 3 * d.blocks * kBlock; }
 
 constexpr i64 kTapBytes = 4 * kBlock;  // weights of a block's channels for one group of taps
-QF_INLINE Int tap_weights(const u8* w, int i) {
-    return Vector::load(reinterpret_cast<const std::int32_t*>(w) + i * kLanes);
+template <class V = Vector>
+QF_INLINE typename V::Int tap_weights(const u8* w, int i) {
+    return V::load(reinterpret_cast<const std::int32_t*>(w) + i * kLanes);
 }
 
 // What becomes of the sums of a block of `outputs` pixels, which lie one after the other: those of the first at y's element

@@ -102,8 +102,9 @@ private:
         std::vector<std::int32_t> sums(static_cast<std::size_t>(width), 0);
         const auto put = [&](i64 k, i64 n) {
             const int code = from[k * k_stride + n * n_stride] - 128;
-            to[of_code_[static_cast<std::size_t>(k)] + of_column_[static_cast<std::size_t>(n)]] = static_cast<std::int8_t>(code);
-            sums[static_cast<std::size_t>(n)] += code;
+            const std::size_t step = static_cast<std::size_t>(k), column = static_cast<std::size_t>(n);
+            to[of_code_[step] + of_column_[column]] = static_cast<std::int8_t>(code);
+            sums[column] += code;
         };
         // The inner loop follows the memory.
         if (k_stride < n_stride) {

@@ -430,16 +430,10 @@ struct Avx2Vector : Vector256 {
 };
 #endif
 
-#if defined(__AVXVNNI__)
-struct AvxVnniVector : Vector256 {
-    static constexpr bool kIsExact = true;
-    static constexpr int kJointWeights = 0;
+#if defined(__AVXVNNI__) || defined(__AVX512VNNI__)
+struct TapVector256 : Vector256 {
     static constexpr int kTapGroup = 4;
 
-    QF_INLINE void dot(Int& acc, Int x, Int w) { acc = _mm256_dpbusd_avx_epi32(acc, x, w); }
-    QF_INLINE void copy(std::uint8_t* to, const std::uint8_t* from) {
-        _mm256_storeu_si256(reinterpret_cast<Int*>(to), load_block(from));
-    }
     QF_INLINE void interleave(const std::uint8_t* const (&p)[kTapGroup], Int (&to)[4]) {
         const Int a = load_block(p[0]), b = load_block(p[1]), c = load_block(p[2]), d = load_block(p[3]);
         const Int ab0 = _mm256_unpacklo_epi8(a, b), ab1 = _mm256_unpackhi_epi8(a, b);
@@ -448,6 +442,18 @@ struct AvxVnniVector : Vector256 {
         to[1] = _mm256_unpackhi_epi16(ab0, cd0);
         to[2] = _mm256_unpacklo_epi16(ab1, cd1);
         to[3] = _mm256_unpackhi_epi16(ab1, cd1);
+    }
+};
+#endif
+
+#if defined(__AVXVNNI__)
+struct AvxVnniVector : TapVector256 {
+    static constexpr bool kIsExact = true;
+    static constexpr int kJointWeights = 0;
+
+    QF_INLINE void dot(Int& acc, Int x, Int w) { acc = _mm256_dpbusd_avx_epi32(acc, x, w); }
+    QF_INLINE void copy(std::uint8_t* to, const std::uint8_t* from) {
+        _mm256_storeu_si256(reinterpret_cast<Int*>(to), load_block(from));
     }
     QF_INLINE void dot_taps(Int& acc, Int taps, Int w) { dot(acc, taps, w); }
 };
@@ -616,6 +622,21 @@ struct Avx512Vector {
         to[3] = _mm512_unpackhi_epi16(ab1, cd1);
     }
     QF_INLINE void dot_taps(Int& acc, Int taps, Int w) { dot(acc, taps, w); }
+};
+
+// The lower halves of vectors: of a block, its first 32 channels.
+struct Avx512Half : TapVector256 {
+    struct Codes : Vector256::Codes {
+        using Vector256::Codes::Codes;
+        using Vector256::Codes::store_block;
+        QF_INLINE_MEMBER void store_block(std::uint8_t* p, const Int (&v)[4], std::int64_t n) const {
+            const __mmask32 first = static_cast<__mmask32>((std::uint64_t{1} << n) - 1);
+            _mm256_mask_storeu_epi8(p, first, of(v[0], v[1], v[2], v[3]));
+        }
+    };
+    QF_INLINE void dot_taps(Int& acc, Int taps, Int w) { acc = _mm256_dpbusd_epi32(acc, taps, w); }
+    // The upper lanes are 0.
+    QF_INLINE __m512i whole(Int v) { return _mm512_zextsi256_si512(v); }
 };
 #endif
 
