@@ -12,7 +12,7 @@ from quantflow.report.fields import is_number as _is_number
 from quantflow.report.fields import items as _list
 from quantflow.report.fields import section as _section
 from quantflow.report.fields import text as _text
-from quantflow.runtimes.native_ways import STEPS_ON_LINES
+from quantflow.runtimes.runner import STEPS_ON_LINES
 
 #: Name of the metric in the results → what people call it.
 METRIC_NAMES = {"top1": "top-1 accuracy", "spearman": "Spearman with ratings"}

@@ -12,6 +12,7 @@ import torch
 from quantflow.ir.program import Program
 from quantflow.runtimes import native_library as lib
 from quantflow.runtimes.native_sections import Section, SectionPlan
+from quantflow.runtimes.runner import STEPS_ON_LINES
 
 #: Ways per shape of step that are tried: one that is predicted to take more than 1 + MARGIN of the best is not, because
 #: predictions order ways better than that (bench.cost_model).
@@ -19,8 +20,6 @@ MOST, MARGIN = 3, 0.15
 #: For all ways of a plan's steps together, and once more for the winners beside what was predicted; two rounds of each
 #: are run in any case.
 BUDGET_MS = 120.0
-#: The kernel of rows about steps that may run together, "rows" lines at a time; all lines: step by step.
-STEPS_ON_LINES = "host.lines"
 #: Variants whose int8 steps alone are predicted to take this much of what the plain way takes in all are not tried.
 HOPELESS = 1.25
 

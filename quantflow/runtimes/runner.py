@@ -13,6 +13,10 @@ import torch
 
 from quantflow.ir.program import Program
 
+#: In a runner's choices: the kernel of rows about steps that may run together, "rows" lines at a time; all lines:
+#: step by step.
+STEPS_ON_LINES = "host.lines"
+
 
 def lowered(raised: torch.Tensor) -> torch.Tensor:
     """q = raised - 128: int8 codes of uint8 ones that stand 128 higher."""

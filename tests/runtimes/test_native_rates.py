@@ -17,6 +17,7 @@ from quantflow.runtimes import native_library as lib
 from quantflow.runtimes import native_rates, native_ways
 from quantflow.runtimes.native import NativeRunner
 from quantflow.runtimes.native_devices import findings, missing
+from quantflow.runtimes.runner import STEPS_ON_LINES
 
 pytestmark = pytest.mark.skipif(missing("cpu") is not None, reason="the native library was not built here")
 
@@ -233,7 +234,7 @@ def test_steps_that_run_together_are_tried_both_ways_and_give_the_same() -> None
     row = {"batch": 1, "asked_threads": 3, "threads": 3, "chunk": 0, "chosen": True}
     assert torch.equal(runner([x]), expected)
     ((_, given, plan),) = runner._sections([x], 3)
-    tried = [row for row in native_ways.try_ways(plan, given, 2) if row["kernel"] == native_ways.STEPS_ON_LINES]
+    tried = [row for row in native_ways.try_ways(plan, given, 2) if row["kernel"] == STEPS_ON_LINES]
     assert tried
     for found in tried:
         apart, together = sorted(found["ways"], key=lambda way: -way["rows"])
@@ -277,7 +278,7 @@ def test_an_artifact_brings_its_cuts_and_never_its_rates(model: qf.Quantized, tm
 
 def test_one_thread_is_not_tried_where_it_is_predicted_to_lose() -> None:
     layers = [{"count": 2, "ways": [{"predicted_ms": 1.0, "ms": 2.0}]}]
-    layers += [{"count": 1, "kernel": native_ways.STEPS_ON_LINES, "ways": [{"predicted_ms": 9.0, "ms": 1.0}]}]
+    layers += [{"count": 1, "kernel": STEPS_ON_LINES, "ways": [{"predicted_ms": 9.0, "ms": 1.0}]}]
 
     class Plan:
         handle = None
