@@ -12,8 +12,9 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("engine_rate.c")
 SECONDS = 0.1
-#: Of instruction sets whose operands other instructions load: the loop with these, from the L1 cache.
-FROM_L1 = {"amx_int8": "amx_int8_from_l1"}
+#: Of instruction sets whose operands other instructions load: the loops with these, from the L1 cache, one instruction
+#: right behind the other and with empty ones between.
+FROM_L1 = {"amx_int8": ("amx_int8_from_l1", "amx_int8_spaced")}
 
 
 class NoEngineRate(Exception):

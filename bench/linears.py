@@ -2,8 +2,9 @@
 
 Layers of 768 x 3072, 3072 x 768, 1024 x 1024 and 2048 x 2048 that read codes and write codes, on several numbers of
 rows. In each round the engine's rate (`engine_rate.c`: products of registers; with AMX, of tiles loaded from the L1
-cache, and beside it of registers alone), then ours, then oneDNN's qlinear on u8 codes of the same shape: the least of
-`--runs` times each. Ratios are of one round; shown are medians and quartiles.
+cache, one instruction right behind the other, and beside it with empty instructions between), then ours, then oneDNN's
+qlinear on u8 codes of the same shape: the least of `--runs` times each. Ratios are of one round; shown are medians and
+quartiles.
 
     python -m bench.linears --threads 1
 """
@@ -29,7 +30,7 @@ from quantflow.runtimes.native_ways import least_ms
 
 SHAPES = (768, 3072), (3072, 768), (1024, 1024), (2048, 2048)
 COLUMNS = (
-    "layer", "rows", "kernel", "gmacs", "of the engine", "quartiles", "of its registers", "to oneDNN's rate",
+    "layer", "rows", "kernel", "gmacs", "of the engine", "quartiles", "of it spaced", "to oneDNN's rate",
     "its quartiles",
 )  # fmt: skip
 
@@ -79,20 +80,20 @@ def measured(inputs: int, outputs: int, rows: int, program: Path | None, options
     peer = onednn(inputs, outputs, rows)
     macs = rows * inputs * outputs / 1e6  # GMAC/s of a millisecond
     isa = lib.host_isa()
-    rates, shares, of_registers, ratios = [], [], [], []
+    loops = FROM_L1.get(isa, (isa, isa))
+    rates, shares, spaced_shares, ratios = [], [], [], []
     for _ in range(options.rounds):
-        engine = None if program is None else engine_rate(program, FROM_L1.get(isa, isa), options.threads)
-        registers = None if program is None else engine_rate(program, isa, options.threads)
+        engines = [] if program is None else [engine_rate(program, loop, options.threads) for loop in loops]
         own = macs / ours()
         rates.append(own)
         ratios.append(own / (macs / least_ms(peer, options.runs)))
-        if engine is not None and registers is not None:
-            shares.append(own / engine)
-            of_registers.append(own / registers)
+        if engines:
+            shares.append(own / engines[0])
+            spaced_shares.append(own / engines[1])
     return {
         "layer": f"{inputs} x {outputs}", "rows": rows, "kernel": kernel, "gmacs": statistics.median(rates),
         "rounds_gmacs": rates, "of the engine": statistics.median(shares) if shares else None,
-        "quartiles": _quartiles(shares), "of its registers": statistics.median(of_registers) if of_registers else None,
+        "quartiles": _quartiles(shares), "of it spaced": statistics.median(spaced_shares) if spaced_shares else None,
         "to oneDNN's rate": statistics.median(ratios),
         "its quartiles": _quartiles(ratios),
     }  # fmt: skip
