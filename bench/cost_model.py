@@ -90,6 +90,7 @@ def of_model(name: str, threads: int, measured: Mapping[str, Any], options: Any)
     runner(inputs)
     sections = runner._sections(inputs, threads)
     sets = {"built in": None, "measured": measured}
+    tries = native_ways.Tries(options.ways, math.inf)
     times: Times = defaultdict(dict)
     ranked: dict[str, dict[str, list[dict[str, Any]]]] = {rates: {} for rates in sets}
     counts: dict[str, int] = {}
@@ -97,7 +98,7 @@ def of_model(name: str, threads: int, measured: Mapping[str, Any], options: Any)
         for rates in list(sets) if round_ % 2 else list(reversed(sets)):
             use(sets[rates])
             for _, given, plan in sections:
-                rows = native_ways.try_ways(plan, given, options.runs, options.ways, math.inf, math.inf)
+                rows = native_ways.try_ways(plan, given, options.runs, tries, math.inf)
                 for row in rows:
                     counts[row["shape"]] = row["count"]
                     ranked[rates][row["shape"]] = row["ways"]
@@ -108,7 +109,7 @@ def of_model(name: str, threads: int, measured: Mapping[str, Any], options: Any)
     cuts = {shape: [[*cut, ms] for cut, ms in sorted(found.items())] for shape, found in times.items()}
     return [
         {
-            "model": name, "threads": threads, "rates": rates, **summary(ranked[rates], times, counts),
+            "model": name, "threads": threads, "rates": rates, **summary(ranked[rates], times, counts, threads),
             "counts": counts, "ranked": ranked[rates], "times": cuts,
         }
         for rates in sets
@@ -126,7 +127,7 @@ def use(rates: Mapping[str, Any] | None) -> None:
 
 
 def summary(
-    ranked: Mapping[str, Sequence[Mapping[str, Any]]], times: Times, counts: Mapping[str, int]
+    ranked: Mapping[str, Sequence[Mapping[str, Any]]], times: Times, counts: Mapping[str, int], threads: int
 ) -> dict[str, Any]:
     """A line of the table for one set of rates, on the shapes that both sets give."""
 
@@ -135,7 +136,9 @@ def summary(
 
     best = {shape: counts[shape] * min(times[shape].values()) for shape in ranked}
     first = {shape: counts[shape] * ms(shape, ways[0]) for shape, ways in ranked.items()}
-    tried = {shape: counts[shape] * min(ms(shape, way) for way in worth(ways)) for shape, ways in ranked.items()}
+    tried = {
+        shape: counts[shape] * min(ms(shape, way) for way in worth(ways, threads)) for shape, ways in ranked.items()
+    }
     whole = sum(best.values())
     within = [
         (best[shape], spearman([way["predicted_ms"] for way in ways], [ms(shape, way) for way in ways]))
@@ -155,10 +158,11 @@ def summary(
     }
 
 
-def worth(ways: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def worth(ways: Sequence[Mapping[str, Any]], threads: int) -> list[Mapping[str, Any]]:
     """Those that warm-up tries."""
-    bound = (1 + native_ways.MARGIN) * ways[0]["predicted_ms"]
-    return [way for way in ways[: native_ways.MOST] if way["predicted_ms"] <= bound]
+    tries = native_ways.tries_of(threads)
+    bound = (1 + tries.margin) * ways[0]["predicted_ms"]
+    return [way for way in ways[: tries.most] if way["predicted_ms"] <= bound]
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:

@@ -116,9 +116,7 @@ public:
         used_ = static_cast<double>(round_up(g.channels, kernels.lanes)) / all_columns;
         const double paired =
             has_tiles_ ? static_cast<double>(g.channels / (2 * kernels.columns) * 2 * kernels.columns) : 0;
-        finishing_ = has_tiles_ ? rates.narrow_finishing +
-                                      paired / (used_ * all_columns) * (rates.finishing - rates.narrow_finishing)
-                                : rates.finishing;
+        paired_ = paired / (used_ * all_columns);
         const bool stays_near = groups * g.task_panels * g.quads * kernels.columns * 4 <= l2 / 2;
         fetching_ = stays_near ? rates.fetching_near : rates.fetching_far;
     }
@@ -141,7 +139,7 @@ public:
         const double tile_rows = static_cast<double>(divide_up(rows, kernels_.rows)) * tile_cost + r;
         const double products = tile_rows * p * quads * product;
         const double fetching = p * quads * columns * 4 * fetching_;
-        const double finishing = r * p * columns * finishing_;
+        const double finishing = r * p * columns * finishing_rate(panels);
         // Every panel passes over the task's rows of x and y, which lie in the L1 cache or beyond; of tile registers,
         // every block of panels.
         const double x_bytes = static_cast<double>(row_bytes(rows)) / r;
@@ -163,6 +161,12 @@ public:
     }
 
 private:
+    // A task of an odd number of panels finishes its last one by itself.
+    double finishing_rate(i64 panels) const {
+        if (!has_tiles_) return rates_.finishing;
+        const double pairs = static_cast<double>(panels / 2 * 2) / static_cast<double>(panels);
+        return rates_.narrow_finishing + paired_ * pairs * (rates_.finishing - rates_.narrow_finishing);
+    }
     i64 lines(i64 rows) const { return rows / unit_ * g_.stride[1] + g_.reach[1] + 1; }
     i64 row_bytes(i64 rows) const {
         const i64 row_quads = has_tiles_ || g_.is_direct ? g_.quads : g_.chunk;
@@ -175,7 +179,7 @@ private:
     const bool has_tiles_, by_lines_;
     const i64 unit_, line_bytes_;
     i64 cache_ = 0;
-    double used_ = 1, finishing_ = 0, fetching_ = 0;
+    double used_ = 1, paired_ = 0, fetching_ = 0;
 };
 
 // Calls visit(candidate) for the cuts that fit into the caches.

@@ -150,7 +150,7 @@ class NativeRunner(AbstractRunner):
         layers: list[dict[str, Any]] = []
         skipped = ""
         if self.backend == HOST:
-            layers = native_ways.try_all(self.program, self._sections(inputs, threads), runs)
+            layers = native_ways.try_all(self.program, self._sections(inputs, threads), runs, threads)
             self._forget_plans()
             again = self._run_variant(inputs, RunVariant(threads))
             if not all(same(again[name], whole[name]) for name in names):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,9 +14,19 @@ from quantflow.runtimes import native_library as lib
 from quantflow.runtimes.native_sections import Section, SectionPlan
 from quantflow.runtimes.runner import STEPS_ON_LINES
 
-#: Ways per shape of step that are tried: one that is predicted to take more than 1 + MARGIN of the best is not, because
-#: predictions order ways better than that (bench.cost_model).
-MOST, MARGIN = 3, 0.15
+
+class Tries(NamedTuple):
+    """Ways per shape of step that are tried: at most `most`, none predicted to take above 1 + `margin` of the best."""
+
+    most: int
+    margin: float
+
+
+#: Predictions order ways better than this (bench.cost_model).
+OF_FEW_THREADS = Tries(3, 0.15)
+#: Which of them share a core, and who wrote what a thread reads, is not predicted; and a try takes less.
+OF_MANY_THREADS = Tries(8, 0.3)
+MANY_THREADS = 8
 #: For all ways of a plan's steps together, and once more for the winners beside what was predicted; two rounds of each
 #: are run in any case.
 BUDGET_MS = 120.0
@@ -25,9 +35,8 @@ HOPELESS = 1.25
 
 
 def try_ways(
-    plan: SectionPlan, given: Sequence[torch.Tensor | int], runs: int, most: int = MOST, margin: float = MARGIN,
-    budget_ms: float = BUDGET_MS,
-) -> list[dict[str, Any]]:  # fmt: skip
+    plan: SectionPlan, given: Sequence[torch.Tensor | int], runs: int, tries: Tries, budget_ms: float = BUDGET_MS
+) -> list[dict[str, Any]]:
     """Time a plan's steps in each way worth trying, and make it, and all later plans, with the fastest.
 
     Returns:
@@ -36,18 +45,23 @@ def try_ways(
     outputs = [o if isinstance(o, int) else torch.empty_strided(o[0], o[1], dtype=o[2]) for o in plan.outputs]
     found: list[dict[str, Any]] = lib.text_of(
         "qf_plan_tune", plan.handle.pointer, lib.pointers(given), lib.pointers(outputs), ctypes.c_int32(runs),
-        ctypes.c_int32(most), ctypes.c_double(margin), ctypes.c_double(budget_ms), room=1 << 22,
+        ctypes.c_int32(tries.most), ctypes.c_double(tries.margin), ctypes.c_double(budget_ms), room=1 << 22,
     )  # fmt: skip
     return found
 
 
+def tries_of(threads: int) -> Tries:
+    """What warm-up tries where steps run on so many threads."""
+    return OF_MANY_THREADS if threads >= MANY_THREADS else OF_FEW_THREADS
+
+
 def try_all(
-    program: Program, sections: Iterable[tuple[Section, list[torch.Tensor | int], SectionPlan]], runs: int
+    program: Program, sections: Iterable[tuple[Section, list[torch.Tensor | int], SectionPlan]], runs: int, threads: int
 ) -> list[dict[str, Any]]:
     """The rows of `try_ways` of every section's plan, each with the "name" of its first node."""
     rows = []
     for _, given, plan in sections:
-        for row in try_ways(plan, given, runs):
+        for row in try_ways(plan, given, runs, tries_of(threads)):
             name = program.nodes[row["node"]].name if row["node"] >= 0 else "inputs and outputs"
             rows.append({"name": name, **row})
     return rows

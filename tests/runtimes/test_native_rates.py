@@ -158,8 +158,10 @@ def model() -> qf.Quantized:
     return qf.quantize(Net().eval(), [torch.randn(4, 3, 48, 48)], benchmark=False, runtime="native")
 
 
-def test_what_was_tried_and_by_which_rates(model: qf.Quantized, quick: list[str]) -> None:
-    runner = NativeRunner(model.record.program, threads=2)
+@pytest.mark.parametrize("threads", [2, native_ways.MANY_THREADS])
+def test_what_was_tried_and_by_which_rates(model: qf.Quantized, quick: list[str], threads: int) -> None:
+    runner = NativeRunner(model.record.program, threads=threads)
+    tries = native_ways.tries_of(threads)
     assert runner.choices() == {}
     rows = runner.tune([torch.randn(1, 3, 48, 48)])
     choices = runner.choices()
@@ -169,9 +171,9 @@ def test_what_was_tried_and_by_which_rates(model: qf.Quantized, quick: list[str]
     assert {row["name"] for row in batch["layers"]} >= {"head"}
     for row in batch["layers"]:
         cuts = [way for way in row["ways"] if "shape" not in way]  # others' kernels are tried beyond that
-        assert 1 <= len(cuts) <= native_ways.MOST
+        assert 1 <= len(cuts) <= tries.most
         least = cuts[0]["predicted_ms"]
-        assert all(least <= way["predicted_ms"] <= (1 + native_ways.MARGIN) * least for way in cuts)
+        assert all(least <= way["predicted_ms"] <= (1 + tries.margin) * least for way in cuts)
         assert row["ways"][row["kept"]]["ms"] <= row["ways"][0]["ms"]
     assert [row["cuts"] for row in rows if row["chosen"]] == [native_ways.kept(batch["layers"])]
     json.dumps(choices)
@@ -194,7 +196,7 @@ def test_rates_and_cuts_never_change_a_result(model: qf.Quantized) -> None:
     ((_, given, plan),) = runner._sections([x], 2)
     # Where Winograd takes a 3x3 convolution, that one has no cut to try.
     shapes = 2 if any("winograd" in row["kernel"] for row in runner.profile([x], 1)) else 3
-    assert len(native_ways.try_ways(plan, given, 2, most=5, margin=10.0)) >= shapes
+    assert len(native_ways.try_ways(plan, given, 2, native_ways.Tries(5, 10.0))) >= shapes
     runner._forget_plans()
     assert torch.equal(runner([x]), expected)
 
@@ -234,7 +236,8 @@ def test_steps_that_run_together_are_tried_both_ways_and_give_the_same() -> None
     row = {"batch": 1, "asked_threads": 3, "threads": 3, "chunk": 0, "chosen": True}
     assert torch.equal(runner([x]), expected)
     ((_, given, plan),) = runner._sections([x], 3)
-    tried = [row for row in native_ways.try_ways(plan, given, 2) if row["kernel"] == STEPS_ON_LINES]
+    rows = native_ways.try_ways(plan, given, 2, native_ways.OF_FEW_THREADS)
+    tried = [row for row in rows if row["kernel"] == STEPS_ON_LINES]
     assert tried
     for found in tried:
         apart, together = sorted(found["ways"], key=lambda way: -way["rows"])
