@@ -53,8 +53,9 @@ StepPtr make_conv(ThreadPool& pool, const Weights& w, const ConvGeometry& geomet
     check_reduction(shape.taps() * in, x.q->zero_point, 127);
     for (const Product& p : terms.products) check_reduction(shape.taps() * in, p.x.q->zero_point, 127);
     if (in == 1 && out == 1 && groups > 1) return make_depthwise_step(pool, w, shape, x, residual, epilogue, y, terms);
-    if (terms.products.empty() && suits_winograd(*int8_kernels_in_use(), w, geometry, shape, x, y))
-        return make_winograd_step(pool, w, shape, x, residual, epilogue, y, terms.rest);
+    const Int8Kernels& kernels = *int8_kernels_in_use();
+    const i64 size = terms.products.empty() ? winograd_size(kernels, pool.size(), w, geometry, shape, x, y) : 0;
+    if (size > 0) return make_winograd_step(pool, w, size, shape, x, residual, epilogue, y, terms.rest);
     return make_gemm_step(pool, w, Grouping{groups, in, out, 1}, shape, x, residual, epilogue, y,
                           y.dims[0] * shape.pixels(), terms);
 }

@@ -29,7 +29,6 @@ constexpr char kName[] = "avx_vnni";
 #elif defined(__AVX2__)
 using Vector = Avx2Vector;
 constexpr char kName[] = "avx2";
-#define QF_INT8_WINOGRAD
 #else
 using Vector = PortableVector<4>;
 constexpr char kName[] = "generic";
@@ -52,6 +51,9 @@ constexpr int kBlock = 4 * kLanes;  // channels of a depthwise block
 
 #if defined(__AVX2__) || defined(QF_INT8_LANES)
 #define QF_INT8_ROLLING  // its sums take 20 registers, or 10 where there are 16
+#endif
+#if defined(__AVX2__) && !defined(QF_INT8_AMX) && !defined(QF_INT8_LANES)
+#define QF_INT8_WINOGRAD
 #endif
 #if defined(__AVX512VNNI__) && !defined(QF_INT8_LANES)
 #define QF_INT8_HALVES  // blocks that are half empty are computed in halves of vectors

@@ -127,16 +127,18 @@ struct Int8Depthwise {
     Int8Output output;                      // scale, bias: [block][4][lane]
 };
 
-// A 3x3 convolution with stride 1 by Winograd's F(2x2, 3x3), whose integer form is exact: with the filter transform
-// doubled in both directions all its numbers are whole, and the result is four times the sum. All arithmetic is
-// modulo 2^32, so only the result has to fit. 16 instead of 36 products per tile of 2x2 output pixels.
+// A 3x3 convolution with stride 1 by Winograd's F(2x2, 3x3) or F(4x4, 3x3), in integers: with the filter transform doubled in
+// both directions, or 24-fold, all its numbers are whole, and the result is 4 times the sum, or 24^2 times. All arithmetic is
+// modulo 2^32, where 9 can be divided by, so only 4 or 64 times the sum has to fit. 16 instead of 36 products per tile of
+// 2x2 output pixels, 36 instead of 144 per tile of 4x4, of 16 bits.
 struct Int8Winograd {
     const std::uint8_t* x = nullptr;
     const std::uint8_t* outside = nullptr;  // a pixel of zero points
     std::int32_t zero = 0;
-    std::int64_t in_channels = 0;  // a multiple of 16
+    std::int64_t in_channels = 0;  // a multiple of 2 * lanes
+    std::int64_t size = 2;  // of a tile of output pixels: 2 or 4
     std::int64_t in[2] = {1, 1}, out[2] = {1, 1}, padding[2] = {0, 0}, tiles[2] = {1, 1};  // rows, columns
-    const std::int16_t* weights = nullptr;  // [16][panel][pair][column][2]
+    const std::int16_t* weights = nullptr;  // [point][panel][pair][column][2]; (size + 2)^2 points
     std::int64_t channels = 0, panels = 0;
     Int8Output output;
 };
@@ -170,7 +172,7 @@ struct Int8Kernels {
     void (*rolling)(const Int8Depthwise&, std::int64_t line, std::int64_t lines, std::int64_t block,
                     std::int64_t blocks, std::uint8_t* scratch);
     std::int64_t (*rolling_scratch)(const Int8Depthwise&);
-    // Tiles [tile, tile + tiles) over (batch, rows, columns). Null where `dot` on bytes is the faster way.
+    // Tiles [tile, tile + tiles) over (batch, rows, columns). Null where `dot` on bytes is always the faster way.
     void (*winograd)(const Int8Winograd&, std::int64_t tile, std::int64_t tiles, std::int64_t panel,
                      std::int64_t panels, std::uint8_t* scratch);
     std::int64_t (*winograd_scratch)(const Int8Winograd&, std::int64_t tiles);

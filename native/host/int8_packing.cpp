@@ -80,27 +80,33 @@ PackedWeights pack_gemm_weights(const Int8Kernels& kernels, const Weights& w, co
     return packed;
 }
 
-WinogradWeights pack_winograd_weights(const Int8Kernels& kernels, const Weights& w) {
-    const i64 out = w.dims[0], in = w.dims[1], columns = kernels.columns, panels = divide_up(out, columns);
-    WinogradWeights packed{Aligned<std::int16_t>(16 * panels * columns * in), panels};
-    const auto transform = [](int a, int b, int c, int (&to)[4]) {
-        to[0] = 2 * a;
-        to[1] = a + b + c;
-        to[2] = a - b + c;
-        to[3] = 2 * c;
+WinogradWeights pack_winograd_weights(const Int8Kernels& kernels, const Weights& w, i64 size) {
+    static constexpr int kOf2[][3] = {{2, 0, 0}, {1, 1, 1}, {1, -1, 1}, {0, 0, 2}};
+    static constexpr int kOf4[][3] = {{6, 0, 0}, {-4, -4, -4}, {-4, 4, -4}, {1, 2, 4}, {1, -2, 4}, {0, 0, 6}};
+    const int(*const g)[3] = size == 4 ? kOf4 : kOf2;
+    const i64 out = w.dims[0], in = w.dims[1], columns = kernels.columns, panels = divide_up(out, columns), side = size + 2;
+    constexpr i64 kMost = 64;  // words of a panel's columns, of a pair
+    const i64 count = 2 * columns;
+    require(count <= kMost, "a panel of 32 columns at most");
+    WinogradWeights packed{Aligned<std::int16_t>(side * side * panels * columns * in), panels};
+    // combined[i] = f[0] * a[i] + f[1] * b[i] + f[2] * c[i], of 16 bits each.
+    const auto combine = [count](const int* f, const std::int16_t* a, const std::int16_t* b, const std::int16_t* c,
+                                 std::int16_t* combined) {
+        for (i64 i = 0; i < count; ++i) combined[i] = static_cast<std::int16_t>(f[0] * a[i] + f[1] * b[i] + f[2] * c[i]);
     };
-    for (i64 n = 0; n < out; ++n)
-        for (i64 k = 0; k < in; ++k) {
-            const std::int8_t* g = w.codes + (n * in + k) * 9;
-            int columns_of[3][4], point[4];
-            for (int x = 0; x < 3; ++x) transform(g[x], g[3 + x], g[6 + x], columns_of[x]);
-            for (int y = 0; y < 4; ++y) {
-                transform(columns_of[0][y], columns_of[1][y], columns_of[2][y], point);
-                for (int x = 0; x < 4; ++x) {
-                    const i64 panel = (4 * y + x) * panels + n / columns;
-                    packed.words[(panel * (in / 2) + k / 2) * columns * 2 + n % columns * 2 + k % 2] =
-                        static_cast<std::int16_t>(point[x]);
-                }
+    for (i64 panel = 0; panel < panels; ++panel)
+        for (i64 pair = 0; pair < in / 2; ++pair) {
+            std::int16_t taps[9][kMost] = {}, lines[3][kMost];
+            const i64 own = std::min(columns, out - panel * columns);
+            for (i64 i = 0; i < 2 * own; ++i) {
+                const std::int8_t* from = w.codes + ((panel * columns + i / 2) * in + 2 * pair + i % 2) * 9;
+                for (i64 t = 0; t < 9; ++t) taps[t][i] = from[t];
+            }
+            for (i64 y = 0; y < side; ++y) {
+                for (i64 x = 0; x < 3; ++x) combine(g[y], taps[x], taps[3 + x], taps[6 + x], lines[x]);
+                for (i64 x = 0; x < side; ++x)
+                    combine(g[x], lines[0], lines[1], lines[2],
+                            packed.words.data() + (((side * y + x) * panels + panel) * (in / 2) + pair) * count);
             }
         }
     return packed;

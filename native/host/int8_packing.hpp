@@ -73,12 +73,13 @@ struct PanelLayout {
 // [group][panel], each as PanelLayout says; the reduction runs over (tap, channel).
 PackedWeights pack_gemm_weights(const Int8Kernels&, const Weights&, const Grouping&, i64 taps, const Runs&);
 
-// [16][panel][pair][column][2]: G' w G'^T with G' = 2 G = [2 0 0; 1 1 1; 1 -1 1; 0 0 2]; at most 9 * 127.
+// [point][panel][pair][column][2]: G' w G'^T, of tiles of 2x2 pixels with G' = 2 G = [2 0 0; 1 1 1; 1 -1 1; 0 0 2], at most
+// 9 * 127; of 4x4 with 24 G but for the last row, [6 0 0; -4 -4 -4; -4 4 -4; 1 2 4; 1 -2 4; 0 0 6], at most 144 * 127.
 struct WinogradWeights {
     Aligned<std::int16_t> words;
     i64 panels = 0;
 };
-WinogradWeights pack_winograd_weights(const Int8Kernels&, const Weights&);
+WinogradWeights pack_winograd_weights(const Int8Kernels&, const Weights&, i64 size);
 
 // Where channel `c` of a depthwise block lies among four vectors: see "Block" in int8_vector.hpp.
 inline i64 block_position(const Int8Kernels& kernels, i64 c) { return c % 16 / 4 * kernels.lanes + c / 16 * 4 + c % 4; }

@@ -70,9 +70,10 @@ StepPtr make_gemm_step_on(const Int8Kernels&, ThreadPool&, const Weights&, const
                           const Terms&);
 StepPtr make_depthwise_step(ThreadPool&, const Weights&, const Shape3&, const Tensor& x, const Tensor* residual,
                             const Epilogue&, const Tensor& y, const Terms&);
-bool suits_winograd(const Int8Kernels&, const Weights&, const ConvGeometry&, const Shape3&, const Tensor& x,
-                    const Tensor& y);
-StepPtr make_winograd_step(ThreadPool&, const Weights&, const Shape3&, const Tensor& x, const Tensor* residual,
+// The size of Winograd's tiles by which a convolution takes less time; 0: by none.
+i64 winograd_size(const Int8Kernels&, int threads, const Weights&, const ConvGeometry&, const Shape3&, const Tensor& x,
+                  const Tensor& y);
+StepPtr make_winograd_step(ThreadPool&, const Weights&, i64 size, const Shape3&, const Tensor& x, const Tensor* residual,
                            const Epilogue&, const Tensor& y, const Tensor* rest);
 
 }  // namespace quantflow::host::int8

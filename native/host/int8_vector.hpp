@@ -452,6 +452,7 @@ struct AvxVnniVector : TapVector256 {
     static constexpr int kJointWeights = 0;
 
     QF_INLINE void dot(Int& acc, Int x, Int w) { acc = _mm256_dpbusd_avx_epi32(acc, x, w); }
+    QF_INLINE void dot_pairs(Int& acc, Int x, Int w) { acc = _mm256_dpwssd_avx_epi32(acc, x, w); }
     QF_INLINE void copy(std::uint8_t* to, const std::uint8_t* from) {
         _mm256_storeu_si256(reinterpret_cast<Int*>(to), load_block(from));
     }
@@ -580,6 +581,7 @@ struct Avx512Vector {
 
     QF_INLINE Int quad(const std::uint8_t* p) { return set(load_as<std::int32_t>(p)); }
     QF_INLINE void dot(Int& acc, Int x, Int w) { acc = _mm512_dpbusd_epi32(acc, x, w); }
+    QF_INLINE void dot_pairs(Int& acc, Int x, Int w) { acc = _mm512_dpwssd_epi32(acc, x, w); }
 
     static constexpr int kCopy = 64;
     QF_INLINE void copy(std::uint8_t* to, const std::uint8_t* from) { _mm512_storeu_si512(to, load_block(from)); }

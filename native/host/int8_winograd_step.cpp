@@ -1,4 +1,4 @@
-// A 3x3 convolution by Winograd's F(2x2, 3x3).
+// A 3x3 convolution by Winograd's F(2x2, 3x3) or F(4x4, 3x3).
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -6,33 +6,55 @@
 #include "int8_steps.hpp"
 
 namespace quantflow::host::int8 {
+namespace {
 
-bool suits_winograd(const Int8Kernels& kernels, const Weights& w, const ConvGeometry& geometry, const Shape3& s,
-                    const Tensor& x, const Tensor& y) {
-    if (kernels.winograd == nullptr || geometry.groups != 1 || x.rank() != 4) return false;
+// Of any output channel's sums, from its weights.
+i64 largest_sum(const Weights& w, const QParams& x) {
+    const i64 each = w.dims[1] * 9;
+    i64 most = 0;
+    for (i64 n = 0; n < w.dims[0]; ++n) {
+        i64 sum = 0;
+        for (i64 k = 0; k < each; ++k) sum += std::abs(static_cast<int>(w.codes[n * each + k]));
+        most = std::max(most, sum);
+    }
+    return std::max<i64>(1, most) * std::max<i64>(x.zero_point, 255 - x.zero_point);
+}
+
+// Register tiles that are full, at least one.
+i64 full_tiles(const Int8Kernels& kernels, i64 tiles) { return std::max<i64>(1, tiles / kernels.rows); }
+
+}  // namespace
+
+i64 winograd_size(const Int8Kernels& kernels, int threads, const Weights& w, const ConvGeometry& geometry,
+                  const Shape3& s, const Tensor& x, const Tensor& y) {
+    if (kernels.winograd == nullptr || geometry.groups != 1 || x.rank() != 4) return 0;
     for (int i = 1; i < 3; ++i)
-        if (s.kernel[i] != 3 || s.stride[i] != 1 || s.dilation[i] != 1) return false;
-    const i64 in = w.dims[1], out = w.dims[0];
-    if (in % 16 != 0 || in < 32 || out < 24) return false;
-    // Four times the sum must fit.
-    const i64 largest = std::max<i64>(x.q->zero_point, 255 - x.q->zero_point) * 127;
-    if (4 * 9 * in > std::numeric_limits<std::int32_t>::max() / largest) return false;
-    // Its weights take 3.6 times the memory: few pixels do not pay for fetching them.
-    const i64 tiles = y.dims[0] * divide_up(s.out[1], 2) * divide_up(s.out[2], 2);
-    return tiles >= 24 && 4 * tiles <= y.dims[0] * s.pixels() * 5 / 4;
+        if (s.kernel[i] != 3 || s.stride[i] != 1 || s.dilation[i] != 1) return 0;
+    if (w.dims[1] % (2 * kernels.lanes) != 0 || w.dims[1] < 32 || w.dims[0] < 24) return 0;
+    // Weights take 3.6 times the memory, or 8 times: few pixels do not pay for fetching them, nor many beyond the edges, nor
+    // a thread's share that fills no register tile.
+    const auto pays = [&](i64 size, i64 least, double most) {
+        const i64 tiles = y.dims[0] * divide_up(s.out[1], size) * divide_up(s.out[2], size);
+        const i64 parts = full_tiles(kernels, tiles) * divide_up(w.dims[0], std::max(32, kernels.columns));
+        return tiles >= least && parts >= threads &&
+               static_cast<double>(size * size * tiles) <= most * static_cast<double>(y.dims[0] * s.pixels());
+    };
+    const i64 room = std::numeric_limits<std::int32_t>::max() / largest_sum(w, *x.q);
+    if (room >= 64 && pays(4, w.dims[1] >= 64 ? 12 : 24, 1.4)) return 4;
+    return !kernels.is_exact && room >= 4 && pays(2, 24, 1.25) ? 2 : 0;
 }
 
 namespace {
 
 class WinogradStep final : public Step {
 public:
-    WinogradStep(ThreadPool& pool, const Weights& w, const Shape3& shape, const Tensor& x, const Tensor* residual,
-                 const Epilogue& epilogue, const Tensor& y, const Tensor* rest)
+    WinogradStep(ThreadPool& pool, const Weights& w, i64 size, const Shape3& shape, const Tensor& x,
+                 const Tensor* residual, const Epilogue& epilogue, const Tensor& y, const Tensor* rest)
         : pool_(pool), kernels_(*int8_kernels_in_use()), x_(x), y_(y) {
         if (residual != nullptr) residual_ = *residual;
         if (rest != nullptr) rest_ = *rest;
-        const std::vector<i64> key{address(w.codes), address(&kernels_), w.dims[0], w.dims[1]};
-        weights_ = shared_weights(key, [&] { return pack_winograd_weights(kernels_, w); });
+        const std::vector<i64> key{address(w.codes), address(&kernels_), w.dims[0], w.dims[1], size};
+        weights_ = shared_weights(key, [&] { return pack_winograd_weights(kernels_, w, size); });
         constants_ = std::make_unique<ChannelConstants>(
             w, *x.q, Aligned<std::int32_t>(weights_->panels * kernels_.columns), true, [](i64 c) { return c; });
         outside_ = Aligned<u8>(w.dims[1]);
@@ -40,11 +62,12 @@ public:
         job_.outside = outside_.data();
         job_.zero = x.q->zero_point;
         job_.in_channels = w.dims[1];
+        job_.size = size;
         for (int i = 0; i < 2; ++i) {
             job_.in[i] = shape.in[i + 1];
             job_.out[i] = shape.out[i + 1];
             job_.padding[i] = shape.padding[i + 1];
-            job_.tiles[i] = divide_up(shape.out[i + 1], 2);
+            job_.tiles[i] = divide_up(shape.out[i + 1], size);
         }
         job_.weights = weights_->words.data();
         job_.channels = w.dims[0];
@@ -55,10 +78,12 @@ public:
 
         tiles_ = y.dims[0] * job_.tiles[0] * job_.tiles[1];
         // Transformed pixels and sums of a task share the L2 cache.
-        const i64 most = std::max<i64>(2 * kernels_.rows, 320 * 1024 / (32 * job_.in_channels + 2048));
-        tile_tasks_ = divide_up(tiles_, most);
-        const i64 wanted = pool.size() == 1 ? 1 : 4 * pool.size();
-        task_panels_ = round_up(divide_up(job_.panels * tile_tasks_, std::max(wanted, tile_tasks_)), 2);
+        const i64 tile_bytes = (size + 2) * (size + 2) * (2 * job_.in_channels + 192);
+        const i64 most = std::max<i64>(2, 320 * 1024 / tile_bytes / kernels_.rows) * kernels_.rows;
+        // Tasks of fewer tiles than registers hold read all weights for little.
+        tile_tasks_ = std::min(round_up(divide_up(tiles_, most), pool.size()), full_tiles(kernels_, tiles_));
+        const i64 wanted = pool.size() == 1 ? 1 : 2 * pool.size(), together = std::max<i64>(1, 32 / kernels_.columns);
+        task_panels_ = round_up(divide_up(job_.panels * tile_tasks_, std::max(wanted, tile_tasks_)), together);
         panel_tasks_ = divide_up(job_.panels, task_panels_);
     }
 
@@ -91,9 +116,9 @@ private:
 
 }  // namespace
 
-StepPtr make_winograd_step(ThreadPool& pool, const Weights& w, const Shape3& shape, const Tensor& x,
+StepPtr make_winograd_step(ThreadPool& pool, const Weights& w, i64 size, const Shape3& shape, const Tensor& x,
                            const Tensor* residual, const Epilogue& epilogue, const Tensor& y, const Tensor* rest) {
-    return std::make_unique<WinogradStep>(pool, w, shape, x, residual, epilogue, y, rest);
+    return std::make_unique<WinogradStep>(pool, w, size, shape, x, residual, epilogue, y, rest);
 }
 
 }  // namespace quantflow::host::int8

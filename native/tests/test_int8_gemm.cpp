@@ -91,7 +91,7 @@ void check_result(const std::string& what, const Buffer& y, i64 at, float r, con
 }
 
 // joint: what AVX2 multiplies two quads at once of, up to where 16 bits end.
-enum class Codes { random, low, extreme, joint };
+enum class Codes { random, low, extreme, joint, largest };  // largest: sums as far from 0 as there are
 
 struct Case {
     std::vector<i64> in, kernel, stride, padding, dilation;  // spatial; empty: linear
@@ -137,6 +137,8 @@ void run_case(const Case& c) {
     Buffer x(DType::u8, xd, strides(xd), xq);
     if (c.codes == Codes::extreme)
         for (i64 i = 0; i < x.tensor.count(); ++i) x.codes()[i] = pick(0, 3) ? 255 : 0;
+    if (c.codes == Codes::largest)
+        for (i64 i = 0; i < x.tensor.count(); ++i) x.codes()[i] = c.zero_point < 128 ? 255 : 0;
     if (c.codes == Codes::joint)
         for (i64 i = 0; i < x.tensor.count(); ++i)
             if (pick(0, 3)) x.codes()[i] = static_cast<std::uint8_t>(xq.qmax);
@@ -147,6 +149,8 @@ void run_case(const Case& c) {
     std::unique_ptr<std::int8_t[]> w(new std::int8_t[static_cast<std::size_t>(c.out_channels * own_in * taps)]);
     for (i64 i = 0; i < c.out_channels * own_in * taps; ++i)
         w[i] = static_cast<std::int8_t>(c.codes == Codes::extreme ? (pick(0, 3) ? 127 : -127) : pick(-127, 127));
+    if (c.codes == Codes::largest)
+        for (i64 i = 0; i < c.out_channels * own_in * taps; ++i) w[i] = is_negative ? -127 : 127;
     if (c.codes == Codes::joint)
         for (i64 i = 0; i < c.out_channels * own_in * taps; ++i)
             if (is_bound)
@@ -324,6 +328,24 @@ void test_longest_reduction() {
         }
         if (!threw) fail("a reduction too long for int32 was accepted", 0, 1);
     }
+}
+
+// Around what 64 times a sum of Winograd's larger tiles may be: 2^31 lies between 112 and 128 channels.
+void test_largest_sums() {
+    for (int zero : {0, 255})
+        for (i64 channels : {64, 96, 112, 128, 160})
+            for (int again = 0; again < 2; ++again) {
+                Case c;
+                c.in = {22, 19};
+                c.kernel = {3, 3};
+                c.stride = c.dilation = c.padding = {1, 1};
+                c.zero_point = zero;
+                c.in_channels = channels;
+                c.out_channels = 24;
+                c.codes = Codes::largest;
+                c.is_float = true;
+                run_case(c);
+            }
 }
 
 void test_convolutions(int count, std::function<void(Case&)> set_channels) {
@@ -549,6 +571,7 @@ int main() {
         group("activations", test_activations);
         group("NaN and infinities", test_not_finite);
         group("longest reduction", test_longest_reduction);
+        group("largest sums of 3x3", test_largest_sums);
         group("convolutions", [] {
             test_convolutions(250, [](Case& c) {
                 c.in_channels = pick(1, 40);
@@ -588,8 +611,9 @@ int main() {
         });
         group("usual convolutions", test_usual_convolutions);
         group("3x3 convolutions", [] {
-            test_convolutions(60, [](Case& c) {
-                c.in = {pick(6, 17), pick(6, 17)};
+            test_convolutions(80, [](Case& c) {
+                const i64 most = pick(0, 1) == 0 ? 17 : 33;
+                c.in = {pick(6, most), pick(6, most)};
                 c.kernel = {3, 3};
                 c.stride = c.dilation = {1, 1};
                 c.padding = {pick(0, 4), pick(0, 4)};
