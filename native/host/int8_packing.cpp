@@ -85,9 +85,8 @@ WinogradWeights pack_winograd_weights(const Int8Kernels& kernels, const Weights&
     static constexpr int kOf4[][3] = {{6, 0, 0}, {-4, -4, -4}, {-4, 4, -4}, {1, 2, 4}, {1, -2, 4}, {0, 0, 6}};
     const int(*const g)[3] = size == 4 ? kOf4 : kOf2;
     const i64 out = w.dims[0], in = w.dims[1], columns = kernels.columns, panels = divide_up(out, columns), side = size + 2;
-    constexpr i64 kMost = 64;  // words of a panel's columns, of a pair
+    constexpr i64 kMost = 2 * 32;  // no instruction set's panels have more columns
     const i64 count = 2 * columns;
-    require(count <= kMost, "a panel of 32 columns at most");
     WinogradWeights packed{Aligned<std::int16_t>(side * side * panels * columns * in), panels};
     // combined[i] = f[0] * a[i] + f[1] * b[i] + f[2] * c[i], of 16 bits each.
     const auto combine = [count](const int* f, const std::int16_t* a, const std::int16_t* b, const std::int16_t* c,

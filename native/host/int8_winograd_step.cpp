@@ -1,5 +1,6 @@
 // A 3x3 convolution by Winograd's F(2x2, 3x3) or F(4x4, 3x3).
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 
