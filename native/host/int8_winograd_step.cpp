@@ -74,8 +74,8 @@ public:
         job_.channels = w.dims[0];
         job_.panels = weights_->panels;
         job_.output = output_of(residual, epilogue, y, w.dims[0], rest);
-        job_.output.scale = constants_->scale.data();
-        job_.output.bias = constants_->bias.data();
+        const bool needs_reals = is_real(residual) || rest != nullptr;
+        constants_->bind(job_.output, 9 * job_.in_channels, *x.q, y.q, needs_reals, {});
 
         tiles_ = y.dims[0] * job_.tiles[0] * job_.tiles[1];
         // Transformed pixels and sums of a task share the L2 cache.

@@ -330,6 +330,30 @@ void test_longest_reduction() {
     }
 }
 
+// Threads decide by which products a convolution is computed, and must not by what it gives.
+void test_any_threads() {
+    for (int again = 0; again < 12; ++again) {
+        const i64 in = 32 * pick(1, 3), out = pick(24, 70), size = pick(13, 30);
+        const QParams xq{0.03f, int(pick(0, 255)), 0, 255}, yq{0.05f, 120, 0, 255};
+        const std::vector<i64> xd{1, in, size, size}, yd{1, out, size, size};
+        Buffer x(DType::u8, xd, channels_last(xd), xq), y(DType::u8, yd, channels_last(yd), yq);
+        Buffer other(DType::u8, yd, channels_last(yd), yq);
+        std::vector<std::int8_t> w(static_cast<std::size_t>(9 * in * out));
+        for (auto& v : w) v = static_cast<std::int8_t>(pick(-127, 127));
+        std::vector<float> scale(static_cast<std::size_t>(out)), bias(scale.size());
+        // Of 2048 sums one lies halfway between codes, but for the rounding of scales.
+        for (auto& v : scale) v = 0.05f / (0.03f * 2048);
+        for (auto& v : bias) v = float(pick(-3, 3)) * 0.05f;
+        const Weights weights{w.data(), {out, in, 3, 3}, scale.data(), out, bias.data()};
+        const ConvGeometry geometry{{1, 1}, {1, 1}, {1, 1}, 1};
+        ThreadPool one(1), many(16);
+        host::make_conv(one, weights, geometry, x.tensor, nullptr, Epilogue{}, y.tensor)->run();
+        host::make_conv(many, weights, geometry, x.tensor, nullptr, Epilogue{}, other.tensor)->run();
+        for (i64 i = 0; i < y.tensor.count(); ++i, ++checked)
+            if (y.codes()[i] != other.codes()[i]) fail("16 threads", other.codes()[i], y.codes()[i]);
+    }
+}
+
 // Around what 64 times a sum of Winograd's larger tiles may be: 2^31 lies between 112 and 128 channels.
 void test_largest_sums() {
     for (int zero : {0, 255})
@@ -572,6 +596,7 @@ int main() {
         group("NaN and infinities", test_not_finite);
         group("longest reduction", test_longest_reduction);
         group("largest sums of 3x3", test_largest_sums);
+        group("any number of threads", test_any_threads);
         group("convolutions", [] {
             test_convolutions(250, [](Case& c) {
                 c.in_channels = pick(1, 40);
