@@ -138,7 +138,8 @@ int main(int count, char **words) {
     const int threads = atoi(words[2]);
     seconds = atof(words[3]);
     // ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA: the tiles belong to a process that has asked for them.
-    if (work == NULL || threads < 1 || (strncmp(words[1], "amx", 3) == 0 && syscall(SYS_arch_prctl, 0x1023, 18) != 0)) return 2;
+    const int has_tiles = strncmp(words[1], "amx", 3) == 0;
+    if (work == NULL || threads < 1 || (has_tiles && syscall(SYS_arch_prctl, 0x1023, 18) != 0)) return 2;
     pthread_t *ids = calloc((size_t)threads, sizeof *ids);
     double *rates = calloc((size_t)threads, sizeof *rates), total = 0;
     for (int i = 0; i < threads; ++i)

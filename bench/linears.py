@@ -80,16 +80,15 @@ def measured(inputs: int, outputs: int, rows: int, program: Path | None, options
     peer = onednn(inputs, outputs, rows)
     macs = rows * inputs * outputs / 1e6  # GMAC/s of a millisecond
     isa = lib.host_isa()
-    loops = FROM_L1.get(isa, (isa, isa))
+    loops = FROM_L1.get(isa, (isa,))
     rates, shares, spaced_shares, ratios = [], [], [], []
     for _ in range(options.rounds):
         engines = [] if program is None else [engine_rate(program, loop, options.threads) for loop in loops]
         own = macs / ours()
         rates.append(own)
         ratios.append(own / (macs / least_ms(peer, options.runs)))
-        if engines:
-            shares.append(own / engines[0])
-            spaced_shares.append(own / engines[1])
+        for found, engine in zip((shares, spaced_shares), engines, strict=False):
+            found.append(own / engine)
     return {
         "layer": f"{inputs} x {outputs}", "rows": rows, "kernel": kernel, "gmacs": statistics.median(rates),
         "rounds_gmacs": rates, "of the engine": statistics.median(shares) if shares else None,

@@ -18,7 +18,7 @@ i64 largest_sum(const Weights& w, const QParams& x) {
         for (i64 k = 0; k < each; ++k) sum += std::abs(static_cast<int>(w.codes[n * each + k]));
         most = std::max(most, sum);
     }
-    return std::max<i64>(1, most) * std::max<i64>(x.zero_point, 255 - x.zero_point);
+    return most * std::max<i64>(x.zero_point, 255 - x.zero_point);
 }
 
 // Register tiles that are full, at least one.
@@ -40,9 +40,10 @@ i64 winograd_size(const Int8Kernels& kernels, int threads, const Weights& w, con
         return tiles >= least && parts >= threads &&
                static_cast<double>(size * size * tiles) <= most * static_cast<double>(y.dims[0] * s.pixels());
     };
-    const i64 room = std::numeric_limits<std::int32_t>::max() / largest_sum(w, *x.q);
-    if (room >= 64 && pays(4, w.dims[1] >= 64 ? 12 : 24, 1.4)) return 4;
-    return !kernels.is_exact && room >= 4 && pays(2, 24, 1.25) ? 2 : 0;
+    // Looked at last: it passes over all weights.
+    const auto fits = [&](i64 times) { return largest_sum(w, *x.q) <= std::numeric_limits<std::int32_t>::max() / times; };
+    if (pays(4, w.dims[1] >= 64 ? 12 : 24, 1.4) && fits(64)) return 4;
+    return !kernels.is_exact && pays(2, 24, 1.25) && fits(4) ? 2 : 0;
 }
 
 namespace {
