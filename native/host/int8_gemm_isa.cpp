@@ -58,6 +58,9 @@ constexpr int kBlock = 4 * kLanes;  // channels of a depthwise block
 #if defined(__AVX512VNNI__) && !defined(QF_INT8_LANES)
 #define QF_INT8_HALVES  // blocks that are half empty are computed in halves of vectors
 #endif
+#if (defined(__AVX512VNNI__) && !defined(QF_INT8_AMX)) || defined(QF_INT8_LANES)
+#define QF_INT8_TILE_CODES  // registers are left beside a tile's sums
+#endif
 
 constexpr i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
 constexpr i64 round_up(i64 n, i64 step) { return (n + step - 1) / step * step; }
@@ -701,6 +704,10 @@ struct Tiling {
 };
 using PieceTiling = Tiling;  // of the rows of a line
 
+#if defined(QF_INT8_TILE_CODES)
+#include "int8_tile_codes.inc"
+#endif
+
 constexpr Product kWideProduct = Vector::kIsExact ? Product::bytes : Product::widened;
 Tile piece_tile(i64 rows, i64, i64 channels, bool is_wide) {
     return is_wide ? tile_for<kWideProduct>(rows, channels) : tile_for<Product::bytes>(rows, channels);
@@ -1141,6 +1148,13 @@ void gemm_lines(const Int8Gemm& g, i64 group, i64 row, i64 rows, i64 panel, i64 
         if (g.joint != nullptr) job.joint = g.joint + all * g.quads;
         for (i64 i = 0; i < count; ++i) {
             job.x = pieces[i].x + own_x;
+#if defined(QF_INT8_TILE_CODES)
+            if (const TileOfCodes at_once = tile_of_codes_for(g.output, pieces[i].height, channels)) {
+                at_once(job, g.output, pieces[i].row, padded, channel);
+                job.ahead += ahead;
+                continue;
+            }
+#endif
             job.sums = sums;
             std::swap(sums, other_sums);
             piece_tile(pieces[i].height, 1, channels, is_wide)(job);

@@ -138,6 +138,7 @@ struct PortableVector {
                 std::memcpy(p[i], bytes + i * (4 / kRows) * Lanes, static_cast<std::size_t>(n));
         }
         // Two whole rows.
+        template <bool kIsPlain = false>
         QF_INLINE_MEMBER void store(std::uint8_t* p, std::uint8_t* q, Int a, Int b, Int c, Int d) const {
             store_bytes(p, of(a), of(b));
             store_bytes(q, of(c), of(d));
@@ -175,6 +176,8 @@ struct PortableVector {
         const Int w2 = ((Int)((UInt)w << 8)) >> 24, w3 = w >> 24;
         acc = add(acc, (x0 & 0xffff) * w0 + (x1 & 0xffff) * w1 + (x0 >> 16) * w2 + (x1 >> 16) * w3);
     }
+
+    QF_INLINE void settle(Int&) {}
 
     // Rows of bytes for `dot`.
     static constexpr int kCopy = 16;
@@ -530,23 +533,24 @@ struct Avx512Vector {
               low(_mm512_set1_epi8(static_cast<char>(l))),
               high(_mm512_set1_epi8(static_cast<char>(h))),
               order(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)) {}
-        // Of four vectors, as packing leaves them: within 128 bits a, b, c, d.
+        // Of four vectors, as packing leaves them: within 128 bits a, b, c, d. kIsPlain: zero is 0, and all codes are
+        // legal.
+        template <bool kIsPlain = false>
         QF_INLINE_MEMBER Int of(Int a, Int b, Int c, Int d) const {
-            const Int ab = _mm512_adds_epi16(_mm512_packs_epi32(a, b), zero);
-            const Int cd = _mm512_adds_epi16(_mm512_packs_epi32(c, d), zero);
+            Int ab = _mm512_packs_epi32(a, b), cd = _mm512_packs_epi32(c, d);
+            if constexpr (kIsPlain) return _mm512_packus_epi16(ab, cd);
+            ab = _mm512_adds_epi16(ab, zero);
+            cd = _mm512_adds_epi16(cd, zero);
             return _mm512_max_epu8(_mm512_min_epu8(_mm512_packus_epi16(ab, cd), high), low);
         }
         // A whole row of four vectors.
+        template <bool kIsPlain = false>
         QF_INLINE_MEMBER void store_row(std::uint8_t* p, const Int (&v)[4]) const {
-            _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, of(v[0], v[1], v[2], v[3])));
+            _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, of<kIsPlain>(v[0], v[1], v[2], v[3])));
         }
-        // The same where zero is 0 and all codes are legal.
-        QF_INLINE_MEMBER void store_plain_row(std::uint8_t* p, const Int (&v)[4]) const {
-            const Int ab = _mm512_packs_epi32(v[0], v[1]), cd = _mm512_packs_epi32(v[2], v[3]);
-            _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(ab, cd)));
-        }
+        template <bool kIsPlain = false>
         QF_INLINE_MEMBER void store(std::uint8_t* p, std::uint8_t* q, Int a, Int b, Int c, Int d) const {
-            const Int v = _mm512_permutexvar_epi32(order, of(a, b, c, d));
+            const Int v = _mm512_permutexvar_epi32(order, of<kIsPlain>(a, b, c, d));
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(v));
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), _mm512_extracti64x4_epi64(v, 1));
         }
@@ -581,6 +585,8 @@ struct Avx512Vector {
 
     QF_INLINE Int quad(const std::uint8_t* p) { return set(load_as<std::int32_t>(p)); }
     QF_INLINE void dot(Int& acc, Int x, Int w) { acc = _mm512_dpbusd_epi32(acc, x, w); }
+    // A register at this place, whatever is done with v before and behind.
+    QF_INLINE void settle(Int& v) { asm("" : "+v"(v)); }
     QF_INLINE void dot_pairs(Int& acc, Int x, Int w) { acc = _mm512_dpwssd_epi32(acc, x, w); }
 
     static constexpr int kCopy = 64;
