@@ -138,7 +138,9 @@ public:
         const double r = static_cast<double>(rows), p = static_cast<double>(panels) * used_;
         const double tile_rows = static_cast<double>(divide_up(rows, kernels_.rows)) * tile_cost + r;
         const double products = tile_rows * p * quads * product;
-        const double fetching = p * quads * columns * 4 * fetching_;
+        double fetching = p * quads * columns * 4 * fetching_;
+        // Tile registers multiply while what comes next is fetched.
+        if (has_tiles_) fetching = std::max(p * quads * columns * 4 * rates_.fetching_near, fetching - products);
         const double finishing = r * p * columns * finishing_rate(panels);
         // Every panel passes over the task's rows of x and y, which lie in the L1 cache or beyond; of tile registers,
         // every block of panels.

@@ -16,7 +16,8 @@ namespace quantflow::host::int8 {
 //   fetching_far     a byte of weights that it doesn't
 //   finishing        an element of y
 //   narrow_finishing the same where tile registers find no two panels to finish together
-//   passing          a byte of a row's x and y that the L1 cache doesn't hold, for each panel
+//   passing          a byte of a row's x and y that the L1 cache doesn't hold, for each panel; of tile registers, for each
+//                    block of panels, and not measured
 //   packing          a byte of a row that is packed
 //   hand_over        spreading a step over the threads
 //   waiting          a cycle of a step on all threads, in which those that are done wait for the slowest

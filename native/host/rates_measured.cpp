@@ -184,9 +184,11 @@ public:
         const double finishing = bounded(r.finishing, usual.finishing);
         r.narrow_finishing = positive((cycles(kShort1) - short_products) / count(rows_ * panel_));
         r.packing = positive((cycles(kOdd1) - second_panel(kOdd1, kOdd2)) / count(rows_ * long_k_));
-        r.passing = positive((second_panel(kMany1, kMany2) - tile_rows(many_rows_) * quads(2 * long_k_) * product -
-                              count(many_rows_ * panel_) * finishing) /
-                             count(many_rows_ * (2 * long_k_ + 64)));
+        // Rows that other cores wrote cost tile registers what one thread, which reads its own, doesn't see.
+        if (!has_tiles_)
+            r.passing = positive((second_panel(kMany1, kMany2) - tile_rows(many_rows_) * quads(2 * long_k_) * product -
+                                  count(many_rows_ * panel_) * finishing) /
+                                 count(many_rows_ * (2 * long_k_ + 64)));
         const auto fetching = [&](int probe, i64 k, i64 panels) {
             const double rest = count(panels) * (tile_rows(kernels_.rows) * quads(k) * product +
                                                  count(kernels_.rows * panel_) * finishing);
