@@ -84,8 +84,9 @@ public:
         const i64 most = std::max<i64>(2, 320 * 1024 / tile_bytes / kernels_.rows) * kernels_.rows;
         // Tasks of fewer tiles than registers hold read all weights for little.
         tile_tasks_ = std::min(round_up(divide_up(tiles_, most), pool.size()), full_tiles(kernels_, tiles_));
-        const i64 wanted = pool.size() == 1 ? 1 : 2 * pool.size(), together = std::max<i64>(1, 32 / kernels_.columns);
-        task_panels_ = round_up(divide_up(job_.panels * tile_tasks_, std::max(wanted, tile_tasks_)), together);
+        // Every task transforms its pixels by itself: those of the same tiles do so again.
+        const i64 tasks = std::max<i64>(pool.size(), tile_tasks_), together = std::max<i64>(1, 32 / kernels_.columns);
+        task_panels_ = round_up(divide_up(job_.panels * tile_tasks_, tasks), together);
         panel_tasks_ = divide_up(job_.panels, task_panels_);
     }
 
