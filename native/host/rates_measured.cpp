@@ -148,8 +148,6 @@ public:
         linear(rows_, long_k_, 2 * panel_);
         linear(rows_, long_k_ - odd_, panel_);
         linear(rows_, long_k_ - odd_, 2 * panel_);
-        linear(many_rows_, 2 * long_k_, panel_);
-        linear(many_rows_, 2 * long_k_, 2 * panel_);
         linear(kernels.rows, long_k_, near_panels_ * panel_);
         linear(kernels.rows, kFarK, far_panels_ * panel_);
         conv(few_, panel_);
@@ -160,6 +158,9 @@ public:
         linear(rows_, long_k_, narrow_);
         conv(few_, narrow_);
         conv(2 * few_, narrow_);
+        if (has_tiles_) return;
+        linear(many_rows_, 2 * long_k_, panel_);
+        linear(many_rows_, 2 * long_k_, 2 * panel_);
     }
 
     // Short turns: what disturbs the machine, such as a neighbour on the same core, comes and goes.
@@ -208,8 +209,8 @@ public:
     }
 
 private:
-    enum { kShort1, kShort2, kLong1, kLong2, kOdd1, kOdd2, kMany1, kMany2, kNear, kFar, kWindow1, kWindow2, kWindow3,
-           kWindow4, kNarrow1, kNarrow2, kNarrowWindow1, kNarrowWindow2 };
+    enum { kShort1, kShort2, kLong1, kLong2, kOdd1, kOdd2, kNear, kFar, kWindow1, kWindow2, kWindow3, kWindow4, kNarrow1,
+           kNarrow2, kNarrowWindow1, kNarrowWindow2, kMany1, kMany2 };
     static constexpr i64 kFarK = 1792;
 
     void linear(i64 m, i64 k, i64 n) { probes_.push_back(std::make_unique<Probe>(kernels_, alone_, false, m, k, n)); }
