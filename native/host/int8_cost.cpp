@@ -25,9 +25,8 @@ bool tiles_take_windows(const Int8Kernels& kernels, const Grouping& grouping, co
 }  // namespace
 
 bool takes_windows(const Int8Kernels& kernels, const Grouping& grouping, const Shape3& s) {
-    const bool is_flat = s.in[0] == 1 && s.out[0] == 1 && s.kernel[0] == 1;
     const i64 length = grouping.in_channels * (s.is_row_run(grouping.groups) ? s.kernel[2] : 1);
-    if (!is_flat || s.is_pointwise() || length == 0) return false;
+    if (!s.is_flat() || s.is_pointwise() || length == 0) return false;
     const double padding = static_cast<double>(4 * Runs(kernels, 1, length).quads) / static_cast<double>(length);
     if (kernels.depth > 1 && grouping.groups > 1) return false;  // a tile's row is longer than a group's pixel
     if (kernels.depth == 1 && padding >= 1.4) return false;

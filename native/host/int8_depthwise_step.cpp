@@ -10,8 +10,7 @@ namespace {
 
 class DepthwiseStep final : public Step {
     static bool suits_rolling(const Int8Kernels& kernels, const Shape3& s) {
-        const bool is_flat = s.in[0] == 1 && s.out[0] == 1 && s.kernel[0] == 1;
-        return kernels.rolling != nullptr && is_flat && s.kernel[1] == s.kernel[2] &&
+        return kernels.rolling != nullptr && s.is_flat() && s.kernel[1] == s.kernel[2] &&
                (s.kernel[1] == 3 || s.kernel[1] == 5) && s.dilation[2] == 1 && s.stride[2] <= 2;
     }
 

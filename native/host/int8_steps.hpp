@@ -44,6 +44,8 @@ struct Shape3 {
         for (int i = 0; i < 3; ++i) all = all && kernel[i] == 1 && stride[i] == 1 && padding[i] == 0 && out[i] == in[i];
         return all;
     }
+    // Whether an image is one plane, with nothing before or after it.
+    bool is_flat() const { return in[0] == 1 && out[0] == 1 && kernel[0] == 1 && padding[0] == 0; }
     // Whether the pixels under a kernel row lie side by side.
     bool is_row_run(i64 groups) const { return groups == 1 && dilation[2] == 1; }
     // One entry per tap, or per kernel row.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -141,9 +140,6 @@ def _value_from_json(data: Any) -> Value:
     if type(data["zero_point"]) is not int:
         raise ValueError(f"zero_point {data['zero_point']!r} is not an integer")
     qparams = QParams(data["dtype"], float(data["scale"]), data["zero_point"])
-    # Kernels hold it so.
-    if not 0 < ctypes.c_float(qparams.scale).value < math.inf:
-        raise ValueError(f"scale must be positive and finite in float32, got {qparams.scale}")
     if data["is_nonnegative"] and (qparams.dtype, qparams.zero_point) != ("int8", 0):
         raise ValueError("only a symmetric int8 value can be is_nonnegative")
     return Value(qparams, bool(data["is_nonnegative"]))

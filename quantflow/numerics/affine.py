@@ -9,6 +9,7 @@ Integer-Arithmetic-Only Inference", eq. 1, with symmetric weights in [-127, 127]
 
 from __future__ import annotations
 
+from ctypes import c_float
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +39,7 @@ class QParams:
 
     Attributes:
         dtype: "int8" or "uint8".
-        scale: real units per code step, > 0, a float32 value held in a Python float.
+        scale: real units per code step, > 0; rounded to float32 and held in a Python float.
         zero_point: the code of the real 0.
     """
 
@@ -48,8 +49,10 @@ class QParams:
 
     def __post_init__(self) -> None:
         qmin, qmax = self.range
-        if not (self.scale > 0 and self.scale < float("inf")):
-            raise ValueError(f"scale must be positive and finite, got {self.scale}")
+        scale = float32(self.scale)
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"scale must be positive and finite in float32, got {self.scale}")
+        object.__setattr__(self, "scale", scale)
         if not qmin <= self.zero_point <= qmax:
             raise ValueError(f"zero_point {self.zero_point} is outside {self.dtype}'s [{qmin}, {qmax}]")
 
@@ -65,7 +68,7 @@ class QParams:
 
 def float32(value: float) -> float:
     """The float32 nearest to `value`, as a Python float: scales are float32 everywhere."""
-    return float(torch.tensor(value, dtype=torch.float32))
+    return c_float(value).value
 
 
 def quantize(x: torch.Tensor, qparams: QParams) -> torch.Tensor:

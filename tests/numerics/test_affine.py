@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -187,3 +188,14 @@ def test_the_longest_reduction_fits_int32(dtype: str, zero_point: int) -> None:
     assert abs(extreme) == 255
     assert MAX_REDUCTION * abs(extreme) * WEIGHT_RANGE[1] < 2**31
     assert (MAX_REDUCTION + 1) * abs(extreme) * WEIGHT_RANGE[1] >= 2**31
+
+
+@pytest.mark.parametrize("scale", [0.1, 1e-3, 0.06287593706074843])
+def test_a_scale_is_the_float32_that_kernels_hold(scale: float) -> None:
+    assert QParams("int8", scale, 0).scale == float(torch.tensor(scale, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, 1e-60, 1e300, math.inf, math.nan])
+def test_a_scale_that_float32_does_not_hold_is_refused(scale: float) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"positive and finite in float32, got {scale}")):
+        QParams("int8", scale, 0)

@@ -90,6 +90,16 @@ def test_linears_of_any_size(data: st.DataObject) -> None:
     _compare_linear("linear", x, value, weight, out_value, draw(_epilogues()), {}, draw(st.booleans()))
 
 
+@pytest.mark.parametrize("channels", [1, 4, 16])
+def test_planes_that_see_nothing_but_padding(channels: int) -> None:
+    torch.manual_seed(0)
+    value = Value(QParams("int8", 0.125, 3))
+    attrs = {"stride": [3, 1, 1], "padding": [1, 0, 1], "dilation": [1, 1, 1]}
+    for groups in {1, channels}:
+        x, weight = _codes((2, channels, 1, 4, 5), value), _weight((channels, channels // groups, 1, 3, 3), "random")
+        _compare_linear("conv", x, value, weight, None, None, attrs | {"groups": groups}, False)
+
+
 def _values() -> st.SearchStrategy[Value]:
     signed = st.builds(lambda s, z: Value(QParams("int8", s, z)), st.floats(1e-3, 0.2), st.integers(-128, 127))
     unsigned = st.builds(lambda s, z: Value(QParams("uint8", s, z)), st.floats(1e-3, 0.2), st.integers(0, 255))
