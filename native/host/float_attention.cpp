@@ -1,4 +1,6 @@
 // Attention: softmax(scale * q @ k.T + mask) @ v.
+#include <atomic>
+
 #include "float_steps.hpp"
 
 namespace quantflow::host {
@@ -43,7 +45,8 @@ public:
     }
 
     void run() override {
-        pool_.run(heads_.count() * chunks_, [this](Int task) {
+        static std::atomic<std::uint64_t> runs{0};
+        pool_.run(heads_.count() * chunks_, [this, run = ++runs](Int task) {
             const auto offset = heads_[task / chunks_];
             AttentionHead h = head_;
             h.q = q_.at(offset[0]);
@@ -58,6 +61,7 @@ public:
                 h.next_v = v_.at(next[2]).data;
             }
             const Int begin = task % chunks_ * chunk_, end = std::min(h.l, begin + chunk_);
+            if (hides_nothing(h, begin, end, run)) h.mask_kind = Mask::none;
             kernels_.attention(h, begin, end, scratch(kernels_.attention_scratch(h, end - begin)));
         });
     }
@@ -65,6 +69,20 @@ public:
     std::string kernel() const override { return kernel_name("attention"); }
 
 private:
+    // Masks that hide nothing are common, and heads share theirs: each thread looks at it once.
+    bool hides_nothing(const AttentionHead& h, Int begin, Int end, std::uint64_t run) const {
+        struct Seen {
+            std::uint64_t run = 0;
+            const void* mask = nullptr;
+            Int begin = 0;
+            bool is_neutral = false;
+        };
+        thread_local Seen seen;
+        if (seen.run != run || seen.mask != h.mask || seen.begin != begin)
+            seen = {run, h.mask, begin, kernels_.mask_is_neutral(h, begin, end)};
+        return seen.is_neutral;
+    }
+
     static Operand operand(const Tensor& t) {
         const std::size_t r = t.dims.size();
         return {t.place, real_of(t, "attention"), t.strides[r - 2], t.dims[r - 1] > 1 ? t.strides[r - 1] : 1};

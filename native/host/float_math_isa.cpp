@@ -308,23 +308,62 @@ constexpr Int kScoreFloats = 6144;  // of one block of rows: most of the first l
 
 constexpr float kLog2E = 1.44269504f;
 
+static bool mask_is_neutral(const AttentionHead& h, Int begin, Int end) {
+    if (h.mask_kind == Mask::none) return true;
+    if (h.mask_column_stride != 1) return false;
+    const Int keys = h.is_causal ? smaller(h.s, end) : h.s;
+    const auto is_neutral = [&](Int row, Int n) {
+        std::uint32_t changes = 0;
+        if (h.mask_kind == Mask::b8) {
+            const std::uint8_t* from = static_cast<const std::uint8_t*>(h.mask) + row * h.mask_row_stride;
+            for (Int j = 0; j < n; ++j) changes |= from[j] == 0;
+        } else {
+            const float* from = static_cast<const float*>(h.mask) + row * h.mask_row_stride;
+            for (Int j = 0; j < n; ++j) {
+                std::uint32_t bits;
+                __builtin_memcpy(&bits, from + j, sizeof bits);
+                changes |= bits << 1;  // 0 has either sign
+            }
+        }
+        return changes == 0;
+    };
+    // Most masks that hide something do so in the first row.
+    if (!is_neutral(begin, keys)) return false;
+    if (h.mask_row_stride == 0) return true;
+    if (h.mask_row_stride == keys) return is_neutral(begin, (end - begin) * keys);
+    for (Int row = begin + 1; row < end; ++row)
+        if (!is_neutral(row, keys)) return false;
+    return true;
+}
+
 // Scores are kept times log2(e), for 2**x is cheaper than e**x. A finite mask stays finite: the lowest float is a
 // common way to hide a key, and a row where every key is hidden so attends to all of them alike.
 static void load_mask(const AttentionHead& h, Int row, Int begin, Int n, float* to) {
-    const Int at = row * h.mask_row_stride + begin * h.mask_column_stride;
+    const Int at = row * h.mask_row_stride + begin * h.mask_column_stride, step = h.mask_column_stride;
     if (h.mask_kind == Mask::b8) {
         const std::uint8_t* from = static_cast<const std::uint8_t*>(h.mask) + at;
-        for (Int j = 0; j < n; ++j) to[j] = from[j * h.mask_column_stride] != 0 ? 0.0f : -kInfinity;
+        const F seen = zero(), hidden = V::set(-kInfinity);
+        Int j = 0;
+        if (step == 1)
+            for (; j + W <= n; j += W)
+                V::store(to + j, V::select(V::equal(V::load_bytes<false>(from + j), zero()), hidden, seen));
+        for (; j < n; ++j) to[j] = from[j * step] != 0 ? 0.0f : -kInfinity;
         return;
     }
-    load_floats(static_cast<const float*>(h.mask) + at, h.mask_column_stride, n, to);
-    const F largest = V::set(3.40282347e38f);
-    for (Int j = 0; j < n; j += W) {
-        const int count = static_cast<int>(smaller<Int>(W, n - j));
-        const F x = V::load(to + j, count, zero());
-        const F scaled = V::max(zero() - largest, V::min(largest, x * V::set(kLog2E)));
-        V::store(to + j, V::select(V::equal(V::abs(x), V::set(kInfinity)), x, scaled), count);
+    const float* from = static_cast<const float*>(h.mask) + at;
+    if (step != 1) {
+        load_floats(from, step, n, to);
+        from = to;
     }
+    const F largest = V::set(3.40282347e38f);
+    const auto scaled = [&](F x) __attribute__((always_inline)) {
+        const F finite = V::max(zero() - largest, V::min(largest, x * V::set(kLog2E)));
+        return V::select(V::equal(V::abs(x), V::set(kInfinity)), x, finite);
+    };
+    Int j = 0;
+    for (; j + W <= n; j += W) V::store(to + j, scaled(V::load(from + j)));
+    const int count = static_cast<int>(n - j);
+    if (count > 0) V::store(to + j, scaled(V::load(from + j, count, zero())), count);
 }
 
 // The largest of n > 0 scores, n a multiple of W; the mask is added first.
@@ -395,12 +434,17 @@ public:
 
     // Takes rows of q times `scale`; false likewise.
     bool queries(Int row, Int rows, float scale) {
+        const bool is_dense = h_.q.real.coding == Coding::f32 && h_.q.column_stride == 1;
         for (Int r = 0; r < rows; ++r) {
             float* to = rows_ + r * h_.e;
-            load_row(h_.q, row + r, 0, h_.e, to);
+            const float* from = static_cast<const float*>(h_.q.data) + (row + r) * h_.q.row_stride;
+            if (!is_dense) {
+                load_row(h_.q, row + r, 0, h_.e, to);
+                from = to;
+            }
             Int c = 0;
-            for (; c + W <= h_.e; c += W) V::store(to + c, V::load(to + c) * V::set(scale));
-            for (; c < h_.e; ++c) to[c] *= scale;
+            for (; c + W <= h_.e; c += W) V::store(to + c, V::load(from + c) * V::set(scale));
+            for (; c < h_.e; ++c) to[c] = from[c] * scale;
         }
         return true;
     }
@@ -486,6 +530,8 @@ static bool attention_by(const AttentionHead& h, Int begin, Int end, float* scra
     float* const mask = scratch + plan.mask;
     const Int stride = plan.score_stride;
     const Int reach = h.is_causal ? smaller(h.s, end) : h.s;  // keys that some row sees
+    // One row of it for all, which see the same keys.
+    const bool is_mask_shared = h.mask_kind != Mask::none && h.mask_row_stride == 0 && !h.is_causal;
     if (!products.pack(reach)) return false;
 
     for (Int r = 0; r < end - begin; ++r) {
@@ -497,11 +543,19 @@ static bool attention_by(const AttentionHead& h, Int begin, Int end, float* scra
     };
     // Rows whose outputs are complete but for the sum that they are divided by.
     const auto finish = [&](Int row, Int rows) {
+        const bool is_dense = h.y.real.coding == Coding::f32 && h.y.column_stride == 1;
         float* out = outputs_of(row);
         for (Int r = 0; r < rows; ++r, out += plan.padded_f) {
             const float sum = scratch[plan.sums + row - begin + r];
             // A row that sees no key: 0, as PyTorch has it.
             const F factor = V::set(sum == 0.0f ? 0.0f : 1.0f / sum);
+            if (is_dense) {
+                float* to = static_cast<float*>(h.y.data) + (row + r) * h.y.row_stride;
+                Int c = 0;
+                for (; c + W <= h.f; c += W) V::store(to + c, V::load(out + c) * factor);
+                if (c < h.f) V::store(to + c, V::load(out + c) * factor, static_cast<int>(h.f - c));
+                continue;
+            }
             for (Int c = 0; c < plan.padded_f; c += W) V::store(out + c, V::load(out + c) * factor);
             store_row(out, h.f, h.y, row + r);
         }
@@ -513,7 +567,7 @@ static bool attention_by(const AttentionHead& h, Int begin, Int end, float* scra
     }
 
     for (Int key = 0; key < reach; key += plan.key_block) {
-        if (h.mask_kind != Mask::none && h.mask_row_stride == 0)
+        if (is_mask_shared)
             load_mask(h, 0, key, smaller(plan.key_block, h.s - key), mask);
         const auto last_key = [&](Int row, Int rows) { return h.is_causal ? smaller(reach, row + rows) : reach; };
         const auto seen_by = [&](Int row, Int keys_here) {
@@ -529,7 +583,7 @@ static bool attention_by(const AttentionHead& h, Int begin, Int end, float* scra
             if (h.mask_kind == Mask::none) {
                 here = highest_score<false>(s, nullptr, whole);
             } else {
-                if (h.mask_row_stride != 0) load_mask(h, row, key, n, mask);
+                if (!is_mask_shared) load_mask(h, row, key, n, mask);
                 for (Int j = n; j < whole; ++j) mask[j] = 0;
                 here = highest_score<true>(s, mask, whole);
             }
@@ -781,8 +835,8 @@ static void column_moments(const float* x, Int rows, Int columns, double* mean, 
 
 const FloatKernels& float_kernels() {
     static constexpr FloatKernels kernels = {
-        kRows,     kColumns,    kRows,           load,           store,       pack,           gemm, depthwise, attention_scratch,
-        attention, softmax_row, softmax_columns, layer_norm_row, row_moments, column_moments,
+        kRows,     kColumns,    kRows,           load,           store,       pack,           gemm, depthwise, mask_is_neutral,
+        attention_scratch, attention, softmax_row, softmax_columns, layer_norm_row, row_moments, column_moments,
     };
     return kernels;
 }

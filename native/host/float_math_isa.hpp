@@ -78,6 +78,8 @@ struct FloatKernels {
     void (*gemm)(const GemmBlock&);
     void (*depthwise)(const DepthwiseRun&);
 
+    // Whether the mask, if any, changes no score of rows [begin, end); false where that takes long to see.
+    bool (*mask_is_neutral)(const AttentionHead&, std::int64_t begin, std::int64_t end);
     // Floats of scratch memory that `attention` needs for at most `rows` rows.
     std::int64_t (*attention_scratch)(const AttentionHead&, std::int64_t rows);
     // Rows [begin, end) of y.

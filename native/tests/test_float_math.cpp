@@ -522,6 +522,25 @@ void test_attention(ThreadPool& pool) {
         });
     }
     end_group("attention, hidden rows and extremes");
+
+    // Masks of one sample that change one score, or none, beside those of another; heads share them.
+    for (DType dtype : {DType::b8, DType::f32})
+        for (const std::vector<int>& repeated : {std::vector<int>{1}, {1, 2}, {}})
+            for (bool causal : {false, true})
+                for (Int row : {-1, 0, 18, 19}) {
+                    Value q({2, 3, 20, 16}), k({2, 3, 37, 16}), v({2, 3, 37, 8}), y({2, 3, 20, 8});
+                    Value mask({2, 3, 20, 37}, {}, dtype, {}, 0, repeated);
+                    for (Int i = 0; i < mask.elements; ++i)
+                        if (dtype == DType::b8)
+                            mask.t.data<std::uint8_t>()[i] = 1;
+                        else
+                            mask.t.data<float>()[i] = pick(0, 1) == 0 ? 0.0f : -0.0f;
+                    if (row >= 0 && dtype == DType::b8) mask.t.data<std::uint8_t>()[mask.at({1, 2, row, 11})] = 0;
+                    if (row >= 0 && dtype == DType::f32) mask.f32({1, 2, row, 11}) = -2;
+                    host::make_attention(pool, q.t, k.t, v.t, &mask.t, causal, 1.0f, y.t)->run();
+                    check_attention("mask of one score", q, k, v, &mask, causal, 1.0, y);
+                }
+    end_group("attention, masks that change little");
 }
 
 // Softmax and normalization ------------------------------------------------------------------------------------
