@@ -574,7 +574,7 @@ static bool attention_by(const AttentionHead& h, Int begin, Int end, float* scra
             return h.is_causal ? smaller(keys_here, larger<Int>(0, row + 1 - key)) : keys_here;
         };
         // Adds the mask to the scores of one row, and them to what they are weighed from; returns what that was.
-        const auto raise = [&](Int row, float* s, Int keys_here) __attribute__((noinline)) {
+        const auto raise = [&](Int row, float* s, Int keys_here) {
             const Int n = seen_by(row, keys_here), whole = round_up(n, Products::kScoreUnit);
             for (Int j = n; j < whole; ++j) s[j] = -kInfinity;
             float& highest = scratch[plan.highest + row - begin];
@@ -591,7 +591,7 @@ static bool attention_by(const AttentionHead& h, Int begin, Int end, float* scra
             return before;
         };
         // Scores of one row to weights; `before`: what its outputs so far were weighed from.
-        const auto weigh = [&](Int row, float* s, Int keys_here, float before) __attribute__((noinline)) {
+        const auto weigh = [&](Int row, float* s, Int keys_here, float before) {
             const Int whole = round_up(seen_by(row, keys_here), Products::kScoreUnit);
             const float highest = scratch[plan.highest + row - begin];
             // Where every key is hidden so far, any finite maximum gives only zeros.

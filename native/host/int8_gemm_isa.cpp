@@ -145,6 +145,13 @@ QF_INLINE Float gelu(Float r) {
     }
 }
 
+// Of t = r / scale, likewise divided.
+template <class T = Tables<Vector>>
+QF_INLINE Float gelu_of_steps(Float t, Float scale) {
+    const Float size = Vector::abs(t);
+    return Vector::multiply_add(size, T::half_erf(Vector::mul(size, scale)), Vector::mul(Vector::set(0.5f), t));
+}
+
 // NaN is passed on: min and max return their second operand then.
 template <int kActivation>
 QF_INLINE Float activate(Float r, Float a, Float b) {
@@ -394,13 +401,13 @@ QF_INLINE Float add_steps(Float r, Int codes, Int zero, Float step) {
     return Vector::multiply_add(Vector::to_float(codes), step, r);
 }
 
-// The same as `finish_tile` where `is_linear`.
-template <Residual kResidual, int kBefores>
+// The same as `finish_tile` where `is_linear`; of GELU too, where r `is_in_steps`.
+template <Residual kResidual, int kBefores, bool kIsGelu = false>
 void finish_codes(const Int8Output& o, const std::int32_t* sums, i64 stride, i64 row, i64 rows, i64 padded, i64 channel,
                   i64 count) {
     constexpr bool kHasResidual = kResidual != kNoResidual;
     const Vector::Codes codes(o.zero, o.low_code, o.high_code);
-    const Float residual_step = Vector::set(o.residual_step);
+    const Float residual_step = Vector::set(o.residual_step), step = Vector::set(o.step);
     const Int residual_zero = Vector::set(o.residual_zero);
     const Float scale0 = Vector::load(o.code_scale + padded), scale1 = Vector::load(o.code_scale + padded + kLanes);
     const Float bias0 = Vector::load(o.code_bias + padded), bias1 = Vector::load(o.code_bias + padded + kLanes);
@@ -421,7 +428,9 @@ void finish_codes(const Int8Output& o, const std::int32_t* sums, i64 stride, i64
         for (int i = 0; i < kBefores; ++i)
             r = Vector::multiply_add(Vector::to_float(Vector::load(before[i] + m * o.sums_row + at)),
                                      v ? before1[i] : before0[i], r);
-        return Vector::round(add_steps<kResidual>(r, codes, residual_zero, residual_step));
+        r = add_steps<kResidual>(r, codes, residual_zero, residual_step);
+        if constexpr (kIsGelu) r = gelu_of_steps(r, step);
+        return Vector::round(r);
     };
     if (count == kColumns) {
         const auto whole = [&](i64 m, Int& a, Int& b) __attribute__((always_inline)) {
@@ -471,6 +480,11 @@ void finish_codes(const Int8Output& o, const std::int32_t* sums, i64 stride, i64
     count <= kLanes ? edge(std::true_type{}) : edge(std::false_type{});
 }
 
+// Whether `finish_codes` takes GELU: where there is a table for it, and nothing else is added.
+bool finishes_gelu(const Int8Output& o) {
+    return Tables<Vector>::kHasErf && o.is_in_steps && o.activation == kInt8Gelu && o.residual == nullptr && o.befores == 0;
+}
+
 #if defined(QF_INT8_FINISHING)
 constexpr auto finisher = QF_INT8_FINISHING::tile;
 #else
@@ -481,6 +495,8 @@ FinishTile finisher(int activation, std::integer_sequence<int, kActivations...>)
 }
 FinishTile finisher(const Int8Output& o) {
     if (o.raw_sums != nullptr) return finish_raw;
+    if constexpr (Tables<Vector>::kHasErf)
+        if (finishes_gelu(o)) return finish_codes<kNoResidual, 0, true>;
     if (o.is_linear) {
         static constexpr FinishTile all[][3] = {
             {finish_codes<kNoResidual, 0>, finish_codes<kCodes, 0>, finish_codes<kCodesFromZero, 0>},

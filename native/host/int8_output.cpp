@@ -50,7 +50,6 @@ Int8Output output_of(const Tensor* residual, const Epilogue& epilogue, const Ten
     Int8Output o;
     o.row = row;
     if (rest != nullptr) {
-        o.step = y.q->scale;
         o.rest_inverse_scale = 1.0f / rest->q->scale;
         o.rest_zero = rest->q->zero_point;
         o.rest_low = static_cast<float>(rest->q->qmin - rest->q->zero_point);
@@ -65,6 +64,7 @@ Int8Output output_of(const Tensor* residual, const Epilogue& epilogue, const Ten
         o.residual_zero = residual->q->zero_point;
     }
     if (!o.is_float) {
+        o.step = y.q->scale;
         o.inverse_scale = 1.0f / y.q->scale;
         o.zero = y.q->zero_point;
         o.low = static_cast<float>(y.q->qmin - y.q->zero_point);
@@ -88,7 +88,7 @@ void ChannelConstants::bind(Int8Output& o, i64 steps, const QParams& x, const st
         o.before[b].bias = before[b]->bias.data();
     }
     const bool clamps = o.activation == kInt8None || o.activation == kInt8Hardtanh;
-    if (o.is_float || !clamps || needs_reals) return;
+    if (o.is_float || !(clamps || o.activation == kInt8Gelu) || needs_reals) return;
     code_scale = Aligned<float>(scale.size());
     code_bias = Aligned<float>(scale.size());
     const double y_scale = y->scale, residual_step = o.residual_scale / y_scale;
@@ -119,7 +119,8 @@ void ChannelConstants::bind(Int8Output& o, i64 steps, const QParams& x, const st
     o.code_bias = code_bias.data();
     o.residual_step = static_cast<float>(residual_step);
     for (std::size_t b = 0; b < before.size(); ++b) o.before[b].code_scale = code_scale_before[b].data();
-    o.is_linear = true;
+    o.is_in_steps = true;
+    o.is_linear = clamps;
 }
 
 void bind_output(Int8Output& o, const std::optional<Tensor>& residual, const Tensor& y,
