@@ -21,6 +21,9 @@ i64 largest_sum(const Weights& w, const QParams& x) {
     return most * std::max<i64>(x.zero_point, 255 - x.zero_point);
 }
 
+// Points of a task's tiles.
+constexpr i64 kTaskPoints = 24 * 36;
+
 // Register tiles that are full, at least one.
 i64 full_tiles(const Int8Kernels& kernels, i64 tiles) { return std::max<i64>(1, tiles / kernels.rows); }
 
@@ -79,11 +82,11 @@ public:
         constants_->bind(job_.output, 9 * job_.in_channels, *x.q, y.q, needs_reals, {});
 
         tiles_ = y.dims[0] * job_.tiles[0] * job_.tiles[1];
-        // Transformed pixels and sums of a task share the L2 cache.
-        const i64 tile_bytes = (size + 2) * (size + 2) * (2 * job_.in_channels + 192);
-        const i64 most = std::max<i64>(2, 320 * 1024 / tile_bytes / kernels_.rows) * kernels_.rows;
-        // Tasks of fewer tiles than registers hold read all weights for little.
-        tile_tasks_ = std::min(round_up(divide_up(tiles_, most), pool.size()), full_tiles(kernels_, tiles_));
+        // Every task reads all weights, which pays from this many tiles on, whether they then fit the L2 cache or not. Of
+        // fewer tiles than registers hold it reads them for little.
+        const i64 enough = kTaskPoints / ((size + 2) * (size + 2)), tasks_of_enough = tiles_ / enough;
+        tile_tasks_ = tasks_of_enough >= pool.size() ? tasks_of_enough / pool.size() * pool.size()
+                                                     : std::min<i64>(pool.size(), full_tiles(kernels_, tiles_));
         // Every task transforms its pixels by itself: those of the same tiles do so again.
         const i64 tasks = std::max<i64>(pool.size(), tile_tasks_), together = std::max<i64>(1, 32 / kernels_.columns);
         task_panels_ = round_up(divide_up(job_.panels * tile_tasks_, tasks), together);
