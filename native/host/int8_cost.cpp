@@ -96,6 +96,9 @@ struct Candidate {
     double cycles, work;  // of all threads together, of all tasks
 };
 
+// Cycles to read a byte that another core wrote.
+constexpr double kForeignByte = 0.25;
+
 // What tasks of a step cost one thread.
 class TaskCost {
 public:
@@ -120,6 +123,15 @@ public:
         fetching_ = stays_near ? rates.fetching_near : rates.fetching_far;
     }
 
+    // What a thread waits for other cores' caches where `row_tasks` do not leave it rows of its own: for most of x, and for
+    // as much of y when the next step reads it. Of tile registers it is part of `passing`.
+    double foreign_cycles(i64 rows, i64 row_tasks, int threads) const {
+        if (has_tiles_ || row_tasks >= threads) return 0;
+        const double x_bytes = static_cast<double>(rows * g_.pixel), y_bytes = static_cast<double>(rows * g_.output.row) *
+                                                                               (g_.output.is_float ? 4 : 1);
+        const double others = 1 - static_cast<double>(row_tasks) / threads;
+        return others * (x_bytes + y_bytes / threads) * kForeignByte;
+    }
     // Windows are cut at the ends of lines.
     i64 unit() const { return unit_; }
     bool fits(i64 rows) const {
@@ -193,7 +205,9 @@ void each_cut(const Int8Kernels& kernels, const Rates& rates, const Int8Gemm& g,
     // The smallest tasks are always among those that are looked at: they are the only ones that fit where a line is long.
     const auto next = [](i64 tasks, i64 most) { return tasks == most ? tasks + 1 : std::min(tasks + 1 + tasks / 8, most); };
     for (i64 row_tasks = 1; row_tasks <= units; row_tasks = next(row_tasks, units)) {
-        const i64 task_rows = std::min(rows, unit * divide_up(units, row_tasks));
+        // A task for each thread is of as many rows; of more tasks those of whole register tiles take less time.
+        const bool is_even = kernels.depth == 1 && !g.is_windowed && row_tasks <= threads;
+        const i64 task_rows = is_even ? divide_up(rows, row_tasks) : std::min(rows, unit * divide_up(units, row_tasks));
         if (!cost.fits(task_rows)) continue;
         for (i64 panel_tasks = 1; panel_tasks <= g.task_panels; panel_tasks = next(panel_tasks, g.task_panels)) {
             const i64 task_panels = divide_up(g.task_panels, panel_tasks);
@@ -201,7 +215,8 @@ void each_cut(const Int8Kernels& kernels, const Rates& rates, const Int8Gemm& g,
             const double task = cost.cycles(task_rows, task_panels);
             const i64 tasks = divide_up(rows, task_rows) * divide_up(g.task_panels, task_panels) * groups;
             double cycles = task * static_cast<double>(divide_up(tasks, threads));
-            if (threads > 1 && tasks > 1) cycles += last * task + rates.hand_over;
+            if (threads > 1 && tasks > 1)
+                cycles += last * task + rates.hand_over + cost.foreign_cycles(rows, divide_up(rows, task_rows), threads);
             visit(Candidate{task_rows, task_panels, cycles, task * static_cast<double>(tasks)});
         }
     }
@@ -254,8 +269,11 @@ Tasks cut(const Int8Kernels& kernels, const Int8Gemm& g, i64 groups, i64 rows, i
     }
     decision->work_ms = best.work / (rates.ghz * 1e6);
     leave_decision(std::move(decision));
-    const bool shares_rows = rows * (g.in_channels + g.channels) > g.channels * g.quads * 4;
-    return {best.rows, best.panels, divide_up(rows, best.rows), divide_up(g.task_panels, best.panels), shares_rows,
+    const i64 row_tasks = divide_up(rows, best.rows);
+    // Threads that have rows of their own find them in their caches; tile registers also look at what is read again.
+    const bool shares_rows = (kernels.depth == 1 && row_tasks >= threads) ||
+                             rows * (g.in_channels + g.channels) > g.channels * g.quads * 4;
+    return {best.rows, best.panels, row_tasks, divide_up(g.task_panels, best.panels), shares_rows,
             least / (rates.ghz * 1e6)};
 }
 
