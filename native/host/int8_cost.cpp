@@ -127,11 +127,12 @@ public:
     // as much of y when the next step reads it. Of tile registers it is part of `passing`.
     double foreign_cycles(i64 rows, i64 row_tasks, int threads) const {
         if (has_tiles_ || row_tasks >= threads) return 0;
-        const double x_bytes = static_cast<double>(rows * g_.pixel), y_bytes = static_cast<double>(rows * g_.output.row) *
-                                                                               (g_.output.is_float ? 4 : 1);
+        const double x_bytes = static_cast<double>(rows * g_.pixel);
+        const double y_bytes = static_cast<double>(rows * g_.output.row * (g_.output.is_float ? 4 : 1));
         const double others = 1 - static_cast<double>(row_tasks) / threads;
         return others * (x_bytes + y_bytes / threads) * kForeignByte;
     }
+
     // Windows are cut at the ends of lines.
     i64 unit() const { return unit_; }
     bool fits(i64 rows) const {

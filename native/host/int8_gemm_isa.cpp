@@ -401,7 +401,7 @@ QF_INLINE Float add_steps(Float r, Int codes, Int zero, Float step) {
     return Vector::multiply_add(Vector::to_float(codes), step, r);
 }
 
-// The same as `finish_tile` where `is_linear`; of GELU too, where r `is_in_steps`.
+// The same as `finish_tile` where `is_linear`, or `is_gelu_in_steps`.
 template <Residual kResidual, int kBefores, bool kIsGelu = false>
 void finish_codes(const Int8Output& o, const std::int32_t* sums, i64 stride, i64 row, i64 rows, i64 padded, i64 channel,
                   i64 count) {
@@ -480,11 +480,6 @@ void finish_codes(const Int8Output& o, const std::int32_t* sums, i64 stride, i64
     count <= kLanes ? edge(std::true_type{}) : edge(std::false_type{});
 }
 
-// Whether `finish_codes` takes GELU: where there is a table for it, and nothing else is added.
-bool finishes_gelu(const Int8Output& o) {
-    return Tables<Vector>::kHasErf && o.is_in_steps && o.activation == kInt8Gelu && o.residual == nullptr && o.befores == 0;
-}
-
 #if defined(QF_INT8_FINISHING)
 constexpr auto finisher = QF_INT8_FINISHING::tile;
 #else
@@ -496,7 +491,7 @@ FinishTile finisher(int activation, std::integer_sequence<int, kActivations...>)
 FinishTile finisher(const Int8Output& o) {
     if (o.raw_sums != nullptr) return finish_raw;
     if constexpr (Tables<Vector>::kHasErf)
-        if (finishes_gelu(o)) return finish_codes<kNoResidual, 0, true>;
+        if (o.is_gelu_in_steps) return finish_codes<kNoResidual, 0, true>;
     if (o.is_linear) {
         static constexpr FinishTile all[][3] = {
             {finish_codes<kNoResidual, 0>, finish_codes<kCodes, 0>, finish_codes<kCodesFromZero, 0>},

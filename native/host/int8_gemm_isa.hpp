@@ -43,7 +43,7 @@ struct Int8Output {
     // residual_zero) * residual_step)) + zero, clamped to [low_code, high_code]. The constants are divided by y's scale
     // beforehand, and each product is added with one rounding: equal to the reference runtime to the bit.
     bool is_linear = false;
-    bool is_in_steps = false;  // whether there are these constants, for other activations between sum and code, too
+    bool is_gelu_in_steps = false;  // the same with GELU in between, and nothing else added
     const float *code_scale = nullptr, *code_bias = nullptr;
     float residual_step = 0;
     std::uint8_t low_code = 0, high_code = 255;

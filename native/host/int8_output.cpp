@@ -88,7 +88,8 @@ void ChannelConstants::bind(Int8Output& o, i64 steps, const QParams& x, const st
         o.before[b].bias = before[b]->bias.data();
     }
     const bool clamps = o.activation == kInt8None || o.activation == kInt8Hardtanh;
-    if (o.is_float || !(clamps || o.activation == kInt8Gelu) || needs_reals) return;
+    const bool is_gelu = o.activation == kInt8Gelu && before.empty() && o.residual_scale == 0;
+    if (o.is_float || !(clamps || is_gelu) || needs_reals) return;
     code_scale = Aligned<float>(scale.size());
     code_bias = Aligned<float>(scale.size());
     const double y_scale = y->scale, residual_step = o.residual_scale / y_scale;
@@ -119,8 +120,8 @@ void ChannelConstants::bind(Int8Output& o, i64 steps, const QParams& x, const st
     o.code_bias = code_bias.data();
     o.residual_step = static_cast<float>(residual_step);
     for (std::size_t b = 0; b < before.size(); ++b) o.before[b].code_scale = code_scale_before[b].data();
-    o.is_in_steps = true;
     o.is_linear = clamps;
+    o.is_gelu_in_steps = is_gelu;
 }
 
 void bind_output(Int8Output& o, const std::optional<Tensor>& residual, const Tensor& y,
